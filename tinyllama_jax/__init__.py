@@ -1,0 +1,1 @@
+"""Pre-training of a ~1B Llama in JAX."""

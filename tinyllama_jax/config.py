@@ -1,0 +1,390 @@
+"""Configuration: frozen dataclasses, validation, `--section.key=value` on top of a config file, the user's errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import json
+import runpy
+import sys
+import traceback
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
+ATTENTION = ("auto", "reference", "xla", "cudnn")
+
+
+class UserError(Exception):
+    """A mistake that a person must mend before the same command can work: one line, exit code 2, no traceback."""
+
+
+def _check(ok: bool, key: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UserError(f"--{key}={value}: {remedy}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama 2 architecture. Fields without a default define the experiment."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int  # grouped-query attention: each serves n_heads / n_kv_heads query heads
+    d_ff: int
+    vocab_size: int  # rows of the embedding; at least the tokenizer's size
+    seq_len: int  # S: positions of a training sequence; data blocks hold S + 1 tokens
+    rope_theta: float = 10_000.0
+    rope_scaling: float = 1.0  # linear position interpolation: positions are divided by it (4 in the original's 8k code model)
+    norm_eps: float = 1e-5
+    init: str = "tinyllama"  # or "torch_default": see dims.init_std
+    precision: str = "params=float32,compute=bfloat16,output=float32"  # a jmp policy
+    residual: str = "bfloat16"  # dtype of the residual stream; "float32" is what the original most likely had
+    remat: str = "none"  # what backward recomputes: see REMAT
+    attention: str = "auto"  # see ATTENTION
+    loss_chunk: int = 2_048  # tokens whose logits exist at one time on a device: 2,048 x 32,000 x 4 B = 262 MB
+
+    def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "seq_len", "loss_chunk"):
+            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _check(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}")
+        _check(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"gives heads of odd width {self.d_head}; RoPE needs pairs")
+        _check(
+            self.n_heads % self.n_kv_heads == 0,
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"must divide model.n_heads={self.n_heads}",
+        )
+        _check(self.rope_scaling >= 1, "model.rope_scaling", self.rope_scaling, "must be 1 (none) or more")
+        _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
+        _check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be positive")
+        _one_of("model.init", self.init, ("tinyllama", "torch_default"))
+        _one_of("model.residual", self.residual, ("float32", "bfloat16", "float16"))
+        _one_of("model.remat", self.remat, REMAT)
+        _one_of("model.attention", self.attention, ATTENTION)
+        policy = dict(part.partition("=")[::2] for part in self.precision.split(","))
+        dtypes = ("float32", "bfloat16", "float16")
+        _check(
+            set(policy) == {"params", "compute", "output"} and set(policy.values()) <= set(dtypes),
+            "model.precision",
+            self.precision,
+            'is not a policy of the form "params=float32,compute=bfloat16,output=float32"',
+        )
+
+    @property
+    def d_head(self) -> int:
+        """H, the width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def compute_dtype(self) -> str:
+        """The policy's compute dtype, by name."""
+        return dict(part.split("=") for part in self.precision.split(","))["compute"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the blocks come from. With `train.seed` and the step it determines every batch."""
+
+    sources: dict[str, float]  # folder written by `data.prepare` -> its share of the sequences; the shares are normalised
+    eval_blocks: int = 0  # validation blocks read per source; 0: all of them
+    workers: int = 2  # threads that read ahead; no effect on what is read
+
+    def __post_init__(self):
+        _check(len(self.sources) > 0, "data.sources", "", "needs at least one folder: --data.sources=DIR:WEIGHT,DIR:WEIGHT")
+        for path, weight in self.sources.items():
+            _check(weight > 0, "data.sources", f"{path}:{weight}", "weights must be positive")
+        _check(self.eval_blocks >= 0, "data.eval_blocks", self.eval_blocks, "must be 0 (all) or more")
+        _check(1 <= self.workers <= 64, "data.workers", self.workers, "must lie between 1 and 64")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and cosine."""
+
+    peak_lr: float
+    min_lr: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    decay: str = "all"  # which parameters decay: "all", as the original did, or "matrices" (no norms, no embedding)
+
+    def __post_init__(self):
+        _check(self.peak_lr > 0, "optim.peak_lr", self.peak_lr, "must be positive")
+        _check(0 <= self.min_lr <= self.peak_lr, "optim.min_lr", self.min_lr, f"must lie in [0, optim.peak_lr={self.peak_lr}]")
+        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be 0 or more")
+        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be 0 or more")
+        _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive (inf: no clipping)")
+        for name in ("b1", "b2"):
+            _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        _check(self.eps > 0, "optim.eps", self.eps, "must be positive")
+        _one_of("optim.decay", self.decay, ("all", "matrices"))
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, and how much at once. Every quantity is global: no number here is per host."""
+
+    steps: int
+    tokens_per_step: int  # tokens of one optimizer step over all devices
+    seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "tokens_per_step", "seqs_per_device"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by axis; -1 for "what is left". data: replicas. fsdp: parameters and optimizer sharded. tensor: heads, ffn."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            _check(value >= 1 or value == -1, f"mesh.{name}", value, "must be a positive number of devices, or -1 for the rest")
+        left = [name for name, value in dataclasses.asdict(self).items() if value == -1]
+        _check(len(left) <= 1, f"mesh.{[*left, ''][-1]}", -1, f"only one axis can be -1, and mesh.{[*left, ''][0]} is")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save, and what to keep. The last step is always saved."""
+
+    every: int
+    keep: int = 3  # the newest ones kept
+    keep_every: int = 0  # steps divisible by it are kept for ever; 0: none
+
+    def __post_init__(self):
+        _check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1: a run without a checkpoint cannot go on")
+        _check(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must be 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written down while it runs."""
+
+    every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int = 1_000  # steps between validations; the last step is always validated
+    wandb: str = ""  # Weights & Biases project; empty: off
+
+    def __post_init__(self):
+        _check(self.every >= 1, "log.every", self.every, "must be at least 1")
+        _check(self.eval_every >= 1, "log.eval_every", self.eval_every, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where the weights of a new run come from."""
+
+    from_: str = ""  # a run folder or a Hugging Face folder, weights only; empty: from scratch. Said as --init.from
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is. `configs/*.py` each define one, named `config`."""
+
+    workdir: str
+    model: Model
+    data: Data
+    optim: Optim
+    train: Train
+    checkpoint: Checkpoint
+    mesh: Mesh = field(default_factory=Mesh)
+    log: Log = field(default_factory=Log)
+    init: Init = field(default_factory=Init)
+
+    def __post_init__(self):
+        _check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
+        _check(
+            self.train.tokens_per_step % self.model.seq_len == 0,
+            "train.tokens_per_step",
+            self.train.tokens_per_step,
+            f"must be a multiple of model.seq_len={self.model.seq_len}",
+        )
+        _check(
+            self.optim.warmup_steps <= self.train.steps,
+            "optim.warmup_steps",
+            self.optim.warmup_steps,
+            f"is more than train.steps={self.train.steps}",
+        )
+
+    @property
+    def seqs_per_step(self) -> int:
+        """Sequences of one optimizer step over all devices."""
+        return self.train.tokens_per_step // self.model.seq_len
+
+    def accumulation(self, n_batch_devices: int) -> int:
+        """Micro-batches of one step on `n_batch_devices` = mesh data x fsdp. Raises UserError if they do not come out even."""
+        at_once = self.train.seqs_per_device * n_batch_devices
+        if self.seqs_per_step % at_once:
+            per_device = self.seqs_per_step // n_batch_devices
+            fits = [n for n in range(1, per_device + 1) if self.seqs_per_step % (n * n_batch_devices) == 0]
+            remedy = (
+                f"choose train.seqs_per_device among {fits}"
+                if fits
+                else f"choose train.tokens_per_step as a multiple of {n_batch_devices * self.model.seq_len}"
+            )
+            raise UserError(
+                f"--train.seqs_per_device={self.train.seqs_per_device}: {self.seqs_per_step} sequences a step do not "
+                f"divide into {n_batch_devices} devices x {self.train.seqs_per_device}; {remedy}"
+            )
+        return self.seqs_per_step // at_once
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    near = difflib.get_close_matches(value, known, 1)
+    _check(value in known, key, value, f"must be one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+# -- keys and values from the command line ------------------------------------------------------------------------------
+
+
+def keys(config_type: type = Config, prefix: str = "") -> dict[str, type]:
+    """Every `section.key` with its type, in order."""
+    out = {}
+    for name, kind in typing.get_type_hints(config_type).items():
+        path = prefix + name.rstrip("_")
+        out.update(keys(kind, path + ".") if dataclasses.is_dataclass(kind) else {path: kind})
+    return out
+
+
+def _parse(key: str, text: str, kind: type) -> object:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if typing.get_origin(kind) is dict:  # DIR:WEIGHT,DIR:WEIGHT; a single DIR needs no weight
+            parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
+            return {path: float(weight) for path, _, weight in parts}
+        return kind(text)
+    except (ValueError, KeyError):
+        names = {int: "a whole number", float: "a number", bool: "true or false"}
+        raise UserError(f"--{key}={text}: must be {names.get(kind, 'DIR:WEIGHT,DIR:WEIGHT')}") from None
+
+
+def override(config: Config, arguments: dict[str, str]) -> Config:
+    """`config` with `{"section.key": "text"}` applied. Raises UserError on an unknown key, a wrong type, a bad value."""
+    known = keys()
+    changes: dict[str, dict[str, object]] = {}
+    for key, text in arguments.items():
+        if key not in known:
+            tail = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+            near = (tail or difflib.get_close_matches(key, known, 1, 0.5) or [""])[0]
+            raise UserError(f"--{key}={text}: no such key" + (f"; did you mean --{near}?" if near else "; see --help"))
+        section, _, name = key.rpartition(".")
+        field_name = name + "_" if (section, name) == ("init", "from") else name
+        changes.setdefault(section, {})[field_name] = _parse(key, text, known[key])
+    top = changes.pop("", {})
+    return dataclasses.replace(config, **top, **{s: dataclasses.replace(getattr(config, s), **c) for s, c in changes.items()})
+
+
+def load(argv: list[str], description: str = "") -> Config:
+    """The config of a command line: `--config FILE --section.key=value ...`. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, epilog="keys: " + " ".join(f"--{k}" for k in keys())
+    )
+    parser.add_argument("--config", required=True, help="a file such as configs/demo.py")
+    known, rest = parser.parse_known_args(argv)
+    return override(read(known.config), pairs(rest))
+
+
+def pairs(arguments: list[str]) -> dict[str, str]:
+    """`["--a.b=c", "--d", "e"]` -> `{"a.b": "c", "d": "e"}`. Raises UserError on what is neither."""
+    out, words = {}, list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word}: an option is written --section.key=value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"{word}: has no value; an option is written --section.key=value")
+            value = words.pop(0)
+        out[key] = value
+    return out
+
+
+def read(path: str) -> Config:
+    """The `config` that the Python file at `path` defines. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"--config={path}: no such file" + _nearby_configs(path))
+    try:
+        config = runpy.run_path(path).get("config")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whatever the user's Python raised, with the line in their file
+        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else (at or ["?"])[-1]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: defines no `config = Config(...)`")
+    return config
+
+
+def _nearby_configs(path: str) -> str:
+    folder = Path(path).parent
+    names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+    near = difflib.get_close_matches(path, names, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}" if names else ""
+
+
+def to_json(config: Config) -> str:
+    """The resolved config, as it is kept in a run folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, origin: str = "config.json") -> Config:
+    """Inverse of `to_json`. Raises UserError naming `origin` if it was written for other keys."""
+
+    def build(kind, values):
+        hints = typing.get_type_hints(kind)
+        return kind(**{k: build(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
+
+    try:
+        return build(Config, json.loads(text))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{origin}: is not a config of this version: {error}") from None
+
+
+# -- ends of a program ----------------------------------------------------------------------------------------------------
+
+_DISK = {
+    errno.ENOSPC: "the disk is full; free some room and run the same command again: what was finished is kept",
+    errno.EDQUOT: "the disk quota is used up; free some room and run the same command again: what was finished is kept",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied; choose another folder or change its permissions",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "part of this path is a file, not a folder",
+}
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
+    """Run an entry point. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error.filename or ''}: {_DISK[error.errno]}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    raise SystemExit(code or 0)

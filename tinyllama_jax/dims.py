@@ -1,0 +1,84 @@
+"""The alphabet of dimensions (B S L D N K H F V) and the table of all parameters.
+
+| letter | dimension          | | letter | dimension             |
+|--------|--------------------|-|--------|-----------------------|
+| B      | batch (sequences)  | | K      | key/value heads       |
+| S      | sequence positions | | H      | width of one head     |
+| L      | layers             | | F      | feed-forward width    |
+| D      | model width        | | V      | vocabulary            |
+| N      | query heads        | |        |                       |
+
+The same letters stand in variable suffixes (`q_BSNH`), einsum strings, this table, the sharding rules and kernel shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Parameter(NamedTuple):
+    """One tensor of the model. `name` is its path in the parameter tree; a leading `L` in `dims` is the scan over layers."""
+
+    name: str
+    dims: str
+    kind: str  # "norm" starts at one; "matrix" and "residual" (a matrix that writes to the residual stream) at random
+    fan_in: str = ""  # the contracted letters, which set the width of the random values
+
+
+PARAMETERS = (
+    Parameter("embed/embedding", "VD", "matrix"),
+    Parameter("layers/attention_norm/scale", "LD", "norm"),
+    Parameter("layers/q/kernel", "LDNH", "matrix", "D"),
+    Parameter("layers/k/kernel", "LDKH", "matrix", "D"),
+    Parameter("layers/v/kernel", "LDKH", "matrix", "D"),
+    Parameter("layers/o/kernel", "LNHD", "residual", "NH"),
+    Parameter("layers/mlp_norm/scale", "LD", "norm"),
+    Parameter("layers/gate/kernel", "LDF", "matrix", "D"),
+    Parameter("layers/up/kernel", "LDF", "matrix", "D"),
+    Parameter("layers/down/kernel", "LFD", "residual", "F"),
+    Parameter("final_norm/scale", "D", "norm"),
+    Parameter("lm_head/kernel", "DV", "matrix", "D"),
+)
+BY_NAME = {p.name: p for p in PARAMETERS}
+
+
+def sizes(model) -> dict[str, int]:
+    """Letter -> size for a `config.Model` (all letters but B)."""
+    return {
+        "S": model.seq_len,
+        "L": model.n_layers,
+        "D": model.d_model,
+        "N": model.n_heads,
+        "K": model.n_kv_heads,
+        "H": model.d_head,
+        "F": model.d_ff,
+        "V": model.vocab_size,
+    }
+
+
+def shape(parameter: Parameter, model) -> tuple[int, ...]:
+    """Shape of the whole tensor, layers included."""
+    size = sizes(model)
+    return tuple(size[letter] for letter in parameter.dims)
+
+
+def n_parameters(model) -> int:
+    """Number of parameters: 1,100,048,384 for the 1.1B model."""
+    return sum(math.prod(shape(p, model)) for p in PARAMETERS)
+
+
+def init_std(parameter: Parameter, model) -> float:
+    """Standard deviation at initialisation, of the scheme `model.init`.
+
+    "tinyllama": the original's HEAD (lit_gpt/model.py:40-54): N(0, sqrt(2/(5 D))), and N(0, 1/(sqrt(D) L)) for the two
+    matrices that write to the residual stream. "torch_default": what the 2023 run most likely started from, since its own
+    init never reached the sharded weights (reference: litgpt #1131): embedding N(0, 1), every other matrix uniform in
+    +-1/sqrt(fan_in), which has this standard deviation.
+    """
+    size = sizes(model)
+    if model.init == "torch_default":
+        return 1 / math.sqrt(3 * math.prod(size[x] for x in parameter.fan_in)) if parameter.fan_in else 1.0
+    if parameter.kind == "residual":
+        return 1 / (math.sqrt(size["D"]) * size["L"])
+    return math.sqrt(2 / (5 * size["D"]))
