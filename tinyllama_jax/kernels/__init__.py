@@ -1,0 +1,1 @@
+"""Operations with more than one implementation: a reference that defines each, and faster ones."""

@@ -1,0 +1,87 @@
+"""Loss head: logits, softmax cross-entropy and their gradients, a chunk of positions at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Sums(NamedTuple):
+    """Sums over positions, fp32 scalars: divide by the weights' sum for means."""
+
+    loss: jax.Array  # negative log-likelihood, nats
+    correct: jax.Array  # positions whose most likely token is the label
+
+
+def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array) -> Sums:
+    """The definition, with all logits [B, S, V] at once, in fp32 from the logits on."""
+    return _sums(_logits(x_BSD, kernel_DV), labels_BS, weights_BS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, chunk: int) -> Sums:
+    """`reference`, holding the logits of `chunk` positions of each sequence at a time; `chunk` must divide S.
+
+    The gradients of x and kernel are computed with the loss, in one pass over the logits: the loss is linear in its
+    cotangent, so that backward only scales them. A forward pass that is not differentiated computes no gradient.
+    """
+    n_chunks = x_BSD.shape[1] // chunk
+
+    def body(sums: Sums, i: jax.Array) -> tuple[Sums, None]:
+        x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
+        return jax.tree.map(jnp.add, sums, _sums(_logits(x, kernel_DV), labels, weights)), None
+
+    return lax.scan(body, Sums(jnp.float32(0), jnp.float32(0)), jnp.arange(n_chunks))[0]
+
+
+def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+    # fp32 out of the matmul: in bf16 the logits of a sure model (10 to 30) would step by 1/16 to 1/8
+    return jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32)
+
+
+def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array) -> Sums:
+    chosen_BS = jnp.take_along_axis(logits_BSV, labels_BS[..., None], axis=-1)[..., 0]
+    nll_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS
+    correct_BS = (jnp.argmax(logits_BSV, axis=-1) == labels_BS).astype(jnp.float32)
+    return Sums(jnp.sum(nll_BS * weights_BS), jnp.sum(correct_BS * weights_BS))
+
+
+def _slice(a: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)
+
+
+def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk):
+    def body(carry, i):
+        sums, dx_BSD, dkernel_DV = carry
+        x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
+        logits = _logits(x, kernel_DV)
+        sums = jax.tree.map(jnp.add, sums, _sums(logits, labels, weights))
+        one_hot = labels[..., None] == jnp.arange(logits.shape[-1])
+        dlogits = (jax.nn.softmax(logits, axis=-1) - one_hot.astype(jnp.float32)) * weights[..., None]
+        dlogits = dlogits.astype(x.dtype)  # the matmuls of backward run in the compute dtype, as autodiff's would
+        dx = jnp.einsum("bsv,dv->bsd", dlogits, kernel_DV)
+        dx_BSD = lax.dynamic_update_slice_in_dim(dx_BSD, dx, i * chunk, axis=1)
+        dkernel_DV += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
+        return (sums, dx_BSD, dkernel_DV), None
+
+    zeros = (Sums(jnp.float32(0), jnp.float32(0)), jnp.zeros_like(x_BSD), jnp.zeros(kernel_DV.shape, jnp.float32))
+    (sums, dx_BSD, dkernel_DV), _ = lax.scan(body, zeros, jnp.arange(x_BSD.shape[1] // chunk))
+    return sums, (dx_BSD, dkernel_DV.astype(kernel_DV.dtype))
+
+
+def _backward(chunk, residuals, cotangent):
+    scale = cotangent.loss  # argmax has no gradient
+    dx_BSD, dkernel_DV = ((d.astype(jnp.float32) * scale).astype(d.dtype) for d in residuals)
+    return dx_BSD, dkernel_DV, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def chunk_of(seq_len: int, sequences: int, tokens: int) -> int:
+    """The largest divisor of `seq_len` for which `sequences` x it is at most `tokens` (at least 1)."""
+    return max((n for n in range(1, seq_len + 1) if seq_len % n == 0 and n * sequences <= tokens), default=1)

@@ -1,0 +1,51 @@
+"""Learning-rate schedule, AdamW and clipping: the only optax file."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinyllama_jax import dims, model
+from tinyllama_jax.config import Config, Optim
+
+
+def schedule(optim: Optim, steps: int) -> optax.Schedule:
+    """Learning rate of optimizer step s = 1 .. `steps`: linear from 0 to the peak at s = warmup_steps, cosine to the minimum.
+
+    The original evaluates its formula once per micro-batch and the last of a step counts: within 1/8 of a step of this.
+    """
+    warmup = optax.linear_schedule(0.0, optim.peak_lr, max(optim.warmup_steps, 1))
+    decay_steps = max(steps - optim.warmup_steps, 1)
+    cosine = optax.cosine_decay_schedule(optim.peak_lr, decay_steps, optim.min_lr / optim.peak_lr)
+    return optax.join_schedules([warmup, cosine], [optim.warmup_steps])
+
+
+def decays(params: dict, which: str) -> dict:
+    """True for each parameter that weight decay applies to: "all", or "matrices" (neither norms nor the embedding)."""
+    flat = model.flatten(params)
+    return model.unflatten(
+        {name: which == "all" or bool(dims.BY_NAME[name].fan_in) for name in flat}
+    )  # the embedding has no fan-in
+
+
+def adamw(config: Config) -> optax.GradientTransformation:
+    """Adam's direction with decoupled decay, not yet times the learning rate (which follows the step, not Adam's count)."""
+    optim = config.optim
+    return optax.chain(
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, mask=lambda params: decays(params, optim.decay)),
+    )
+
+
+def update(
+    grads: dict, opt_state: optax.OptState, params: dict, step: jax.Array, config: Config
+) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
+    """One AdamW step: (new params, new state, {"grad_norm" before clipping, "lr"}). `step` counts from 1."""
+    grad_norm = optax.tree.norm(grads)
+    clip = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+    grads = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
+    direction, opt_state = adamw(config).update(grads, opt_state, params)
+    lr = schedule(config.optim, config.train.steps)(step)
+    direction = optax.tree.scale(-lr, direction)
+    return optax.apply_updates(params, direction), opt_state, {"grad_norm": grad_norm, "lr": jnp.float32(lr)}

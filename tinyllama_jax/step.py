@@ -1,0 +1,200 @@
+"""The train step and the evaluation step: loss, accumulation, update, and both jitted for a mesh in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import jmp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tinyllama_jax import model, optim, sharding
+from tinyllama_jax.config import Config
+from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
+
+FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step. The data need no state: the batch is a function of the step."""
+
+    step: jax.Array  # int32: steps done
+    params: dict
+    opt_state: tuple
+    loss_scale: dict  # fp16 compute only: jmp's dynamic loss scale and its counter; else empty
+    skipped: jax.Array  # int32: steps whose loss or gradient was not finite, and which changed nothing
+
+
+class Batch(NamedTuple):
+    """One step's blocks: `tokens` [A, B, S + 1] and `length` [A, B], the real tokens in each (the rest is padding).
+
+    A micro-batches of B sequences over all devices. Evaluation takes them without A.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run and where their arguments live."""
+
+    init: Callable[[], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, dict]]
+    evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]
+    state: TrainState  # of ShapeDtypeStructs with their shardings
+    batch: Batch  # of shardings
+    eval_batch: Batch
+    shape: tuple[int, int]  # (A, B) of a training batch
+
+
+def new_state(params: dict, config: Config) -> TrainState:
+    """The state before the first step."""
+    fp16 = config.model.compute_dtype == "float16"
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optim.adamw(config).init(params),
+        loss_scale={"scale": jnp.float32(FIRST_LOSS_SCALE), "counter": jnp.int32(0)} if fp16 else {},
+        skipped=jnp.int32(0),
+    )
+
+
+def scaler(state: TrainState) -> jmp.LossScale:
+    """The loss scale in force: jmp's dynamic one for fp16, whose smallest number is 6e-8; none for bf16 and fp32."""
+    if not state.loss_scale:
+        return jmp.NoOpLossScale()
+    return jmp.DynamicLossScale(state.loss_scale["scale"], state.loss_scale["counter"])
+
+
+def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: int) -> tuple[Sums, jax.Array]:
+    """Summed next-token loss (nats, fp32) and hits of `batch` [B, S + 1], and the number of tokens predicted.
+
+    Padding is neither counted nor trained on: position s counts if token s + 1 is real.
+    """
+    cfg = config.model
+    with jax.numpy_dtype_promotion("strict"):
+        tokens_BS = batch.tokens.astype(jnp.int32)
+        labels_BS = tokens_BS[:, 1:]
+        real_BS = (jnp.arange(1, cfg.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
+        kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
+        chunk = chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk)
+        return cross_entropy(x_BSD, kernel_DV, labels_BS, real_BS, chunk), real_BS.sum()
+
+
+def gradients(state: TrainState, batch: Batch, config: Config) -> tuple[Sums, dict]:
+    """Loss sums over all micro-batches, and the gradient of the mean loss over the step's real tokens (times the loss scale).
+
+    The mean is over the whole step: a micro-batch with padding does not weigh more per token than another.
+    """
+    n_tokens = count_tokens(batch)
+
+    def micro_batch(params: dict, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Sums]:
+        sums, _ = loss_sums(params, Batch(tokens, length), config, config.train.seqs_per_device)
+        return scaler(state).scale(sums.loss / n_tokens), sums
+
+    def add(total, micro):
+        (_, sums), grads = jax.value_and_grad(micro_batch, has_aux=True)(state.params, *micro)
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+    if batch.tokens.shape[0] == 1:  # nothing to accumulate: no second copy of the gradients
+        (_, sums), grads = jax.value_and_grad(micro_batch, has_aux=True)(state.params, batch.tokens[0], batch.length[0])
+        return sums, grads
+    zeros = jax.tree.map(jnp.zeros_like, (Sums(jnp.float32(0), jnp.float32(0)), state.params))
+    return lax.scan(add, zeros, batch)[0]
+
+
+def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step over all A micro-batches, and its metrics as scalars.
+
+    If the loss or any gradient is not finite, weights and moments stay as they were, `skipped` counts it, and the step
+    counter moves on to the next batch.
+    """
+    sums, grads = gradients(state, batch, config)
+    scale = scaler(state)
+    grads = scale.unscale(grads)
+    loss = sums.loss / count_tokens(batch)
+    finite = jmp.all_finite((loss, grads))
+    step = state.step + 1
+    params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
+    scale_after = scale.adjust(finite)
+    new = TrainState(
+        step=step,
+        params=jmp.select_tree(finite, params, state.params),
+        opt_state=jmp.select_tree(finite, opt_state, state.opt_state),
+        loss_scale={"scale": scale_after.loss_scale, "counter": scale_after.counter} if state.loss_scale else {},
+        skipped=state.skipped + jnp.int32(~finite),
+    )
+    metrics |= {
+        "loss": loss,
+        "accuracy": sums.correct / count_tokens(batch),
+        "finite": finite,
+        "skipped": new.skipped,
+        "loss_scale": jnp.float32(scale.loss_scale),
+        "real_tokens": count_tokens(batch),
+        "checksum": checksum(batch),
+    }
+    return new, metrics
+
+
+def count_tokens(batch: Batch) -> jax.Array:
+    """Tokens predicted in the batch, at least 1, as fp32 (exact below 2^24 = 16.8 M)."""
+    return jnp.maximum(jnp.maximum(batch.length - 1, 0).sum(), 1).astype(jnp.float32)
+
+
+def checksum(batch: Batch) -> jax.Array:
+    """uint32 over the real tokens of the global batch and their places in it; the same for any split over devices."""
+    width = batch.tokens.shape[-1]
+    tokens = batch.tokens.reshape(-1, width).astype(jnp.uint32)
+    place = lax.broadcasted_iota(jnp.uint32, tokens.shape, 0) * jnp.uint32(width) + lax.broadcasted_iota(
+        jnp.uint32, tokens.shape, 1
+    )
+    place = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)  # spread the bits (constants: hash prospector, C. Wellons)
+    place = (place ^ (place >> 12)) * jnp.uint32(0x297A2D39)
+    real = jnp.arange(width)[None, :] < batch.length.reshape(-1, 1)
+    return jnp.where(real, (tokens + 1) * (place | jnp.uint32(1)), jnp.uint32(0)).sum(dtype=jnp.uint32)
+
+
+def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
+    """Jit everything for `mesh`: the one place where shardings and donation are put on. Raises UserError."""
+    n_devices = sharding.batch_devices(mesh)
+    accumulation = config.accumulation(n_devices)
+    by_name = sharding.parameter_shardings(mesh, config.model)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def fresh() -> TrainState:
+        return new_state(model.init(jax.random.key(config.train.seed), config.model), config)
+
+    def place(path, leaf) -> NamedSharding:  # moments are split as their parameter, whose name ends their path
+        keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+        return next((s for name, s in by_name.items() if "/".join(keys).endswith(name)), replicated)
+
+    shapes = jax.eval_shape(fresh)
+    state = jax.tree_util.tree_map_with_path(place, shapes)
+    batch = Batch(
+        NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)), NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    )
+    eval_batch = Batch(NamedSharding(mesh, PartitionSpec(sharding.BATCH)), NamedSharding(mesh, PartitionSpec(sharding.BATCH)))
+
+    def evaluate(params: dict, micro: Batch) -> tuple[Sums, jax.Array]:
+        return loss_sums(params, micro, config, config.train.seqs_per_device)
+
+    return Program(
+        init=jax.jit(fresh, out_shardings=state),
+        train=jax.jit(
+            lambda s, b: train_step(s, b, config),
+            in_shardings=(state, batch),
+            out_shardings=(state, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
+        batch=batch,
+        eval_batch=eval_batch,
+        shape=(accumulation, config.train.seqs_per_device * n_devices),
+    )
