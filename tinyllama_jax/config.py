@@ -262,6 +262,13 @@ def keys(config_type: type = Config, prefix: str = "") -> dict[str, type]:
     return out
 
 
+def flat(config: Config) -> dict[str, object]:
+    """`section.key` -> value, for every key."""
+    values = dataclasses.asdict(config)
+    values["init"] = {"from": config.init.from_}
+    return {k: values[k] if k in values else values[k.partition(".")[0]][k.partition(".")[2]] for k in keys()}
+
+
 def _parse(key: str, text: str, kind: type) -> object:
     try:
         if kind is bool:

@@ -63,9 +63,14 @@ def shape(parameter: Parameter, model) -> tuple[int, ...]:
     return tuple(size[letter] for letter in parameter.dims)
 
 
+def n_elements(parameter: Parameter, model) -> int:
+    """Number of elements of one tensor, layers included."""
+    return math.prod(shape(parameter, model))
+
+
 def n_parameters(model) -> int:
     """Number of parameters: 1,100,048,384 for the 1.1B model."""
-    return sum(math.prod(shape(p, model)) for p in PARAMETERS)
+    return sum(n_elements(p, model) for p in PARAMETERS)
 
 
 def init_std(parameter: Parameter, model) -> float:

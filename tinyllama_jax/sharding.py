@@ -40,8 +40,10 @@ def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, Name
         for letter, size in zip(p.dims, dims.shape(p, model), strict=True):
             axis = PARAMETER_AXES.get(letter)
             if axis and size % mesh.shape[axis]:
-                raise UserError(f"--mesh.{axis}={mesh.shape[axis]}: does not divide dimension {letter}={size} of {p.name} "
-                                f"{dims.shape(p, model)}; choose a divisor of {size}")  # fmt: skip
+                raise UserError(
+                    f"--mesh.{axis}={mesh.shape[axis]}: does not divide dimension {letter}={size} of {p.name} "
+                    f"{dims.shape(p, model)}; choose a divisor of {size}"
+                )
         out[p.name] = NamedSharding(mesh, PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in p.dims)))
     return out
 

@@ -43,7 +43,8 @@ class Batch(NamedTuple):
 class Program(NamedTuple):
     """The compiled functions of a run and where their arguments live."""
 
-    init: Callable[[], TrainState]
+    init: Callable[[], TrainState]  # from scratch
+    start: Callable[[dict], TrainState]  # from given parameters
     train: Callable[[TrainState, Batch], tuple[TrainState, dict]]
     evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]
     state: TrainState  # of ShapeDtypeStructs with their shardings
@@ -186,6 +187,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
 
     return Program(
         init=jax.jit(fresh, out_shardings=state),
+        start=jax.jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
         train=jax.jit(
             lambda s, b: train_step(s, b, config),
             in_shardings=(state, batch),

@@ -1,0 +1,262 @@
+"""The run folder: what describes it, and its checkpoints; the only orbax file.
+
+RUN/config.json      the resolved configuration          RUN/data.json        hash of each source's manifest
+RUN/tokenizer/       what the data were prepared with    RUN/versions.json    packages, Python, devices
+RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import dims, model, optim
+from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.step import TrainState, new_state
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array-record",
+    "tensorflow-datasets",
+    "sentencepiece",
+    "jmp",
+    "chex",
+    "numpy",
+)
+# What a run cannot change on the way, since its past would no longer be what its config says.
+FIXED = (
+    "model.n_layers",
+    "model.d_model",
+    "model.n_heads",
+    "model.n_kv_heads",
+    "model.d_ff",
+    "model.vocab_size",
+    "model.seq_len",
+    "model.rope_theta",
+    "model.rope_scaling",
+    "model.norm_eps",
+    "train.tokens_per_step",
+    "train.seed",
+)
+# What changes neither the losses (but for rounding) nor the batches: not worth a word.
+FREE = (
+    "workdir",
+    "data.sources",
+    "data.workers",
+    "data.eval_blocks",
+    "train.seqs_per_device",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "init.",
+    "model.remat",
+    "model.attention",
+    "model.loss_chunk",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, rotated, found again by number."""
+
+    def __init__(self, config: Config):
+        """Opens RUN/checkpoints, made if absent; half-written ones of a killed run are not seen, and removed."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.checkpoint.keep,
+            keep_period=config.checkpoint.keep_every or None,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        folder = Path(config.workdir).resolve() / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(folder, options=options, item_names=("params", "train"))
+
+    def latest(self) -> int | None:
+        """The newest step that is whole, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save; returns as soon as `state` may be overwritten. An error of an earlier save is raised here."""
+        if step == self._manager.latest_step():
+            return
+        params, rest = _parts(state)
+        items = ocp.args.Composite(params=ocp.args.StandardSave(params), train=ocp.args.StandardSave(rest))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
+        params, rest = _parts(abstract)
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(rest))
+        restored = self._manager.restore(step, args=items)
+        return TrainState(params=restored["params"], **restored["train"])
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _parts(state: TrainState) -> tuple[dict, dict]:
+    """(parameters, the rest): apart, so that those who want the weights read nothing else."""
+    rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "params"}
+    return state.params, rest
+
+
+def find_step(run: str | Path, step: int | None = None) -> int:
+    """`step` if RUN has that checkpoint, else the latest one. Raises UserError naming those that there are."""
+    folder = Path(run) / "checkpoints"
+    if not (Path(run) / "config.json").is_file():
+        raise UserError(f"{run}: is not a run folder (it has no config.json)")
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{run}: has no checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(f"--step {step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
+
+
+def load_config(run: str | Path) -> Config:
+    """The configuration of a run folder. Raises UserError."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: is not a run folder (it has no config.json)")
+    return config_lib.from_json(path.read_text(), str(path))
+
+
+def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
+    """(parameters as fp32 numpy arrays in a nested dict, config, step) of a run folder, on the host. Raises UserError."""
+    step, config = find_step(run, step), load_config(run)
+    as_numpy = {p.name: ocp.RestoreArgs(restore_type=np.ndarray) for p in dims.PARAMETERS}
+    with ocp.PyTreeCheckpointer() as reader:
+        path = Path(run).resolve() / "checkpoints" / str(step) / "params"
+        return reader.restore(path, restore_args=model.unflatten(as_numpy)), config, step
+
+
+def restore_params(run: str | Path, abstract: dict) -> tuple[dict, int]:
+    """(the latest parameters of a run folder, straight into the shardings of `abstract`; their step)."""
+    step = find_step(run)
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(Path(run).resolve() / "checkpoints" / str(step) / "params", abstract), step
+
+
+def save_import(
+    run: str | Path,
+    config: Config,
+    params: dict,
+    tokenizer: Path | None = None,
+    moments: tuple[dict, dict] | None = None,
+    step: int = 0,
+) -> None:
+    """Writes a run folder from weights that come from elsewhere (nested dict of fp32 arrays, as `load_params` gives).
+
+    With Adam's `moments` (first, second) the run can be gone on with at `step`; without, it is for `--init.from`.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    write(run / "config.json", config_lib.to_json(dataclasses.replace(config, workdir=str(run))))
+    if tokenizer:
+        shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    items = {"params": ocp.args.StandardSave(jax.tree.map(jnp.asarray, params))}
+    if moments:
+        state = jax.eval_shape(lambda: new_state(params, config))
+        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dataclasses.replace(state, params={}, opt_state=()))
+        adam = optax.ScaleByAdamState(jnp.int32(step), *moments)
+        rest = optim.adamw(config).init(params)[1:]
+        state = dataclasses.replace(state, step=jnp.int32(step), opt_state=(adam, *rest))
+        items["train"] = ocp.args.StandardSave(_parts(state)[1])
+    with ocp.CheckpointManager((run / "checkpoints").resolve(), item_names=tuple(items)) as manager:
+        manager.save(step, args=ocp.args.Composite(**items))
+
+
+# -- what describes a run -----------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the new one, whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+
+
+def open_run(config: Config, manifests: list[str], tokenizer: Path) -> list[str]:
+    """Makes the run folder, or checks that the one there is of this run; returns lines to print about what changed.
+
+    `manifests`: hash of each source's manifest, in order. `tokenizer`: the folder that the data carry. Raises UserError if
+    the run in that folder has another model, other data or other batches.
+    """
+    run = Path(config.workdir)
+    notes = []
+    sources = config.data.sources.items()
+    data = [{"path": p, "weight": w, "manifest_sha256": h} for (p, w), h in zip(sources, manifests, strict=True)]
+    if (run / "config.json").is_file():
+        notes = _compare(load_config(run), config)
+        there = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else data
+        if [(d["weight"], d["manifest_sha256"]) for d in there] != [(d["weight"], d["manifest_sha256"]) for d in data]:
+            was = ",".join(f"{d['path']}:{d['weight']}" for d in there)
+            raise UserError(
+                f"--data.sources: the run in {run} was trained on {was}, and these are other weights or other contents "
+                f"(see {run / 'data.json'}); give it its own data, or start another run with --workdir=NEW --init.from={run}"
+            )
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / "tokenizer").is_dir():
+            partial = run / "tokenizer.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(tokenizer, partial)
+            partial.rename(run / "tokenizer")
+    write(run / "data.json", json.dumps(data, indent=2) + "\n")
+    write(run / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write(run / "config.json", config_lib.to_json(config))  # last: a folder without it is not yet a run
+    return notes
+
+
+def _compare(old: Config, new: Config) -> list[str]:
+    before, after = config_lib.flat(old), config_lib.flat(new)
+    changed = [k for k in before if before[k] != after[k] and not k.startswith(FREE)]
+    for key in changed:
+        if key in FIXED:
+            raise UserError(
+                f"--{key}={after[key]}: the run in {new.workdir} has {before[key]}; give it back that value, "
+                f"or start another run with --workdir=NEW (and --init.from={new.workdir} for its weights)"
+            )
+    return [f"changed since this run was last started: {k} from {before[k]} to {after[k]}" for k in changed]
+
+
+def check_same_model(ours: Model, theirs: Model, origin: str) -> None:
+    """Raises UserError naming the first field in which two models' weights or mathematics differ."""
+    for key in FIXED:
+        section, _, name = key.partition(".")
+        if section == "model" and name != "seq_len" and getattr(ours, name) != getattr(theirs, name):
+            raise UserError(f"--{key}={getattr(ours, name)}: {origin} is of a model with {name}={getattr(theirs, name)}")
+
+
+def versions() -> dict[str, object]:
+    """What the run runs on: packages, Python, platform, devices."""
+    devices = jax.devices()
+    return {
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }

@@ -1,0 +1,197 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, W&B, the progress line; and FLOP accounting."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import rich.console
+import rich.progress
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from tinyllama_jax import dims
+from tinyllama_jax.config import Config, Model, UserError
+
+# Peak dense bf16 matmul rate in FLOP/s, by `jax.Device.device_kind`; from the vendors' datasheets.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_token(model: Model) -> dict[str, float]:
+    """FLOPs of forward and backward per token under the four conventions in use, of which MFU is quoted without saying which.
+
+    6 N for the matmuls and 12 L d S for attention's two; N with or without the embedding lookup (which multiplies nothing),
+    attention with or without the half that the causal mask leaves out. 7.708, 7.314, 7.154 and 6.760 GFLOP for the 1.1B.
+    """
+    everything = dims.n_parameters(model)
+    matmul = sum(dims.n_elements(p, model) for p in dims.PARAMETERS if p.fan_in)
+    attention = 12 * model.n_layers * model.d_model * model.seq_len
+    return {
+        "palm": 6 * everything + attention,  # TinyLlama's and lit-gpt's estimator, llm-foundry
+        "matmul": 6 * matmul + attention,  # nanoGPT, nanochat; what TinyLlama's 56% is close to
+        "palm_causal": 6 * everything + attention / 2,  # llm.c
+        "matmul_causal": 6 * matmul + attention / 2,  # MaxText
+    }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device, or None if it is not in the table (a CPU, say)."""
+    known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class Clock:
+    """Time of the steps between two reports, with evaluation left out and waits counted apart."""
+
+    def __init__(self, config: Config, mesh_size: int, device_kind: str):
+        self._tokens_per_step, self._devices = config.train.tokens_per_step, mesh_size
+        self._flops, self._peak = flops_per_token(config.model), peak_flops(device_kind)
+        self._since, self._step = time.perf_counter(), None
+        self._spent = {"data_wait": 0.0, "checkpoint": 0.0, "elsewhere": 0.0}
+
+    @contextlib.contextmanager
+    def spent_on(self, what: str) -> Iterator[None]:
+        """Counts the time of the block as "data_wait", "checkpoint" (both part of a step) or "elsewhere" (not)."""
+        before = time.perf_counter()
+        yield
+        self._spent[what] += time.perf_counter() - before
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Speed since the last lap: tokens/s, TFLOP/s (and MFU where the peak is known), seconds waited for what."""
+        now = time.perf_counter()
+        steps = 1 if self._step is None else max(step - self._step, 1)
+        seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
+        rate = steps * self._tokens_per_step / seconds
+        out = {
+            "tokens_per_second": rate,
+            "step_seconds": seconds / steps,
+            "data_wait_seconds": self._spent["data_wait"],
+            "checkpoint_seconds": self._spent["checkpoint"],
+        }
+        for convention, flops in self._flops.items():
+            out[f"tflops_per_device_{convention}"] = flops * rate / self._devices / 1e12
+            if self._peak:
+                out[f"mfu_{convention}"] = flops * rate / self._devices / self._peak
+        self._since, self._step, self._spent = now, step, dict.fromkeys(self._spent, 0.0)
+        return out
+
+
+class Writer:
+    """Writes each step's numbers to RUN/metrics.jsonl, RUN/tensorboard and, when asked, W&B."""
+
+    def __init__(self, config: Config, start: int):
+        """What an earlier process wrote of the steps after `start`, which will be done again, is taken out."""
+        run = Path(config.workdir)
+        truncate_after(run / "metrics.jsonl", start)
+        self._jsonl = (run / "metrics.jsonl").open("a")
+        self._events = EventFileWriter(str(run / "tensorboard"))
+        # TensorBoard drops the later steps of the event files before this one
+        self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._wandb = _wandb(config) if config.log.wandb else None
+
+    def write(self, step: int, values: dict[str, float | int | bool | str]) -> None:
+        """One line of metrics.jsonl: {"step": step, ...}. Floats are written in full: they read back to the same bits."""
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        scalars = {k: float(v) for k, v in values.items() if k not in ("checksum", "blocks")}
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self._jsonl.flush()
+        os.fsync(self._jsonl.fileno())
+        self._jsonl.close()
+        self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb(config: Config):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--log.wandb={config.log.wandb}: W&B is not installed; pip install wandb") from None
+    name = Path(config.workdir).name
+    return wandb.init(project=config.log.wandb, name=name, id=name, resume="allow", dir=config.workdir)
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Cuts the lines of steps after `step`, and a last line cut short by a kill, off a metrics file. Reads only its end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as f:
+        end = f.seek(0, os.SEEK_END)
+        keep = end
+        while keep > 0:
+            line_start = _line_start(f, keep)
+            f.seek(line_start)
+            line = f.read(keep - line_start)
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                break
+            keep = line_start
+        f.truncate(keep)
+
+
+def _line_start(f, end: int) -> int:
+    """Where the line that ends at `end` (its newline included) begins."""
+    block, at = 4096, end - 1  # not the line's own newline
+    while at > 0:
+        first = max(0, at - block)
+        f.seek(first)
+        newline = f.read(at - first).rfind(b"\n")
+        if newline >= 0:
+            return first + newline + 1
+        at = first
+    return 0
+
+
+class Progress:
+    """A live line on a terminal (step, loss, tokens/s, time left); elsewhere a plain line every ten seconds."""
+
+    def __init__(self, start: int, steps: int):
+        self.console = rich.console.Console(highlight=False)
+        self._steps, self._last = steps, 0.0
+        self._bar = None
+        if self.console.is_terminal:
+            columns = (
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self._bar = rich.progress.Progress(*columns, console=self.console, speed_estimate_period=60)
+            self._task = self._bar.add_task("starting", total=steps, completed=start)
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Shows the state of the run after `step`."""
+        text = f"step {step:,}/{self._steps:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._last > 10 or step == self._steps:
+            self._last = time.monotonic()
+            print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the live one."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+        if self._bar:
+            self._bar.stop()

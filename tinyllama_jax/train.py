@@ -1,0 +1,180 @@
+"""Pre-training: `python -m tinyllama_jax.train --config configs/demo.py --section.key=value ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tinyllama_jax import checkpoint, dims, hf, metrics, sharding
+from tinyllama_jax import config as config_lib
+from tinyllama_jax.config import Config, UserError
+from tinyllama_jax.data import feed, tokenizer
+from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.kernels import attention
+from tinyllama_jax.step import Batch, Program, TrainState, build
+
+
+def main(argv: list[str]) -> int:
+    """Trains to `train.steps`, from the newest checkpoint of the run folder if there is one. Returns the exit code."""
+    config = config_lib.load(argv, __doc__)
+    sources, held_out = feed.open_sources(config, "train"), feed.open_sources(config, "validation")
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
+        program = build(config, mesh)
+        data_tokenizer = Path(next(iter(config.data.sources))) / "tokenizer"
+        notes = checkpoint.open_run(config, [s.manifest_sha256 for s in sources], data_tokenizer)
+        checkpoints = checkpoint.Checkpoints(config)
+        at_end.callback(checkpoints.close)
+        state, origin = first_state(config, program, checkpoints, sources)
+        start = int(state.step)
+        writer = metrics.Writer(config, start)
+        at_end.callback(writer.close)
+        progress = metrics.Progress(start, config.train.steps)
+        at_end.callback(progress.close)
+        for line in [*notes, *describe(config, mesh, program, sources), f"weights: {origin}"]:
+            progress.say(line)
+
+        rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
+        batches = feed.training(config, sources, program.shape, rows, start)
+        clock = metrics.Clock(config, mesh.size, jax.devices()[0].device_kind)
+        reporter = Reporter(config, sources, writer, progress, clock, program.shape)
+        stop = stop_on_signal()
+        for step in range(start + 1, config.train.steps + 1):
+            with clock.spent_on("data_wait"):
+                batch = on_devices(next(batches), program.batch, program.shape)
+            state, now = program.train(state, batch)
+            reporter.report()  # of the step before: fetching its numbers does not hold this one up
+            reporter.pending = (step, now)
+            last = step == config.train.steps or bool(stop)
+            if last or step % config.log.eval_every == 0:
+                reporter.report()
+                with clock.spent_on("elsewhere"):
+                    scores = evaluate(program, config, state.params, held_out)
+                writer.write(step, scores)
+                progress.say(
+                    f"step {step:,}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_perplexity']:.2f}"
+                )
+            if last or step % config.checkpoint.every == 0:
+                reporter.report()  # what is on disk never lags behind the checkpoint
+                with clock.spent_on("checkpoint"):
+                    checkpoints.save(step, state)
+            if stop:
+                progress.say(f"stopped by {stop[0].name} after step {step:,}, which is saved; the same command goes on from it")
+                return 128 + stop[0]
+    return 0
+
+
+def first_state(
+    config: Config, program: Program, checkpoints: checkpoint.Checkpoints, sources: list[Blocks]
+) -> tuple[TrainState, str]:
+    """The state to begin with, and where it is from: the newest checkpoint, else `init.from` (weights only), else scratch."""
+    step = checkpoints.latest()
+    if step is not None:
+        return checkpoints.restore(step, program.state), f"step {step:,} of {config.workdir}"
+    if not config.init.from_:
+        return program.init(), f"from scratch (init {config.model.init}, seed {config.train.seed})"
+    origin = Path(config.init.from_)
+    theirs = tokenizer.load(origin / "tokenizer" if (origin / "tokenizer").is_dir() else origin)
+    if theirs.sha256 != sources[0].tokenizer_sha256:
+        raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
+    if (origin / "checkpoints").is_dir():
+        checkpoint.check_same_model(config.model, checkpoint.load_config(origin).model, str(origin))
+        params, step = checkpoint.restore_params(origin, program.state.params)
+        what = f"step {step:,} of {origin}, weights only"
+    else:
+        params, theirs = hf.load_folder(origin)
+        checkpoint.check_same_model(config.model, theirs, str(origin))
+        params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
+        what = f"{origin} (Hugging Face)"
+    return program.start(params), what
+
+
+def describe(config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks]) -> list[str]:
+    """What is about to run, in a few lines: nothing falls back silently."""
+    model, (accumulation, batch) = config.model, program.shape
+    impl, reason = attention.choose(model.attention)
+    data = ", ".join(f"{w:g} x {p} ({len(s):,} blocks)" for (p, w), s in zip(config.data.sources.items(), sources, strict=True))
+    return [
+        f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
+        f"attention: {impl} ({reason}); norm: xla; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
+        f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
+        f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
+        f"data: {data}",
+    ]
+
+
+def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tuple[int, ...]) -> Batch:
+    """This process's rows (tokens, lengths) as its part of the global batch, whose leading dimensions are `shape`."""
+    tokens, length = local
+    return Batch(
+        jax.make_array_from_process_local_data(shardings.tokens, tokens, (*shape, tokens.shape[-1])),
+        jax.make_array_from_process_local_data(shardings.length, length, shape),
+    )
+
+
+def evaluate(program: Program, config: Config, params: dict, held_out: list[Blocks]) -> dict[str, float]:
+    """Loss (nats a token), perplexity and next-token accuracy over all held-out tokens, and the loss of each source."""
+    batch = program.shape[1]
+    rows = feed.rows_here(program.eval_batch.length, (batch,), axis=0)
+    totals, out = np.zeros(3), {}
+    for path, blocks in zip(config.data.sources, held_out, strict=True):
+        local = feed.validation(blocks, config.data.eval_blocks, batch, rows)
+        parts = [program.evaluate(params, on_devices(part, program.eval_batch, (batch,))) for part in local]
+        loss, correct, tokens = np.sum([[s.loss, s.correct, n] for s, n in jax.device_get(parts)], axis=0, dtype=np.float64)
+        totals += loss, correct, tokens
+        out[f"val_loss/{Path(path).name}"] = loss / tokens
+    loss, correct, tokens = totals
+    scores = {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700)), "val_accuracy": correct / tokens}
+    return {**scores, "val_tokens": int(tokens), **(out if len(out) > 1 else {})}
+
+
+class Reporter:
+    """Fetches the numbers of a finished step and writes them down."""
+
+    def __init__(self, config, sources, writer, progress, clock, shape):
+        self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
+        self.order, self.seqs = feed.order(config, sources), shape[0] * shape[1]
+        self.pending: tuple[int, dict] | None = None
+
+    def report(self) -> None:
+        """Writes the pending step down, if there is one; a step that was skipped is named with its data, whatever log.every."""
+        if self.pending is None:
+            return
+        (step, on_device), self.pending = self.pending, None
+        values = {name: np.asarray(value).item() for name, value in jax.device_get(on_device).items()}
+        if step % self.config.log.every and values["finite"]:
+            return
+        values |= self.clock.lap(step) | {"tokens": step * self.config.train.tokens_per_step}
+        if not values["finite"]:
+            source, block = self.order.locate(np.arange((step - 1) * self.seqs, step * self.seqs))
+            values["blocks"] = json.dumps([source.tolist(), block.tolist()])
+            self.progress.say(
+                f"step {step:,}: loss or gradient not finite (loss {values['loss']}); weights unchanged, "
+                f"{values['skipped']} such steps so far; its blocks are in metrics.jsonl"
+            )
+        self.writer.write(step, values)
+        self.progress.update(step, values["loss"], values["tokens_per_second"])
+
+
+def stop_on_signal() -> list[signal.Signals]:
+    """A list that the first SIGINT or SIGTERM adds itself to: the loop then saves and ends. A second one ends at once."""
+    stop: list[signal.Signals] = []
+
+    def handler(number: int, _) -> None:
+        stop.append(signal.Signals(number))
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, handler)
+    return stop
+
+
+if __name__ == "__main__":
+    config_lib.run_main(main)
