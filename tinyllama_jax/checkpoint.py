@@ -84,9 +84,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        folder = Path(config.workdir).resolve() / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(folder, options=options, item_names=("params", "train"))
+        self._folder = Path(config.workdir).resolve() / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("params", "train"))
 
     def latest(self) -> int | None:
         """The newest step that is whole, or None."""
@@ -101,7 +101,11 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
+        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings). Raises UserError."""
+        if not (self._folder / str(step) / "train").is_dir():  # an import
+            raise UserError(
+                f"{self._folder.parent}: holds weights only; start from it with --workdir=NEW --init.from={self._folder.parent}"
+            )
         params, rest = _parts(abstract)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(rest))
         restored = self._manager.restore(step, args=items)

@@ -95,12 +95,12 @@ class Writer:
     def __init__(self, config: Config, start: int):
         """What an earlier process wrote of the steps after `start`, which will be done again, is taken out."""
         run = Path(config.workdir)
+        self._wandb = _wandb(config) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         self._jsonl = (run / "metrics.jsonl").open("a")
         self._events = EventFileWriter(str(run / "tensorboard"))
         # TensorBoard drops the later steps of the event files before this one
         self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._wandb = _wandb(config) if config.log.wandb else None
 
     def write(self, step: int, values: dict[str, float | int | bool | str]) -> None:
         """One line of metrics.jsonl: {"step": step, ...}. Floats are written in full: they read back to the same bits."""

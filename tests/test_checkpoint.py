@@ -1,0 +1,187 @@
+"""The run folder: what is kept, what comes back, what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyllama_jax import checkpoint, sharding
+from tinyllama_jax import config as c
+from tinyllama_jax.step import Batch, build
+
+
+@pytest.fixture
+def config(tmp_path):
+    return c.Config(
+        workdir=str(tmp_path / "run"),
+        model=c.Model(2, 32, 4, 2, 64, 104, 16),
+        data=c.Data({"data/a": 0.7, "data/b": 0.3}),
+        optim=c.Optim(4e-4, 4e-5, 10, 0.1, 1.0),
+        train=c.Train(100, 128, 1),
+        checkpoint=c.Checkpoint(10, keep=2, keep_every=40),
+    )
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.model").write_text("pieces")
+    return tmp_path / "tok"
+
+
+def state_of(config, **mesh):
+    mesh = sharding.make_mesh(c.Mesh(**mesh))
+    program = build(config, mesh)
+    state = program.init()
+    noise = jax.tree.map(lambda a: a + jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), state.opt_state)
+    return program, jax.device_put(dataclasses.replace(state, step=jnp.int32(7), opt_state=noise), jax.tree.map(
+        lambda s: s.sharding, program.state))  # fmt: skip
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])  # with fp16 the state holds a loss scale
+def test_a_state_comes_back_bit_for_bit_on_another_mesh(config, compute):
+    config = c.override(config, {"model.precision": f"params=float32,compute={compute},output=float32"})
+    _, state = state_of(config, data=1, fsdp=8)
+    checkpoints = checkpoint.Checkpoints(config)
+    assert checkpoints.latest() is None
+    checkpoints.save(7, state)
+    checkpoints.close()
+    program, _ = state_of(config, data=2, fsdp=2, tensor=2)
+    checkpoints = checkpoint.Checkpoints(config)
+    restored = checkpoints.restore(checkpoints.latest(), program.state)
+    checkpoints.close()
+    same(state, restored)
+    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(program.state), strict=True):
+        assert leaf.sharding == wanted.sharding
+
+
+def test_rotation_keeps_the_newest_and_every_fortieth(config):
+    _, state = state_of(config)
+    checkpoints = checkpoint.Checkpoints(config)
+    for step in (10, 20, 40, 50, 60, 70, 70):
+        checkpoints.save(step, state)
+    checkpoints.close()
+    names = sorted(int(p.name) for p in (checkpoint.Path(config.workdir) / "checkpoints").iterdir())
+    assert names == [40, 60, 70]
+
+
+def test_the_state_may_be_overwritten_once_save_returns(config):
+    program, state = state_of(config)
+    wanted = jax.device_get(state)
+    checkpoints = checkpoint.Checkpoints(config)
+    checkpoints.save(1, state)
+    program.train(state, Batch(np.zeros((*program.shape, 17), np.uint16), np.full(program.shape, 17, np.int32)))  # donates it
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(config)
+    same(wanted, checkpoints.restore(1, program.state))
+    checkpoints.close()
+
+
+def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
+    program, state = state_of(config)
+    checkpoint.open_run(config, ["x", "y"], tokenizer)
+    checkpoints = checkpoint.Checkpoints(config)
+    checkpoints.save(7, state)
+    checkpoints.close()
+    params, read, step = checkpoint.load_params(config.workdir)
+    assert step == 7 and read == config and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(params))
+    same(jax.device_get(state.params), params)
+    restored, _ = checkpoint.restore_params(config.workdir, program.state.params)
+    same(state.params, restored)
+
+
+@pytest.mark.parametrize("with_moments", [True, False])
+def test_an_import_can_be_gone_on_with_if_it_has_moments(config, tokenizer, with_moments):
+    program, state = state_of(config)
+    params = jax.device_get(state.params)
+    moments = (jax.tree.map(lambda a: a * 2, params), jax.tree.map(np.abs, params)) if with_moments else None
+    checkpoint.save_import(config.workdir, config, params, tokenizer, moments, step=50)
+    same(params, checkpoint.load_params(config.workdir, 50)[0])
+    checkpoints = checkpoint.Checkpoints(config)
+    if with_moments:
+        restored = checkpoints.restore(50, program.state)
+        assert int(restored.step) == 50 and int(restored.opt_state[0].count) == 50
+        same(moments, (restored.opt_state[0].mu, restored.opt_state[0].nu))
+    else:
+        with pytest.raises(c.UserError, match="holds weights only; start from it with --workdir=NEW --init.from"):
+            checkpoints.restore(50, program.state)
+    checkpoints.close()
+
+
+def test_the_run_describes_itself(config, tokenizer):
+    assert checkpoint.open_run(config, ["x", "y"], tokenizer) == []
+    run = checkpoint.Path(config.workdir)
+    assert checkpoint.load_config(run) == config
+    assert json.loads((run / "data.json").read_text())[1] == {"path": "data/b", "weight": 0.3, "manifest_sha256": "y"}
+    assert (run / "tokenizer" / "tokenizer.model").read_text() == "pieces"
+    assert set(checkpoint.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])
+    assert checkpoint.open_run(config, ["x", "y"], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.d_ff": "32"}, r"--model.d_ff=32: the run in .* has 64"),
+        ({"train.seed": "1"}, r"--train.seed=1: the run in .* has 0"),
+        ({"train.tokens_per_step": "256"}, "--train.tokens_per_step=256"),
+        ({"data.sources": "data/a:0.6,data/b:0.4"}, r"was trained on data/a:0.7,data/b:0.3, and these are other weights"),
+    ],
+)
+def test_a_run_is_not_gone_on_with_as_another(config, tokenizer, change, words):
+    checkpoint.open_run(config, ["x", "y"], tokenizer)
+    with pytest.raises(c.UserError, match=words):
+        checkpoint.open_run(c.override(config, change), ["x", "y"], tokenizer)
+    assert checkpoint.load_config(config.workdir) == config
+
+
+def test_what_may_change_is_said_or_free(config, tokenizer):
+    checkpoint.open_run(config, ["x", "y"], tokenizer)
+    moved = c.override(
+        config, {"data.sources": "elsewhere/a:0.7,elsewhere/b:0.3", "mesh.data": "2", "train.seqs_per_device": "2"}
+    )
+    assert checkpoint.open_run(moved, ["x", "y"], tokenizer) == []
+    longer = c.override(moved, {"train.steps": "200"})
+    assert checkpoint.open_run(longer, ["x", "y"], tokenizer) == [
+        "changed since this run was last started: train.steps from 100 to 200"
+    ]
+    with pytest.raises(c.UserError, match="other contents"):
+        checkpoint.open_run(longer, ["x", "z"], tokenizer)
+
+
+def test_find_step_names_what_there_is(config, tmp_path):
+    with pytest.raises(c.UserError, match="is not a run folder"):
+        checkpoint.load_params(tmp_path / "nowhere")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(c.to_json(config))
+    with pytest.raises(c.UserError, match="has no checkpoint yet"):
+        checkpoint.load_params(tmp_path / "run")
+    for step in (10, 9, 1000000, 960000):
+        (tmp_path / "run" / "checkpoints" / str(step)).mkdir()
+    (tmp_path / "run" / "checkpoints" / "1000001.orbax-checkpoint-tmp-0").mkdir()
+    assert checkpoint.find_step(tmp_path / "run") == 1000000  # by number: the original's sort picked 960000
+    with pytest.raises(c.UserError, match="steps 9, 10, 960000, 1000000"):
+        checkpoint.find_step(tmp_path / "run", 11)
+
+
+def test_another_model_is_named(config):
+    theirs = dataclasses.replace(config.model, n_layers=3)
+    with pytest.raises(c.UserError, match="--model.n_layers=2: X is of a model with n_layers=3"):
+        checkpoint.check_same_model(config.model, theirs, "X")
+    checkpoint.check_same_model(config.model, dataclasses.replace(config.model, seq_len=64, remat="full"), "X")
+
+
+def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    checkpoint.write(path, "old")
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        checkpoint.write(path, "new")
+    assert path.read_text() == "old"

@@ -1,0 +1,117 @@
+"""Configuration: what is accepted, what is refused and with which words."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from tinyllama_jax import config as c
+
+
+@pytest.fixture
+def config() -> c.Config:
+    return c.Config(
+        workdir="runs/x",
+        model=c.Model(2, 32, 4, 2, 64, 100, 16),
+        data=c.Data({"a": 0.7, "b": 0.3}),
+        optim=c.Optim(4e-4, 4e-5, 10, 0.1, 1.0),
+        train=c.Train(100, 128, 2),
+        checkpoint=c.Checkpoint(10),
+    )
+
+
+def test_override_by_type(config):
+    new = c.override(config, {"train.steps": "1_000", "optim.peak_lr": "1e-3", "workdir": "y", "init.from": "RUN",
+                              "data.sources": "p/q:0.9,r:0.1", "mesh.fsdp": "-1"})  # fmt: skip
+    assert (new.train.steps, new.optim.peak_lr, new.workdir, new.init.from_) == (1000, 1e-3, "y", "RUN")
+    assert new.data.sources == {"p/q": 0.9, "r": 0.1} and new.mesh.fsdp == -1
+    assert config.train.steps == 100
+    assert c.override(config, {"data.sources": "only"}).data.sources == {"only": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"train.step": "5"}, "--train.step=5: no such key; did you mean --train.steps?"),
+        ({"steps": "5"}, "did you mean --train.steps?"),
+        ({"optim.lr": "5"}, "no such key"),
+        ({"train.steps": "many"}, "--train.steps=many: must be a whole number"),
+        ({"train.steps": "1.5"}, "--train.steps=1.5: must be a whole number"),
+        ({"train.steps": "0"}, "--train.steps=0: must be at least 1"),
+        ({"optim.peak_lr": "fast"}, "--optim.peak_lr=fast: must be a number"),
+        ({"optim.min_lr": "1"}, "must lie in [0, optim.peak_lr=0.0004]"),
+        ({"model.remat": "ful"}, "did you mean full?"),
+        ({"model.attention": "flash"}, "must be one of auto, reference, xla, cudnn"),
+        ({"model.precision": "bf16"}, "--model.precision=bf16: is not a policy"),
+        ({"model.n_heads": "5"}, "--model.n_heads=5: must divide model.d_model=32"),
+        ({"model.n_kv_heads": "3"}, "--model.n_kv_heads=3: must divide model.n_heads=4"),
+        ({"train.tokens_per_step": "100"}, "must be a multiple of model.seq_len=16"),
+        ({"mesh.data": "-1"}, "only one axis can be -1"),
+        ({"mesh.data": "0"}, "--mesh.data=0: must be a positive number"),
+        ({"data.sources": ""}, "needs at least one folder"),
+        ({"data.sources": "a:x"}, "must be DIR:WEIGHT"),
+        ({"data.sources": "a:-1"}, "weights must be positive"),
+        ({"optim.warmup_steps": "101"}, "is more than train.steps=100"),
+        ({"checkpoint.keep": "0"}, "must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_remedy(config, arguments, words):
+    with pytest.raises(c.UserError) as error:
+        c.override(config, arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_accumulation_is_derived_or_refused_with_what_would_do(config):
+    assert config.accumulation(4) == 1 and config.accumulation(1) == 4  # 8 sequences a step, 2 a device
+    with pytest.raises(c.UserError, match=r"choose train.tokens_per_step as a multiple of 48"):
+        config.accumulation(3)
+    uneven = dataclasses.replace(config, train=dataclasses.replace(config.train, seqs_per_device=3))
+    with pytest.raises(c.UserError, match=r"choose train.seqs_per_device among \[1, 2, 4\]"):
+        uneven.accumulation(2)
+
+
+def test_json_round_trip(config):
+    assert c.from_json(c.to_json(config)) == config
+    with pytest.raises(c.UserError, match=r"X: is not a config of this version"):
+        c.from_json('{"workdir": "x"}', "X")
+
+
+def test_keys_and_flat_agree(config):
+    assert list(c.flat(config)) == list(c.keys())
+    assert c.flat(config)["model.n_layers"] == 2 and c.flat(config)["init.from"] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file; did you mean"),
+        ("x = 1", "defines no `config = Config(...)`"),
+        ("a = 1\nb = 1 / 0", "line 2: ZeroDivisionError"),
+        ("def", "line 1: SyntaxError"),
+        ("from tinyllama_jax.config import *\nModel(1, 32, 5, 1, 1, 1, 1)", "--model.n_heads=5"),
+    ],
+)
+def test_a_config_file_with_a_mistake(tmp_path, text, words):
+    (tmp_path / "demo.py").write_text("")
+    path = tmp_path / "demmo.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(c.UserError) as error:
+        c.read(str(path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_line(config):
+    assert c.pairs(["--a.b=c=d", "--e", "f"]) == {"a.b": "c=d", "e": "f"}
+    with pytest.raises(c.UserError, match="an option is written"):
+        c.pairs(["train.steps=1"])
+    with pytest.raises(c.UserError, match="has no value"):
+        c.pairs(["--train.steps"])
+
+
+def test_errors_end_with_exit_code_2_and_no_traceback():
+    command = [sys.executable, "-m", "tinyllama_jax.train", "--config", "configs/nope.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --config=configs/nope.py: no such file")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,104 @@
+"""FLOP accounting, the metrics file across a restart, TensorBoard events."""
+
+import json
+import math
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tinyllama_jax import config as c
+from tinyllama_jax import metrics
+
+TINYLLAMA = c.Model(22, 2048, 32, 4, 5632, 32000, 2048)
+
+
+def test_flops_per_token_of_the_four_conventions():
+    flops = metrics.flops_per_token(TINYLLAMA)
+    # 6 x 1,100,048,384 + 12 x 22 x 2048 x 2048; 6 x 1,034,420,224 + the same; and each with half of the attention
+    assert flops["palm"] == 6 * 1_100_048_384 + 1_107_296_256 == 7_707_586_560
+    assert flops["matmul"] == 6 * 1_034_420_224 + 1_107_296_256 == 7_313_817_600
+    assert flops["palm_causal"] == 7_153_938_432
+    assert flops["matmul_causal"] == 6_760_169_472
+
+
+def test_peak_is_known_by_the_longest_name():
+    assert metrics.peak_flops("TPU v5 lite") == 197e12
+    assert metrics.peak_flops("TPU v5") == 459e12
+    assert metrics.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert metrics.peak_flops("cpu") is None
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("padding", [0, 10_000])  # lines longer than the block that is read from the end
+@pytest.mark.parametrize("keep", [0, 1, 7, 10, 99])
+def test_truncate_after(tmp_path, keep, padding):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": s, "x": "a" * padding} for s in range(1, 11)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 11, "lo')  # the last line cut by a kill
+    metrics.truncate_after(path, keep)
+    assert lines(path) == [r for r in rows if r["step"] <= keep]
+
+
+def test_truncate_reads_only_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as f:
+        f.write("this is not JSON\n")
+        f.writelines(f'{{"step": {s}}}\n' for s in range(1, 1001))
+    metrics.truncate_after(path, 998)  # would fail on the first line
+    assert path.read_text().endswith('{"step": 998}\n')
+
+
+@pytest.fixture
+def config(tmp_path):
+    return c.Config(str(tmp_path), c.Model(2, 32, 4, 2, 64, 100, 16), c.Data({"a": 1}), c.Optim(4e-4, 4e-5, 10, 0.1, 1.0),
+                    c.Train(100, 128, 2), c.Checkpoint(10))  # fmt: skip
+
+
+def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
+    for start, end in ((0, 7), (4, 10)):  # killed at 7, its last checkpoint at 4
+        writer = metrics.Writer(config, start)
+        for step in range(start + 1, end + 1):
+            writer.write(step, {"loss": 1 / 3 + step, "checksum": 2**32 - 1, "finite": True})
+        writer.close()
+        time.sleep(1.1)  # event files are named by the second
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == list(range(1, 11))
+    assert lines(tmp_path / "metrics.jsonl")[2]["loss"] == 1 / 3 + 3  # to the bit
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
+    assert events.Scalars("loss")[9].value == pytest.approx(10 + 1 / 3)
+
+
+def test_wandb_asked_for_and_absent_is_said(config, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    asked = c.override(config, {"log.wandb": "project"})
+    with pytest.raises(c.UserError, match="pip install wandb"):
+        metrics.Writer(asked, 0)
+
+
+def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = metrics.Clock(config, 4, "NVIDIA A100")
+
+    def spend(what, seconds):
+        with clock.spent_on(what):
+            now[0] += seconds
+
+    spend("data_wait", 1)
+    now[0] += 1
+    clock.lap(1)
+    spend("data_wait", 1)
+    spend("elsewhere", 50)
+    spend("checkpoint", 2)
+    now[0] += 3
+    lap = clock.lap(3)  # two steps of 128 tokens in 1 + 2 + 3 seconds
+    assert lap["tokens_per_second"] == pytest.approx(2 * 128 / 6) and lap["step_seconds"] == pytest.approx(3)
+    assert (lap["data_wait_seconds"], lap["checkpoint_seconds"]) == (1, 2)
+    flops = metrics.flops_per_token(config.model)["palm"]
+    assert math.isclose(lap["mfu_palm"], flops * 2 * 128 / 6 / 4 / 312e12)
+    assert "mfu_palm" not in metrics.Clock(config, 4, "cpu").lap(1)
