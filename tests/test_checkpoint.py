@@ -37,8 +37,9 @@ def state_of(config, **mesh):
     program = build(config, mesh)
     state = program.init()
     noise = jax.tree.map(lambda a: a + jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), state.opt_state)
-    return program, jax.device_put(dataclasses.replace(state, step=jnp.int32(7), opt_state=noise), jax.tree.map(
-        lambda s: s.sharding, program.state))  # fmt: skip
+    return program, jax.device_put(
+        dataclasses.replace(state, step=jnp.int32(7), opt_state=noise), jax.tree.map(lambda s: s.sharding, program.state)
+    )
 
 
 def same(a, b):

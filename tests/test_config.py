@@ -22,8 +22,17 @@ def config() -> c.Config:
 
 
 def test_override_by_type(config):
-    new = c.override(config, {"train.steps": "1_000", "optim.peak_lr": "1e-3", "workdir": "y", "init.from": "RUN",
-                              "data.sources": "p/q:0.9,r:0.1", "mesh.fsdp": "-1"})  # fmt: skip
+    new = c.override(
+        config,
+        {
+            "train.steps": "1_000",
+            "optim.peak_lr": "1e-3",
+            "workdir": "y",
+            "init.from": "RUN",
+            "data.sources": "p/q:0.9,r:0.1",
+            "mesh.fsdp": "-1",
+        },
+    )
     assert (new.train.steps, new.optim.peak_lr, new.workdir, new.init.from_) == (1000, 1e-3, "y", "RUN")
     assert new.data.sources == {"p/q": 0.9, "r": 0.1} and new.mesh.fsdp == -1
     assert config.train.steps == 100

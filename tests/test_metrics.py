@@ -54,8 +54,14 @@ def test_truncate_reads_only_the_end(tmp_path):
 
 @pytest.fixture
 def config(tmp_path):
-    return c.Config(str(tmp_path), c.Model(2, 32, 4, 2, 64, 100, 16), c.Data({"a": 1}), c.Optim(4e-4, 4e-5, 10, 0.1, 1.0),
-                    c.Train(100, 128, 2), c.Checkpoint(10))  # fmt: skip
+    return c.Config(
+        str(tmp_path),
+        c.Model(2, 32, 4, 2, 64, 100, 16),
+        c.Data({"a": 1}),
+        c.Optim(4e-4, 4e-5, 10, 0.1, 1.0),
+        c.Train(100, 128, 2),
+        c.Checkpoint(10),
+    )
 
 
 def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):

@@ -19,7 +19,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 
 from tinyllama_jax import config as config_lib
@@ -181,9 +180,8 @@ def save_import(
     if moments:
         state = jax.eval_shape(lambda: new_state(params, config))
         state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dataclasses.replace(state, params={}, opt_state=()))
-        adam = optax.ScaleByAdamState(jnp.int32(step), *moments)
-        rest = optim.adamw(config).init(params)[1:]
-        state = dataclasses.replace(state, step=jnp.int32(step), opt_state=(adam, *rest))
+        opt_state = optim.from_moments(*moments, step, config)
+        state = dataclasses.replace(state, step=jnp.int32(step), opt_state=opt_state)
         items["train"] = ocp.args.StandardSave(_parts(state)[1])
     with ocp.CheckpointManager((run / "checkpoints").resolve(), item_names=tuple(items)) as manager:
         manager.save(step, args=ocp.args.Composite(**items))

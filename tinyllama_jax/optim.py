@@ -38,6 +38,12 @@ def adamw(config: Config) -> optax.GradientTransformation:
     )
 
 
+def from_moments(first: dict, second: dict, count: int, config: Config) -> optax.OptState:
+    """The state of `adamw` after `count` steps, from Adam's two moments (trees like the parameters)."""
+    _, *rest = jax.eval_shape(adamw(config).init, first)
+    return (optax.ScaleByAdamState(jnp.int32(count), first, second), *rest)
+
+
 def update(
     grads: dict, opt_state: optax.OptState, params: dict, step: jax.Array, config: Config
 ) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tinyllama_jax.config import UserError
+
 QUERY_BLOCK = 512  # queries whose scores exist at one time in "xla": B x N x 512 x T, never S x T
 
 
 def choose(impl: str) -> tuple[str, str]:
-    """What "auto" means on this machine: (implementation, reason). Raises ValueError if a named one cannot run here."""
+    """What "auto" means on this machine: (implementation, reason). Raises UserError if a named one cannot run here."""
     backend = jax.default_backend()
     capability = getattr(jax.devices()[0], "compute_capability", "0")
     flash = backend == "gpu" and float(capability or 0) >= 8.0
@@ -22,7 +24,9 @@ def choose(impl: str) -> tuple[str, str]:
             return "cudnn", f"GPU of compute capability {capability}"
         return "xla", f"no fused kernel here for the backend {backend}"
     if impl == "cudnn" and not flash:
-        raise ValueError(f"needs an NVIDIA GPU of compute capability 8.0 or more; this backend is {backend}")
+        raise UserError(
+            f"--model.attention=cudnn: needs an NVIDIA GPU of compute capability 8.0 or more; this backend is {backend}"
+        )
     return impl, "asked for"
 
 

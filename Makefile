@@ -1,0 +1,62 @@
+# make demo: see it work. make test: know that it is right. make bench: the figures. Everything is installed into .venv.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+# a newer Python, if one runs (a shim on the path may not): the numeric core is tested on it too, with the newest JAX
+NEWER  := $(shell for p in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); \
+	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+SAME   := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))' 2>/dev/null)
+
+.PHONY: demo test test-newer lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.base
+	@$(PY) -m tinyllama_jax.demo
+
+test: lint $(VENV)/.dev
+	$(PY) -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory test-newer
+
+ifeq ($(SAME),1)
+test-newer:
+else ifeq ($(NEWER),)
+test-newer:
+	@echo "no Python 3.12 or newer here: the numeric core was not tested on the newest JAX"
+else
+test-newer: $(VENV)-newer/.base
+	$(VENV)-newer/bin/python -m pytest -n 2 tests/test_model.py tests/test_step.py tests/test_sharding.py tests/test_checkpoint.py \
+		tests/kernels tests/data/test_mixture.py
+endif
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.dev
+	$(PY) tools/bench_data.py
+	$(PY) tools/bench_run.py
+	$(PY) tools/bench_train.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-newer runs
+
+$(VENV)/.base: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.txt into $(VENV)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py
+	@echo "installing what the tests need into $(VENV)"
+	@$(PIP) --editable '.[dev]'
+	@$(PY) tests/install_torch.py
+	@touch $@
+
+$(VENV)-newer/.base: requirements.txt
+	@test -d $(VENV)-newer || $(NEWER) -m venv $(VENV)-newer
+	@echo "installing into $(VENV)-newer with $(NEWER)"
+	@$(VENV)-newer/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest pytest-xdist
+	@touch $@

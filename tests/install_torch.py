@@ -1,0 +1,27 @@
+"""Installs PyTorch for the parity tests where a CPU build of it can be had; where only a CUDA build can, says so."""
+
+import json
+import subprocess
+import sys
+
+TORCH = "torch==2.13.0"  # the version that the parity tests were last held against
+
+
+def main() -> None:
+    """Asks pip what it would install, and installs it if no GPU package is among it."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TORCH]
+    plan = subprocess.run([*pip, "--dry-run", "--report", "-"], capture_output=True, text=True)
+    if plan.returncode:
+        print(f"{TORCH} cannot be had here; the tests that need it will be skipped")
+        return
+    report = plan.stdout[plan.stdout.index("{") :]
+    names = [item["metadata"]["name"].lower() for item in json.loads(report)["install"]]
+    heavy = [name for name in names if name.startswith(("nvidia", "cuda", "triton"))]
+    if heavy:
+        print(f"{TORCH} would bring {len(heavy)} CUDA packages; the tests that need it will be skipped")
+    elif names:
+        subprocess.run(pip, check=True)
+
+
+if __name__ == "__main__":
+    main()
