@@ -12,6 +12,8 @@ from tinyllama_jax import checkpoint, sharding
 from tinyllama_jax import config as c
 from tinyllama_jax.step import Batch, build
 
+XY, XZ = ([{"manifest_sha256": h, "bos": False} for h in names] for names in ("xy", "xz"))
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -40,6 +42,10 @@ def state_of(config, **mesh):
     return program, jax.device_put(
         dataclasses.replace(state, step=jnp.int32(7), opt_state=noise), jax.tree.map(lambda s: s.sharding, program.state)
     )
+
+
+def saved(config):
+    (checkpoint.Path(config.workdir) / "checkpoints" / "5").mkdir(parents=True)
 
 
 def same(a, b):
@@ -88,7 +94,7 @@ def test_the_state_may_be_overwritten_once_save_returns(config):
 
 def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
     program, state = state_of(config)
-    checkpoint.open_run(config, ["x", "y"], tokenizer)
+    checkpoint.open_run(config, XY, tokenizer)
     checkpoints = checkpoint.Checkpoints(config)
     checkpoints.save(7, state)
     checkpoints.close()
@@ -100,11 +106,11 @@ def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
 
 
 @pytest.mark.parametrize("with_moments", [True, False])
-def test_an_import_can_be_gone_on_with_if_it_has_moments(config, tokenizer, with_moments):
+def test_an_import_can_be_gone_on_with_if_it_has_moments(config, with_moments):
     program, state = state_of(config)
     params = jax.device_get(state.params)
     moments = (jax.tree.map(lambda a: a * 2, params), jax.tree.map(np.abs, params)) if with_moments else None
-    checkpoint.save_import(config.workdir, config, params, tokenizer, moments, step=50)
+    checkpoint.save_import(checkpoint.Path(config.workdir), config, params, moments, step=50)
     same(params, checkpoint.load_params(config.workdir, 50)[0])
     checkpoints = checkpoint.Checkpoints(config)
     if with_moments:
@@ -118,13 +124,18 @@ def test_an_import_can_be_gone_on_with_if_it_has_moments(config, tokenizer, with
 
 
 def test_the_run_describes_itself(config, tokenizer):
-    assert checkpoint.open_run(config, ["x", "y"], tokenizer) == []
+    assert checkpoint.open_run(config, XY, tokenizer) == []
     run = checkpoint.Path(config.workdir)
     assert checkpoint.load_config(run) == config
-    assert json.loads((run / "data.json").read_text())[1] == {"path": "data/b", "weight": 0.3, "manifest_sha256": "y"}
+    assert json.loads((run / "data.json").read_text())[1] == {
+        "path": "data/b",
+        "weight": 0.3,
+        "manifest_sha256": "y",
+        "bos": False,
+    }
     assert (run / "tokenizer" / "tokenizer.model").read_text() == "pieces"
     assert set(checkpoint.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])
-    assert checkpoint.open_run(config, ["x", "y"], tokenizer) == []
+    assert checkpoint.open_run(config, XY, tokenizer) == []
 
 
 @pytest.mark.parametrize(
@@ -137,24 +148,28 @@ def test_the_run_describes_itself(config, tokenizer):
     ],
 )
 def test_a_run_is_not_gone_on_with_as_another(config, tokenizer, change, words):
-    checkpoint.open_run(config, ["x", "y"], tokenizer)
+    checkpoint.open_run(config, XY, tokenizer)
+    assert checkpoint.open_run(c.override(config, {"train.steps": "90"}), XY, tokenizer) == []  # no checkpoint, no past
+    checkpoint.open_run(config, XY, tokenizer)
+    saved(config)
     with pytest.raises(c.UserError, match=words):
-        checkpoint.open_run(c.override(config, change), ["x", "y"], tokenizer)
+        checkpoint.open_run(c.override(config, change), XY, tokenizer)
     assert checkpoint.load_config(config.workdir) == config
 
 
 def test_what_may_change_is_said_or_free(config, tokenizer):
-    checkpoint.open_run(config, ["x", "y"], tokenizer)
+    checkpoint.open_run(config, XY, tokenizer)
+    saved(config)
     moved = c.override(
         config, {"data.sources": "elsewhere/a:0.7,elsewhere/b:0.3", "mesh.data": "2", "train.seqs_per_device": "2"}
     )
-    assert checkpoint.open_run(moved, ["x", "y"], tokenizer) == []
+    assert checkpoint.open_run(moved, XY, tokenizer) == []
     longer = c.override(moved, {"train.steps": "200"})
-    assert checkpoint.open_run(longer, ["x", "y"], tokenizer) == [
+    assert checkpoint.open_run(longer, XY, tokenizer) == [
         "changed since this run was last started: train.steps from 100 to 200"
     ]
     with pytest.raises(c.UserError, match="other contents"):
-        checkpoint.open_run(longer, ["x", "z"], tokenizer)
+        checkpoint.open_run(longer, XZ, tokenizer)
 
 
 def test_find_step_names_what_there_is(config, tmp_path):

@@ -1,9 +1,9 @@
 """What holds the structure up: import direction, one home a library, the README's file map, the config keys, every config."""
 
 import ast
-import re
 from pathlib import Path
 
+import file_map
 import jax
 import pytest
 
@@ -13,15 +13,27 @@ from tinyllama_jax import sharding, step
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 RANK = {
-    "tinyllama_jax": 0, "dims": 0, "config": 0,
-    "sharding": 1, "kernels": 1,
-    "data": 2, "model": 2, "optim": 2.5, "hf": 2, "hf_tokenizer": 2,
+    "tinyllama_jax": 0,
+    "dims": 0,
+    "config": 0,
+    "sharding": 1,
+    "kernels": 1,
+    "data": 2,
+    "model": 2,
+    "optim": 2.5,
+    "hf": 2,
+    "hf_tokenizer": 2,
+    "lit": 2.5,
     "step": 3,
-    "checkpoint": 4, "metrics": 4,
-    "generate": 5, "report": 5, "export": 5,
+    "checkpoint": 4,
+    "metrics": 4,
+    "generate": 5,
+    "report": 5,
+    "convert": 5,
     "train": 6,
-    "demo_corpus": 7, "demo": 8,
-}  # fmt: skip
+    "demo_corpus": 7,
+    "demo": 8,
+}
 HOME = {
     "flax": {"model"},
     "optax": {"optim"},
@@ -80,10 +92,7 @@ def test_rank_0_needs_no_jax():
 
 
 def test_readme_file_map_is_the_docstrings():
-    readme = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(tinyllama_jax/[\w/.]+\.py)` \| (.+?) \|$", readme, re.M))
-    first = {str(p.relative_to(ROOT)): ast.get_docstring(ast.parse(p.read_text())).split("\n")[0].rstrip(".") for p in PACKAGE}
-    assert rows == {p: s.replace("|", "\\|") for p, s in first.items() if not p.endswith("__init__.py")}
+    assert file_map.table() in (ROOT / "README.md").read_text(), "run python tests/file_map.py"
 
 
 def test_config_keys():

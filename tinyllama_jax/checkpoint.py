@@ -7,17 +7,19 @@ RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -95,9 +97,14 @@ class Checkpoints:
         """Starts to save; returns as soon as `state` may be overwritten. An error of an earlier save is raised here."""
         if step == self._manager.latest_step():
             return
+        # asked first, since Orbax meets a full disk in its threads, each of which prints its own traceback
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
         params, rest = _parts(state)
         items = ocp.args.Composite(params=ocp.args.StandardSave(params), train=ocp.args.StandardSave(rest))
-        self._manager.save(step, args=items)
+        with _disk_errors(self._folder):
+            self._manager.save(step, args=items)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state after `step`, straight into the shardings of `abstract` (shapes with shardings). Raises UserError."""
@@ -112,8 +119,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with _disk_errors(self._folder):
+            self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What TensorStore says of a full disk, as the OSError that it was."""
+    try:
+        yield
+    except ValueError as error:
+        if "No space left on device" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "while saving", str(folder)) from None
 
 
 def _parts(state: TrainState) -> tuple[dict, dict]:
@@ -122,12 +141,17 @@ def _parts(state: TrainState) -> tuple[dict, dict]:
     return state.params, rest
 
 
+def steps_in(run: str | Path) -> list[int]:
+    """The steps that a run folder has checkpoints of, in order; whole ones only, since Orbax gives them their name last."""
+    folder = Path(run) / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
 def find_step(run: str | Path, step: int | None = None) -> int:
     """`step` if RUN has that checkpoint, else the latest one. Raises UserError naming those that there are."""
-    folder = Path(run) / "checkpoints"
     if not (Path(run) / "config.json").is_file():
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    steps = steps_in(run)
     if not steps:
         raise UserError(f"{run}: has no checkpoint yet")
     if step is not None and step not in steps:
@@ -159,32 +183,22 @@ def restore_params(run: str | Path, abstract: dict) -> tuple[dict, int]:
         return reader.restore(Path(run).resolve() / "checkpoints" / str(step) / "params", abstract), step
 
 
-def save_import(
-    run: str | Path,
-    config: Config,
-    params: dict,
-    tokenizer: Path | None = None,
-    moments: tuple[dict, dict] | None = None,
-    step: int = 0,
-) -> None:
-    """Writes a run folder from weights that come from elsewhere (nested dict of fp32 arrays, as `load_params` gives).
+def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, dict] | None = None, step: int = 0) -> None:
+    """Writes config and checkpoint of weights that come from elsewhere (nested dict of fp32 arrays, as `load_params` gives).
 
     With Adam's `moments` (first, second) the run can be gone on with at `step`; without, it is for `--init.from`.
     """
-    run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    write(run / "config.json", config_lib.to_json(dataclasses.replace(config, workdir=str(run))))
-    if tokenizer:
-        shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
-    items = {"params": ocp.args.StandardSave(jax.tree.map(jnp.asarray, params))}
+    items = {"params": ocp.args.StandardSave(params)}
     if moments:
-        state = jax.eval_shape(lambda: new_state(params, config))
-        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dataclasses.replace(state, params={}, opt_state=()))
+        abstract = jax.eval_shape(lambda: new_state({}, config))
+        state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), dataclasses.replace(abstract, opt_state=()))
         opt_state = optim.from_moments(*moments, step, config)
-        state = dataclasses.replace(state, step=jnp.int32(step), opt_state=opt_state)
+        state = dataclasses.replace(state, step=np.int32(step), opt_state=opt_state)
         items["train"] = ocp.args.StandardSave(_parts(state)[1])
     with ocp.CheckpointManager((run / "checkpoints").resolve(), item_names=tuple(items)) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
+    write(run / "config.json", config_lib.to_json(config))
 
 
 # -- what describes a run -----------------------------------------------------------------------------------------------
@@ -200,35 +214,33 @@ def write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def open_run(config: Config, manifests: list[str], tokenizer: Path) -> list[str]:
+def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     """Makes the run folder, or checks that the one there is of this run; returns lines to print about what changed.
 
-    `manifests`: hash of each source's manifest, in order. `tokenizer`: the folder that the data carry. Raises UserError if
-    the run in that folder has another model, other data or other batches.
+    `sources`: for each, in order, {"manifest_sha256", "bos"}; what data.json says besides path and weight. `tokenizer`: the
+    folder that the data carry. Raises UserError if the run in that folder has another model, other data or other batches.
     """
     run = Path(config.workdir)
     notes = []
-    sources = config.data.sources.items()
-    data = [{"path": p, "weight": w, "manifest_sha256": h} for (p, w), h in zip(sources, manifests, strict=True)]
-    if (run / "config.json").is_file():
+    named = zip(config.data.sources.items(), sources, strict=True)
+    data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
+    if steps_in(run):  # before its first checkpoint a run has nothing to lose
         notes = _compare(load_config(run), config)
         there = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else data
-        if [(d["weight"], d["manifest_sha256"]) for d in there] != [(d["weight"], d["manifest_sha256"]) for d in data]:
-            was = ",".join(f"{d['path']}:{d['weight']}" for d in there)
+        content = lambda sources: [(s["weight"], s["manifest_sha256"]) for s in sources]
+        if content(there) != content(data):
+            was = ",".join(f"{s['path']}:{s['weight']}" for s in there)
             raise UserError(
                 f"--data.sources: the run in {run} was trained on {was}, and these are other weights or other contents "
                 f"(see {run / 'data.json'}); give it its own data, or start another run with --workdir=NEW --init.from={run}"
             )
     else:
         run.mkdir(parents=True, exist_ok=True)
-        if not (run / "tokenizer").is_dir():
-            partial = run / "tokenizer.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(tokenizer, partial)
-            partial.rename(run / "tokenizer")
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)
+        shutil.copytree(tokenizer, run / "tokenizer")
     write(run / "data.json", json.dumps(data, indent=2) + "\n")
     write(run / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    write(run / "config.json", config_lib.to_json(config))  # last: a folder without it is not yet a run
+    write(run / "config.json", config_lib.to_json(config))
     return notes
 
 

@@ -11,9 +11,9 @@ order), so the files are written here and nothing is left to guess. How Sentence
 | `escape_whitespaces`                            | normalizer: `Replace` space by ▁                          |
 | `byte_fallback`                                 | model: `byte_fallback`; decoder: `ByteFallback`           |
 
-One difference is deliberate, since users of Transformers build prompts by it: a special token written out in a text ("</s>") becomes
-its id, and the text after it is encoded as a text of its own. `AutoTokenizer.from_pretrained(DIR, split_special_tokens=True)`
-reads it as plain characters, as SentencePiece does.
+One difference is deliberate, since users of Transformers build prompts by it: a special token written out in a text ("</s>")
+becomes its id, and the text after it is encoded as a text of its own. With `split_special_tokens=True`,
+`AutoTokenizer.from_pretrained` reads it as plain characters, as SentencePiece does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,9 @@ def read(path: str | Path) -> SentencePiece:
 
 
 def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: dict, denormalizer: dict) -> None:
-    scores = [piece.score for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1]
+    by_score = Counter(piece.score for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1)
+    tied = {piece.text for piece in pieces if piece.kind == NORMAL and by_score[piece.score] > 1}
+    tied -= {SPACE * n for n in range(1, len(tied) + 2)}  # Llama 2 ties the runs of spaces: see `merges`
     odd = [piece.text for piece in pieces if piece.kind in (USER_DEFINED, UNUSED)]
     name = normalizer.get(1, b"").decode(errors="replace")
     model_type = {UNIGRAM: "a unigram", 3: "a word", 4: "a character"}.get(trainer.get(3, UNIGRAM))
@@ -129,26 +132,31 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
         (not normalizer.get(5, 1), "does not escape spaces", "train with escape_whitespaces=true"),
         (trainer.get(24), "puts the space after a word", "train with treat_whitespace_as_suffix=false"),
         (odd, f"has {len(odd)} user-defined or unused pieces, {odd[0] if odd else ''!r} first", "train without them"),
-        (len(set(scores)) < len(scores), "has pieces of equal score", "train with model_type=bpe, which ranks them"),
+        (
+            tied,
+            f"has pieces of equal score, {min(tied, default='')!r} among them",
+            "train with model_type=bpe, which ranks them",
+        ),
     ):
         if refused:
             raise UserError(f"{path}: {what}, which a tokenizer.json cannot express with the same ids; {remedy}")
 
 
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Each way to cut a piece into two pieces, best score first; of one piece, the longest left part first.
+    """Each way to cut a piece into two pieces, best score first; at equal scores the longest piece and left part first.
 
-    SentencePiece has no order among the cuts of one piece: there, the leftmost place in the text wins. The two agree, as joining
-    from the left leaves long parts left of short ones ("aaa" is "aa" + "a").
+    At equal scores SentencePiece joins what is leftmost in the text. In a run of spaces, whose pieces have one score in
+    Llama 2, that lets the first piece grow one by one to the longest that there is, and so does "the longest first". Among
+    the cuts of one piece it agrees as well: joining from the left leaves long parts left of short ones ("aaa": "aa" + "a").
     """
     rank = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     cuts = [
-        (-score, -cut, text[:cut], text[cut:])
+        (-score, -len(text), -cut, text[:cut], text[cut:])
         for text, score in rank.items()
         for cut in range(1, len(text))
         if text[:cut] in rank and text[cut:] in rank
     ]
-    return [(left, right) for _, _, left, right in sorted(cuts)]
+    return [(left, right) for *_, left, right in sorted(cuts)]
 
 
 def tokenizer_json(model: SentencePiece, add_bos: bool) -> dict:
@@ -156,7 +164,11 @@ def tokenizer_json(model: SentencePiece, add_bos: bool) -> dict:
     strip = model.add_dummy_prefix or model.remove_extra_whitespaces
     normalizers = []
     if model.remove_extra_whitespaces:
-        normalizers += [_replace({"Regex": "^ +"}, ""), _replace({"Regex": " +"}, " "), _replace({"Regex": f"[ {SPACE}]+$"}, "")]
+        normalizers += [
+            _replace({"Regex": r"\A +"}, ""),
+            _replace({"Regex": " +"}, " "),
+            _replace({"Regex": rf"[ {SPACE}]+\z"}, ""),
+        ]
     if model.add_dummy_prefix:
         normalizers += [{"type": "Prepend", "prepend": SPACE}]
     normalizers += [_replace({"String": " "}, SPACE)]
@@ -210,13 +222,11 @@ def _bos_template(model: SentencePiece) -> dict:
 def added_tokens(model: SentencePiece) -> dict[int, dict]:
     """Id -> description, for the control pieces and the unknown piece."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        id_: {"content": piece.text, **flags} for id_, piece in enumerate(model.pieces) if piece.kind in (UNKNOWN, CONTROL)
-    }
+    return {id_: {"content": piece.text, **flags} for id_, piece in enumerate(model.pieces) if piece.kind in (UNKNOWN, CONTROL)}
 
 
 def tokenizer_config(model: SentencePiece, add_bos: bool, seq_len: int) -> dict:
-    """The contents of tokenizer_config.json: the class, the special tokens, and the longest text that the model was made for."""
+    """The contents of tokenizer_config.json: the class, the special tokens, and the longest text it is made for."""
     named = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id, "pad_token": model.pad_id}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer would make its own normalizer from what it reads

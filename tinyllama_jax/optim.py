@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tinyllama_jax import dims, model
@@ -40,8 +41,8 @@ def adamw(config: Config) -> optax.GradientTransformation:
 
 def from_moments(first: dict, second: dict, count: int, config: Config) -> optax.OptState:
     """The state of `adamw` after `count` steps, from Adam's two moments (trees like the parameters)."""
-    _, *rest = jax.eval_shape(adamw(config).init, first)
-    return (optax.ScaleByAdamState(jnp.int32(count), first, second), *rest)
+    _, *rest = jax.eval_shape(adamw(config).init, first)  # states without arrays
+    return (optax.ScaleByAdamState(np.int32(count), first, second), *rest)
 
 
 def update(

@@ -26,19 +26,24 @@ def main(argv: list[str]) -> int:
     sources, held_out = feed.open_sources(config, "train"), feed.open_sources(config, "validation")
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
-        program = build(config, mesh)
+        program, origin = build(config, mesh), check_origin(config, sources)
         data_tokenizer = Path(next(iter(config.data.sources))) / "tokenizer"
-        notes = checkpoint.open_run(config, [s.manifest_sha256 for s in sources], data_tokenizer)
+        described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
+        notes = checkpoint.open_run(config, described, data_tokenizer)
         checkpoints = checkpoint.Checkpoints(config)
         at_end.callback(checkpoints.close)
-        state, origin = first_state(config, program, checkpoints, sources)
+        state, came_from = first_state(config, program, checkpoints, origin)
         start = int(state.step)
         writer = metrics.Writer(config, start)
         at_end.callback(writer.close)
         progress = metrics.Progress(start, config.train.steps)
         at_end.callback(progress.close)
-        for line in [*notes, *describe(config, mesh, program, sources), f"weights: {origin}"]:
+        for line in [*notes, *describe(config, mesh, program, sources), f"weights: {came_from}"]:
             progress.say(line)
+        if start >= config.train.steps:
+            progress.say(
+                f"nothing to do: this run has its {config.train.steps:,} steps; a larger train.steps goes on from here"
+            )
 
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
@@ -70,29 +75,34 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def check_origin(config: Config, sources: list[Blocks]) -> Path | None:
+    """The folder of `init.from` if this run is to begin with its weights, or None. Raises UserError if they do not fit."""
+    if not config.init.from_ or checkpoint.steps_in(config.workdir):
+        return None
+    origin = Path(config.init.from_)
+    is_run = (origin / "checkpoints").is_dir()
+    theirs = checkpoint.load_config(origin).model if is_run else hf.load_model(origin)
+    checkpoint.check_same_model(config.model, theirs, str(origin))
+    if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
+        raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
+    return origin
+
+
 def first_state(
-    config: Config, program: Program, checkpoints: checkpoint.Checkpoints, sources: list[Blocks]
+    config: Config, program: Program, checkpoints: checkpoint.Checkpoints, origin: Path | None
 ) -> tuple[TrainState, str]:
     """The state to begin with, and where it is from: the newest checkpoint, else `init.from` (weights only), else scratch."""
     step = checkpoints.latest()
     if step is not None:
         return checkpoints.restore(step, program.state), f"step {step:,} of {config.workdir}"
-    if not config.init.from_:
+    if origin is None:
         return program.init(), f"from scratch (init {config.model.init}, seed {config.train.seed})"
-    origin = Path(config.init.from_)
-    theirs = tokenizer.load(origin / "tokenizer" if (origin / "tokenizer").is_dir() else origin)
-    if theirs.sha256 != sources[0].tokenizer_sha256:
-        raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if (origin / "checkpoints").is_dir():
-        checkpoint.check_same_model(config.model, checkpoint.load_config(origin).model, str(origin))
         params, step = checkpoint.restore_params(origin, program.state.params)
-        what = f"step {step:,} of {origin}, weights only"
-    else:
-        params, theirs = hf.load_folder(origin)
-        checkpoint.check_same_model(config.model, theirs, str(origin))
-        params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
-        what = f"{origin} (Hugging Face)"
-    return program.start(params), what
+        return program.start(params), f"step {step:,} of {origin}, weights only"
+    params, _ = hf.load_folder(origin)
+    params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
+    return program.start(params), f"{origin} (Hugging Face)"
 
 
 def describe(config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks]) -> list[str]:

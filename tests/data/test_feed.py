@@ -1,0 +1,123 @@
+"""The data order: every block once an epoch, however many read, and a batch that depends on nothing but its step."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from tinyllama_jax import config as c
+from tinyllama_jax.data import feed
+from tinyllama_jax.data.blocks import Blocks
+
+
+def batches(config, sources, shape, rows, start=0):
+    endless = c.override(config, {"train.steps": "100_000"})
+    return feed.training(endless, sources, shape, np.asarray(rows), start)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 8, 16])
+def test_each_block_exactly_once_an_epoch_over_all_readers(tiny_config, readers):
+    sources = feed.open_sources(tiny_config, "train")[:1]  # one source: its epochs are those of the run
+    n, batch = len(sources[0]), 48
+    everything, lengths = sources[0].read(np.arange(n))
+    one = c.override(tiny_config, {"data.sources": next(iter(tiny_config.data.sources))})
+    epochs = 3
+    steps = -(-epochs * n // batch)
+    read = [batches(one, sources, (1, batch), np.arange(batch)[r::readers]) for r in range(readers)]
+    seen = [[] for _ in range(readers)]
+    for _ in range(steps):
+        for r in range(readers):
+            tokens, length = next(read[r])
+            assert tokens.shape[:2] == length.shape == (1, batch // readers)
+            seen[r] += [(t.tobytes(), int(n)) for t, n in zip(tokens[0], length[0], strict=True)]
+    # the readers' rows, put back into the order of the global batch
+    per_step = [[seen[r][s * (batch // readers) :][: batch // readers] for r in range(readers)] for s in range(steps)]
+    stream = [row for step in per_step for rows in zip(*step, strict=True) for row in rows]
+    wanted = sorted((t.tobytes(), int(n)) for t, n in zip(everything, lengths, strict=True))
+    orders = [stream[e * n : (e + 1) * n] for e in range(epochs)]
+    for order in orders:
+        assert sorted(order) == wanted
+    assert orders[0] != orders[1] != orders[2]  # each epoch has its own order
+
+
+def test_the_batch_is_a_function_of_the_step_alone(tiny_config):
+    sources = feed.open_sources(tiny_config, "train")
+    whole = list(itertools.islice(batches(tiny_config, sources, (4, 2), [0, 1]), 30))
+    for start in (0, 1, 17, 29):  # a resume reads nothing of what came before
+        tokens, length = next(batches(tiny_config, sources, (4, 2), [0, 1], start))
+        np.testing.assert_array_equal(tokens, whole[start][0])
+        np.testing.assert_array_equal(length, whole[start][1])
+    for shape in ((1, 8), (2, 4), (8, 1)):  # other micro-batches: the same rows in the same order
+        got = next(batches(tiny_config, sources, shape, np.arange(shape[1]), 17))
+        np.testing.assert_array_equal(got[0].reshape(8, -1), whole[17][0].reshape(8, -1))
+    threads = c.override(tiny_config, {"data.workers": "7"})
+    np.testing.assert_array_equal(next(batches(threads, sources, (4, 2), [0, 1], 17))[0], whole[17][0])
+    other = c.override(tiny_config, {"train.seed": "1"})
+    assert not np.array_equal(next(batches(other, sources, (4, 2), [0, 1], 17))[0], whole[17][0])
+
+
+def test_mixed_sources_have_exact_counts_and_no_block_twice_in_an_epoch(tiny_config):
+    sources = feed.open_sources(tiny_config, "train")
+    order = feed.order(tiny_config, sources)
+    source, block = order.locate(np.arange(1_000))
+    assert np.bincount(source).tolist() == [700, 300]
+    for j, n in enumerate(order.sizes):
+        drawn = block[source == j]
+        for epoch in range(len(drawn) // n):
+            assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_the_order_is_the_same_for_ever(tiny_config):
+    """Golden values: whoever changes them breaks the resume of every run that exists."""
+    order = feed.Order([1_000_003, 17], [0.7, 0.3], seed=3407)
+    source, block = order.locate(np.array([0, 1, 2, 3, 1_000_000, 1_464_844_287]))
+    assert source.tolist() == [0, 1, 0, 0, 0, 0]
+    assert block.tolist() == [426114, 16, 252334, 303746, 488899, 948678]
+
+
+def test_a_run_of_1_464_844_288_samples_is_addressed_at_once():
+    order = feed.Order([900_000_000, 400_000_000], [0.693584, 0.306416], seed=1)
+    source, block = order.locate(np.arange(1_464_843_264, 1_464_844_288))
+    assert block.min() >= 0 and (block < np.asarray(order.sizes)[source]).all()
+    assert len(set(zip(source.tolist(), block.tolist(), strict=True))) == 1_024
+
+
+def test_one_block_is_a_data_set(tiny_config, tiny_data):
+    config = c.override(tiny_config, {"data.sources": str(tiny_data / "one")})
+    sources = feed.open_sources(config, "train")
+    assert len(sources[0]) == 1
+    tokens, length = next(batches(config, sources, (2, 4), np.arange(4)))
+    assert (tokens == tokens[0, 0]).all() and (length == length[0, 0]).all() and length[0, 0] > 1
+
+
+def test_validation_reads_each_block_once_and_masks_the_rest(tiny_config):
+    blocks = Blocks(next(iter(tiny_config.data.sources)), "validation")
+    n, batch = len(blocks), 5
+    assert n % batch  # else this shows nothing
+    parts = list(feed.validation(blocks, 0, batch, np.arange(batch)))
+    length = np.concatenate([p[1] for p in parts])
+    assert (length > 0).sum() == n and length[n:].tolist() == [0] * (-n % batch)
+    np.testing.assert_array_equal(np.concatenate([p[0] for p in parts])[:n], blocks.read(np.arange(n))[0])
+    assert sum((p[1] > 0).sum() for p in feed.validation(blocks, 3, batch, np.arange(batch))) == 3
+    halves = [list(feed.validation(blocks, 0, 4, rows)) for rows in (np.arange(2), np.arange(2, 4))]
+    assert sum(int(p[1].sum()) for half in halves for p in half) == length.sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.seq_len": "32", "train.tokens_per_step": "256"}, "was prepared with --seq-len 16; prepare it again, or"),
+        ({"model.vocab_size": "50"}, "was prepared with a tokenizer of"),
+    ],
+)
+def test_data_that_do_not_fit_the_model(tiny_config, change, words):
+    with pytest.raises(c.UserError, match=words):
+        feed.open_sources(c.override(tiny_config, change), "train")
+
+
+def test_sources_of_two_tokenizers_do_not_mix(tiny_config, tiny_data):
+    path = str(tiny_data / "a")
+    mixed = dataclasses.replace(tiny_config, data=c.Data({path: 1.0, str(tiny_data / "other"): 1.0}))
+    with pytest.raises(c.UserError, match="were prepared with different tokenizers"):
+        feed.open_sources(mixed, "train")

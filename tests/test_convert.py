@@ -1,0 +1,412 @@
+"""Run folders to Hugging Face and back, lit-gpt checkpoints with their optimizer, and the two commands."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+from test_hf import GQA, MODELS, Malicious, assert_same, random_params
+from test_hf_tokenizer import KINDS, train
+
+from tinyllama_jax import checkpoint, convert, hf, model, optim, sharding
+from tinyllama_jax import config as config_lib
+from tinyllama_jax.config import Config, UserError
+from tinyllama_jax.step import build
+
+ROOT = Path(__file__).parents[1]
+SMALL = dataclasses.replace(GQA, vocab_size=1_003)  # three rows more than the tokenizer has pieces
+
+
+def config_for(cfg: config_lib.Model, workdir: Path) -> Config:
+    return Config(
+        workdir=str(workdir),
+        model=cfg,
+        data=config_lib.Data(sources={"somewhere": 1.0}),
+        optim=config_lib.Optim(peak_lr=1e-3, min_lr=1e-4, warmup_steps=5, weight_decay=0.1, clip_norm=float("inf")),
+        train=config_lib.Train(steps=100, tokens_per_step=2 * cfg.seq_len, seqs_per_device=1),
+        checkpoint=config_lib.Checkpoint(every=10),
+        mesh=config_lib.Mesh(data=2, fsdp=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder with two checkpoints and the demo's kind of tokenizer."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    for step in (7, 12):
+        checkpoint.save_import(folder, config_for(SMALL, folder), random_params(SMALL, seed=step), step=step)
+    (folder / "tokenizer").mkdir()
+    train(folder / "tokenizer/tokenizer.model", **KINDS["demo"])
+    return folder
+
+
+def command(tool: str, *arguments, **environment) -> subprocess.CompletedProcess:
+    """One of the tools as a user runs it, from somewhere else and without the package installed."""
+    line = [sys.executable, "-W", "error", str(ROOT / "tools" / tool), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": "", **environment})
+
+
+# -- export -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_exports_the_newest_step_and_another(run, tmp_path):
+    done = command("convert_to_torch.py", "--checkpoint", run, "--output", tmp_path / "hf")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'hf'}: step 12 of {run} in float32\n"
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
+    assert sorted(path.name for path in tmp_path.joinpath("hf").iterdir()) == sorted([*names, "tokenizer_config.json"])
+    assert_same(hf.load_folder(tmp_path / "hf")[0], random_params(SMALL, seed=12))
+    assert convert.export(run, tmp_path / "old", step=7) == 7
+    assert_same(hf.load_folder(tmp_path / "old")[0], random_params(SMALL, seed=7))
+
+
+def test_export_needs_neither_torch_nor_transformers(run, tmp_path):
+    code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'tokenizers', 'huggingface_hub')))\n"
+    code += f"sys.path.insert(0, {str(ROOT)!r})\nfrom tinyllama_jax import convert; convert.export({str(run)!r}, 'hf')"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "hf/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", hf.DTYPES)
+def test_transformers_loads_it_without_a_warning(run, tmp_path, dtype):
+    torch = pytest.importorskip("torch", reason="Transformers' models need it")
+    transformers = pytest.importorskip("transformers", reason="the reader of what is exported")
+    convert.export(run, tmp_path / "hf", dtype=dtype)
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            language_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+            ids = language_model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert [record.getMessage() for record in records] == []
+    assert type(tokenizer) is transformers.PreTrainedTokenizerFast  # config.json beside it changes nothing
+    ours = sentencepiece.SentencePieceProcessor(model_file=str(run / "tokenizer/tokenizer.model"))
+    assert all(tokenizer(text)["input_ids"] == ours.encode(text) for text in ("  def f(x):\n", "", " \tä\0", "你好"))
+    assert language_model.dtype == getattr(torch, dtype) and ids.shape[1] > 4
+    assert (language_model.generation_config.bos_token_id, language_model.config.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize("bos", [False, True, None])
+def test_the_tokenizer_puts_bos_in_front_if_the_data_had_it(run, tmp_path, bos):
+    manifest = run / "data.json"
+    if bos is not None:
+        manifest.write_text(json.dumps([{"path": "somewhere", "bos": bos}]))
+    try:
+        convert.export(run, tmp_path / "hf")
+    finally:
+        manifest.unlink(missing_ok=True)
+    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["add_bos_token"] is bool(bos)
+
+
+def test_what_is_there_is_not_overwritten(run, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/precious").touch()
+    done = command("convert_to_torch.py", "--checkpoint", run, "--output", tmp_path / "hf")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --output {tmp_path / 'hf'}: is already there")
+    assert [path.name for path in tmp_path.joinpath("hf").iterdir()] == ["precious"]
+    (tmp_path / "hf/precious").unlink()
+    assert convert.export(run, tmp_path / "hf") == 12  # an empty folder is no loss
+
+
+def test_a_failed_export_leaves_nothing(run, tmp_path):
+    broken = random_params(SMALL)
+    broken["lm_head"]["kernel"][0, 0] = 1e6
+    checkpoint.save_import(tmp_path / "run", config_for(SMALL, tmp_path / "run"), broken)
+    shutil.copytree(run / "tokenizer", tmp_path / "run/tokenizer")
+    with pytest.raises(UserError, match=r"--dtype=float16: lm_head.weight holds 1e\+06"):
+        convert.export(tmp_path / "run", tmp_path / "hf", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_cleans_up(run, tmp_path):
+    hang = "import time; from tinyllama_jax import convert, hf; hf._cast = lambda *a: time.sleep(60)\n"
+    hang += f"convert.export({str(run)!r}, {str(tmp_path / 'hf')!r})"
+    process = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".hf.partial/model.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [".hf.partial"]
+    convert.export(run, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--checkpoint", "{tmp}/none"), "none: is not a run folder"),
+        (("--checkpoint", "{run}", "--step", "8"), "--step 8: "),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, arguments, says):
+    words = [word.format(tmp=tmp_path, run=run) for word in arguments]
+    done = command("convert_to_torch.py", *words, "--output", tmp_path / "hf")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+# -- import -------------------------------------------------------------------------------------------------------------
+
+
+def test_there_and_back_is_the_identity(run, tmp_path):
+    convert.export(run, tmp_path / "hf")
+    done = command("convert_from_torch.py", "--checkpoint", tmp_path / "hf", "--output", tmp_path / "back")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{tmp_path / 'back'}: weights\n")
+    params, config, step = checkpoint.load_params(tmp_path / "back")
+    assert_same(params, random_params(SMALL, seed=12))
+    assert step == 0 and config.workdir == str(tmp_path / "back")
+    assert dataclasses.replace(config.model, precision=SMALL.precision, residual=SMALL.residual) == SMALL
+    convert.export(tmp_path / "back", tmp_path / "again")
+    for path in (tmp_path / "hf").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_an_import_takes_its_schedule_from_a_config(run, tmp_path):
+    convert.export(run, tmp_path / "hf")
+    given = config_for(SMALL, tmp_path / "elsewhere")
+    (tmp_path / "config.py").write_text(config_source(given))
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "back", str(tmp_path / "config.py"))
+    assert checkpoint.load_config(tmp_path / "back") == dataclasses.replace(given, workdir=str(tmp_path / "back"))
+    (tmp_path / "config.py").write_text(config_source(config_for(MODELS["mha"], tmp_path)))
+    with pytest.raises(UserError, match=r"--model\.n_layers=1: .* is of a model with n_layers=3"):
+        convert.import_checkpoint(tmp_path / "hf", tmp_path / "other", str(tmp_path / "config.py"))
+    assert not (tmp_path / "other").exists()
+
+
+def config_source(config: Config) -> str:
+    return f"from tinyllama_jax.config import *\ninf = float('inf')\nconfig = {config!r}\n"
+
+
+def test_a_folder_without_tokenizer_needs_one(run, tmp_path):
+    (tmp_path / "hf").mkdir()
+    hf.save_folder(random_params(SMALL), SMALL, tmp_path / "hf", "float32", 1, 2)
+    with pytest.raises(UserError, match=r"hf: holds no tokenizer; add --tokenizer"):
+        convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported")
+    given = str(run / "tokenizer/tokenizer.model")
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported", tokenizer=given)
+    assert convert.export(tmp_path / "imported", tmp_path / "out") == 0
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == Path(given).read_bytes()
+    (tmp_path / "imported/tokenizer/tokenizer.model").unlink()
+    with pytest.raises(UserError, match="there is no tokenizer to export"):
+        convert.export(tmp_path / "imported", tmp_path / "again")
+
+
+def test_a_hugging_face_tokenizer_goes_back_as_it_came(run, tmp_path):
+    convert.export(run, tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.model").unlink()
+    theirs = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    theirs |= {"eos_token": {"content": "</s>", "special": True}, "bos_token": None, "chat_template": "{{ messages }}"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(theirs))
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported")
+    convert.export(tmp_path / "imported", tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 2)
+
+
+# -- lit-gpt ------------------------------------------------------------------------------------------------------------
+
+
+def lit_module(torch, cfg: config_lib.Model):
+    """The original's modules in the original's order (lit_gpt/model.py:28-37), each a bare weight."""
+    nn = torch.nn
+
+    def weight(*shape):
+        holder = nn.Module()
+        holder.weight = nn.Parameter(torch.randn(*shape) * 0.3)
+        return holder
+
+    def group(**children):
+        module = nn.Module()
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    d, h, f = cfg.d_model, cfg.d_head, cfg.d_ff
+    swiglu = lambda: group(w1=weight(f, d), w2=weight(f, d), w3=weight(d, f))
+    block = lambda: group(
+        norm_1=weight(d),
+        attn=group(attn=weight((cfg.n_heads + 2 * cfg.n_kv_heads) * h, d), proj=weight(d, d)),
+        norm_2=weight(d),
+        mlp=group(swiglu=swiglu()),
+    )
+    blocks = nn.ModuleList(block() for _ in range(cfg.n_layers))
+    transformer = group(wte=weight(cfg.vocab_size, d), h=blocks, ln_f=weight(d))
+    return group(lm_head=weight(cfg.vocab_size, d), transformer=transformer)
+
+
+def lit_value(table: dict, name: str, cfg: config_lib.Model, layer: int) -> np.ndarray:
+    """Our parameter `name` of one layer out of lit-gpt's table, by hand: row by row, head by head."""
+    h, per_group = cfg.d_head, cfg.n_heads // cfg.n_kv_heads + 2
+    fused = table[f"transformer.h.{layer}.attn.attn.weight"].numpy()
+    rows = lambda group, slot: fused[(group * per_group + slot) * h : (group * per_group + slot + 1) * h].T  # [D, H]
+    if name == "q":
+        return np.stack([rows(n // (per_group - 2), n % (per_group - 2)) for n in range(cfg.n_heads)], axis=1)
+    if name in "kv":
+        return np.stack([rows(k, per_group - 2 + "kv".index(name)) for k in range(cfg.n_kv_heads)], axis=1)
+    if name == "o":
+        return table[f"transformer.h.{layer}.attn.proj.weight"].numpy().T.reshape(cfg.n_heads, h, cfg.d_model)
+    if name in ("gate", "up", "down"):
+        number = {"gate": 1, "up": 2, "down": 3}[name]
+        return table[f"transformer.h.{layer}.mlp.swiglu.w{number}.weight"].numpy().T
+    return table[f"transformer.h.{layer}.norm_{1 if name == 'attention_norm' else 2}.weight"].numpy()
+
+
+def assert_is_lit(params: dict, table: dict, cfg: config_lib.Model) -> None:
+    for name, leaves in params["layers"].items():
+        (array,) = leaves.values()
+        for layer in range(cfg.n_layers):
+            assert np.array_equal(array[layer], lit_value(table, name, cfg, layer)), (name, layer)
+    assert np.array_equal(params["embed"]["embedding"], table["transformer.wte.weight"].numpy())
+    assert np.array_equal(params["final_norm"]["scale"], table["transformer.ln_f.weight"].numpy())
+    assert np.array_equal(params["lm_head"]["kernel"], table["lm_head.weight"].numpy().T)
+
+
+def lit_checkpoint(torch, cfg: config_lib.Model, steps: int, optimizer_keys: str | None) -> tuple[dict, object, object]:
+    """({"model": ..., "optimizer": ..., ...}, module, AdamW) after `steps` real AdamW steps on random gradients."""
+    torch.manual_seed(0)
+    module = lit_module(torch, cfg)
+    adamw = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+    for _ in range(steps):
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        adamw.step()
+    held = {"model": module.state_dict(), "hparams": {"model_name": "tiny_LLaMA_1b", "devices": 8}, "iter_num": 8 * steps}
+    if optimizer_keys:
+        held |= {"optimizer": adamw.state_dict(), "step_count": steps}
+    if optimizer_keys == "names":  # as FSDP gathers it: torch.distributed.fsdp, optim_state_dict
+        names = [name for name, _ in module.named_parameters()]
+        state = {names[i]: entry for i, entry in held["optimizer"]["state"].items()}
+        groups = [{**held["optimizer"]["param_groups"][0], "params": names}]
+        held["optimizer"] = {"state": state, "param_groups": groups}
+    return held, module, adamw
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="the original's checkpoints are pickles")
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    (tmp_path / "config.py").write_text(config_source(config_for(SMALL, tmp_path / "run")))
+    return tmp_path / "config.py"
+
+
+@pytest.mark.parametrize("keys", ["numbers", "names"])
+def test_a_lit_checkpoint_is_gone_on_with(torch, run, tmp_path, config_file, keys):
+    held, module, adamw = lit_checkpoint(torch, SMALL, steps=3, optimizer_keys=keys)
+    torch.save(held, tmp_path / "iter-000024-ckpt.pth")
+    arguments = ("--checkpoint", tmp_path / "iter-000024-ckpt.pth", "--output", tmp_path / "run", "--config", config_file)
+    done = command("convert_from_torch.py", *arguments, "--tokenizer", run / "tokenizer")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'run'}: weights and AdamW's moments after step 3\n"
+
+    config = checkpoint.load_config(tmp_path / "run")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        checkpoints = checkpoint.Checkpoints(config)
+        state = checkpoints.restore(checkpoints.latest(), program.state)
+        checkpoints.close()
+    assert (checkpoints.latest(), int(state.step), int(state.skipped)) == (3, 3, 0)
+    assert_is_lit(jax.device_get(state.params), held["model"], SMALL)
+    adam = state.opt_state[0]
+    assert int(adam.count) == 3
+    numbers = {name: i for i, (name, _) in enumerate(module.named_parameters())}
+    for ours, theirs in ((adam.mu, "exp_avg"), (adam.nu, "exp_avg_sq")):
+        by_name = {name: adamw.state_dict()["state"][i][theirs] for name, i in numbers.items()}
+        assert_is_lit(jax.device_get(ours), by_name, SMALL)
+
+    # one more step on both sides, from the same gradient: AdamW's next weights are the same
+    gradient = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    adamw.param_groups[0]["lr"] = float(optim.schedule(config.optim, config.train.steps)(4))
+    for name, parameter in module.named_parameters():
+        parameter.grad = gradient[name]
+    adamw.step()
+    tree = convert.lit._tree(gradient, SMALL, "gradient")
+    params, opt_state = jax.device_get((state.params, state.opt_state))
+    params, _, _ = optim.update(jax.tree.map(jnp.asarray, tree), opt_state, params, jnp.int32(4), config)
+    after = convert.lit._tree({name: p.detach() for name, p in module.named_parameters()}, SMALL, "after")
+    for name, array in model.flatten(after).items():
+        np.testing.assert_allclose(model.flatten(params)[name], array, rtol=2e-6, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("bare", [True, False])
+def test_lit_weights_alone(torch, run, tmp_path, cfg, bare):
+    held, _, _ = lit_checkpoint(torch, cfg, steps=0, optimizer_keys=None)
+    torch.save(held["model"] if bare else held, tmp_path / "lit_model.pth")
+    (tmp_path / "config.py").write_text(config_source(config_for(cfg, tmp_path / "run")))
+    (tmp_path / "tokenizer.model").write_bytes((run / "tokenizer/tokenizer.model").read_bytes())  # beside the weights
+    said = convert.import_checkpoint(tmp_path / "lit_model.pth", tmp_path / "run", str(tmp_path / "config.py"))
+    assert said == f"{tmp_path / 'run'}: weights"
+    params, config, _ = checkpoint.load_params(tmp_path / "run")
+    assert_is_lit(params, held["model"], cfg)
+    assert config.model == cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda h: h["model"].pop("transformer.h.1.attn.attn.weight"), "no tensor transformer.h.1.attn.attn.weight;"),
+        (lambda h: h["model"].update(extra=h["model"]["lm_head.weight"]), "unknown tensor extra;"),
+        (
+            lambda h: h["model"].update({"transformer.h.0.attn.attn.weight": h["model"]["lm_head.weight"]}),
+            "transformer.h.0.attn.attn.weight has shape [1003, 24], but the model's description says [40, 24]",
+        ),
+        (lambda h: h["optimizer"]["state"].pop(0), "exp_avg: no tensor lm_head.weight"),
+        (lambda h: h["optimizer"]["state"][4].update(step=9), "AdamW's parameters are not at the same step: [3, 9]"),
+        (lambda h: h["optimizer"]["state"][4].pop("exp_avg_sq"), "has no 'exp_avg_sq' for every parameter"),
+        (lambda h: h["optimizer"]["param_groups"][0]["params"].pop(), "AdamW knows 23 parameters, but the model has 24"),
+        (lambda h: h.update(step_count=4), "step_count is 4, but AdamW has made 3 steps"),
+        (lambda h: h.update(model=7), "is not a table of tensors by name"),
+    ],
+)
+def test_a_wrong_lit_checkpoint_is_refused(torch, run, tmp_path, config_file, change, says):
+    held, _, _ = lit_checkpoint(torch, SMALL, steps=3, optimizer_keys="numbers")
+    held["model"] = dict(held["model"])
+    change(held)
+    torch.save(held, tmp_path / "a.pth")
+    with pytest.raises(UserError) as refused:
+        convert.import_checkpoint(tmp_path / "a.pth", tmp_path / "run", str(config_file), str(run / "tokenizer"))
+    assert says in str(refused.value)
+    assert not (tmp_path / "run").exists() and not (tmp_path / ".run.partial").exists()
+
+
+def test_a_lit_checkpoint_needs_a_config(torch, run, tmp_path):
+    torch.save({}, tmp_path / "a.pth")
+    arguments = ("--checkpoint", tmp_path / "a.pth", "--output", tmp_path / "run", "--tokenizer", run / "tokenizer")
+    done = command("convert_from_torch.py", *arguments)
+    assert done.returncode == 2 and "does not say its model; add --config FILE" in done.stderr
+
+
+def test_a_malicious_lit_checkpoint_is_one_line_and_does_nothing(torch, run, tmp_path, config_file):
+    target = tmp_path / "owned"
+    held, _, _ = lit_checkpoint(torch, SMALL, steps=0, optimizer_keys=None)
+    torch.save({**held, "hparams": Malicious(target)}, tmp_path / "a.pth")
+    arguments = ("--checkpoint", tmp_path / "a.pth", "--output", tmp_path / "run", "--config", config_file)
+    done = command("convert_from_torch.py", *arguments, "--tokenizer", run / "tokenizer")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a pickle can run any code" in done.stderr
+    assert not target.exists() and not (tmp_path / "run").exists()

@@ -1,0 +1,227 @@
+"""The loop as a person runs it: killed, resumed, moved to another mesh, started from other weights, given bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllama_jax import checkpoint, train
+from tinyllama_jax import config as c
+
+EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
+
+
+def command(config_file, workdir, **keys):
+    return ["--config", str(config_file), f"--workdir={workdir}", *(f"--{k.replace('__', '.')}={v}" for k, v in keys.items())]
+
+
+def start(config_file, workdir, **keys):
+    """A real process on one device."""
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    argv = [sys.executable, "-W", "error", "-m", "tinyllama_jax.train", *command(config_file, workdir, **keys)]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def curve(workdir):
+    """(lines of training steps, lines of validation) of metrics.jsonl."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
+
+
+def exact(lines):
+    return [[x["step"], *(x[name] for name in EXACT)] for x in lines]
+
+
+@pytest.fixture(scope="module")
+def quiet(tiny_config_file, tmp_path_factory):
+    """An uninterrupted run in a process of its own: its folder and what it printed."""
+    workdir = tmp_path_factory.mktemp("quiet") / "run"
+    process = start(tiny_config_file, workdir)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    return workdir, out
+
+
+def test_a_run_writes_what_it_should(quiet, tiny_config_file):
+    workdir, out = quiet
+    config = c.read(str(tiny_config_file))
+    steps, validations = curve(workdir)
+    assert [x["step"] for x in steps] == list(range(1, config.train.steps + 1))
+    assert [x["step"] for x in validations] == [10, 20, 24]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5 and validations[-1]["val_loss"] < validations[0]["val_loss"]
+    assert {"grad_norm", "lr", "tokens", "tokens_per_second", "data_wait_seconds", "checksum", "tflops_per_device_palm"} <= set(
+        steps[0]
+    )
+    last = validations[-1]
+    assert last["val_perplexity"] == pytest.approx(np.exp(last["val_loss"])) and 0 < last["val_accuracy"] < 1
+    a, b = (last[f"val_loss/{Path(p).name}"] for p in config.data.sources)
+    assert min(a, b) < last["val_loss"] < max(a, b)
+    assert steps[-1]["tokens"] == config.train.steps * config.train.tokens_per_step
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [15, 20, 24]  # every 5, 3 kept, the last always
+    assert list((workdir / "tensorboard").iterdir())
+    for words in ("attention: xla (no fused kernel here", "from scratch", "1 micro-batches", "validation loss", "step 24/24"):
+        assert words in out, out
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(quiet, tiny_config_file, tmp_path):
+    workdir, rng = tmp_path / "run", np.random.default_rng(0)
+    kills = 0
+    for kill_at in (2, 7, 13, 19):
+        process = start(tiny_config_file, workdir)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            steps = curve_so_far(workdir)
+            if steps and steps[-1] >= kill_at:
+                time.sleep(rng.uniform(0, 0.05))
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.communicate()
+    assert kills >= 3
+    process = start(tiny_config_file, workdir)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    assert f"of {workdir}" in out  # "weights: step N of RUN"
+    (steps, validations), (quiet_steps, quiet_validations) = curve(workdir), curve(quiet[0])
+    assert exact(steps) == exact(quiet_steps)
+    assert validations == quiet_validations
+    ours, theirs = (checkpoint.load_params(w)[0] for w in (workdir, quiet[0]))
+    for name in ("q", "down"):
+        np.testing.assert_array_equal(ours["layers"][name]["kernel"], theirs["layers"][name]["kernel"])
+
+
+def curve_so_far(workdir):
+    path = Path(workdir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code):
+    process = start(tiny_config_file, tmp_path / "run", checkpoint__every=1000)
+    while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 3]:
+        time.sleep(0.002)
+    process.send_signal(number)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == code and "which is saved" in out, out
+    step = checkpoint.find_step(tmp_path / "run")
+    assert step >= 3 and f"after step {step}" in out
+    steps, _ = curve(tmp_path / "run")
+    assert exact(steps) == exact(curve(quiet[0])[0])[:step]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"mesh__fsdp": 8, "train__seqs_per_device": 1},
+        {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__seqs_per_device": 1},
+        {"mesh__data": 4, "mesh__fsdp": 1, "mesh__tensor": 2, "train__seqs_per_device": 1},  # two micro-batches
+    ],
+    ids=str,
+)
+def test_on_another_mesh_the_same_tokens_and_the_same_loss(quiet, tiny_config_file, tmp_path, keys):
+    assert train.main(command(tiny_config_file, tmp_path / "run", train__steps=24, **keys)) == 0
+    steps, validations = curve(tmp_path / "run")
+    quiet_steps, quiet_validations = curve(quiet[0])
+    assert [x["checksum"] for x in steps] == [x["checksum"] for x in quiet_steps]
+    np.testing.assert_allclose([x["loss"] for x in steps], [x["loss"] for x in quiet_steps], rtol=2e-4)
+    np.testing.assert_allclose(validations[-1]["val_loss"], quiet_validations[-1]["val_loss"], rtol=2e-4)
+
+
+def test_a_finished_run_has_nothing_to_do(quiet, tiny_config_file, capsys):
+    before = (quiet[0] / "metrics.jsonl").read_text()
+    assert train.main(command(tiny_config_file, quiet[0], mesh__fsdp=8, train__seqs_per_device=1)) == 0
+    assert (quiet[0] / "metrics.jsonl").read_text() == before
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_start_from_another_run(quiet, tiny_config_file, tmp_path, capsys):
+    keys = {"init__from": quiet[0], "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    assert f"weights: step 24 of {quiet[0]}, weights only" in capsys.readouterr().out
+    steps, _ = curve(tmp_path / "run")
+    # the same first batch: the trained weights do better on it than the fresh ones did
+    assert steps[0]["checksum"] == curve(quiet[0])[0][0]["checksum"]
+    assert steps[0]["loss"] < curve(quiet[0])[0][0]["loss"] - 0.5
+    assert steps[0]["step"] == 1 and steps[0]["lr"] > steps[1]["lr"]  # a new schedule
+    # now that the run has a checkpoint of its own, that comes first
+    keys |= {"train__steps": 3}
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    assert f"weights: step 2 of {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(quiet, tiny_config_file, tmp_path, capsys):
+    params, config, _ = checkpoint.load_params(quiet[0])
+    params["lm_head"]["kernel"][0, 0] = np.inf
+    checkpoint.save_import(tmp_path / "bad", config, params)
+    shutil.copytree(quiet[0] / "tokenizer", tmp_path / "bad" / "tokenizer")
+    keys = {
+        "init__from": tmp_path / "bad",
+        "train__steps": 2,
+        "optim__warmup_steps": 1,
+        "mesh__fsdp": 8,
+        "train__seqs_per_device": 1,
+    }
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    out = capsys.readouterr().out
+    assert "step 1: loss or gradient not finite" in out and "weights unchanged" in out
+    steps, _ = curve(tmp_path / "run")
+    assert [x["skipped"] for x in steps] == [1, 2] and not steps[0]["finite"]
+    sources, blocks = json.loads(steps[0]["blocks"])
+    assert len(sources) == len(blocks) == 8
+    after = checkpoint.load_params(tmp_path / "run")[0]
+    np.testing.assert_array_equal(after["layers"]["q"]["kernel"], params["layers"]["q"]["kernel"])
+
+
+def test_mistakes_are_one_line_each(quiet, tiny_config_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    for keys, words in [
+        ({"data__sources": tmp_path / "nowhere"}, "nowhere"),
+        ({"model__seq_len": 32}, "was prepared with --seq-len 16"),
+        ({"workdir": quiet[0], "model__d_ff": 32}, "--model.d_ff=32: the run in"),
+        ({"mesh__data": 3, "mesh__fsdp": 1}, "does not come to the 8 devices here"),
+        ({"init__from": tmp_path / "nowhere"}, "nowhere"),
+        ({"init__from": quiet[0], "model__d_ff": 32}, "is of a model with d_ff=64"),
+        ({"model__attention": "cudnn"}, "--model.attention=cudnn"),
+        ({"train__seqs_per_device": 5}, "choose train.seqs_per_device among"),
+    ]:
+        argv = command(
+            tiny_config_file, keys.pop("workdir", tmp_path / "run"), **({"mesh__fsdp": 8, "train__seqs_per_device": 1} | keys)
+        )
+        with pytest.raises(c.UserError) as error:
+            train.main(argv)
+        assert words in str(error.value) and "\n" not in str(error.value), error.value
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_workdir_that_cannot_be_made(tiny_config_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = start(tiny_config_file, tmp_path / "file" / "run")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and out.startswith("error: ") and out.count("\n") == 1, out
+
+
+@pytest.mark.parametrize("mount", ["ro", "size=200k"])
+def test_a_read_only_or_full_disk(quiet, tiny_config_file, tmp_path, mount):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", mount, "tmpfs", str(folder)], capture_output=True).returncode
+    ):
+        pytest.skip("needs root and leave to mount a tmpfs")
+    try:
+        process = start(tiny_config_file, folder / "run")
+        out = process.communicate(timeout=120)[0]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    words = "read-only" if mount == "ro" else "the disk is full"
+    assert process.returncode == 2 and words in out and "Traceback" not in out, out

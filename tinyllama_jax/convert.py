@@ -1,0 +1,136 @@
+"""Run folder -> Hugging Face folder, and Hugging Face or lit-gpt checkpoint -> run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinyllama_jax import checkpoint, hf, hf_tokenizer, lit
+from tinyllama_jax import config as config_lib
+from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+
+# What a tokenizer is made of in a Hugging Face folder; one of the first two is always there.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def export(run: str | Path, output: str | Path, step: int | None = None, dtype: str = "float32") -> int:
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, from a run's newest (or given) step; returns it.
+
+    float32, the dtype of the weights, loses nothing. `output` must not exist, or be empty; it appears when it is whole.
+    Raises UserError.
+    """
+    run, output = Path(run), Path(output)
+    with _made_whole(output) as folder:
+        params, config, step = checkpoint.load_params(run, step)
+        bos, eos = _export_tokenizer(run, folder, config.model.seq_len)
+        hf.save_folder(params, config.model, folder, dtype, bos, eos)
+    return step
+
+
+def _export_tokenizer(run: Path, folder: Path, seq_len: int) -> tuple[int | None, int | None]:
+    """Writes the tokenizer's files and returns the ids of bos and eos, where there are any."""
+    ours = run / "tokenizer"
+    if (ours / "tokenizer.json").is_file():  # it came from a Hugging Face folder: back it goes as it was
+        _copy_tokenizer(ours, folder)
+        added = {token["content"]: token["id"] for token in json.loads((ours / "tokenizer.json").read_text())["added_tokens"]}
+        config = ours / "tokenizer_config.json"
+        named = json.loads(config.read_text()) if config.is_file() else {}
+        tokens = [named.get(key) for key in ("bos_token", "eos_token")]
+        bos, eos = (added.get(token["content"] if isinstance(token, dict) else token) for token in tokens)
+        return bos, eos
+    if not (ours / "tokenizer.model").is_file():
+        raise UserError(f"{ours}: holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export")
+    model = hf_tokenizer.write(ours / "tokenizer.model", folder, _data_have_bos(run), seq_len)
+    bos, eos = (None if id_ < 0 else id_ for id_ in (model.bos_id, model.eos_id))
+    return bos, eos
+
+
+def _data_have_bos(run: Path) -> bool:
+    """Whether the run's data begin each document with bos; if so the exported tokenizer does likewise, else it adds nothing."""
+    manifest = run / "data.json"
+    return manifest.is_file() and any(source["bos"] for source in json.loads(manifest.read_text()))
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def import_checkpoint(
+    source: str | Path, output: str | Path, config_file: str | None = None, tokenizer: str | None = None
+) -> str:
+    """Writes a run folder from a Hugging Face folder (or one file of it), or a lit-gpt .pth; returns a line that says what.
+
+    `config_file`: what the run is to be gone on with. A .pth needs it, since it does not say its model; without it the run
+    has no data or schedule of its own, and is for `--init.from` and `generate`. `tokenizer`: a file or folder, if there is
+    none beside the weights. Raises UserError.
+    """
+    source, output = Path(source), Path(output)
+    given = config_lib.read(config_file) if config_file else None
+    beside = source.parent if source.is_file() else source
+    if not tokenizer and source.exists() and not any((beside / name).is_file() for name in TOKENIZER_FILES[:2]):
+        raise UserError(f"{beside}: holds no tokenizer; add --tokenizer FILE_OR_FOLDER: a run folder keeps its own")
+    moments, step = None, 0
+    if source.is_file() and source.suffix == ".pth":
+        if given is None:
+            raise UserError(f"{source}: a lit-gpt checkpoint does not say its model; add --config FILE, such as configs/3t.py")
+        config = given
+        params, moments, step = lit.read(source, given.model)
+    else:
+        params, model = hf.load_folder(source)
+        if given:
+            checkpoint.check_same_model(given.model, model, str(source))
+        config = given or _unscheduled(model)
+    with _made_whole(output) as folder:
+        checkpoint.save_import(folder, dataclasses.replace(config, workdir=str(output)), params, moments, step)
+        if tokenizer:
+            tokenizer_lib.load(tokenizer).save(folder / "tokenizer")
+        else:
+            _copy_tokenizer(beside, folder / "tokenizer")
+    return f"{output}: " + (f"weights and AdamW's moments after step {step:,}" if moments else "weights")
+
+
+def _unscheduled(model: Model) -> Config:
+    """The config of a run of which only the model is known: the other sections are place-holders that nothing reads."""
+    return Config(
+        workdir="unknown",
+        model=model,
+        data=config_lib.Data(sources={"unknown": 1.0}),
+        optim=config_lib.Optim(peak_lr=4e-4, min_lr=4e-5, warmup_steps=0, weight_decay=0.1, clip_norm=1.0),
+        train=config_lib.Train(steps=1, tokens_per_step=model.seq_len, seqs_per_device=1),
+        checkpoint=config_lib.Checkpoint(every=1),
+    )
+
+
+@contextlib.contextmanager
+def _made_whole(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, which takes its name once the block has ended well, and else is removed."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {output}: is already there; name a folder that is not, or remove it")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:  # on disk before the name is, or a power cut could leave a hollow folder
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,181 @@
+"""One prepared source of S+1-token blocks in ArrayRecord files, read at random."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import threading
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+
+from tinyllama_jax.config import UserError
+
+FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
+MANIFEST = "manifest.json"
+
+
+class Record:
+    """How a block lies in an ArrayRecord: `tokens` [S + 1] and `length`, how many of them are real, as TFDS serialises them."""
+
+    def __init__(self, seq_len: int, dtype: str):
+        """`dtype`: "uint16" or "int32", of the stored tokens."""
+        tensor = tfds.features.Tensor(shape=(seq_len + 1,), dtype=np.dtype(dtype), encoding=tfds.features.Encoding.BYTES)
+        length = tfds.features.Scalar(dtype=np.int32)
+        self.features = tfds.features.FeaturesDict({"tokens": tensor, "length": length})
+        self._tokens, self._length = (tfds.features.FeaturesDict(f) for f in ({"tokens": tensor}, {"length": length}))
+        # where the tokens lie in the record of a full block, and what stands around them
+        self._dtype, self._width = np.dtype(dtype), seq_len + 1
+        marks = np.full(seq_len + 1, 0x5A5A, dtype)
+        probe, inside = self.encode(marks, seq_len + 1), marks.tobytes()
+        self._start = probe.index(inside)
+        self._head, self._tail = probe[: self._start], probe[self._start + len(inside) :]
+        self._end, self._size = self._start + len(inside), len(probe)
+
+    def encode(self, tokens: np.ndarray, length: int) -> bytes:
+        """One record: a tf.train.Example."""
+        # One feature at a time: protobuf may write the entries of a map in any order. Messages joined are messages merged.
+        return self._tokens.serialize_example({"tokens": tokens}) + self._length.serialize_example({"length": length})
+
+    def decode(self, record: bytes, into: np.ndarray) -> int:
+        """Writes the tokens of `record` to `into` [S + 1] and returns its length. Raises ValueError if it is something else."""
+        if len(record) == self._size and record.startswith(self._head) and record.endswith(self._tail):
+            into[:] = np.frombuffer(record, self._dtype, self._width, self._start)
+            return self._width
+        try:  # a padded block, or something else
+            example = self.features.deserialize_example_np(record)
+            into[:] = example["tokens"]
+            length = int(example["length"])
+        except Exception as error:  # protobuf, TFDS and numpy each have their own
+            raise ValueError(f"is not a block of {self._width} tokens of {self._dtype}: {error}") from None
+        if not 0 < length <= self._width:
+            raise ValueError(f"says that {length} of its {self._width} tokens are real")
+        return length
+
+
+def read_manifest(directory: str | Path) -> tuple[dict, str]:
+    """The manifest in `directory`, and the sha256 of its bytes. Raises UserError if this is no finished data set."""
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        if directory.with_name(directory.name + ".partial").is_dir():
+            raise UserError(f"{directory}: is half prepared; run `python -m tinyllama_jax.data.prepare` again to finish it")
+        raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.data.prepare` makes it")
+    if not path.is_file():
+        raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.data.prepare`")
+    content = path.read_bytes()
+    try:
+        manifest = json.loads(content)
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is damaged; prepare the data again") from None
+    if found != FORMAT:
+        raise UserError(f"{path}: is of format {found}, and this version reads format {FORMAT}; prepare the data again")
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+class Blocks:
+    """The blocks of one split of a folder that `data.prepare` wrote. Files are opened when first read; can be pickled.
+
+    manifest, manifest_sha256, tokenizer_sha256: what the folder says of itself      seq_len: S      dtype: of the tokens
+    """
+
+    def __init__(self, directory: str | Path, split: str):
+        """Raises UserError if the folder is not whole, is of another version or has no blocks in `split`."""
+        self.directory, self.split = Path(directory), split
+        self.manifest, self.manifest_sha256 = read_manifest(directory)
+        splits = self.manifest["splits"]
+        if split not in splits:
+            raise UserError(f"{directory}: has no split {split!r}, only {', '.join(splits)}; prepare it again with --{split}")
+        self.seq_len, self.dtype = self.manifest["seq_len"], np.dtype(self.manifest["dtype"])
+        self.tokenizer_sha256 = self.manifest["tokenizer"]["sha256"]
+        shards = splits[split]["shards"]
+        self._files = [self.directory / shard["file"] for shard in shards]
+        self._ends = np.cumsum([shard["blocks"] for shard in shards])
+        for file, shard in zip(self._files, shards, strict=True):
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard["bytes"]:
+                there = "is missing" if size is None else f"has {size:,} bytes"
+                raise UserError(f"{file}: {there}, and should have {shard['bytes']:,}; copy or prepare the data again")
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_record")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        self._readers: list = [None] * len(self._files)
+        self._lock = threading.Lock()
+        self._record = Record(self.seq_len, self.dtype.name)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks by index [n] -> tokens [n, S + 1] as stored, and how many of each are real [n] int32 (S + 1 but for padding).
+
+        Can be called from several threads. Raises IndexError, and UserError naming file and record if one is damaged.
+        """
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"blocks {indices.min()} to {indices.max()} of {len(self)} in {self.directory}, {self.split}")
+        tokens = np.empty((len(indices), self.seq_len + 1), self.dtype)
+        length = np.empty(len(indices), np.int32)
+        files = np.searchsorted(self._ends, indices, side="right")
+        order = np.argsort(files, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(indices) else ():
+            file = int(files[rows[0]])
+            positions = (indices[rows] - (self._ends[file - 1] if file else 0)).tolist()
+            for row, position, record in zip(rows, positions, self._records(file, positions), strict=True):
+                try:
+                    length[row] = self._record.decode(record, tokens[row])
+                except ValueError as error:
+                    raise self._damaged(file, position, error) from None
+        return tokens, length
+
+    def _records(self, file: int, positions: list[int]) -> list[bytes]:
+        reader = self._readers[file] or self._reader(file)
+        try:
+            return reader.read(positions)
+        except Exception as error:  # ArrayRecord's errors have no common type; find out which record it was
+            for position in positions:
+                try:
+                    reader.read([position])
+                except Exception as one:
+                    raise self._damaged(file, position, one) from None
+            raise self._damaged(file, positions[0], error) from None
+
+    def _damaged(self, file: int, position: int, error: Exception) -> UserError:
+        reason = str(error).split("\n")[0]
+        return UserError(f"{self._files[file]}, record {position}: is damaged; copy or prepare the data again ({reason})")
+
+    def _reader(self, file: int) -> array_record_module.ArrayRecordReader:
+        with self._lock:
+            if self._readers[file] is None:
+                _allow_open_files(len(self._files))
+                options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
+                try:
+                    reader = array_record_module.ArrayRecordReader(
+                        os.fspath(self._files[file]), options, file_reader_buffer_size=1 << 15
+                    )
+                except Exception as error:
+                    raise self._damaged(file, 0, error) from None
+                self._readers[file] = reader
+            return self._readers[file]
+
+
+def _allow_open_files(n: int) -> None:
+    """Lets this process hold `n` files open and 256 more: many systems begin at 1,024, and allow more if asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= n + 256:
+        return
+    if hard != resource.RLIM_INFINITY and hard < n + 256:
+        raise UserError(f"{n:,} data files, and this process may open {hard:,}: raise `ulimit -n`, or give a larger --shard-mb")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n + 256, hard))

@@ -1,0 +1,364 @@
+"""Raw text to blocks of S+1 tokens: one Apache Beam pipeline that can be stopped and run again.
+
+    python -m tinyllama_jax.data.prepare --train FILES --validation FILES --tokenizer FILE --output DIR --seq-len 2048
+
+The unit of work is a shard: a list of pieces of the input files, planned from their names and sizes before anything runs, so
+that the output does not depend on who does the work. Everything is made in DIR.partial, which becomes DIR when it is whole:
+
+DIR.partial/settings.json   what was asked for              DIR.partial/done/     counts of each finished shard
+DIR.partial/failed/         what stopped the last run       DIR.partial/whole/    what becomes DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import json
+import logging
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import rich.console
+import rich.progress
+import tensorflow_datasets as tfds
+
+from tinyllama_jax.config import UserError, run_main
+from tinyllama_jax.data import documents, shards
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import FORMAT, MANIFEST, Record, read_manifest
+from tinyllama_jax.data.documents import Source
+from tinyllama_jax.data.shards import Job, Shard
+
+SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
+
+
+def plan(sources: dict[str, list[Source]], text_key: str, shard_mb: int) -> list[Shard]:
+    """The shards. A function of the arguments and of the files' names and sizes alone."""
+    units = {source: documents.units(source, text_key) for files in sources.values() for source in files}
+    total = sum(map(sum, units.values()))
+    # a power of two, so that it stays when a file is mended
+    target = shard_mb << 20 if shard_mb else min(max(1 << (total // 1024).bit_length(), SHARD[0]), SHARD[1])
+    planned = []
+    for split, files in sources.items():
+        pieces = [piece for source in files for piece in documents.pieces(source, units[source], target)]
+        spans = documents.spans([piece.weight for piece in pieces], target)
+        hashed = set()
+        for i, span in enumerate(spans):
+            mine = pieces[slice(*span)]
+            first = [s for s in dict.fromkeys(piece.source for piece in mine) if s not in hashed]
+            hashed.update(first)
+            planned.append(Shard(split, f"blocks-{split}.array_record-{i:05d}-of-{len(spans):05d}", mine, first))
+    return planned
+
+
+def prepare(
+    *,
+    train: list[str | Path],
+    validation: list[str | Path] = (),
+    tokenizer: str | Path,
+    output: str | Path,
+    seq_len: int,
+    text_key: str = "text",
+    bos: bool = False,
+    eos: bool = True,
+    shard_mb: int = 0,
+    workers: int = 0,
+    beam_options: list[str] = (),
+) -> dict:
+    """Makes the folder `output` as the command line of this module does, and returns its manifest.
+
+    `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
+    for each processor. `beam_options`: if any, the pipeline runs where they say, and all machines must see the same files.
+    Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
+    """
+    output = Path(output)
+    partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
+    spm = tokenizer_lib.load(tokenizer)
+    dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
+    if seq_len < 1 or shard_mb < 0 or workers < 0:
+        raise UserError(f"--seq-len {seq_len} --shard-mb {shard_mb} --workers {workers}: must be positive")
+    for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
+        if on and id_ < 0:
+            raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
+    sources = _find(train, validation)
+    settings = {"seq_len": seq_len, "dtype": dtype, "bos": bos, "eos": eos, "text_key": text_key, "shard_mb": shard_mb}
+    vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
+    wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        manifest = _complete(output, wanted, sources)
+        shutil.rmtree(partial, ignore_errors=True)  # there if a kill came between the last two lines of `_finish`
+        print(f"{output}: complete already, nothing to do")
+        return manifest
+    started, n_cpus = time.monotonic(), len(os.sched_getaffinity(0))
+    planned = plan(sources, text_key, shard_mb)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _lock(partial):
+        left = _begin(partial, wanted, planned, spm)
+        job = Job(partial, spm.sha256, seq_len, dtype, bos, eos, text_key, 0 if beam_options else os.getpid())
+        with _progress(partial, planned):
+            if left:
+                _run(job, left, min(workers or n_cpus, len(left)), list(beam_options))
+        manifest = _finish(output, partial, wanted, sources, planned)
+    seconds = time.monotonic() - started
+    for split, counts in manifest["splits"].items():
+        print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
+    before = f" ({len(planned) - len(left)} before)" if len(left) < len(planned) else ""
+    print(f"{output}: {len(left)} shards in {seconds:.1f} s{before}")
+    return manifest
+
+
+def _find(train: list[str | Path], validation: list[str | Path]) -> dict[str, list[Source]]:
+    sources = {}
+    for split, paths in {"train": train, "validation": validation}.items():
+        if paths or split == "train":
+            sources[split], others = documents.find(paths, f"--{split}")
+            if others:
+                print(f"--{split}: left out {len(others)} files of other types, such as {others[0]}", file=sys.stderr)
+    train_files = {os.path.realpath(source.path) for source in sources["train"]}
+    for source in sources.get("validation", ()):
+        if os.path.realpath(source.path) in train_files:
+            raise UserError(f"--validation: {source.path} is among the files of --train too")
+    return sources
+
+
+def _complete(output: Path, wanted: dict, sources: dict[str, list[Source]]) -> dict:
+    """The manifest of the data set in `output`, if it is the one that is asked for. Raises UserError otherwise."""
+    manifest, _ = read_manifest(output)
+    made = (output / MANIFEST).stat().st_mtime_ns
+    there = {split: {s["file"]: s["bytes"] for s in counts["sources"]} for split, counts in manifest["splits"].items()}
+    here = {split: {source.name: source.size for source in files} for split, files in sources.items()}
+    _same(output, {**{k: manifest[k] for k in wanted}, **there}, {**wanted, **here})
+    for split, files in sources.items():
+        checksums = {s["file"]: s["sha256"] for s in manifest["splits"][split]["sources"]}
+        for source in files:
+            if source.mtime_ns > made and shards.sha256(source.path) != checksums[source.name]:
+                raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
+    return manifest
+
+
+def _same(folder: Path, there: dict, here: dict) -> None:
+    """Raises UserError naming the first thing in which what `folder` was made for differs from what is asked for now."""
+    for key in here | there:
+        old, new = there.get(key), here.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = next(k for k in old | new if old.get(k) != new.get(k))
+            key, old, new = f"{key}: {inner}", old.get(inner), new.get(inner)
+        old, new = ("absent" if value is None else value for value in (old, new))
+        raise UserError(
+            f"{folder}: was made for something else: {key} was {old}, now {new}; choose another --output, or delete it"
+        )
+
+
+def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Tokenizer) -> list[Shard]:
+    """Makes DIR.partial ready and returns the shards that are left to make. Raises UserError if it is for something else.
+
+    Shards of files that have changed since (mended, say) are made again; the others are kept.
+    """
+    for file in partial.iterdir():
+        if file.is_file() and file.name not in ("settings.json", "lock"):
+            file.unlink()  # what a killed worker left
+    shutil.rmtree(partial / "failed", ignore_errors=True)
+    for name in ("failed", "done", "whole"):
+        (partial / name).mkdir(exist_ok=True)
+    settings = partial / "settings.json"
+    if settings.is_file():
+        _same(partial, json.loads(settings.read_text(encoding="utf-8")), wanted)
+    else:
+        shards.write(settings, json.dumps(wanted))
+    if not (partial / "whole" / "tokenizer").is_dir():
+        spm.save(partial / "whole" / "tokenizer")
+    kept = set()
+    for shard in planned:
+        done = partial / "done" / f"{shard.file}.json"
+        if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["identity"] == shard.identity():
+            kept |= {done, partial / "whole" / shard.file}
+    for file in [*(partial / "done").iterdir(), *(partial / "whole").iterdir()]:
+        if file.is_file() and file not in kept:
+            file.unlink()
+    return [shard for shard in planned if partial / "whole" / shard.file not in kept]
+
+
+@contextlib.contextmanager
+def _lock(partial: Path) -> Iterator[None]:
+    """Keeps a second command out of DIR.partial. The kernel gives the lock back when the process ends, however it ends."""
+    with open(partial / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: another command is preparing this; wait for it") from None
+        yield
+
+
+def _run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> None:
+    """Makes the shards. Raises UserError with what stopped a worker."""
+    work = [pickle.dumps(shard) for shard in left]
+    try:
+        if workers > 1 and not beam_options:
+            _run_apart(job, work, workers)
+        else:
+            with _quiet(not beam_options):
+                pipeline(job, work, workers, beam_options)
+    except Exception:
+        for file in sorted((job.folder / "failed").iterdir()):
+            raise UserError(file.read_text(encoding="utf-8").strip()) from None
+        raise
+
+
+def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str]) -> None:
+    """The Beam pipeline: on this machine in `workers` processes, or where `beam_options` say. Raises whatever Beam does."""
+    import apache_beam as beam  # takes a second, and warns of what is not installed
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+    runner, options = None, PipelineOptions(beam_options)
+    if not beam_options:
+        environment = None  # a worker in this process
+        if workers > 1:
+            failed = shlex.quote(str(job.folder / "failed" / "worker"))
+            environment = SubprocessSDKEnvironment.from_command_string(
+                f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main || "
+                f"echo a worker process died with exit code $?: out of memory, or killed > {failed}"
+            )
+        # not "DirectRunner", which first tries to download another one
+        runner, options = FnApiRunner(environment), PipelineOptions([], direct_num_workers=workers)
+    with beam.Pipeline(runner, options) as p:
+        _ = p | beam.Create(work) | beam.Reshuffle() | beam.Map(functools.partial(shards.make, job))
+
+
+def _run_apart(job: Job, work: list[bytes], workers: int) -> None:
+    """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C."""
+    root = str(Path(__file__).parents[2])
+    log = job.folder / "workers.log"
+    with open(log, "wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"import pickle, sys, {__spec__.name} as m; m.pipeline(*pickle.load(sys.stdin.buffer))"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        with child.stdin:
+            pickle.dump((job, work, workers, []), child.stdin)
+        while child.poll() is None and not any((job.folder / "failed").iterdir()):
+            time.sleep(0.05)
+        if child.returncode != 0:
+            raise RuntimeError(f"the pipeline failed:\n{log.read_text(errors='replace')[-4_000:]}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # nothing is lost: files appear when they are whole
+        child.wait()
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Keeps what Beam logs off the terminal, without touching where an application sends its own logs."""
+    root, silent = logging.getLogger(), logging.NullHandler()
+    level = logging.getLogger("apache_beam").level
+    if quiet:
+        root.addHandler(silent)  # with no handler at all, the first message would add one that writes to the terminal
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        if quiet:
+            root.removeHandler(silent)
+            logging.getLogger("apache_beam").setLevel(level)
+
+
+@contextlib.contextmanager
+def _progress(partial: Path, planned: list[Shard]) -> Iterator[None]:
+    """A line on the terminal, if there is one, that counts finished shards by the text in them."""
+    weights = {f"{shard.file}.json": sum(piece.weight for piece in shard.pieces) for shard in planned}
+    console = rich.console.Console(stderr=True)
+    stop = threading.Event()
+    with rich.progress.Progress(
+        "tokenising",
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=sum(weights.values()))
+
+        def watch():
+            while not stop.wait(0.5):
+                progress.update(task, completed=sum(weights.get(name, 0) for name in os.listdir(partial / "done")))
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _finish(output: Path, partial: Path, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard]) -> dict:
+    """Writes what describes the data, and moves all to its place."""
+    whole, splits, infos = partial / "whole", {}, []
+    for split, files in sources.items():
+        made = [json.loads((partial / "done" / f"{s.file}.json").read_text()) for s in planned if s.split == split]
+        entries = [m["shard"] for m in made]
+        counts = {key: sum(m["counts"][key] for m in made) for key in ("documents", "empty_documents")}
+        counts |= {key: sum(entry[key] for entry in entries) for key in ("tokens", "blocks")}
+        if not counts["blocks"]:
+            raise UserError(f"--{split}: there is no text in its {len(files)} files")
+        checksums = {name: checksum for m in made for name, checksum in m["sources"].items()}
+        named = [{"file": source.name, "bytes": source.size, "sha256": checksums[source.name]} for source in files]
+        splits[split] = {**counts, "shards": entries, "sources": named}
+        size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
+    manifest = {**wanted, "splits": splits}
+    features = Record(wanted["seq_len"], wanted["dtype"]).features
+    tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=infos, check_data=False)
+    shards.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    os.rename(whole, output)
+    shutil.rmtree(partial)
+    return manifest
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Options that are not its own go to Beam, which needs --runner among them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.data.prepare",
+        description=f"Files: {' '.join(documents.KINDS)}; folders are searched to the bottom. Options of Apache Beam, --runner "
+        "first, make it run elsewhere: on machines that see the same files.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="files or folders")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="PATH", help="held out; none by default")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece file, or a folder with a tokenizer")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--seq-len", type=int, required=True, metavar="S", help="positions of a training sequence")
+    parser.add_argument("--text-key", default="text", metavar="NAME", help="key or column that holds the text (text)")
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
+    parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
+    parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
+    known, rest = parser.parse_known_args(argv)
+    if rest and not any(option.startswith("--runner") for option in rest):
+        raise UserError(f"{rest[0]}: no such option; see --help")
+    prepare(**vars(known), beam_options=rest)
+
+
+if __name__ == "__main__":
+    run_main(main)

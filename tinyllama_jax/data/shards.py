@@ -1,0 +1,180 @@
+"""One output file of data preparation: documents read, tokenised, cut into blocks and written. Runs in the workers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from array_record.python import array_record_module
+
+from tinyllama_jax.config import UserError
+from tinyllama_jax.data import documents, tokenizer
+from tinyllama_jax.data.blocks import Record
+from tinyllama_jax.data.documents import Piece, Source
+
+BATCH = 1 << 18  # characters tokenised at once
+
+
+class Shard(NamedTuple):
+    """What becomes one output file."""
+
+    split: str
+    file: str
+    pieces: list[Piece]
+    first: list[Source]  # the sources whose first piece is here: their checksums are computed here
+
+    def identity(self) -> str:
+        """Hash of what it is made of: a shard made earlier is good for as long as this is the same."""
+        made_of = [(p.source.name, p.source.size, p.source.mtime_ns, *p[1:]) for p in self.pieces]
+        return hashlib.sha256(json.dumps([made_of, [source.name for source in self.first]]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards have in common."""
+
+    folder: Path  # DIR.partial
+    tokenizer_sha256: str
+    seq_len: int
+    dtype: str
+    bos: bool
+    eos: bool
+    text_key: str
+    main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
+
+
+def make(job: Job, pickled: bytes) -> None:
+    """Makes one output file and the record of what is in it. Does nothing if another shard has failed.
+
+    A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
+    """
+    shard: Shard = pickle.loads(pickled)
+    failed = job.folder / "failed"
+    if any(failed.iterdir()):
+        return
+    try:
+        _make(job, shard)
+    except ProcessLookupError:  # nobody waits for this any more
+        raise
+    except (UserError, OSError) as error:
+        write(failed / shard.file, " ".join(str(error).split()))
+        raise
+
+
+def _make(job: Job, shard: Shard) -> None:
+    final, temporary = job.folder / "whole" / shard.file, _beside(job.folder / shard.file)
+    record = Record(job.seq_len, job.dtype)
+    counts = {"documents": 0, "empty_documents": 0}
+    tokens = blocks = 0
+    try:
+        writer = _written(temporary, array_record_module.ArrayRecordWriter, str(temporary), "group_size:1")
+        texts = itertools.chain.from_iterable(documents.read(piece, job.text_key) for piece in shard.pieces)
+        for block, length in _blocks(_tokens(texts, job, counts), job.seq_len + 1):
+            _written(temporary, writer.write, record.encode(block, length))
+            tokens, blocks = tokens + length, blocks + 1
+        _written(temporary, writer.close)
+        checksums = {source.name: sha256(source.path) for source in shard.first}
+        for source in {piece.source for piece in shard.pieces}:
+            if not source.unchanged():
+                raise UserError(f"{source.path}: changed while it was read")
+        entry = {"file": shard.file, "blocks": blocks, "tokens": tokens}
+        entry |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+        _sync(temporary)
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    made = {"identity": shard.identity(), "shard": entry, "counts": counts, "sources": checksums}
+    write(job.folder / "done" / f"{shard.file}.json", json.dumps(made))
+
+
+def _tokens(texts: Iterable[Iterable[str]], job: Job, counts: dict[str, int]) -> Iterator[np.ndarray]:
+    """Ids of the documents one after another, with bos and eos as the job says, in arrays of any length; counts documents."""
+    spm = _tokenizer(job.folder / "whole" / "tokenizer", job.tokenizer_sha256)
+    parts: list[str] = []
+    begins: list[int] = []  # which parts begin a document, and which end one
+    ends: list[int] = []
+    size = 0
+
+    def encoded() -> np.ndarray:
+        ids = spm.encode_batch(parts)
+        for i in begins if job.bos else ():
+            ids[i].insert(0, spm.bos_id)
+        for i in ends if job.eos else ():
+            ids[i].append(spm.eos_id)
+        return np.fromiter(itertools.chain.from_iterable(ids), job.dtype, sum(map(len, ids)))
+
+    for text in texts:
+        new = True
+        for part in spm.parts(text):
+            if size >= BATCH:
+                if job.main:
+                    os.kill(job.main, 0)  # raises when there is no such process any more
+                yield encoded()
+                parts, begins, ends, size = [], [], [], 0
+            if new:
+                begins.append(len(parts))
+            parts.append(part)
+            size, new = size + len(part), False
+        if new:
+            counts["empty_documents"] += 1
+        else:
+            counts["documents"] += 1
+            ends.append(len(parts) - 1)
+    yield encoded()
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
+    return tokenizer.load(folder)
+
+
+def _blocks(arrays: Iterable[np.ndarray], width: int) -> Iterator[tuple[np.ndarray, int]]:
+    """All ids in blocks [width]; the last one is filled up with zeros, and its length says where they begin."""
+    rest = None
+    for ids in arrays:
+        rest = ids if rest is None else np.concatenate([rest, ids])
+        whole = len(rest) // width
+        for block in rest[: whole * width].reshape(whole, width):
+            yield block, width
+        rest = rest[whole * width :]
+    if len(rest):
+        yield np.pad(rest, (0, width - len(rest))), len(rest)
+
+
+def _written(path: Path, call: Callable, *args: object) -> object:
+    try:
+        return call(*args)
+    except Exception as error:  # ArrayRecord's own, of no common type
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # a runner may give the same work to two workers
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that appears when it is whole."""
+    temporary = _beside(path)
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)

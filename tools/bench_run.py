@@ -1,0 +1,152 @@
+"""What a run costs besides its steps: loading, starting, resuming, saving.
+
+    python tools/bench_run.py [--model 15m|120m] [--json OUT]
+
+Three figures: tokens/s that the loader gives in one process at S = 2048; the time from the command to its first step, resumed
+at steps 10, 10^4 and 10^6, over that of a fresh start; the time that the loop stands still for a checkpoint, over that of
+saving it synchronously.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyllama_jax import checkpoint, sharding
+from tinyllama_jax import config as c
+from tinyllama_jax.data import feed, synthetic
+from tinyllama_jax.step import build
+
+SHAPES = {"15m": (6, 288, 6, 6, 768, 32000), "120m": (12, 768, 12, 1, 2048, 32000)}
+FP32 = "params=float32,compute=float32,output=float32"
+
+
+def config_of(workdir: Path, data: Path, shape: tuple, seq_len: int, steps: int) -> c.Config:
+    """A run of `steps` steps of one sequence each."""
+    return c.Config(str(workdir), c.Model(*shape, seq_len, precision=FP32, residual="float32"), c.Data({str(data): 1.0}),
+                    c.Optim(4e-4, 4e-5, 10, 0.1, 1.0), c.Train(steps, seq_len, 1), c.Checkpoint(10**9),
+                    log=c.Log(eval_every=10**9))  # fmt: skip
+
+
+def loader(data: Path, seconds: float = 5.0) -> float:
+    """tokens/s of `feed.training` in one process: globally shuffled records of 2,049 tokens, from cache."""
+    config = config_of(Path("unused"), data, SHAPES["15m"], 2048, 10**6)
+    sources = feed.open_sources(config, "train")
+    batches = feed.training(config, sources, (1, 64), np.arange(64), 0)
+    for _ in range(20):
+        next(batches)
+    began, n = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        n += next(batches)[0].size
+    return n / (time.perf_counter() - began)
+
+
+def first_step(config: c.Config, step: int) -> float:
+    """Seconds from the command to the line of `step` + 1 in metrics.jsonl."""
+    path, run = Path(config.workdir + ".py"), Path(config.workdir)
+    path.write_text("from tinyllama_jax.config import *\nconfig = " + repr(config) + "\n")
+    command = [sys.executable, "-m", "tinyllama_jax.train", "--config", str(path)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[1])
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                with (run / "metrics.jsonl").open("rb") as f:
+                    f.seek(max(0, f.seek(0, 2) - 200_000))
+                    if f'{{"step": {step + 1},'.encode() in f.read():
+                        return time.perf_counter() - began
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    raise SystemExit("the run ended before its first step")
+
+
+def resume(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
+    """Seconds to the first step, three times each: fresh, and resumed at three steps with a metrics file that long."""
+    out: dict[str, list[float]] = {}
+    for _ in range(3):
+        for step in (0, 10, 10_000, 1_000_000):
+            config = config_of(folder / f"run{step}", data, shape, 256, 1_000_100)
+            shutil.rmtree(config.workdir, ignore_errors=True)
+            if step:
+                _as_if_run_to(config, step)
+            out.setdefault(f"at step {step}", []).append(first_step(config, step))
+    return out
+
+
+def _as_if_run_to(config: c.Config, step: int) -> None:
+    """A run folder whose newest checkpoint is of `step`, with a line of metrics for each step before."""
+    sources = feed.open_sources(config, "train")
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        state = build(config, mesh).init()
+        checkpoint.open_run(config, [s.manifest_sha256 for s in sources], Path(next(iter(config.data.sources))) / "tokenizer")
+        checkpoints = checkpoint.Checkpoints(config)
+        checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
+        checkpoints.close()
+    line = json.dumps({"loss": 3.14159265358979, "grad_norm": 0.123456789, "checksum": 2**32 - 1, "padding": "x" * 600})[1:]
+    with (Path(config.workdir) / "metrics.jsonl").open("w") as f:
+        f.writelines(f'{{"step": {s}, {line}\n' for s in range(1, step + 1))
+
+
+def stall(folder: Path, shape: tuple) -> dict[str, list[float]]:
+    """Seconds that `save` holds the loop, and seconds until the same save is on disk, five times each."""
+    config = config_of(folder / "stall", Path("unused"), shape, 256, 10)
+    mesh = sharding.make_mesh(config.mesh)
+    out: dict[str, list[float]] = {"blocks": [], "until on disk": []}
+    with jax.set_mesh(mesh):
+        state = jax.block_until_ready(build(config, mesh).init())
+        for i in range(6):  # the first makes the folders
+            checkpoints = checkpoint.Checkpoints(config)
+            began = time.perf_counter()
+            checkpoints.save(i + 1, state)
+            blocks = time.perf_counter() - began
+            checkpoints.close()
+            if i:
+                out["blocks"].append(blocks)
+                out["until on disk"].append(time.perf_counter() - began)
+    return out
+
+
+def main() -> None:
+    """Prints the three figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="15m")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    median = lambda values: sorted(values)[len(values) // 2]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        long, short = synthetic.write(folder / "long", 2048, 50_000), synthetic.write(folder / "short", 256, 1_000)
+        out: dict = {"platform": platform.platform(), "versions": checkpoint.versions(), "model": args.model}
+        out["loader tokens/s"] = loader(long)
+        print(f"loader, S = 2048, one process: {out['loader tokens/s'] / 1e6:.1f} M tokens/s")
+        out["first step seconds"] = resume(folder, short, SHAPES[args.model])
+        fresh = median(out["first step seconds"]["at step 0"])
+        for what, seconds in out["first step seconds"].items():
+            print(f"start to first step {what}: {median(seconds):.2f} s, {median(seconds) / fresh:.2f} of a fresh start")
+        out["checkpoint seconds"] = stall(folder, SHAPES[args.model])
+        blocks, whole = (median(v) for v in out["checkpoint seconds"].values())
+        print(f"checkpoint: the loop stands still for {blocks:.3f} s of {whole:.3f} s, {blocks / whole:.3f}")
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
