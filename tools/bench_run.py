@@ -1,10 +1,9 @@
-"""What a run costs besides its steps: loading, starting, resuming, saving.
+"""What a run costs besides its steps: starting, resuming, saving.
 
-    python tools/bench_run.py [--model 15m|120m] [--json OUT]
+    python tools/bench_run.py [--data DIR] [--model 15m|120m] [--json OUT]
 
-Three figures: tokens/s that the loader gives in one process at S = 2048; the time from the command to its first step, resumed
-at steps 10, 10^4 and 10^6, over that of a fresh start; the time that the loop stands still for a checkpoint, over that of
-saving it synchronously.
+Two figures: the time from the command to its first step, resumed at steps 10, 10^4 and 10^6, over that of a fresh start; the
+time that the loop stands still for a checkpoint, over that of saving it synchronously. `make demo` makes the default data.
 """
 
 from __future__ import annotations
@@ -25,35 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tinyllama_jax import checkpoint, sharding
 from tinyllama_jax import config as c
-from tinyllama_jax.data import feed, synthetic
+from tinyllama_jax.data import feed
 from tinyllama_jax.step import build
 
-SHAPES = {"15m": (6, 288, 6, 6, 768, 32000), "120m": (12, 768, 12, 1, 2048, 32000)}
+SHAPES = {"15m": (6, 288, 6, 6, 768, 32000), "120m": (12, 768, 12, 1, 2048, 32000)}  # as c.Model's first fields
 FP32 = "params=float32,compute=float32,output=float32"
 
 
-def config_of(workdir: Path, data: Path, shape: tuple, seq_len: int, steps: int) -> c.Config:
-    """A run of `steps` steps of one sequence each."""
+def config_of(workdir: Path, data: Path, shape: tuple) -> c.Config:
+    """A run of a little over 10^6 steps of one sequence each."""
+    seq_len, steps = feed.Blocks(data, "train").seq_len, 1_000_100
     return c.Config(str(workdir), c.Model(*shape, seq_len, precision=FP32, residual="float32"), c.Data({str(data): 1.0}),
                     c.Optim(4e-4, 4e-5, 10, 0.1, 1.0), c.Train(steps, seq_len, 1), c.Checkpoint(10**9),
                     log=c.Log(eval_every=10**9))  # fmt: skip
-
-
-def loader(data: Path, seconds: float = 5.0) -> float:
-    """tokens/s of `feed.training` in one process: globally shuffled records of 2,049 tokens, from cache."""
-    config = config_of(Path("unused"), data, SHAPES["15m"], 2048, 10**6)
-    sources = feed.open_sources(config, "train")
-    batches = feed.training(config, sources, (1, 64), np.arange(64), 0)
-    for _ in range(20):
-        next(batches)
-    began, n = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        n += next(batches)[0].size
-    return n / (time.perf_counter() - began)
 
 
 def first_step(config: c.Config, step: int) -> float:
@@ -65,11 +51,10 @@ def first_step(config: c.Config, step: int) -> float:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[1])
     try:
         while process.poll() is None:
-            with contextlib.suppress(OSError):
-                with (run / "metrics.jsonl").open("rb") as f:
-                    f.seek(max(0, f.seek(0, 2) - 200_000))
-                    if f'{{"step": {step + 1},'.encode() in f.read():
-                        return time.perf_counter() - began
+            with contextlib.suppress(OSError), (run / "metrics.jsonl").open("rb") as f:
+                f.seek(max(0, f.seek(0, 2) - 200_000))
+                if f'{{"step": {step + 1},'.encode() in f.read():
+                    return time.perf_counter() - began
             time.sleep(0.01)
     finally:
         process.kill()
@@ -82,7 +67,7 @@ def resume(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     for _ in range(3):
         for step in (0, 10, 10_000, 1_000_000):
-            config = config_of(folder / f"run{step}", data, shape, 256, 1_000_100)
+            config = config_of(folder / f"run{step}", data, shape)
             shutil.rmtree(config.workdir, ignore_errors=True)
             if step:
                 _as_if_run_to(config, step)
@@ -96,7 +81,8 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = build(config, mesh).init()
-        checkpoint.open_run(config, [s.manifest_sha256 for s in sources], Path(next(iter(config.data.sources))) / "tokenizer")
+        described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
+        checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
         checkpoints = checkpoint.Checkpoints(config)
         checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
         checkpoints.close()
@@ -105,9 +91,9 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
         f.writelines(f'{{"step": {s}, {line}\n' for s in range(1, step + 1))
 
 
-def stall(folder: Path, shape: tuple) -> dict[str, list[float]]:
+def stall(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
     """Seconds that `save` holds the loop, and seconds until the same save is on disk, five times each."""
-    config = config_of(folder / "stall", Path("unused"), shape, 256, 10)
+    config = config_of(folder / "stall", data, shape)
     mesh = sharding.make_mesh(config.mesh)
     out: dict[str, list[float]] = {"blocks": [], "until on disk": []}
     with jax.set_mesh(mesh):
@@ -128,20 +114,17 @@ def main() -> None:
     """Prints the three figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="15m")
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data/text").resolve(), help="a prepared folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     median = lambda values: sorted(values)[len(values) // 2]
+    out: dict = {"platform": platform.platform(), "versions": checkpoint.versions(), "model": args.model}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        long, short = synthetic.write(folder / "long", 2048, 50_000), synthetic.write(folder / "short", 256, 1_000)
-        out: dict = {"platform": platform.platform(), "versions": checkpoint.versions(), "model": args.model}
-        out["loader tokens/s"] = loader(long)
-        print(f"loader, S = 2048, one process: {out['loader tokens/s'] / 1e6:.1f} M tokens/s")
-        out["first step seconds"] = resume(folder, short, SHAPES[args.model])
+        out["first step seconds"] = resume(Path(name), args.data, SHAPES[args.model])
         fresh = median(out["first step seconds"]["at step 0"])
         for what, seconds in out["first step seconds"].items():
             print(f"start to first step {what}: {median(seconds):.2f} s, {median(seconds) / fresh:.2f} of a fresh start")
-        out["checkpoint seconds"] = stall(folder, SHAPES[args.model])
+        out["checkpoint seconds"] = stall(Path(name), args.data, SHAPES[args.model])
         blocks, whole = (median(v) for v in out["checkpoint seconds"].values())
         print(f"checkpoint: the loop stands still for {blocks:.3f} s of {whole:.3f} s, {blocks / whole:.3f}")
     if args.json:

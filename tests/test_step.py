@@ -1,0 +1,73 @@
+"""The step's bookkeeping: what is counted, what the checksum sees, what is sharded where."""
+
+import jax
+import numpy as np
+import pytest
+
+from tinyllama_jax import config as c
+from tinyllama_jax import sharding
+from tinyllama_jax.step import Batch, build, checksum, count_tokens
+
+MODEL = c.Model(2, 32, 4, 2, 64, 104, 16)
+
+
+def batch_of(shape, length=17, seed=0) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 104, (*shape, 17)).astype(np.uint16)
+    return Batch(tokens, np.full(shape, length, np.int32))
+
+
+@pytest.mark.parametrize(("lengths", "tokens"), [([17, 17], 32), ([17, 1], 16), ([5, 0], 4), ([0, 0], 1), ([1, 1], 1)])
+def test_tokens_that_are_predicted(lengths, tokens):
+    batch = Batch(np.zeros((1, 2, 17), np.uint16), np.array([lengths], np.int32))
+    assert int(count_tokens(batch)) == tokens  # a block of n tokens predicts n - 1; never 0, since it divides
+
+
+def test_checksum_sees_tokens_and_places_but_no_split_and_no_padding():
+    batch = batch_of((4, 2))
+    same = Batch(batch.tokens.reshape(1, 8, 17), batch.length.reshape(1, 8))
+    assert checksum(batch) == checksum(same) == checksum(Batch(batch.tokens.astype(np.int32), batch.length))
+    for row, position in ((0, 0), (3, 5), (7, 16)):
+        other = batch.tokens.copy().reshape(8, 17)
+        other[row, position] += 1
+        assert checksum(Batch(other.reshape(4, 2, 17), batch.length)) != checksum(batch)
+    swapped = batch.tokens.reshape(8, 17)[[1, 0, 2, 3, 4, 5, 6, 7]].reshape(4, 2, 17)
+    assert checksum(Batch(swapped, batch.length)) != checksum(batch)
+    short = Batch(batch.tokens.copy(), np.full((4, 2), 9, np.int32))
+    before = checksum(short)
+    short.tokens[..., 9:] = 7
+    assert checksum(short) == before != checksum(batch)
+
+
+def test_checksums_of_a_thousand_batches_differ():
+    sums = {int(checksum(batch_of((1, 4), seed=seed))) for seed in range(1_000)}
+    assert len(sums) == 1_000  # by chance two of them would be equal once in 8,600 such tests
+
+
+def test_state_is_split_as_its_parameters_and_the_batch_over_data_and_fsdp():
+    config = c.Config(
+        "x",
+        MODEL,
+        c.Data({"x": 1}),
+        c.Optim(1e-3, 1e-4, 2, 0.1, 1.0),
+        c.Train(10, 16 * 16, 2),
+        c.Checkpoint(1),
+        c.Mesh(2, 2, 2),
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        state, _ = program.train(program.init(), batch_of(program.shape))
+    assert program.shape == (2, 8)
+    adam = state.opt_state[0]
+    jax.tree.map(
+        lambda p, m, v: (p.sharding == m.sharding == v.sharding) or pytest.fail(str(p)), state.params, adam.mu, adam.nu
+    )
+    for leaf in jax.tree.leaves((state.params, adam.mu, adam.nu)):
+        assert leaf.addressable_shards[0].data.size <= leaf.size // 2  # nothing of theirs is whole on every device
+    assert program.batch.tokens.shard_shape((2, 8, 17)) == (2, 2, 17)
+
+
+def test_a_step_too_large_for_the_devices_is_refused():
+    config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 3 * 16, 1), c.Checkpoint(1))
+    with pytest.raises(c.UserError, match="choose train.tokens_per_step as a multiple of 128"):
+        build(config, sharding.make_mesh(config.mesh))
