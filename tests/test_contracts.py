@@ -39,7 +39,7 @@ HOME = {
     "optax": {"optim"},
     "orbax": {"checkpoint"},
     "grain": {"data.feed"},
-    "array_record": {"data.blocks", "data.prepare"},
+    "array_record": {"data.blocks", "data.shards"},
     "tensorflow_datasets": {"data.blocks", "data.prepare"},
     "apache_beam": {"data.prepare"},
     "safetensors": {"hf"},

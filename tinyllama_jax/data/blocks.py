@@ -167,6 +167,8 @@ class Blocks:
                     )
                 except Exception as error:
                     raise self._damaged(file, 0, error) from None
+                if reader.num_records() != (blocks := int(np.diff(self._ends, prepend=0)[file])):
+                    raise self._damaged(file, 0, ValueError(f"{reader.num_records()} records, where {blocks} were written"))
                 self._readers[file] = reader
             return self._readers[file]
 

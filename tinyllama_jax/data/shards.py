@@ -62,6 +62,7 @@ def make(job: Job, pickled: bytes) -> None:
     failed = job.folder / "failed"
     if any(failed.iterdir()):
         return
+    _check_awaited(job)
     try:
         _make(job, shard)
     except ProcessLookupError:  # nobody waits for this any more
@@ -69,6 +70,12 @@ def make(job: Job, pickled: bytes) -> None:
     except (UserError, OSError) as error:
         write(failed / shard.file, " ".join(str(error).split()))
         raise
+
+
+def _check_awaited(job: Job) -> None:
+    """Raises ProcessLookupError if the main process is gone."""
+    if job.main:
+        os.kill(job.main, 0)
 
 
 def _make(job: Job, shard: Shard) -> None:
@@ -117,8 +124,7 @@ def _tokens(texts: Iterable[Iterable[str]], job: Job, counts: dict[str, int]) ->
         new = True
         for part in spm.parts(text):
             if size >= BATCH:
-                if job.main:
-                    os.kill(job.main, 0)  # raises when there is no such process any more
+                _check_awaited(job)
                 yield encoded()
                 parts, begins, ends, size = [], [], [], 0
             if new:

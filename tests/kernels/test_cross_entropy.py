@@ -1,0 +1,151 @@
+"""The loss head against its definition in float64: sums, gradients, what it holds, what it leaves out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, reference
+
+B, S, D, V = 3, 12, 8, 37
+
+
+def inputs(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(B, S, D)) * 2, rng.normal(size=(D, V))
+    labels, weights = rng.integers(0, V, (B, S)), rng.uniform(0.1, 2, (B, S))
+    weights[0, 7:] = weights[2] = 0  # padding: the end of one row, the whole of another
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
+
+
+def float64(x, kernel, labels, weights):
+    """(loss, correct, dx, dkernel) from the textbook formulas."""
+    x, kernel, weights = (np.asarray(a, np.float64) for a in (x, kernel, weights))
+    logits = x @ kernel
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    one_hot = np.eye(kernel.shape[1])[np.asarray(labels)]
+    dlogits = (p - one_hot) * weights[..., None]
+    loss = -(np.log((p * one_hot).sum(-1)) * weights).sum()
+    correct = ((logits.argmax(-1) == np.asarray(labels)) * weights).sum()
+    return loss, correct, dlogits @ kernel.T, np.einsum("bsd,bsv->dv", x, dlogits)
+
+
+@partial(jax.jit, static_argnames="chunk")
+def ours(x, kernel, labels, weights, chunk, cotangent=1.0):
+    loss_of = reference if chunk is None else partial(cross_entropy, chunk=chunk)
+    sums, vjp = jax.vjp(lambda x, kernel: loss_of(x, kernel, labels, weights), x, kernel)
+    return *sums, *vjp(Sums(jnp.float32(cotangent), jnp.float32(0)))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, S], ids=["reference", "one position", "four", "all"])
+@pytest.mark.parametrize("cotangent", [1.0, 2.0**15, -0.3])
+def test_fp32(chunk, cotangent):
+    arrays = inputs()
+    loss, correct, dx, dkernel = float64(*arrays)
+    got = ours(*arrays, chunk, cotangent)
+    np.testing.assert_allclose(got[:2], (loss, correct), rtol=1e-6)
+    for a, b in zip(got[2:], (dx * cotangent, dkernel * cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1e-2), (jnp.float16, 1.5e-3)])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_half_precision(chunk, dtype, tolerance):
+    arrays = inputs(dtype)
+    loss, correct, *gradients = float64(*arrays)
+    got = ours(*arrays, chunk)
+    np.testing.assert_allclose(got[:2], (loss, correct), rtol=1e-6)  # from the logits on all is fp32
+    for a, b in zip(got[2:], gradients, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), rtol=0)
+
+
+def test_by_hand():
+    """Logits (0, ln 3): p = (1/4, 3/4). Two positions of label 1 and weight 1 and 2: loss 3 ln(4/3), both correct."""
+    x, kernel = jnp.ones((1, 2, 1)), jnp.asarray([[0.0, np.log(3)]])
+    loss, correct, dx, dkernel = ours(x, kernel, jnp.asarray([[1, 1]]), jnp.asarray([[1.0, 2.0]]), 1)
+    np.testing.assert_allclose((loss, correct), (3 * np.log(4 / 3), 3), rtol=1e-6)
+    np.testing.assert_allclose(dx[0, :, 0], (-np.log(3) / 4, -np.log(3) / 2), rtol=1e-6)
+    np.testing.assert_allclose(dkernel, [[3 / 4, -3 / 4]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_padding_has_no_gradient_and_no_effect(chunk):
+    x, kernel, labels, weights = inputs()
+    padding = weights == 0
+    first = ours(x, kernel, labels, weights, chunk)
+    assert not np.asarray(first[2])[padding].any() and np.asarray(first[2])[~padding].all()
+    rubbish = jnp.where(padding[..., None], 1e3, x)
+    for a, b in zip(first, ours(rubbish, kernel, jnp.where(padding, V - 1, labels), weights, chunk), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fp16_sums_over_many_tokens_do_not_overflow():
+    """The kernel's gradient of the sum over 2^17 tokens is 65,536, over fp16's largest number; that of the mean is 1/2."""
+    n = 2**17
+    x, kernel = jnp.ones((1, n, 1), jnp.float16), jnp.zeros((1, 2), jnp.float16)
+    *_, dkernel = ours(x, kernel, jnp.zeros((1, n), jnp.int32), jnp.ones((1, n)), n // 4, 1 / n)
+    np.testing.assert_allclose(dkernel, [[-0.5, 0.5]], rtol=1e-3)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def largest(loss_of, *arrays):
+    """Elements of the largest floating-point array that the loss and its gradient compute."""
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda x, k: loss_of(x, k, *arrays[2:])[0], (0, 1)))(*arrays[:2]).jaxpr
+    avals = [v.aval for e in equations(jaxpr) for v in e.outvars]
+    return max(a.size for a in avals if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def test_never_holds_all_logits():
+    arrays = inputs()
+    assert largest(reference, *arrays) == B * S * V  # the check can see it
+    assert largest(partial(cross_entropy, chunk=2), *arrays) == max(B * 2 * V, D * V, B * S * D)
+
+
+def test_peak_memory_is_that_of_a_chunk():
+    """Compiled at B S V = 2 x 512 x 4096: 16.8 MB of logits in fp32; a chunk of 16 positions is 0.5 MB."""
+    shapes = ((2, 512, 16), jnp.float32), ((16, 4096), jnp.float32), ((2, 512), jnp.int32), ((2, 512), jnp.float32)
+    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+
+    def megabytes(loss_of):
+        program = jax.jit(lambda x, k, *rest: jax.grad(lambda x, k: loss_of(x, k, *rest)[0], (0, 1))(x, k))
+        return program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6
+
+    assert megabytes(reference) > 16.8
+    assert megabytes(partial(cross_entropy, chunk=16)) < 4
+
+
+def test_a_loss_that_is_not_differentiated_computes_no_gradient():
+    arrays = inputs()
+
+    def matmuls(f):
+        return sum(e.primitive.name == "dot_general" for e in equations(jax.make_jaxpr(f)(*arrays).jaxpr))
+
+    assert matmuls(partial(cross_entropy, chunk=4)) == 1
+    assert matmuls(partial(ours, chunk=4)) == 3  # logits once, and the two gradients
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "sequences", "tokens", "chunk"),
+    [
+        (2048, 8, 2048, 256),
+        (2048, 1, 2048, 2048),
+        (2048, 8, 3000, 256),  # 375 does not divide 2,048
+        (96, 4, 100, 24),
+        (2048, 8, 4, 1),  # not even one position each: one, then
+        (7, 2, 13, 1),  # 7 is prime
+    ],
+)
+def test_chunk_of(seq_len, sequences, tokens, chunk):
+    assert chunk_of(seq_len, sequences, tokens) == chunk

@@ -1,0 +1,88 @@
+"""The loss curve: which rows of metrics.jsonl it is drawn from, and what stands on it."""
+
+import json
+import re
+
+import matplotlib.axes
+import matplotlib.image
+import pytest
+
+from tinyllama_jax import report
+from tinyllama_jax.config import UserError
+
+
+def write(run, rows, tail=""):
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+ROWS = [
+    {"step": 1, "loss": 5.0, "lr": 0.1},
+    {"step": 2, "loss": 4.0, "lr": 0.2},
+    {"step": 2, "val_loss": 4.5},
+    {"step": 3, "loss": float("nan"), "lr": 0.3},  # a step that was skipped
+    {"step": 4, "loss": 3.0, "lr": 0.25},
+    {"step": 4, "val_loss": 3.25},
+]
+
+
+def curves(run, monkeypatch):
+    """label -> (x, y) of everything that `draw` plots."""
+    seen = {}
+    plot, axhline = matplotlib.axes.Axes.plot, matplotlib.axes.Axes.axhline
+
+    def record_plot(self, x, y, *args, **kwargs):
+        seen[kwargs.get("label", "lr")] = (list(x), list(y))
+        return plot(self, x, y, *args, **kwargs)
+
+    def record_line(self, y, **kwargs):
+        seen[kwargs["label"]] = y
+        return axhline(self, y, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", record_plot)
+    monkeypatch.setattr(matplotlib.axes.Axes, "axhline", record_line)
+    path = report.draw(run)
+    return seen, path
+
+
+def test_draws_training_validation_baseline_and_learning_rate(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    write(run, ROWS, tail='{"step": 5, "los')  # the run is writing at this moment
+    (run / report.UNIGRAM).write_text('{"val_loss": 6.5}')
+    seen, path = curves(run, monkeypatch)
+    assert seen["training"] == ([1, 2, 4], [5.0, 4.0, 3.0])  # a skipped step has no place on the curve
+    assert seen["validation, 3.250 at the end"] == ([2, 4], [4.5, 3.25])
+    assert seen["unigram model, 6.500"] == 6.5
+    assert seen["lr"] == ([1, 2, 4], [0.1, 0.2, 0.25])
+    picture = matplotlib.image.imread(path)
+    assert path == run / "loss.png" and picture.shape[0] > 300 and picture.min() < picture.max()
+    assert sorted(p.name for p in run.iterdir()) == ["loss.png", "metrics.jsonl", report.UNIGRAM]
+
+
+def test_a_run_without_validation_or_baseline(tmp_path, monkeypatch):
+    write(tmp_path, ROWS[:2])
+    seen, _ = curves(tmp_path, monkeypatch)
+    assert set(seen) == {"training", "training, mean of 1", "lr"}
+
+
+def test_mean_of_the_steps_up_to_each(tmp_path, monkeypatch):
+    write(tmp_path, [{"step": i, "loss": float(i % 2), "lr": 0.1} for i in range(1, 101)])
+    seen, _ = curves(tmp_path, monkeypatch)
+    assert seen["training, mean of 2"] == (list(range(2, 101)), [0.5] * 99)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(None, "is not a run folder"), ([], "no step"), ([{"step": 1, "val_loss": 2.0}], "no step")]
+)
+def test_nothing_to_draw_is_one_line(tmp_path, rows, message):
+    if rows is not None:
+        write(tmp_path, rows)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}.*{message}"):
+        report.draw(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_command_line(tmp_path, capsys):
+    write(tmp_path, ROWS)
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}\n"

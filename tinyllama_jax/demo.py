@@ -1,0 +1,285 @@
+"""The whole line on this computer, offline: corpus, tokenizer, data, training, export, samples (`make demo`).
+
+python -m tinyllama_jax.demo [--workdir runs/demo]
+
+Stopped at any moment, the same command goes on; what is done is not done again. Heavy imports stand where they are needed, so
+that a demo with nothing left to do ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import demo_corpus, report
+from tinyllama_jax.config import Config, UserError, run_main
+
+if TYPE_CHECKING:
+    from tinyllama_jax.data.blocks import Blocks
+
+CONFIG = "configs/demo.py"
+PROMPTS = ("Return a list of", "This module", "def __init__(self")
+SAMPLE_TOKENS = 60
+
+
+def main(argv: list[str]) -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--workdir", default="runs/demo", help="the folder for everything that it makes (default: %(default)s)")
+    return demo(Path(parser.parse_args(argv).workdir), CONFIG)
+
+
+def demo(work: Path, config_file: str, stdlib: Path | None = None) -> int:
+    """Everything, in `work`, by the config in `config_file`, from the modules in `stdlib` (this Python's). Raises UserError."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # its size is a CPU's
+    started = time.monotonic()
+    config, overrides = placed(config_lib.read(config_file), work)
+    stages = Stages(work, config, stdlib)
+    if stages.todo("corpus", work / "corpus"):
+        make_corpus(work / "corpus", stdlib)
+        stages.done("corpus")
+    if stages.todo("tokenizer", work / "tokenizer"):
+        make_tokenizer(work / "tokenizer", work / "corpus", config)
+        stages.done("tokenizer")
+    if stages.todo("data", work / "data"):
+        make_data(work, config)
+        stages.done("data")
+    if stages.todo("run", work / "run/checkpoints" / str(config.train.steps)):
+        stages.done("run")  # at its start: a run that was stopped goes on
+        if code := train(config, ["--config", config_file, *overrides]):
+            return code
+    if stages.todo("picture", work / "run/loss.png"):
+        report.draw(work / "run")
+        stages.done("picture")
+    if stages.todo("export", work / "hf"):
+        export(work)
+        stages.done("export")
+    if stages.todo("samples", work / "samples.txt"):
+        sample(work)
+        stages.done("samples")
+    say(conclusion(work, ["--config", config_file, *overrides[1:]], time.monotonic() - started))
+    return 0
+
+
+def placed(config: Config, work: Path) -> tuple[Config, list[str]]:
+    """The config with its run and data in `work`, and what to say to `train` for that (nothing if they are there already)."""
+    sources = {str(work / "data" / Path(path).name): weight for path, weight in config.data.sources.items()}
+    if set(map(os.path.basename, sources)) != set(demo_corpus.SOURCES):
+        raise UserError(f"data.sources: the demo has the sources {', '.join(demo_corpus.SOURCES)}, not {', '.join(sources)}")
+    if (config.workdir, config.data.sources) == (str(work / "run"), sources):
+        return config, []
+    said = ",".join(f"{path}:{weight}" for path, weight in sources.items())
+    config = dataclasses.replace(config, workdir=str(work / "run"), data=dataclasses.replace(config.data, sources=sources))
+    return config, [f"--workdir={config.workdir}", f"--data.sources={said}"]
+
+
+class Stages:
+    """What each stage was made from, kept in WORK/stages.json: an output is used again only if it was made from the same."""
+
+    def __init__(self, work: Path, config: Config, stdlib: Path | None):
+        """Raises UserError if `work` holds a run that was made from something else."""
+        self._file = work / "stages.json"
+        settings = {key: value for key, value in config_lib.flat(config).items() if key not in ("workdir", "data.sources")}
+        self._now = {
+            "corpus": demo_corpus.fingerprint(stdlib),
+            "tokenizer": {"vocab_size": config.model.vocab_size, "shares": list(config.data.sources.values())},
+            "data": {"seq_len": config.model.seq_len},
+            "run": settings,
+            "picture": {},
+            "export": {},
+            "samples": {},
+        }
+        self._made = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        for key, was, now in self._changes():
+            changed = f"{work} was made with {key}={was}, and now it is {now}"
+            if (work / "run").exists():
+                raise UserError(f"{changed}; delete {work} to start anew, or leave it and say --workdir NEW")
+            say(f"{changed}: what depends on it is made again")
+
+    def _changes(self) -> list[tuple[str, object, object]]:
+        made_and_now = [(self._made.get(stage, now), now) for stage, now in self._now.items()]
+        return [(key, made.get(key), now[key]) for made, now in made_and_now for key in now if made.get(key) != now[key]]
+
+    def todo(self, stage: str, output: Path) -> bool:
+        """Whether the stage has to be done: its output is not there, or not known to be whole and made from the same."""
+        return self._made.get(stage) != self._now[stage] or not output.exists()
+
+    def done(self, stage: str) -> None:
+        """Notes that the stage is done; what came after it is no longer known to be made from the same."""
+        before = list(self._now)[: list(self._now).index(stage)]
+        self._made = {name: self._now[name] for name in [*before, stage]}
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._made, indent=2) + "\n")
+        partial.replace(self._file)
+
+
+def say(text: str) -> None:
+    """One line on what is done, at once also into a pipe."""
+    print(text, flush=True)
+
+
+def fresh(folder: Path) -> Path:
+    """Removes `folder`, and makes an empty one beside it, to be given its name when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    for path in (folder, partial):
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def make_corpus(folder: Path, stdlib: Path | None) -> None:
+    """Text and code in `folder`, one jsonl file a source and split."""
+    partial = fresh(folder)
+    counts = demo_corpus.gather(partial, stdlib)
+    sizes = {source: (partial / f"{source}.train.jsonl").stat().st_size / 1e6 for source in demo_corpus.SOURCES}
+    partial.rename(folder)
+    say(
+        f"corpus: {counts['modules']:,} modules of Python's library, {counts['held out']} of them for validation "
+        f"({counts['skipped']} skipped): " + ", ".join(f"{source} {size:.1f} MB" for source, size in sizes.items())
+    )
+
+
+def make_tokenizer(folder: Path, corpus: Path, config: Config) -> None:
+    """tokenizer.model in `folder`."""
+    shares = {Path(path).name: weight for path, weight in config.data.sources.items()}
+    partial = fresh(folder)
+    (partial / "tokenizer.model").write_bytes(demo_corpus.train_tokenizer(corpus, shares, config.model.vocab_size))
+    partial.rename(folder)
+    say(f"tokenizer: SentencePiece BPE, {config.model.vocab_size:,} pieces")
+
+
+def make_data(work: Path, config: Config) -> None:
+    """Blocks of tokens of each source, below `work`/data."""
+    from tinyllama_jax.data import prepare
+
+    shutil.rmtree(work / "data", ignore_errors=True)
+    for source in demo_corpus.SOURCES:
+        prepare.prepare(
+            train=[work / "corpus" / f"{source}.train.jsonl"],
+            validation=[work / "corpus" / f"{source}.validation.jsonl"],
+            tokenizer=work / "tokenizer",
+            output=work / "data" / source,
+            seq_len=config.model.seq_len,
+        )
+
+
+def train(config: Config, arguments: list[str]) -> int:
+    """What `python -m tinyllama_jax.train` does with `arguments`; and before it, the loss of the model to beat."""
+    from tinyllama_jax import train as train_lib
+
+    run = Path(config.workdir)
+    run.mkdir(exist_ok=True)
+    baseline = unigram_loss(config)
+    (run / report.UNIGRAM).write_text(json.dumps({"val_loss": baseline}) + "\n")
+    say(f"to beat: a unigram model, {baseline:.3f} nats a token on the validation data")
+    say(f"training: {shlex.join(['python', '-m', 'tinyllama_jax.train', *arguments])}")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train_lib.main(arguments)
+    finally:  # training has its own: it saves before it ends
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def unigram_loss(config: Config) -> float:
+    """Validation loss, nats a token, of a unigram model: the training tokens' frequencies, mixed as in training, plus one each.
+
+    Over the tokens that the run's own validation loss is over.
+    """
+    from tinyllama_jax.data import feed
+
+    V = config.model.vocab_size
+    train_V = [label_counts(blocks, V) for blocks in feed.open_sources(config, "train")]
+    validation_V = sum(label_counts(blocks, V) for blocks in feed.open_sources(config, "validation"))
+    return unigram_cross_entropy(train_V, list(config.data.sources.values()), validation_V)
+
+
+def label_counts(blocks: Blocks, vocab_size: int) -> np.ndarray:
+    """How often each token is one to be predicted in `blocks`, [V]."""
+    tokens, length = blocks.read(np.arange(len(blocks)))
+    real = np.arange(1, tokens.shape[1]) < length[:, None]
+    return np.bincount(tokens[:, 1:][real], minlength=vocab_size)
+
+
+def unigram_cross_entropy(train_V: list[np.ndarray], weights: list[float], validation_V: np.ndarray) -> float:
+    """-sum q log p for the frequencies q of `validation_V` and p of the `train_V`, mixed by `weights`; counts [V], nats.
+
+    Add-one smoothing: p is (n f + 1) / (n + V), where f is the mixture's frequency and n the number of training tokens.
+    """
+    n = sum(counts.sum() for counts in train_V)
+    f_V = sum(weight / sum(weights) * counts / counts.sum() for weight, counts in zip(weights, train_V, strict=True))
+    p_V = (n * f_V + 1) / (n + len(f_V))
+    return float(-(validation_V @ np.log(p_V)) / validation_V.sum())
+
+
+def export(work: Path) -> None:
+    """`work`/hf, which Transformers loads."""
+    from tinyllama_jax import convert
+
+    shutil.rmtree(work / "hf", ignore_errors=True)
+    step = convert.export(work / "run", work / "hf")
+    say(f"export: {work / 'hf'} holds step {step:,} for Hugging Face Transformers")
+
+
+def sample(work: Path) -> None:
+    """`work`/samples.txt: what the model says to `PROMPTS`."""
+    from tinyllama_jax import generate
+
+    params, model, tokenizer = generate.load(work / "run")
+    texts = []
+    for prompt in PROMPTS:
+        ids = generate.first_tokens(work / "run", tokenizer, prompt)
+        how = generate.Sampling(temperature=0.6, top_p=0.9)
+        answer = generate.stream(params, model, ids, max_new_tokens=SAMPLE_TOKENS, sampling=how, eos_id=tokenizer.eos_id)
+        texts.append(f"--- {prompt!r}\n{tokenizer.decode([*ids, *answer])}\n")
+    partial = work / "samples.partial"
+    partial.write_text("\n".join(texts), encoding="utf-8")
+    partial.replace(work / "samples.txt")
+
+
+def conclusion(work: Path, arguments: list[str], seconds: float) -> str:
+    """Samples, the two losses, where each thing is, and what to try next."""
+    run, samples = work / "run", work / "samples.txt"
+    loss = [row["val_loss"] for row in report.rows(run) if "val_loss" in row][-1]
+    baseline = report.unigram(run)
+    here = Path(sys.executable).is_relative_to(Path.cwd())
+    python = shlex.join([os.path.relpath(sys.executable) if here else sys.executable, "-m"])
+    places = {
+        work / "corpus": "text and code, a jsonl file a source and split",
+        work / "tokenizer": "the SentencePiece model",
+        work / "data": "the corpus in blocks of tokens, with manifests",
+        run: "checkpoints, config, metrics.jsonl, TensorBoard events, the loss curve loss.png",
+        work / "hf": "the model for Hugging Face Transformers",
+        samples: "what stands above",
+    }
+    width = max(len(str(path)) for path in places)
+    lines = [
+        "",
+        samples.read_text(encoding="utf-8"),
+        f"validation loss {loss:.3f} nats a token, a unigram model's {baseline:.3f}: {baseline - loss:.3f} less",
+        f"made in {seconds:.0f} s" if seconds > 5 else "nothing was left to do",
+        "",
+        *(f"{path!s:{width}}  {what}" for path, what in places.items()),
+        "",
+        "Three commands to try next:",
+        f"  {python} tinyllama_jax.generate --checkpoint {run} --prompt 'Returns the' --samples 3",
+        f"  {python} tinyllama_jax.train {shlex.join(arguments)} --workdir {work / 'longer'} --train.steps 8000",
+        f"  {python} tensorboard.main --logdir {run / 'tensorboard'}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,200 @@
+"""The demo's corpus, made of the standard library (docstrings and comments; the rest as code), and a tokenizer for it.
+
+Every computer that can run the demo has that library, so nothing is downloaded. One document a module and source; whole modules
+are held out of both sources, so that no training text explains validation code.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import re
+import sys
+import sysconfig
+import tokenize
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+
+from tinyllama_jax.config import UserError
+
+SOURCES = ("text", "code")
+SPLITS = ("train", "validation")
+HELD_OUT = 0.01  # of the modules
+# Installed packages are not the library. Many distributions leave the tests out: with them the corpus would depend on who
+# packaged Python. The last two are generated tables.
+LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+NOT_TEXT = re.compile(r"!|.*coding[:=]\s*[-\w.]+|\W*$")  # a shebang, an encoding, a ruler
+
+
+class Document(NamedTuple):
+    """One module, taken apart."""
+
+    text: str  # docstrings and comments, in order, a blank line between
+    code: str  # everything else, which still parses
+
+
+def modules(stdlib: Path | None = None) -> dict[str, Path]:
+    """Dotted name -> file, sorted by name, of the modules below `stdlib` (that of the Python running this)."""
+    stdlib = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
+    files = {path.relative_to(stdlib).with_suffix("").parts: path for path in stdlib.rglob("*.py")}
+    return {".".join(parts): files[parts] for parts in sorted(files) if not LEFT_OUT.intersection(parts)}
+
+
+def fingerprint(stdlib: Path | None = None) -> dict[str, str]:
+    """What the corpus depends on: the Python, its modules by name and size, and this file."""
+    listing = "".join(f"{name} {path.stat().st_size}\n" for name, path in modules(stdlib).items())
+    return {
+        "python": sys.version.split()[0],
+        "modules": hashlib.sha256(listing.encode()).hexdigest()[:16],
+        "demo_corpus.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+    }
+
+
+def held_out(names: list[str]) -> set[str]:
+    """1% of `names` (at least one): those whose SHA-256 is smallest, so that adding a module hardly moves the others."""
+    return set(sorted(names, key=_hash)[: max(1, round(HELD_OUT * len(names)))])
+
+
+def gather(folder: Path, stdlib: Path | None = None) -> dict[str, int]:
+    """Writes `folder`/SOURCE.SPLIT.jsonl ({"module": name, "text": document} a line); returns counts to be printed.
+
+    Files that cannot be decoded or parsed are skipped and counted. Raises UserError if too little is left for two splits.
+    """
+    files, documents = modules(stdlib), {}
+    for name, path in files.items():
+        try:
+            with tokenize.open(path) as f:  # decodes by the file's own declaration
+                document = take_apart(f.read())
+            "".join(document).encode()  # a docstring can hold escapes that no text can (half of a surrogate pair)
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            continue
+        documents[name] = document
+    complete = [name for name, document in documents.items() if all(document)]
+    if len(complete) < 2:
+        raise UserError(
+            f"{stdlib or sysconfig.get_path('stdlib')}: holds {len(complete)} documented modules; 2 are needed at least"
+        )
+    validation = held_out(complete)
+    for source in SOURCES:
+        lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for name, document in documents.items():
+            if content := getattr(document, source):
+                line = json.dumps({"module": name, "text": content}, ensure_ascii=False)
+                lines[SPLITS[name in validation]].append(line + "\n")
+        for split, rows in lines.items():
+            (folder / f"{source}.{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+    return {"modules": len(documents), "held out": len(validation), "skipped": len(files) - len(documents)}
+
+
+def take_apart(source: str) -> Document:
+    """Splits a module into its documentation and its code. Raises SyntaxError if it does not parse."""
+    lines = io.StringIO(source).readlines()  # not splitlines: a form feed ends no line
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a module's escapes deserve is not for us to say
+        tree = ast.parse(source)
+    found: list[tuple[int, str]] = []  # line number, paragraph
+    spans = []  # (first line, column, last line, column, what stands there instead)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring is not None:
+                found.append((node.body[0].lineno, inspect.cleandoc(docstring).strip()))
+                spans.append(_docstring_span(node.body, lines, keep=not isinstance(node, ast.Module)))
+    comments = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    found += _paragraphs(comments)
+    spans += [(*t.start, *t.end, "") for t in comments]
+    text = "\n\n".join(paragraph for _, paragraph in sorted(found, key=lambda pair: pair[0]) if paragraph)
+    return Document(text, _without(lines, spans))
+
+
+def train_tokenizer(corpus: Path, shares: dict[str, float], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model of `vocab_size` pieces from the training split in `corpus`, mixed by `shares` of characters.
+
+    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581): that is
+    how SentencePiece writes a space. The same corpus gives the same bytes.
+    """
+    documents = {source: _documents(corpus / f"{source}.train.jsonl") for source in SOURCES}
+    total = min(sum(map(len, documents[source])) / share for source, share in shares.items())
+    sentences: list[str] = []
+    for source, share in shares.items():
+        ends = itertools.accumulate(map(len, documents[source]))
+        sentences += [d for d, end in zip(documents[source], ends, strict=True) if end <= share * total]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        byte_fallback=True,  # what has no piece is spelt in bytes: no text is unknown
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,  # the ids of a text do not depend on whether it begins a document
+        allow_whitespace_only_pieces=True,  # indentation is one token
+        character_coverage=0.9995,  # of the corpus's characters; rarer ones are spelt in bytes
+        max_sentence_length=1 + max(len(d.encode()) for d in sentences),  # longer ones would be left out silently
+        num_threads=1,  # it takes a second
+        minloglevel=2,  # errors only
+    )
+    return model.getvalue()
+
+
+def _documents(path: Path) -> list[str]:
+    """The texts in a file of `gather`, those of related modules no longer side by side."""
+    with path.open(encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    return [row["text"] for row in sorted(rows, key=lambda row: _hash(row["module"]))]
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _docstring_span(body: list[ast.stmt], lines: list[str], keep: bool) -> tuple[int, int, int, int, str]:
+    """Where the docstring that opens `body` stands; a `pass` takes its place where the grammar wants a statement."""
+    node = body[0]
+    first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
+    start = len(first.encode()[: node.col_offset].decode())  # ast counts bytes of UTF-8
+    end = len(last.encode()[: node.end_col_offset].decode())
+    alone = not first[:start].strip() and re.match(r"\s*(#|$)", last[end:]) and (len(body) > 1 or not keep)
+    return node.lineno, start, node.end_lineno, end, "" if alone else "pass"
+
+
+def _paragraphs(comments: list[tokenize.TokenInfo]) -> list[tuple[int, str]]:
+    """(line number, paragraph): comments on consecutive lines that begin in the same column are one paragraph."""
+    runs: list[list[tokenize.TokenInfo]] = []
+    for comment in comments:
+        if runs and (runs[-1][-1].start[0] + 1, runs[-1][-1].start[1]) == comment.start:
+            runs[-1].append(comment)
+        else:
+            runs.append([comment])
+    out = []
+    for run in runs:
+        words = [c.string.lstrip("#").removeprefix(" ").rstrip() for c in run]
+        out.append((run[0].start[0], "\n".join(w for w in words if not NOT_TEXT.match(w)).strip()))
+    return out
+
+
+def _without(lines: list[str], spans: list[tuple[int, int, int, int, str]]) -> str:
+    """The lines joined, each span replaced; a line on which nothing is left goes too, other lines stay as they are."""
+    out = list(lines)
+    outside: list[tuple[int, int, int, int, str]] = []
+    for span in sorted(spans):
+        if not outside or span[:2] >= outside[-1][2:4]:  # a comment between the parts of a docstring goes with it
+            outside.append(span)
+    for first, start, last, end, instead in reversed(outside):
+        head, tail = out[first - 1][:start] + instead, out[last - 1][end:]
+        line = head + tail if tail.strip() else head.rstrip() + "\n"
+        out[first - 1 : last] = [line] if line.strip() else []
+    return "".join(out).strip("\n")

@@ -1,0 +1,84 @@
+"""The loss curve of a run as a picture, from its metrics.jsonl.
+
+python -m tinyllama_jax.report RUN      writes RUN/loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from tinyllama_jax.config import UserError, run_main
+
+UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
+
+
+def rows(run: str | Path) -> list[dict]:
+    """The lines of RUN/metrics.jsonl, in order; a last one that is still being written is left out. Raises UserError."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw(run: str | Path) -> Path:
+    """Writes RUN/loss.png: training and validation loss by step, the unigram model's line, and the learning rate.
+
+    Returns its path. The old picture stays until the new one is whole. Raises UserError if there is nothing to draw.
+    """
+    run = Path(run)
+    everything = rows(run)
+    train = [row for row in everything if math.isfinite(row.get("loss", math.nan))]  # validation has rows of its own
+    validation = [row for row in everything if "val_loss" in row]
+    if not train:
+        raise UserError(f"{run}: no step with a finite loss yet")
+
+    from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    steps, train_losses = np.array([(r["step"], r["loss"]) for r in train]).T
+    window = max(1, len(steps) // 50)  # a step of few tokens says little by itself
+    means = np.convolve(train_losses, np.full(window, 1 / window), "valid")
+    losses.plot(steps, train_losses, color="C0", alpha=0.25, linewidth=0.5, label="training")
+    losses.plot(steps[window - 1 :], means, color="C0", linewidth=1.5, label=f"training, mean of {window}")
+    if validation:
+        label = f"validation, {validation[-1]['val_loss']:.3f} at the end"
+        losses.plot([r["step"] for r in validation], [r["val_loss"] for r in validation], "o-", color="C1", label=label)
+    baseline = unigram(run)
+    if baseline is not None:
+        losses.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=f"unigram model, {baseline:.3f}")
+    losses.set(ylabel="loss, nats a token", title=str(run))
+    losses.legend()
+    rates.plot([r["step"] for r in train], [r["lr"] for r in train], color="C2", linewidth=1)
+    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+
+    path, partial = run / "loss.png", run / ".loss.partial.png"
+    figure.savefig(partial, dpi=120)
+    partial.replace(path)
+    return path
+
+
+def unigram(run: Path) -> float | None:
+    """The unigram model's validation loss, or None where nobody computed it."""
+    path = run / UNIGRAM
+    return json.loads(path.read_text())["val_loss"] if path.is_file() else None
+
+
+def main(argv: list[str]) -> int:
+    """Draws; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="a run folder")
+    print(draw(parser.parse_args(argv).run))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
