@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+import io
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import stdlib_texts, train_tokenizer
+import sentencepiece
 
 from tinyllama_jax import checkpoint, dims, generate, hf, hf_tokenizer, model
 from tinyllama_jax import config as c
@@ -206,13 +208,33 @@ def test_a_prompt_that_cannot_be(prompt, message):
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
+def train_tokenizer(path, **options):
+    """The demo's kind of tokenizer, of 420 pieces, from a source of Python's library."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(inspect.getsource(json.decoder).splitlines()),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        **{"add_dummy_prefix": False, "minloglevel": 2, **options},
+    )
+    path.write_bytes(written.getvalue())
+    return path
+
+
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory) -> Path:
-    return train_tokenizer(tmp_path_factory.mktemp("spm") / "tokenizer.model", stdlib_texts(8), 420)
+    return train_tokenizer(tmp_path_factory.mktemp("spm") / "tokenizer.model")
 
 
-@pytest.fixture(params=["SentencePiece", "Hugging Face"])
+@pytest.fixture(params=["SentencePiece", "SentencePiece as Llama's", "Hugging Face"])
 def tokenizer(request, spm, tmp_path):
+    if request.param == "SentencePiece as Llama's":  # each text with a space put before it
+        return tokenizer_lib.load(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=True))
     if request.param == "Hugging Face":
         pytest.importorskip("tokenizers")
         hf_tokenizer.write(spm, tmp_path, add_bos=False, seq_len=64)
@@ -319,14 +341,16 @@ def test_prompts_begin_as_the_data_did(folders, bos, tmp_path):
     assert generate.first_tokens(tmp_path, tokenizer, "x = 1") == first + tokenizer.encode("x = 1")
     assert generate.first_tokens(tmp_path, tokenizer, "") == (first or [2])  # eos came before a document
     (tmp_path / "data.json").unlink()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": bos}))
-    assert generate.first_tokens(tmp_path, tokenizer, "x = 1") == first + tokenizer.encode("x = 1")
+    # Transformers' LlamaTokenizer puts bos in front unless it is told not to
+    for settings in ({"add_bos_token": bos}, {"tokenizer_class": "LlamaTokenizer" if bos else "PreTrainedTokenizerFast"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert generate.first_tokens(tmp_path, tokenizer, "x = 1") == first + tokenizer.encode("x = 1")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--checkpoint", "nowhere"], "nowhere: no such folder; give a run folder"),
         (["--checkpoint", "RUN", "--step", "4"], "--step 4: RUN has checkpoints of the steps 3, 5"),
         (["--checkpoint", "HF", "--step", "4"], "--step 4: HF is not a run folder"),
         (["--checkpoint", "HF", "--temperature", "0"], "--temperature 0.0: must be positive; .* --greedy"),

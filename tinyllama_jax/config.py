@@ -391,7 +391,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         print(f"error: {error.filename or ''}: {_DISK[error.errno]}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     raise SystemExit(code or 0)

@@ -53,15 +53,10 @@ def _export_tokenizer(run: Path, folder: Path, seq_len: int) -> tuple[int | None
         return bos, eos
     if not (ours / "tokenizer.model").is_file():
         raise UserError(f"{ours}: holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export")
-    model = hf_tokenizer.write(ours / "tokenizer.model", folder, _data_have_bos(run), seq_len)
+    # as the data were: a prompt then begins as the documents did
+    model = hf_tokenizer.write(ours / "tokenizer.model", folder, checkpoint.documents_begin_with_bos(run), seq_len)
     bos, eos = (None if id_ < 0 else id_ for id_ in (model.bos_id, model.eos_id))
     return bos, eos
-
-
-def _data_have_bos(run: Path) -> bool:
-    """Whether the run's data begin each document with bos; if so the exported tokenizer does likewise, else it adds nothing."""
-    manifest = run / "data.json"
-    return manifest.is_file() and any(source["bos"] for source in json.loads(manifest.read_text()))
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -125,15 +125,15 @@ def load(path: str | Path, step: int | None = None) -> tuple[dict, Model, Tokeni
     compute dtype. Rows of the vocabulary that the tokenizer has no piece for (padding) are left out. Raises UserError.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face folder")
     if (path / "checkpoints").is_dir():
-        tokenizer = tokenizer_lib.load(path / "tokenizer")
         params, config, _ = checkpoint.load_params(path, step)
-        cfg = config.model
+        cfg, tokenizer = config.model, tokenizer_lib.load(path / "tokenizer")
     elif step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
     else:
-        tokenizer = tokenizer_lib.load(path)
-        params, cfg = hf.load_folder(path)
+        (params, cfg), tokenizer = hf.load_folder(path), tokenizer_lib.load(path)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model only {cfg.vocab_size:,}")
     compute = "float32" if jax.default_backend() == "cpu" else cfg.compute_dtype
@@ -159,21 +159,24 @@ def first_tokens(path: str | Path, tokenizer: Tokenizer, prompt: str) -> list[in
     ids = tokenizer.encode(prompt)
     if _documents_begin_with_bos(Path(path)):
         return [tokenizer.bos_id, *ids]
-    return ids or [tokenizer.eos_id][: tokenizer.eos_id >= 0]
+    return ids or ([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])
 
 
 def _documents_begin_with_bos(path: Path) -> bool:
     if (path / "data.json").is_file():  # a run
-        return any(source.get("bos", False) for source in json.loads((path / "data.json").read_text()))
-    settings = [path / "tokenizer/tokenizer_config.json", path / "tokenizer_config.json"]  # an imported run, Hugging Face
-    return any(json.loads(file.read_text()).get("add_bos_token", False) for file in settings if file.is_file())
+        return checkpoint.documents_begin_with_bos(path)
+    for file in (path / "tokenizer/tokenizer_config.json", path / "tokenizer_config.json"):  # an imported run, Hugging Face
+        if file.is_file():
+            settings = json.loads(file.read_text())
+            return settings.get("add_bos_token", settings.get("tokenizer_class", "").startswith("Llama"))  # its default
+    return False
 
 
 class Text:
     """The text of a growing list of tokens, in parts that no later token changes."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._tokens, self.printed = tokenizer, [], ""
+        self._tokenizer, self._tokens, self._printed = tokenizer, [], ""
 
     def add(self, tokens: list[int], last: bool = False) -> str:
         """What can be printed after `tokens` and could not before; everything that is left if they are the `last`.
@@ -185,9 +188,9 @@ class Text:
         if not last:
             waiting = len(text) - len(text.rstrip("\ufffd"))
             text = text[: len(text) - min(waiting, 3)]
-            if not text.startswith(self.printed):  # some decoders show whole characters as U+FFFD beside half of one
+            if not text.startswith(self._printed):  # some decoders show whole characters as U+FFFD beside half of one
                 return ""
-        new, self.printed = text[len(self.printed) :], text
+        new, self._printed = text[len(self._printed) :], text
         return new
 
 
