@@ -37,6 +37,7 @@ config = Config(
 )
 """
 PROGRAM = """
+import signal
 import sys
 from pathlib import Path
 from tinyllama_jax import demo
@@ -45,6 +46,7 @@ from tinyllama_jax.config import run_main
 def main(argv):
     code = demo.demo(Path(argv[0]), "config.py", Path("library"))
     print("imported jax:", "jax" in sys.modules)
+    print("Ctrl-C ends it:", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     return code
 
 if __name__ == "__main__":  # the workers that prepare the data import this file too
@@ -135,6 +137,7 @@ def listing(folder):
 def test_interrupted_and_continued_is_the_same_as_uninterrupted(small):
     code, output = run(small, "whole")
     assert code == 0, output
+    assert "Ctrl-C ends it: True" in output  # also after training, which saves first
     made = small / "whole"
     for name in ("corpus/text.train.jsonl", "tokenizer/tokenizer.model", "data/code/manifest.json", "hf/model.safetensors"):
         assert (made / name).stat().st_size > 0

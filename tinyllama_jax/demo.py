@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -185,12 +184,7 @@ def train(config: Config, arguments: list[str]) -> int:
     (run / report.UNIGRAM).write_text(json.dumps({"val_loss": baseline}) + "\n")
     say(f"to beat: a unigram model, {baseline:.3f} nats a token on the validation data")
     say(f"training: {shlex.join(['python', '-m', 'tinyllama_jax.train', *arguments])}")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train_lib.main(arguments)
-    finally:  # training has its own: it saves before it ends
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return train_lib.main(arguments)
 
 
 def unigram_loss(config: Config) -> float:

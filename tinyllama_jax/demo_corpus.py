@@ -167,7 +167,7 @@ def _docstring_span(body: list[ast.stmt], lines: list[str], keep: bool) -> tuple
     first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
     start = len(first.encode()[: node.col_offset].decode())  # ast counts bytes of UTF-8
     end = len(last.encode()[: node.end_col_offset].decode())
-    alone = not first[:start].strip() and re.match(r"\s*(#|$)", last[end:]) and (len(body) > 1 or not keep)
+    alone = re.match(r"\s*(#|$)", last[end:]) and (len(body) > 1 or not keep)
     return node.lineno, start, node.end_lineno, end, "" if alone else "pass"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     sources, held_out = feed.open_sources(config, "train"), feed.open_sources(config, "validation")
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
+        stop = at_end.enter_context(stop_on_signal())
         program, origin = build(config, mesh), check_origin(config, sources)
         data_tokenizer = Path(next(iter(config.data.sources))) / "tokenizer"
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
@@ -49,7 +51,6 @@ def main(argv: list[str]) -> int:
         batches = feed.training(config, sources, program.shape, rows, start)
         clock = metrics.Clock(config, mesh.size, jax.devices()[0].device_kind)
         reporter = Reporter(config, sources, writer, progress, clock, program.shape)
-        stop = stop_on_signal()
         for step in range(start + 1, config.train.steps + 1):
             with clock.spent_on("data_wait"):
                 batch = on_devices(next(batches), program.batch, program.shape)
@@ -172,18 +173,24 @@ class Reporter:
         self.progress.update(step, values["loss"], values["tokens_per_second"])
 
 
-def stop_on_signal() -> list[signal.Signals]:
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[list[signal.Signals]]:
     """A list that the first SIGINT or SIGTERM adds itself to: the loop then saves and ends. A second one ends at once."""
     stop: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handler(number: int, _) -> None:
         stop.append(signal.Signals(number))
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
 
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, handler)
-    return stop
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 if __name__ == "__main__":
