@@ -45,7 +45,7 @@ def state_of(config, **mesh):
 
 
 def saved(config):
-    (checkpoint.Path(config.workdir) / "checkpoints" / "5").mkdir(parents=True)
+    (checkpoint.Path(config.workdir) / "checkpoints" / "5" / "train").mkdir(parents=True)
 
 
 def same(a, b):
@@ -106,7 +106,7 @@ def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
 
 
 @pytest.mark.parametrize("with_moments", [True, False])
-def test_an_import_can_be_gone_on_with_if_it_has_moments(config, with_moments):
+def test_an_import_can_be_gone_on_with_if_it_has_moments(config, tokenizer, with_moments):
     program, state = state_of(config)
     params = jax.device_get(state.params)
     moments = (jax.tree.map(lambda a: a * 2, params), jax.tree.map(np.abs, params)) if with_moments else None
@@ -119,7 +119,7 @@ def test_an_import_can_be_gone_on_with_if_it_has_moments(config, with_moments):
         same(moments, (restored.opt_state[0].mu, restored.opt_state[0].nu))
     else:
         with pytest.raises(c.UserError, match="holds weights only; start from it with --workdir=NEW --init.from"):
-            checkpoints.restore(50, program.state)
+            checkpoint.open_run(c.override(config, {"model.d_ff": "32"}), XY, tokenizer)
     checkpoints.close()
 
 
@@ -191,7 +191,19 @@ def test_another_model_is_named(config):
     theirs = dataclasses.replace(config.model, n_layers=3)
     with pytest.raises(c.UserError, match="--model.n_layers=2: X is of a model with n_layers=3"):
         checkpoint.check_same_model(config.model, theirs, "X")
-    checkpoint.check_same_model(config.model, dataclasses.replace(config.model, seq_len=64, remat="full"), "X")
+    assert not checkpoint.check_same_model(config.model, dataclasses.replace(config.model, seq_len=64, remat="full"), "X")
+    longer = dataclasses.replace(config.model, rope_scaling=4.0)  # the same weights, made to reach further
+    assert checkpoint.check_same_model(longer, config.model, "X") == [
+        "X was trained with model.rope_scaling=1.0; here it is 4.0"
+    ]
+
+
+def test_a_folder_of_something_else_is_left_alone(config, tokenizer):
+    (checkpoint.Path(config.workdir) / "tokenizer").mkdir(parents=True)
+    (checkpoint.Path(config.workdir) / "tokenizer" / "precious").touch()
+    with pytest.raises(c.UserError, match="is not a run folder, and holds other folders; name a new one"):
+        checkpoint.open_run(config, XY, tokenizer)
+    assert (checkpoint.Path(config.workdir) / "tokenizer" / "precious").is_file()
 
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 from tinyllama_jax import checkpoint, train
 from tinyllama_jax import config as c
+from tinyllama_jax.data.prepare import prepare
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
 
@@ -158,6 +159,34 @@ def test_start_from_another_run(quiet, tiny_config_file, tmp_path, capsys):
     assert f"weights: step 2 of {tmp_path / 'run'}" in capsys.readouterr().out
 
 
+def test_without_a_validation_split_it_trains_and_says_so(tiny_config_file, tiny_data, tmp_path, capsys):
+    data = tmp_path / "data"
+    prepare(train=[tiny_data / "a.train.jsonl"], tokenizer=tiny_data / "512.model", output=data, seq_len=16, workers=1)
+    keys = {"data__sources": data, "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    assert "validation: none: no source has that split" in capsys.readouterr().out
+    assert [len(part) for part in curve(tmp_path / "run")] == [2, 0]
+
+
+def test_a_longer_context_from_the_same_weights_is_said(quiet, tiny_config_file, tmp_path, capsys):
+    keys = {"init__from": quiet[0], "model__rope_scaling": 4, "train__steps": 1, "optim__warmup_steps": 1}
+    keys |= {"mesh__fsdp": 8, "train__seqs_per_device": 1}
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{quiet[0]} was trained with model.rope_scaling=1.0; here it is 4.0" in out
+
+
+@pytest.mark.parametrize("delay", [1.5, 3.0])
+def test_a_signal_while_it_starts_is_not_lost(tiny_config_file, tmp_path, delay):
+    process = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode in (130, -signal.SIGINT), out  # the latter: before main, while Python still imports
+    if process.returncode == 130:
+        assert "stopped by SIGINT" in out and "Traceback" not in out, out
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_named(quiet, tiny_config_file, tmp_path, capsys):
     params, config, _ = checkpoint.load_params(quiet[0])
     params["lm_head"]["kernel"][0, 0] = np.inf
@@ -202,9 +231,10 @@ def test_mistakes_are_one_line_each(quiet, tiny_config_file, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_workdir_that_cannot_be_made(tiny_config_file, tmp_path):
+@pytest.mark.parametrize("where", ["file", "file/run"])
+def test_a_workdir_that_cannot_be_made(tiny_config_file, tmp_path, where):
     (tmp_path / "file").write_text("")
-    process = start(tiny_config_file, tmp_path / "file" / "run")
+    process = start(tiny_config_file, tmp_path / where)
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 2 and out.startswith("error: ") and out.count("\n") == 1, out
 

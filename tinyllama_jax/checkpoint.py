@@ -107,11 +107,7 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings). Raises UserError."""
-        if not (self._folder / str(step) / "train").is_dir():  # an import
-            raise UserError(
-                f"{self._folder.parent}: holds weights only; start from it with --workdir=NEW --init.from={self._folder.parent}"
-            )
+        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
         params, rest = _parts(abstract)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(rest))
         restored = self._manager.restore(step, args=items)
@@ -230,7 +226,9 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     notes = []
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
-    if steps_in(run):  # before its first checkpoint a run has nothing to lose
+    if steps := steps_in(run):  # before its first checkpoint a run has nothing to lose
+        if not (run / "checkpoints" / str(steps[-1]) / "train").is_dir():  # an import
+            raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
         notes = _compare(load_config(run), config)
         there = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else data
         content = lambda sources: [(s["weight"], s["manifest_sha256"]) for s in sources]
@@ -242,6 +240,9 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
             )
     else:
         run.mkdir(parents=True, exist_ok=True)
+        if not (run / "config.json").is_file() and any(path.is_dir() for path in run.iterdir()):
+            raise UserError(f"--workdir={run}: is not a run folder, and holds other folders; name a new one")
+        write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours
         shutil.rmtree(run / "tokenizer", ignore_errors=True)
         shutil.copytree(tokenizer, run / "tokenizer")
     write(run / "data.json", json.dumps(data, indent=2) + "\n")
@@ -262,12 +263,20 @@ def _compare(old: Config, new: Config) -> list[str]:
     return [f"changed since this run was last started: {k} from {before[k]} to {after[k]}" for k in changed]
 
 
-def check_same_model(ours: Model, theirs: Model, origin: str) -> None:
-    """Raises UserError naming the first field in which two models' weights or mathematics differ."""
+def check_same_model(ours: Model, theirs: Model, origin: str) -> list[str]:
+    """Raises UserError naming the first field in which the shapes of two models' weights differ.
+
+    Returns what differs in the mathematics alone (RoPE, as when the context is made longer, and eps), a line each.
+    """
+    differ = {}
     for key in FIXED:
         section, _, name = key.partition(".")
         if section == "model" and name != "seq_len" and getattr(ours, name) != getattr(theirs, name):
-            raise UserError(f"--{key}={getattr(ours, name)}: {origin} is of a model with {name}={getattr(theirs, name)}")
+            differ[name] = (getattr(ours, name), getattr(theirs, name))
+    for name, (here, there) in differ.items():
+        if name not in ("rope_theta", "rope_scaling", "norm_eps"):
+            raise UserError(f"--model.{name}={here}: {origin} is of a model with {name}={there}")
+    return [f"{origin} was trained with model.{name}={there}; here it is {here}" for name, (here, there) in differ.items()]
 
 
 def versions() -> dict[str, object]:

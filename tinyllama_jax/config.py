@@ -369,12 +369,15 @@ def from_json(text: str, origin: str = "config.json") -> Config:
 # -- ends of a program ----------------------------------------------------------------------------------------------------
 
 _DISK = {
-    errno.ENOSPC: "the disk is full; free some room and run the same command again: what was finished is kept",
-    errno.EDQUOT: "the disk quota is used up; free some room and run the same command again: what was finished is kept",
+    errno.ENOSPC: "the disk is full; free some room and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some room and run the same command again",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: "permission denied; choose another folder or change its permissions",
     errno.ENOENT: "no such file or folder",
     errno.ENOTDIR: "part of this path is a file, not a folder",
+    errno.EEXIST: "is a file; name a folder",
+    errno.EPERM: "not permitted; choose another folder",
+    errno.EIO: "the disk failed to read or write",
 }
 
 
@@ -388,7 +391,9 @@ def run_main(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        print(f"error: {error.filename or ''}: {_DISK[error.errno]}", file=sys.stderr)
+        # of two names the second is where it was being written to; a write that fails knows no name
+        where = error.filename2 or error.filename
+        print("error: " + (f"{where}: " if where else "") + _DISK[error.errno], file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -83,13 +83,15 @@ def import_checkpoint(
     moments, step = None, 0
     if source.is_file() and source.suffix == ".pth":
         if given is None:
-            raise UserError(f"{source}: a lit-gpt checkpoint does not say its model; add --config FILE, such as configs/3t.py")
+            raise UserError(
+                f"{source}: a lit-gpt checkpoint does not say its model; add --config FILE, configs/3t.py for the original's"
+            )
         config = given
         params, moments, step = lit.read(source, given.model)
     else:
         params, model = hf.load_folder(source)
-        if given:
-            checkpoint.check_same_model(given.model, model, str(source))
+        if given and (notes := checkpoint.check_same_model(given.model, model, str(source))):
+            raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or _unscheduled(model)
     with _made_whole(output) as folder:
         checkpoint.save_import(folder, dataclasses.replace(config, workdir=str(output)), params, moments, step)

@@ -195,8 +195,9 @@ def unigram_loss(config: Config) -> float:
     from tinyllama_jax.data import feed
 
     V = config.model.vocab_size
-    train_V = [label_counts(blocks, V) for blocks in feed.open_sources(config, "train")]
-    validation_V = sum(label_counts(blocks, V) for blocks in feed.open_sources(config, "validation"))
+    sources = feed.open_sources(config)
+    train_V = [label_counts(blocks, V) for blocks in sources]
+    validation_V = sum(label_counts(blocks, V) for blocks in feed.open_held_out(config, sources).values())
     return unigram_cross_entropy(train_V, list(config.data.sources.values()), validation_V)
 
 
@@ -269,7 +270,7 @@ def conclusion(work: Path, arguments: list[str], seconds: float) -> str:
         "",
         "Three commands to try next:",
         f"  {python} tinyllama_jax.generate --checkpoint {run} --prompt 'Returns the' --samples 3",
-        f"  {python} tinyllama_jax.train {shlex.join(arguments)} --workdir {work / 'longer'} --train.steps 8000",
+        f"  {python} tinyllama_jax.train {shlex.join(arguments)} --workdir runs/longer --train.steps 8000",
         f"  {python} tensorboard.main --logdir {run / 'tensorboard'}",
     ]
     return "\n".join(lines)

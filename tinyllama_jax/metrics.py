@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ class Clock:
         self._spent[what] += time.perf_counter() - before
 
     def lap(self, step: int) -> dict[str, float]:
-        """Speed since the last lap: tokens/s, TFLOP/s (and MFU where the peak is known), seconds waited for what."""
+        """Means a step since the last lap: tokens/s, TFLOP/s (MFU where the peak is known), seconds, and of those waited."""
         now = time.perf_counter()
         steps = 1 if self._step is None else max(step - self._step, 1)
         seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
@@ -78,8 +79,8 @@ class Clock:
         out = {
             "tokens_per_second": rate,
             "step_seconds": seconds / steps,
-            "data_wait_seconds": self._spent["data_wait"],
-            "checkpoint_seconds": self._spent["checkpoint"],
+            "data_wait_seconds": self._spent["data_wait"] / steps,
+            "checkpoint_seconds": self._spent["checkpoint"] / steps,
         }
         for convention, flops in self._flops.items():
             out[f"tflops_per_device_{convention}"] = flops * rate / self._devices / 1e12
@@ -103,8 +104,9 @@ class Writer:
         self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float | int | bool | str]) -> None:
-        """One line of metrics.jsonl: {"step": step, ...}. Floats are written in full: they read back to the same bits."""
-        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        """One line of metrics.jsonl: {"step": step, ...}. Floats read back to the same bits; NaN and inf are null."""
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._jsonl.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
         self._jsonl.flush()
         scalars = {k: float(v) for k, v in values.items() if k not in ("checksum", "blocks")}
         summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()])

@@ -23,15 +23,16 @@ from tinyllama_jax.step import Batch, Program, TrainState, build
 
 def main(argv: list[str]) -> int:
     """Trains to `train.steps`, from the newest checkpoint of the run folder if there is one. Returns the exit code."""
-    config = config_lib.load(argv, __doc__)
-    sources, held_out = feed.open_sources(config, "train"), feed.open_sources(config, "validation")
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
+    with contextlib.ExitStack() as at_end:
         stop = at_end.enter_context(stop_on_signal())
-        program, origin = build(config, mesh), check_origin(config, sources)
-        data_tokenizer = Path(next(iter(config.data.sources))) / "tokenizer"
+        config = config_lib.load(argv, __doc__)
+        sources = feed.open_sources(config)
+        held_out = feed.open_held_out(config, sources)
+        mesh = sharding.make_mesh(config.mesh)
+        at_end.enter_context(jax.set_mesh(mesh))
+        program, (origin, notes) = build(config, mesh), check_origin(config, sources)
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
-        notes = checkpoint.open_run(config, described, data_tokenizer)
+        notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
         checkpoints = checkpoint.Checkpoints(config)
         at_end.callback(checkpoints.close)
         state, came_from = first_state(config, program, checkpoints, origin)
@@ -40,25 +41,29 @@ def main(argv: list[str]) -> int:
         at_end.callback(writer.close)
         progress = metrics.Progress(start, config.train.steps)
         at_end.callback(progress.close)
-        for line in [*notes, *describe(config, mesh, program, sources), f"weights: {came_from}"]:
+        for line in [*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]:
             progress.say(line)
         if start >= config.train.steps:
             progress.say(
-                f"nothing to do: this run has its {config.train.steps:,} steps; a larger train.steps goes on from here"
+                f"nothing to do: this run is at step {start:,} of {config.train.steps:,}; a larger train.steps goes on"
             )
 
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
         clock = metrics.Clock(config, mesh.size, jax.devices()[0].device_kind)
         reporter = Reporter(config, sources, writer, progress, clock, program.shape)
+        if stop:
+            progress.say(f"stopped by {stop[0].name} before its first step")
+            return 128 + stop[0]
         for step in range(start + 1, config.train.steps + 1):
             with clock.spent_on("data_wait"):
                 batch = on_devices(next(batches), program.batch, program.shape)
             state, now = program.train(state, batch)
             reporter.report()  # of the step before: fetching its numbers does not hold this one up
             reporter.pending = (step, now)
-            last = step == config.train.steps or bool(stop)
-            if last or step % config.log.eval_every == 0:
+            stopping = bool(stop)
+            last = stopping or step == config.train.steps
+            if held_out and (last or step % config.log.eval_every == 0):
                 reporter.report()
                 with clock.spent_on("elsewhere"):
                     scores = evaluate(program, config, state.params, held_out)
@@ -70,23 +75,23 @@ def main(argv: list[str]) -> int:
                 reporter.report()  # what is on disk never lags behind the checkpoint
                 with clock.spent_on("checkpoint"):
                     checkpoints.save(step, state)
-            if stop:
+            if stopping:
                 progress.say(f"stopped by {stop[0].name} after step {step:,}, which is saved; the same command goes on from it")
                 return 128 + stop[0]
     return 0
 
 
-def check_origin(config: Config, sources: list[Blocks]) -> Path | None:
-    """The folder of `init.from` if this run is to begin with its weights, or None. Raises UserError if they do not fit."""
+def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, list[str]]:
+    """The folder of `init.from` if this run is to begin with its weights, or None; and what to say of it. Raises UserError."""
     if not config.init.from_ or checkpoint.steps_in(config.workdir):
-        return None
+        return None, []
     origin = Path(config.init.from_)
     is_run = (origin / "checkpoints").is_dir()
     theirs = checkpoint.load_config(origin).model if is_run else hf.load_model(origin)
-    checkpoint.check_same_model(config.model, theirs, str(origin))
+    notes = checkpoint.check_same_model(config.model, theirs, str(origin))
     if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
-    return origin
+    return origin, notes
 
 
 def first_state(
@@ -106,7 +111,9 @@ def first_state(
     return program.start(params), f"{origin} (Hugging Face)"
 
 
-def describe(config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks]) -> list[str]:
+def describe(
+    config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks], held_out: dict[str, Blocks]
+) -> list[str]:
     """What is about to run, in a few lines: nothing falls back silently."""
     model, (accumulation, batch) = config.model, program.shape
     impl, reason = attention.choose(model.attention)
@@ -117,6 +124,8 @@ def describe(config: Config, mesh: jax.sharding.Mesh, program: Program, sources:
         f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
         f"data: {data}",
+        "validation: "
+        + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"),
     ]
 
 
@@ -129,12 +138,12 @@ def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tu
     )
 
 
-def evaluate(program: Program, config: Config, params: dict, held_out: list[Blocks]) -> dict[str, float]:
+def evaluate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks]) -> dict[str, float]:
     """Loss (nats a token), perplexity and next-token accuracy over all held-out tokens, and the loss of each source."""
     batch = program.shape[1]
     rows = feed.rows_here(program.eval_batch.length, (batch,), axis=0)
     totals, out = np.zeros(3), {}
-    for path, blocks in zip(config.data.sources, held_out, strict=True):
+    for path, blocks in held_out.items():
         local = feed.validation(blocks, config.data.eval_blocks, batch, rows)
         parts = [program.evaluate(params, on_devices(part, program.eval_batch, (batch,))) for part in local]
         loss, correct, tokens = np.sum([[s.loss, s.correct, n] for s, n in jax.device_get(parts)], axis=0, dtype=np.float64)

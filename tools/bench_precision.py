@@ -57,7 +57,7 @@ def losses(data: str, steps: int, compute: str, residual: str, seed: int) -> lis
         c.Checkpoint(1),
         c.Mesh(1, 1, 1),
     )
-    sources = feed.open_sources(config, "train")
+    sources = feed.open_sources(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     out = []
     with jax.set_mesh(mesh):

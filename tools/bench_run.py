@@ -77,7 +77,7 @@ def resume(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
 
 def _as_if_run_to(config: c.Config, step: int) -> None:
     """A run folder whose newest checkpoint is of `step`, with a line of metrics for each step before."""
-    sources = feed.open_sources(config, "train")
+    sources = feed.open_sources(config)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = build(config, mesh).init()

@@ -18,7 +18,7 @@ def batches(config, sources, shape, rows, start=0):
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 8, 16])
 def test_each_block_exactly_once_an_epoch_over_all_readers(tiny_config, readers):
-    sources = feed.open_sources(tiny_config, "train")[:1]  # one source: its epochs are those of the run
+    sources = feed.open_sources(tiny_config)[:1]  # one source: its epochs are those of the run
     n, batch = len(sources[0]), 48
     everything, lengths = sources[0].read(np.arange(n))
     one = c.override(tiny_config, {"data.sources": next(iter(tiny_config.data.sources))})
@@ -42,7 +42,7 @@ def test_each_block_exactly_once_an_epoch_over_all_readers(tiny_config, readers)
 
 
 def test_the_batch_is_a_function_of_the_step_alone(tiny_config):
-    sources = feed.open_sources(tiny_config, "train")
+    sources = feed.open_sources(tiny_config)
     whole = list(itertools.islice(batches(tiny_config, sources, (4, 2), [0, 1]), 30))
     for start in (0, 1, 17, 29):  # a resume reads nothing of what came before
         tokens, length = next(batches(tiny_config, sources, (4, 2), [0, 1], start))
@@ -58,7 +58,7 @@ def test_the_batch_is_a_function_of_the_step_alone(tiny_config):
 
 
 def test_mixed_sources_have_exact_counts_and_no_block_twice_in_an_epoch(tiny_config):
-    sources = feed.open_sources(tiny_config, "train")
+    sources = feed.open_sources(tiny_config)
     order = feed.order(tiny_config, sources)
     source, block = order.locate(np.arange(1_000))
     assert np.bincount(source).tolist() == [700, 300]
@@ -85,7 +85,7 @@ def test_a_run_of_1_464_844_288_samples_is_addressed_at_once():
 
 def test_one_block_is_a_data_set(tiny_config, tiny_data):
     config = c.override(tiny_config, {"data.sources": str(tiny_data / "one")})
-    sources = feed.open_sources(config, "train")
+    sources = feed.open_sources(config)
     assert len(sources[0]) == 1
     tokens, length = next(batches(config, sources, (2, 4), np.arange(4)))
     assert (tokens == tokens[0, 0]).all() and (length == length[0, 0]).all() and length[0, 0] > 1
@@ -113,11 +113,11 @@ def test_validation_reads_each_block_once_and_masks_the_rest(tiny_config):
 )
 def test_data_that_do_not_fit_the_model(tiny_config, change, words):
     with pytest.raises(c.UserError, match=words):
-        feed.open_sources(c.override(tiny_config, change), "train")
+        feed.open_sources(c.override(tiny_config, change))
 
 
 def test_sources_of_two_tokenizers_do_not_mix(tiny_config, tiny_data):
     path = str(tiny_data / "a")
     mixed = dataclasses.replace(tiny_config, data=c.Data({path: 1.0, str(tiny_data / "other"): 1.0}))
     with pytest.raises(c.UserError, match="were prepared with different tokenizers"):
-        feed.open_sources(mixed, "train")
+        feed.open_sources(mixed)

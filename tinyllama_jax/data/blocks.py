@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from tinyllama_jax.config import UserError
@@ -24,6 +23,8 @@ class Record:
 
     def __init__(self, seq_len: int, dtype: str):
         """`dtype`: "uint16" or "int32", of the stored tokens."""
+        import tensorflow_datasets as tfds  # takes a third of a second, which who only plans or waits need not spend
+
         tensor = tfds.features.Tensor(shape=(seq_len + 1,), dtype=np.dtype(dtype), encoding=tfds.features.Encoding.BYTES)
         length = tfds.features.Scalar(dtype=np.int32)
         self.features = tfds.features.FeaturesDict({"tokens": tensor, "length": length})

@@ -13,9 +13,9 @@ from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
 
 
-def open_sources(config: Config, split: str) -> list[Blocks]:
-    """The data of `config`, one `Blocks` a source. Raises UserError where they do not fit the model or one another."""
-    opened = [Blocks(path, split) for path in config.data.sources]
+def open_sources(config: Config) -> list[Blocks]:
+    """The training split of each source of `config`. Raises UserError where they do not fit the model or one another."""
+    opened = [Blocks(path, "train") for path in config.data.sources]
     for path, blocks in zip(config.data.sources, opened, strict=True):
         if blocks.seq_len != config.model.seq_len:
             raise UserError(
@@ -34,6 +34,12 @@ def open_sources(config: Config, split: str) -> list[Blocks]:
                 "tokenizers; prepare one of them again"
             )
     return opened
+
+
+def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
+    """Source -> its validation split, of those sources that have one."""
+    named = zip(config.data.sources, sources, strict=True)
+    return {path: Blocks(path, "validation") for path, blocks in named if "validation" in blocks.manifest["splits"]}
 
 
 class Order:

@@ -12,6 +12,7 @@ DIR.partial/failed/         what stopped the last run       DIR.partial/whole/  
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
@@ -31,7 +32,6 @@ from pathlib import Path
 
 import rich.console
 import rich.progress
-import tensorflow_datasets as tfds
 
 from tinyllama_jax.config import UserError, run_main
 from tinyllama_jax.data import documents, shards
@@ -145,7 +145,7 @@ def _complete(output: Path, wanted: dict, sources: dict[str, list[Source]]) -> d
     for split, files in sources.items():
         checksums = {s["file"]: s["sha256"] for s in manifest["splits"][split]["sources"]}
         for source in files:
-            if source.mtime_ns > made and False and shards.sha256(source.path) != checksums[source.name]:
+            if source.mtime_ns > made and shards.sha256(source.path) != checksums[source.name]:
                 raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
     return manifest
 
@@ -181,17 +181,24 @@ def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib
         _same(partial, json.loads(settings.read_text(encoding="utf-8")), wanted)
     else:
         shards.write(settings, json.dumps(wanted))
+        _sync(settings)
     if not (partial / "whole" / "tokenizer").is_dir():
         spm.save(partial / "whole" / "tokenizer")
-    kept = set()
-    for shard in planned:
-        done = partial / "done" / f"{shard.file}.json"
-        if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["identity"] == shard.identity():
-            kept |= {done, partial / "whole" / shard.file}
+    kept = {name for shard in planned if _is_made(partial, shard) for name in (shard.file, f"{shard.file}.json")}
     for file in [*(partial / "done").iterdir(), *(partial / "whole").iterdir()]:
-        if file.is_file() and file not in kept:
+        if file.is_file() and file.name not in kept:
             file.unlink()
-    return [shard for shard in planned if partial / "whole" / shard.file not in kept]
+    return [shard for shard in planned if shard.file not in kept]
+
+
+def _is_made(partial: Path, shard: Shard) -> bool:
+    """Whether an earlier run made this very shard, and all of it is there: workers do not wait for the disk."""
+    try:
+        made = json.loads((partial / "done" / f"{shard.file}.json").read_text(encoding="utf-8"))
+        whole = shards.sha256(partial / "whole" / shard.file) == made["shard"]["sha256"]
+    except (FileNotFoundError, ValueError):
+        return False
+    return whole and made["identity"] == shard.identity()
 
 
 @contextlib.contextmanager
@@ -210,7 +217,7 @@ def _run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> 
     work = [pickle.dumps(shard) for shard in left]
     try:
         if workers > 1 and not beam_options:
-            _run_apart(job, work, workers)
+            _run_apart(job, work, workers, {f"{shard.file}.json" for shard in left})
         else:
             with _quiet(not beam_options):
                 pipeline(job, work, workers, beam_options)
@@ -242,14 +249,18 @@ def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str])
         _ = p | beam.Create(work) | beam.Reshuffle() | beam.Map(functools.partial(shards.make, job))
 
 
-def _run_apart(job: Job, work: list[bytes], workers: int) -> None:
-    """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C."""
-    root = str(Path(__file__).parents[2])
+def _run_apart(job: Job, work: list[bytes], workers: int, awaited: set[str]) -> None:
+    """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C.
+
+    Ends as soon as all files of the names `awaited` are in DIR.partial/done.
+    """
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    start = "import pickle, sys, tinyllama_jax.data.prepare as m; m.pipeline(*pickle.load(sys.stdin.buffer))"
     log = job.folder / "workers.log"
     with open(log, "wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-c", f"import pickle, sys, {__spec__.name} as m; m.pipeline(*pickle.load(sys.stdin.buffer))"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+            [sys.executable, "-c", start],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -258,10 +269,15 @@ def _run_apart(job: Job, work: list[bytes], workers: int) -> None:
     try:
         with child.stdin:
             pickle.dump((job, work, workers, []), child.stdin)
-        while child.poll() is None and not any((job.folder / "failed").iterdir()):
+        import tensorflow_datasets  # noqa: F401  `_finish` wants it: now, while there is nothing to do but wait
+
+        while True:
+            ended = child.poll() is not None
+            if awaited.issubset(os.listdir(job.folder / "done")):
+                break
+            if ended or any((job.folder / "failed").iterdir()):
+                raise RuntimeError(f"the pipeline failed:\n{log.read_text(errors='replace')[-4_000:]}")
             time.sleep(0.05)
-        if child.returncode != 0:
-            raise RuntimeError(f"the pipeline failed:\n{log.read_text(errors='replace')[-4_000:]}")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # nothing is lost: files appear when they are whole
@@ -317,6 +333,8 @@ def _progress(partial: Path, planned: list[Shard]) -> Iterator[None]:
 
 def _finish(output: Path, partial: Path, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard]) -> dict:
     """Writes what describes the data, and moves all to its place."""
+    import tensorflow_datasets as tfds  # see `Record`
+
     whole, splits, infos = partial / "whole", {}, []
     for split, files in sources.items():
         made = [json.loads((partial / "done" / f"{s.file}.json").read_text()) for s in planned if s.split == split]
@@ -334,9 +352,16 @@ def _finish(output: Path, partial: Path, wanted: dict, sources: dict[str, list[S
     features = Record(wanted["seq_len"], wanted["dtype"]).features
     tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=infos, check_data=False)
     shards.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
+        list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
     os.rename(whole, output)
     shutil.rmtree(partial)
     return manifest
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def main(argv: list[str]) -> None:

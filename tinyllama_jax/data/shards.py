@@ -96,7 +96,6 @@ def _make(job: Job, shard: Shard) -> None:
                 raise UserError(f"{source.path}: changed while it was read")
         entry = {"file": shard.file, "blocks": blocks, "tokens": tokens}
         entry |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-        _sync(temporary)
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
@@ -173,14 +172,8 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def write(path: Path, text: str) -> None:
     """Writes a file that appears when it is whole."""
     temporary = _beside(path)
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
     os.replace(temporary, path)

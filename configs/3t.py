@@ -1,0 +1,40 @@
+"""TinyLlama's 1.1B parameters on 3T tokens of SlimPajama and StarCoder.
+
+python -m tinyllama_jax.train --config configs/3t.py
+
+Loss: not yet run at this size here.
+Cost: the original took 90 days of 16 A100-40G at 24,000 tokens/s each, 34,560 GPU-hours.
+"""
+
+from tinyllama_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
+
+config = Config(
+    workdir="runs/3t",
+    model=Model(
+        n_layers=22,
+        d_model=2_048,  # 32 heads x 64
+        n_heads=32,
+        n_kv_heads=4,
+        d_ff=5_632,
+        vocab_size=32_000,
+        seq_len=2_048,
+        remat="save_matmuls_and_attention",
+    ),
+    data=Data(sources={"data/slimpajama": 0.693584, "data/starcoder": 0.306416}),
+    optim=Optim(
+        peak_lr=4e-4,
+        min_lr=4e-5,
+        warmup_steps=2_000,  # 4.2B tokens
+        weight_decay=0.1,
+        clip_norm=1.0,
+    ),
+    train=Train(
+        steps=1_430_512,  # x 2,097,152 = 3.0000T tokens
+        tokens_per_step=2_097_152,  # 1,024 x 2,048
+        seqs_per_device=8,  # on 16 devices 8 micro-batches: 8 x 16 x 8 = 1,024
+        seed=3_407,
+    ),
+    mesh=Mesh(data=-1, fsdp=8, tensor=1),  # parameters split over the 8 GPUs of a node, copies between nodes
+    checkpoint=Checkpoint(every=5_000, keep=3, keep_every=50_000),  # 13.2 GB each, 105B tokens apart the kept ones
+    log=Log(every=10, eval_every=5_000),
+)
