@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
+def tokenizer(tmp_path, tiny_data):
     (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tokenizer.model").write_text("pieces")
+    shutil.copy(tiny_data / "512.model", tmp_path / "tok" / "tokenizer.model")
     return tmp_path / "tok"
 
 
@@ -133,7 +134,7 @@ def test_the_run_describes_itself(config, tokenizer):
         "manifest_sha256": "y",
         "bos": False,
     }
-    assert (run / "tokenizer" / "tokenizer.model").read_text() == "pieces"
+    assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert set(checkpoint.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])
     assert checkpoint.open_run(config, XY, tokenizer) == []
 
@@ -157,7 +158,7 @@ def test_a_run_is_not_gone_on_with_as_another(config, tokenizer, change, words):
     assert checkpoint.load_config(config.workdir) == config
 
 
-def test_what_may_change_is_said_or_free(config, tokenizer):
+def test_what_may_change_is_said_or_free(config, tokenizer, tiny_data):
     checkpoint.open_run(config, XY, tokenizer)
     saved(config)
     moved = c.override(
@@ -170,6 +171,9 @@ def test_what_may_change_is_said_or_free(config, tokenizer):
     ]
     with pytest.raises(c.UserError, match="other contents"):
         checkpoint.open_run(longer, XZ, tokenizer)
+    shutil.copy(tiny_data / "400.model", tokenizer / "tokenizer.model")
+    with pytest.raises(c.UserError, match="were not prepared with the tokenizer of the run"):
+        checkpoint.open_run(longer, XY, tokenizer)
 
 
 def test_find_step_names_what_there_is(config, tmp_path):
@@ -196,6 +200,16 @@ def test_another_model_is_named(config):
     assert checkpoint.check_same_model(longer, config.model, "X") == [
         "X was trained with model.rope_scaling=1.0; here it is 4.0"
     ]
+
+
+def test_the_folder_of_init_from_is_not_the_run(config, tokenizer):
+    foreign = checkpoint.Path(config.workdir)
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    for changes, words in (({"init.from": config.workdir}, "is also --init.from"), ({}, "is not a config of this version")):
+        with pytest.raises(c.UserError, match=words):
+            checkpoint.open_run(c.override(config, changes), XY, tokenizer)
+    assert [p.name for p in foreign.iterdir()] == ["config.json"]
 
 
 def test_a_folder_of_something_else_is_left_alone(config, tokenizer):

@@ -89,7 +89,7 @@ def test_wandb_asked_for_and_absent_is_said(config, monkeypatch):
 def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    clock = metrics.Clock(config, 4, "NVIDIA A100")
+    clock = metrics.Clock(config, 0, 4, "NVIDIA A100")
 
     def spend(what, seconds):
         with clock.spent_on(what):
@@ -107,4 +107,4 @@ def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
     assert (lap["data_wait_seconds"], lap["checkpoint_seconds"]) == (0.5, 1)
     flops = metrics.flops_per_token(config.model)["palm"]
     assert math.isclose(lap["mfu_palm"], flops * 2 * 128 / 6 / 4 / 312e12)
-    assert "mfu_palm" not in metrics.Clock(config, 4, "cpu").lap(1)
+    assert "mfu_palm" not in metrics.Clock(config, 0, 4, "cpu").lap(1)

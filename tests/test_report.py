@@ -20,7 +20,7 @@ ROWS = [
     {"step": 1, "loss": 5.0, "lr": 0.1},
     {"step": 2, "loss": 4.0, "lr": 0.2},
     {"step": 2, "val_loss": 4.5},
-    {"step": 3, "loss": float("nan"), "lr": 0.3},  # a step that was skipped
+    {"step": 3, "loss": None, "lr": 0.3},  # a step that was skipped
     {"step": 4, "loss": 3.0, "lr": 0.25},
     {"step": 4, "val_loss": 3.25},
 ]

@@ -1,14 +1,18 @@
 """The step's bookkeeping: what is counted, what the checksum sees, what is sharded where."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tinyllama_jax import config as c
-from tinyllama_jax import sharding
-from tinyllama_jax.step import Batch, build, checksum, count_tokens
+from tinyllama_jax import model, sharding
+from tinyllama_jax.step import Batch, build, checksum, count_tokens, loss_sums
 
 MODEL = c.Model(2, 32, 4, 2, 64, 104, 16)
+FP32 = dataclasses.replace(MODEL, precision="params=float32,compute=float32,output=float32", residual="float32")
 
 
 def batch_of(shape, length=17, seed=0) -> Batch:
@@ -65,6 +69,48 @@ def test_state_is_split_as_its_parameters_and_the_batch_over_data_and_fsdp():
     for leaf in jax.tree.leaves((state.params, adam.mu, adam.nu)):
         assert leaf.addressable_shards[0].data.size <= leaf.size // 2  # nothing of theirs is whole on every device
     assert program.batch.tokens.shard_shape((2, 8, 17)) == (2, 2, 17)
+
+
+def test_padding_is_not_trained_on():
+    """The loss of a padded block is that of its real tokens, by the logits; what the padding holds moves no gradient."""
+    config = c.Config("x", FP32, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 16, 1), c.Checkpoint(1))
+    params = model.init(jax.random.key(0), FP32)
+    tokens = batch_of((1,)).tokens
+    other = tokens.copy()
+    other[:, 6:] = (other[:, 6:] + 7) % 104
+    length = np.array([6], np.int32)
+
+    def loss(params, tokens):
+        sums, n = loss_sums(params, Batch(jnp.asarray(tokens), length), config, 1)
+        return sums.loss, n
+
+    (value, n), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens)
+    logits = jax.nn.log_softmax(model.logits(params, tokens[:, :-1].astype(np.int32), FP32)[0])
+    wanted = -sum(float(logits[s, int(tokens[0, s + 1])]) for s in range(5))
+    assert int(n) == 5 and float(value) == pytest.approx(wanted, rel=1e-6)
+    (again, _), same = jax.value_and_grad(loss, has_aux=True)(params, other)
+    assert float(again) == float(value)
+    for name, gradient in model.flatten(same).items():
+        np.testing.assert_array_equal(gradient, model.flatten(grads)[name])
+
+
+@pytest.mark.parametrize("residual", ["bfloat16", "float32"])
+def test_every_gradient_in_bf16_is_close_to_fp32s_also_of_a_token_that_is_half_the_text(residual):
+    """An embedding row's gradient is a sum over its occurrences: summed in bf16 it stops growing."""
+    S = 2_048
+    shape = dataclasses.replace(FP32, seq_len=S)
+    tokens = np.random.default_rng(0).integers(0, 104, (2, S + 1))
+    tokens[:, ::2] = 5
+    batch = Batch(jnp.asarray(tokens), np.full(2, S + 1, np.int32))
+    grads = []
+    for compute, stream in (("float32", "float32"), ("bfloat16", residual)):
+        cfg = dataclasses.replace(shape, precision=f"params=float32,compute={compute},output=float32", residual=stream)
+        config = c.Config("x", cfg, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 2 * S, 2), c.Checkpoint(1))
+        params = model.init(jax.random.key(0), cfg)
+        grads.append(model.flatten(jax.grad(lambda p, config=config: loss_sums(p, batch, config, 2)[0].loss)(params)))
+    for name, exact in grads[0].items():
+        error = np.linalg.norm(np.asarray(grads[1][name] - exact)) / np.linalg.norm(exact)
+        assert error < 0.03, (name, error)
 
 
 def test_a_step_too_large_for_the_devices_is_refused():

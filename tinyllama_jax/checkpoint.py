@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import dims, model, optim
 from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.step import TrainState, new_state
 
 PACKAGES = (
@@ -193,10 +194,8 @@ def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, di
     run.mkdir(parents=True, exist_ok=True)
     items = {"params": ocp.args.StandardSave(params)}
     if moments:
-        abstract = jax.eval_shape(lambda: new_state({}, config))
-        state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), dataclasses.replace(abstract, opt_state=()))
-        opt_state = optim.from_moments(*moments, step, config)
-        state = dataclasses.replace(state, step=np.int32(step), opt_state=opt_state)
+        state = new_state({}, config)
+        state = dataclasses.replace(state, step=np.int32(step), opt_state=optim.from_moments(*moments, step, config))
         items["train"] = ocp.args.StandardSave(_parts(state)[1])
     with ocp.CheckpointManager((run / "checkpoints").resolve(), item_names=tuple(items)) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
@@ -232,6 +231,9 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         notes = _compare(load_config(run), config)
         there = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else data
         content = lambda sources: [(s["weight"], s["manifest_sha256"]) for s in sources]
+        ours = [tokenizer_lib.load(folder).sha256 for folder in (run / "tokenizer", tokenizer)]
+        if ours[0] != ours[1]:
+            raise UserError(f"--data.sources: were not prepared with the tokenizer of the run in {run}, {run / 'tokenizer'}")
         if content(there) != content(data):
             was = ",".join(f"{s['path']}:{s['weight']}" for s in there)
             raise UserError(
@@ -239,7 +241,11 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
                 f"(see {run / 'data.json'}); give it its own data, or start another run with --workdir=NEW --init.from={run}"
             )
     else:
+        if config.init.from_ and Path(config.init.from_).resolve() == run.resolve():
+            raise UserError(f"--workdir={run}: is also --init.from; name a new folder")
         run.mkdir(parents=True, exist_ok=True)
+        if (run / "config.json").is_file():
+            load_config(run)  # refused unless it is one of ours
         if not (run / "config.json").is_file() and any(path.is_dir() for path in run.iterdir()):
             raise UserError(f"--workdir={run}: is not a run folder, and holds other folders; name a new one")
         write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours

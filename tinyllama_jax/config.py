@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 import errno
 import json
+import math
 import runpy
 import sys
 import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
@@ -156,7 +158,7 @@ class Mesh:
         for name, value in dataclasses.asdict(self).items():
             _check(value >= 1 or value == -1, f"mesh.{name}", value, "must be a positive number of devices, or -1 for the rest")
         left = [name for name, value in dataclasses.asdict(self).items() if value == -1]
-        _check(len(left) <= 1, f"mesh.{[*left, ''][-1]}", -1, f"only one axis can be -1, and mesh.{[*left, ''][0]} is")
+        _check(len(left) <= 1, f"mesh.{(left or [''])[-1]}", -1, f"only one axis can be -1, and mesh.{(left or [''])[0]} is")
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,11 @@ def _parse(key: str, text: str, kind: type) -> object:
             return {"true": True, "false": False}[text.lower()]
         if typing.get_origin(kind) is dict:  # DIR:WEIGHT,DIR:WEIGHT; a single DIR needs no weight
             parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
-            return {path: float(weight) for path, _, weight in parts}
-        return kind(text)
+            return {path: float(Fraction(weight)) for path, _, weight in parts}  # a Fraction is finite
+        value = kind(text)
+        if kind is float and not math.isfinite(value) and key != "optim.clip_norm":
+            raise ValueError
+        return value
     except (ValueError, KeyError):
         names = {int: "a whole number", float: "a number", bool: "true or false"}
         raise UserError(f"--{key}={text}: must be {names.get(kind, 'DIR:WEIGHT,DIR:WEIGHT')}") from None
@@ -377,6 +382,7 @@ _DISK = {
     errno.ENOTDIR: "part of this path is a file, not a folder",
     errno.EEXIST: "is a file; name a folder",
     errno.EPERM: "not permitted; choose another folder",
+    errno.ENAMETOOLONG: "is too long a name",
     errno.EIO: "the disk failed to read or write",
 }
 

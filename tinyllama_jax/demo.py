@@ -247,7 +247,7 @@ def sample(work: Path) -> None:
 def conclusion(work: Path, arguments: list[str], seconds: float) -> str:
     """Samples, the two losses, where each thing is, and what to try next."""
     run, samples = work / "run", work / "samples.txt"
-    loss = [row["val_loss"] for row in report.rows(run) if "val_loss" in row][-1]
+    loss = [row["val_loss"] for row in report.rows(run) if row.get("val_loss") is not None][-1]
     baseline = report.unigram(run)
     here = Path(sys.executable).is_relative_to(Path.cwd())
     python = shlex.join([os.path.relpath(sys.executable) if here else sys.executable, "-m"])

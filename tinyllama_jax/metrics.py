@@ -57,10 +57,10 @@ def peak_flops(device_kind: str) -> float | None:
 class Clock:
     """Time of the steps between two reports, with evaluation left out and waits counted apart."""
 
-    def __init__(self, config: Config, mesh_size: int, device_kind: str):
+    def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
         self._tokens_per_step, self._devices = config.train.tokens_per_step, mesh_size
         self._flops, self._peak = flops_per_token(config.model), peak_flops(device_kind)
-        self._since, self._step = time.perf_counter(), None
+        self._since, self._step = time.perf_counter(), start
         self._spent = {"data_wait": 0.0, "checkpoint": 0.0, "elsewhere": 0.0}
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ class Clock:
     def lap(self, step: int) -> dict[str, float]:
         """Means a step since the last lap: tokens/s, TFLOP/s (MFU where the peak is known), seconds, and of those waited."""
         now = time.perf_counter()
-        steps = 1 if self._step is None else max(step - self._step, 1)
+        steps = max(step - self._step, 1)
         seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
         rate = steps * self._tokens_per_step / seconds
         out = {

@@ -122,7 +122,7 @@ class Block(nn.Module):
         q_BSNH = rope(sharding.constrain(project("q", "bsd,dnh->bsnh", h_BSD), "BSNH"), table)
         k_BSKH = rope(sharding.constrain(project("k", "bsd,dkh->bskh", h_BSD), "BSKH"), table)
         v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
-        impl = attention_kernels.choose(model.attention)[0]
+        impl = attention_kernels.choose(model.attention, model.compute_dtype)[0]
         if cache is not None:  # decoding: the new keys and values join those before them
             k_BSKH, v_BSKH = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
@@ -165,9 +165,10 @@ class Llama(nn.Module):
     def hidden(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
         """What the head reads, [B, S, D] in the compute dtype, and the cache with these positions added."""
         policy = jmp.get_policy(self.model.precision)
-        # the table gathered over fsdp before the lookup: a lookup in a split table would gather activations instead
-        embedding_VD = policy.cast_to_compute(sharding.constrain(self.embed(), "VD"))
-        x_BSD = sharding.constrain(embedding_VD[tokens_BS].astype(self.model.residual), "BSD")
+        # the table gathered over fsdp before the lookup: a lookup in a split table would gather activations instead; and in
+        # fp32, since backward adds up all occurrences of a token, and bf16 stops adding after 256 like ones
+        embedding_VD = sharding.constrain(self.embed(), "VD")
+        x_BSD = sharding.constrain(policy.cast_to_compute(embedding_VD[tokens_BS]).astype(self.model.residual), "BSD")
         table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)
         x_BSD, cache = self.layers(x_BSD, cache, start, table)
         return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps)), cache

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +32,8 @@ def draw(run: str | Path) -> Path:
     """
     run = Path(run)
     everything = rows(run)
-    train = [row for row in everything if math.isfinite(row.get("loss", math.nan))]  # validation has rows of its own
-    validation = [row for row in everything if "val_loss" in row]
+    train = [row for row in everything if row.get("loss") is not None]  # validation has rows of its own
+    validation = [row for row in everything if row.get("val_loss") is not None]
     if not train:
         raise UserError(f"{run}: no step with a finite loss yet")
 

@@ -120,9 +120,9 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     scale = scaler(state)
     grads = scale.unscale(grads)
     loss = sums.loss / count_tokens(batch)
-    finite = jmp.all_finite((loss, grads))
     step = state.step + 1
     params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
+    finite = jmp.all_finite((loss, grads, metrics["grad_norm"]))  # squares of finite gradients can still overflow
     scale_after = scale.adjust(finite)
     new = TrainState(
         step=step,

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
-        clock = metrics.Clock(config, mesh.size, jax.devices()[0].device_kind)
+        clock = metrics.Clock(config, start, mesh.size, jax.devices()[0].device_kind)
         reporter = Reporter(config, sources, writer, progress, clock, program.shape)
         if stop:
             progress.say(f"stopped by {stop[0].name} before its first step")
@@ -61,8 +61,7 @@ def main(argv: list[str]) -> int:
             state, now = program.train(state, batch)
             reporter.report()  # of the step before: fetching its numbers does not hold this one up
             reporter.pending = (step, now)
-            stopping = bool(stop)
-            last = stopping or step == config.train.steps
+            last = step == config.train.steps
             if held_out and (last or step % config.log.eval_every == 0):
                 reporter.report()
                 with clock.spent_on("elsewhere"):
@@ -71,7 +70,8 @@ def main(argv: list[str]) -> int:
                 progress.say(
                     f"step {step:,}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_perplexity']:.2f}"
                 )
-            if last or step % config.checkpoint.every == 0:
+            stopping = bool(stop)  # asked after validation, which can take long: what is left of a grace time is for saving
+            if last or stopping or step % config.checkpoint.every == 0:
                 reporter.report()  # what is on disk never lags behind the checkpoint
                 with clock.spent_on("checkpoint"):
                     checkpoints.save(step, state)
@@ -116,7 +116,7 @@ def describe(
 ) -> list[str]:
     """What is about to run, in a few lines: nothing falls back silently."""
     model, (accumulation, batch) = config.model, program.shape
-    impl, reason = attention.choose(model.attention)
+    impl, reason = attention.choose(model.attention, model.compute_dtype)
     data = ", ".join(f"{w:g} x {p} ({len(s):,} blocks)" for (p, w), s in zip(config.data.sources.items(), sources, strict=True))
     return [
         f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
@@ -148,7 +148,8 @@ def evaluate(program: Program, config: Config, params: dict, held_out: dict[str,
         parts = [program.evaluate(params, on_devices(part, program.eval_batch, (batch,))) for part in local]
         loss, correct, tokens = np.sum([[s.loss, s.correct, n] for s, n in jax.device_get(parts)], axis=0, dtype=np.float64)
         totals += loss, correct, tokens
-        out[f"val_loss/{Path(path).name}"] = loss / tokens
+        same_name = [p for p in held_out if Path(p).name == Path(path).name]
+        out[f"val_loss/{Path(path).name if len(same_name) == 1 else path}"] = loss / tokens
     loss, correct, tokens = totals
     scores = {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700)), "val_accuracy": correct / tokens}
     return {**scores, "val_tokens": int(tokens), **(out if len(out) > 1 else {})}

@@ -243,3 +243,13 @@ def test_what_is_no_data_set(copy, tmp_path):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(UserError, match="manifest.json: is damaged"):
             Blocks(copy, "train")
+
+
+@pytest.mark.parametrize("seq_len", [44, 5_759, 5_790, 5_822])  # the byte that says how long the tokens are is like the tokens
+def test_records_whose_length_looks_like_their_tokens_come_back(seq_len):
+    record = Record(seq_len, "uint16")
+    tokens = np.arange(seq_len + 1, dtype=np.uint16) * 7 + 1
+    tokens[-1] = 23_100
+    into = np.empty_like(tokens)
+    assert record.decode(record.encode(tokens, seq_len + 1), into) == seq_len + 1
+    np.testing.assert_array_equal(into, tokens)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -82,9 +81,10 @@ def digests(folder: Path) -> dict[str, str]:
     return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def command(*arguments, shard: int = 1 << 20, **options) -> subprocess.Popen:
-    """The command line in a process of its own, with shards of at least `shard` bytes of text."""
-    start = f"import sys; from tinyllama_jax.data import prepare; prepare.SHARD = ({shard}, 1 << 30); "
+def command(*arguments, shard: int = 1 << 20, first: str = "", **options) -> subprocess.Popen:
+    """The command line in a process of its own, with shards of at least `shard` bytes of text; it runs `first` before."""
+    start = f"{first}; " if first else ""
+    start += f"from tinyllama_jax.data import prepare; prepare.SHARD = ({shard}, 1 << 30); "
     start += "from tinyllama_jax.config import run_main; run_main(prepare.main)"
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", start, *map(str, arguments)],
@@ -461,8 +461,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, model, texts):
         "--workers",
         1,
     ]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-    code, _, err = finished(command(*arguments, shard=1 << 17, preexec_fn=limit))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    code, _, err = finished(command(*arguments, shard=1 << 17, first=limit))
     assert code == 2 and err.count("\n") == 1 and "cannot be written: " in err
     assert not (tmp_path / "out").exists() and not [f for f in (tmp_path / "out.partial").iterdir() if "blocks" in f.name]
     kept = list((tmp_path / "out.partial/done").iterdir())

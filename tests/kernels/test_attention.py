@@ -122,7 +122,7 @@ def test_xla_never_holds_all_scores():
 
 
 def test_choose_says_what_runs_and_why():
-    assert attention.choose("auto") == ("xla", "no fused kernel here for the backend cpu")
-    assert attention.choose("reference") == ("reference", "asked for")
-    with pytest.raises(UserError, match=r"--model.attention=cudnn: needs an NVIDIA GPU .* this backend is cpu"):
-        attention.choose("cudnn")
+    assert attention.choose("auto", "bfloat16") == ("xla", "no fused kernel here for bfloat16 on the backend cpu")
+    assert attention.choose("reference", "float32") == ("reference", "asked for")
+    with pytest.raises(UserError, match=r"--model.attention=cudnn: needs bf16 or fp16 on an NVIDIA GPU .* on the backend cpu"):
+        attention.choose("cudnn", "bfloat16")

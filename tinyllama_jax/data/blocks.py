@@ -33,7 +33,7 @@ class Record:
         self._dtype, self._width = np.dtype(dtype), seq_len + 1
         marks = np.full(seq_len + 1, 0x5A5A, dtype)
         probe, inside = self.encode(marks, seq_len + 1), marks.tobytes()
-        self._start = probe.index(inside)
+        self._start = probe.rindex(inside)  # the byte before the tokens, their length, can be the marks' own
         self._head, self._tail = probe[: self._start], probe[self._start + len(inside) :]
         self._end, self._size = self._start + len(inside), len(probe)
 

@@ -100,10 +100,12 @@ def prepare(
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifest = _complete(output, wanted, sources)
-        shutil.rmtree(partial, ignore_errors=True)  # there if a kill came between the last two lines of `_finish`
+        if (partial / "settings.json").is_file():
+            shutil.rmtree(partial, ignore_errors=True)  # there if a kill came between the last two lines of `_finish`
         print(f"{output}: complete already, nothing to do")
         return manifest
-    started, n_cpus = time.monotonic(), len(os.sched_getaffinity(0))
+    started = time.monotonic()
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
     planned = plan(sources, text_key, shard_mb)
     partial.mkdir(parents=True, exist_ok=True)
     with _lock(partial):
@@ -170,18 +172,20 @@ def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib
 
     Shards of files that have changed since (mended, say) are made again; the others are kept.
     """
-    for file in partial.iterdir():
-        if file.is_file() and file.name not in ("settings.json", "lock"):
-            file.unlink()  # what a killed worker left
-    shutil.rmtree(partial / "failed", ignore_errors=True)
-    for name in ("failed", "done", "whole"):
-        (partial / name).mkdir(exist_ok=True)
     settings = partial / "settings.json"
     if settings.is_file():
         _same(partial, json.loads(settings.read_text(encoding="utf-8")), wanted)
-    else:
+    elif any(not file.name.startswith(("lock", settings.name)) for file in partial.iterdir()):
+        raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
+    for file in partial.iterdir():
+        if file.is_file() and file.name not in ("settings.json", "lock"):
+            file.unlink()  # what a killed worker left
+    if not settings.is_file():  # before anything else, so that the folder is known as ours
         shards.write(settings, json.dumps(wanted))
         _sync(settings)
+    shutil.rmtree(partial / "failed", ignore_errors=True)
+    for name in ("failed", "done", "whole"):
+        (partial / name).mkdir(exist_ok=True)
     if not (partial / "whole" / "tokenizer").is_dir():
         spm.save(partial / "whole" / "tokenizer")
     kept = {name for shard in planned if _is_made(partial, shard) for name in (shard.file, f"{shard.file}.json")}

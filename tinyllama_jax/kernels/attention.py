@@ -14,18 +14,19 @@ from tinyllama_jax.config import UserError
 QUERY_BLOCK = 512  # queries whose scores exist at one time in "xla": B x N x 512 x T, never S x T
 
 
-def choose(impl: str) -> tuple[str, str]:
+def choose(impl: str, dtype: str) -> tuple[str, str]:
     """What "auto" means on this machine: (implementation, reason). Raises UserError if a named one cannot run here."""
     backend = jax.default_backend()
     capability = getattr(jax.devices()[0], "compute_capability", "0")
-    flash = backend == "gpu" and float(capability or 0) >= 8.0
+    flash = backend == "gpu" and float(capability or 0) >= 8.0 and dtype != "float32"
     if impl == "auto":
         if flash:
-            return "cudnn", f"GPU of compute capability {capability}"
-        return "xla", f"no fused kernel here for the backend {backend}"
+            return "cudnn", f"{dtype} on a GPU of compute capability {capability}"
+        return "xla", f"no fused kernel here for {dtype} on the backend {backend}"
     if impl == "cudnn" and not flash:
         raise UserError(
-            f"--model.attention=cudnn: needs an NVIDIA GPU of compute capability 8.0 or more; this backend is {backend}"
+            "--model.attention=cudnn: needs bf16 or fp16 on an NVIDIA GPU of compute capability 8.0 or more; "
+            f"this is {dtype} on the backend {backend}"
         )
     return impl, "asked for"
 
