@@ -208,7 +208,7 @@ def main() -> None:
         args.json.write_text(
             json.dumps(
                 {
-                    "arguments": {k: str(v) for k, v in vars(args).items()},
+                    "arguments": {k: str(v) for k, v in vars(args).items() if k != "json"},
                     "platform": platform.platform(),
                     "flops_per_token": flops,
                     "rows": rows,
