@@ -319,6 +319,13 @@ def test_again_does_nothing_and_otherwise_says_what_differs(corpus, model, model
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: complete already, nothing to do\n"
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*")} == before
     assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("mine")
+    assert prepare(**options) == first
+    with pytest.raises(UserError, match="new.partial: is in the way, and was not made by this command"):
+        (tmp_path / "out.partial").rename(tmp_path / "new.partial")
+        prepare(**{**options, "output": tmp_path / "new"})
+    assert (tmp_path / "new.partial/thesis.txt").read_text() == "mine"
 
     for change, says in (
         ({"seq_len": 32}, "seq_len was 64, now 32"),

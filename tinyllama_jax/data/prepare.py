@@ -100,7 +100,7 @@ def prepare(
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifest = _complete(output, wanted, sources)
-        if (partial / "settings.json").is_file():
+        if partial.is_dir() and _is_ours(partial):
             shutil.rmtree(partial, ignore_errors=True)  # there if a kill came between the last two lines of `_finish`
         print(f"{output}: complete already, nothing to do")
         return manifest
@@ -167,20 +167,28 @@ def _same(folder: Path, there: dict, here: dict) -> None:
         )
 
 
+def _is_ours(partial: Path) -> bool:
+    """Whether this module made the folder, or would: it is empty, has its settings, or holds nothing but what it has."""
+    names = {file.name for file in partial.iterdir()}
+    return "settings.json" in names or all(
+        name.startswith(("settings.json", "lock", "done", "failed", "whole")) for name in names
+    )
+
+
 def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Tokenizer) -> list[Shard]:
     """Makes DIR.partial ready and returns the shards that are left to make. Raises UserError if it is for something else.
 
     Shards of files that have changed since (mended, say) are made again; the others are kept.
     """
     settings = partial / "settings.json"
-    if settings.is_file():
-        _same(partial, json.loads(settings.read_text(encoding="utf-8")), wanted)
-    elif any(not file.name.startswith(("lock", settings.name)) for file in partial.iterdir()):
+    if not _is_ours(partial):
         raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
     for file in partial.iterdir():
         if file.is_file() and file.name not in ("settings.json", "lock"):
             file.unlink()  # what a killed worker left
-    if not settings.is_file():  # before anything else, so that the folder is known as ours
+    if settings.is_file():
+        _same(partial, json.loads(settings.read_text(encoding="utf-8")), wanted)
+    else:  # before anything else, so that the folder is known as ours
         shards.write(settings, json.dumps(wanted))
         _sync(settings)
     shutil.rmtree(partial / "failed", ignore_errors=True)
