@@ -9,10 +9,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import inspect
 import io
 import json
+import signal
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would all we start
 
 TINY = '''"""A run of a minute for the tests."""
 

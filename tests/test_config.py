@@ -63,6 +63,8 @@ def test_override_by_type(config):
         ({"data.sources": "a:-1"}, "weights must be positive"),
         ({"optim.warmup_steps": "101"}, "is more than train.steps=100"),
         ({"checkpoint.keep": "0"}, "must be at least 1"),
+        ({"data.sources": "a:1,b:1,a:2"}, "names a folder twice"),
+        ({"workdir": "runs\0x"}, "holds a NUL character"),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_remedy(config, arguments, words):
@@ -99,6 +101,14 @@ def test_keys_and_flat_agree(config):
         ("a = 1\nb = 1 / 0", "line 2: ZeroDivisionError"),
         ("def", "line 1: SyntaxError"),
         ("from tinyllama_jax.config import *\nModel(1, 32, 5, 1, 1, 1, 1)", "--model.n_heads=5"),
+        (
+            "from tinyllama_jax.config import *\nTrain(steps=24.0, tokens_per_step=1, seqs_per_device=1)",
+            "--train.steps=24.0: must be a",
+        ),
+        ("from tinyllama_jax.config import *\nTrain(True, 1, 1)", "--train.steps=True: must be a whole number"),
+        ("from tinyllama_jax.config import *\nData({'a': '1'})", "--data.sources={'a': '1'}: must be"),
+        ("import math\nfrom tinyllama_jax.config import *\nData({'a': math.inf})", "weights must be positive numbers"),
+        ("from tinyllama_jax.config import *\nLog(wandb=None)", "--log.wandb=None: must be a string"),
     ],
 )
 def test_a_config_file_with_a_mistake(tmp_path, text, words):
@@ -109,6 +119,22 @@ def test_a_config_file_with_a_mistake(tmp_path, text, words):
     with pytest.raises(c.UserError) as error:
         c.read(str(path))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"3", b'{"a": 1}', b"null"])
+def test_damaged_json_is_one_line(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(c.UserError) as error:
+        c.read_json(tmp_path / "x.json", "b", remedy="copy it again")
+    words = str(error.value)
+    assert words.startswith(f"{tmp_path / 'x.json'}: is damaged (") and words.endswith("; copy it again") and "\n" not in words
+    with pytest.raises(c.UserError, match="is not a config of this version"):
+        c.from_json(content)
+
+
+def test_json_as_it_should_be(tmp_path):
+    (tmp_path / "x.json").write_text('[{"a": 1, "b": 2}]')
+    assert c.read_json(tmp_path / "x.json", "a", kind=list) == [{"a": 1, "b": 2}]
 
 
 def test_the_command_line(config):

@@ -278,7 +278,7 @@ def test_no_folder_and_no_json(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         hf.load_folder(tmp_path / "nowhere")
     (folder(tmp_path) / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json: is damaged"):
         hf.load_folder(tmp_path)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import config as c
-from tinyllama_jax import model, sharding
+from tinyllama_jax import model, sharding, step
+from tinyllama_jax.kernels.cross_entropy import Sums
 from tinyllama_jax.step import Batch, build, checksum, count_tokens, loss_sums
 
 MODEL = c.Model(2, 32, 4, 2, 64, 104, 16)
@@ -69,6 +70,24 @@ def test_state_is_split_as_its_parameters_and_the_batch_over_data_and_fsdp():
     for leaf in jax.tree.leaves((state.params, adam.mu, adam.nu)):
         assert leaf.addressable_shards[0].data.size <= leaf.size // 2  # nothing of theirs is whole on every device
     assert program.batch.tokens.shard_shape((2, 8, 17)) == (2, 2, 17)
+
+
+@pytest.mark.parametrize(("bad_loss", "bad_gradient"), [(True, False), (False, True), (False, False)])
+def test_neither_a_loss_nor_a_gradient_that_is_not_finite_moves_anything(monkeypatch, bad_loss, bad_gradient):
+    config = c.Config("x", FP32, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 0, 0.1, 1.0), c.Train(10, 16, 1), c.Checkpoint(1))
+    state = step.new_state(model.init(jax.random.key(0), FP32), config)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    if bad_gradient:
+        grads["layers"]["q"]["kernel"] = grads["layers"]["q"]["kernel"].at[1, 2, 3, 4].set(jnp.nan)
+    sums = Sums(jnp.float32(jnp.inf if bad_loss else 1.0), jnp.float32(0))
+    monkeypatch.setattr(step, "gradients", lambda *_: (sums, grads))
+    new, metrics = step.train_step(state, batch_of((1, 1)), config)
+    good = not (bad_loss or bad_gradient)
+    assert bool(metrics["finite"]) == good and int(new.skipped) == (not good) and int(new.step) == 1
+    for before, after in zip(
+        *map(jax.tree.leaves, ((state.params, state.opt_state), (new.params, new.opt_state))), strict=True
+    ):
+        assert bool((before == after).all()) != good
 
 
 def test_padding_is_not_trained_on():

@@ -14,6 +14,7 @@ import pytest
 
 from tinyllama_jax import checkpoint, train
 from tinyllama_jax import config as c
+from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare import prepare
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
@@ -63,7 +64,10 @@ def test_a_run_writes_what_it_should(quiet, tiny_config_file):
     last = validations[-1]
     assert last["val_perplexity"] == pytest.approx(np.exp(last["val_loss"])) and 0 < last["val_accuracy"] < 1
     a, b = (last[f"val_loss/{Path(p).name}"] for p in config.data.sources)
-    assert min(a, b) < last["val_loss"] < max(a, b)
+    blocks = [Blocks(p, "validation") for p in config.data.sources]
+    n = [(x.read(np.arange(len(x)))[1] - 1).sum() for x in blocks]
+    assert n[0] != n[1] and sum(n) == last["val_tokens"]
+    assert last["val_loss"] == pytest.approx((a * n[0] + b * n[1]) / sum(n), rel=1e-6)  # of tokens, not of sources
     assert steps[-1]["tokens"] == config.train.steps * config.train.tokens_per_step
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [15, 20, 24]  # every 5, 3 kept, the last always
     assert list((workdir / "tensorboard").iterdir())
@@ -193,18 +197,58 @@ def test_a_signal_while_it_starts_is_not_lost(tiny_config_file, tmp_path, delay)
         assert "stopped by SIGINT" in out and "Traceback" not in out, out
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_named(quiet, tiny_config_file, tmp_path, capsys):
+@pytest.fixture
+def bad_weights(quiet, tmp_path):
+    """A run folder whose weights give losses that are not finite."""
     params, config, _ = checkpoint.load_params(quiet[0])
     params["lm_head"]["kernel"][0, 0] = np.inf
     checkpoint.save_import(tmp_path / "bad", config, params)
     shutil.copytree(quiet[0] / "tokenizer", tmp_path / "bad" / "tokenizer")
-    keys = {
-        "init__from": tmp_path / "bad",
-        "train__steps": 2,
-        "optim__warmup_steps": 1,
-        "mesh__fsdp": 8,
-        "train__seqs_per_device": 1,
-    }
+    return tmp_path / "bad", params
+
+
+EIGHT = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "optim__warmup_steps": 1}
+
+
+def test_a_run_that_only_skips_gives_up(bad_weights, tiny_config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "GIVE_UP", 3)
+    keys = EIGHT | {"init__from": bad_weights[0], "train__steps": 9}
+    with pytest.raises(c.UserError, match="the last 3 steps, up to 3, were not finite"):
+        train.main(command(tiny_config_file, tmp_path / "run", **keys))
+    assert not checkpoint.steps_in(tmp_path / "run")
+
+
+def test_when_a_checkpoint_is_saved_its_lines_are_written(tiny_config_file, tmp_path, monkeypatch):
+    seen, save = [], checkpoint.Checkpoints.save
+
+    def watched(self, step, state):
+        seen.append((step, curve_so_far(tmp_path / "run")[-1]))
+        save(self, step, state)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
+    keys = EIGHT | {"train__steps": 5, "checkpoint__every": 2, "log__eval_every": 100}
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    assert seen == [(2, 2), (4, 4), (5, 5)]
+
+
+def test_weights_of_another_tokenizer_are_refused(quiet, tiny_config_file, tiny_data, tmp_path):
+    shutil.copytree(quiet[0], tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "tokenizer")
+    shutil.copytree(tiny_data / "other" / "tokenizer", tmp_path / "other" / "tokenizer")
+    with pytest.raises(c.UserError, match="its tokenizer is not the one that the data were prepared with"):
+        train.main(command(tiny_config_file, tmp_path / "run", **EIGHT, init__from=tmp_path / "other"))
+
+
+def test_other_precision_is_refused(quiet, tiny_config_file):
+    precision = "params=float32,compute=float16,output=float32"
+    with pytest.raises(c.UserError, match="--model.precision=params=float32,compute=float16"):
+        train.main(command(tiny_config_file, quiet[0], **EIGHT, model__precision=precision))
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_step_that_is_not_finite_is_skipped_and_named(bad_weights, tiny_config_file, tmp_path, capsys, every):
+    origin, params = bad_weights
+    keys = EIGHT | {"init__from": origin, "train__steps": 2, "log__every": every}
     assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
     out = capsys.readouterr().out
     assert "step 1: loss or gradient not finite" in out and "weights unchanged" in out

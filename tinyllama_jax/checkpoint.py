@@ -55,6 +55,7 @@ FIXED = (
     "model.rope_theta",
     "model.rope_scaling",
     "model.norm_eps",
+    "model.precision",  # of the parameters' dtype and the loss scale in the state
     "train.tokens_per_step",
     "train.seed",
 )
@@ -161,13 +162,13 @@ def load_config(run: str | Path) -> Config:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
-    return config_lib.from_json(path.read_text(), str(path))
+    return config_lib.from_json(path.read_bytes(), str(path))
 
 
 def documents_begin_with_bos(run: Path) -> bool:
     """Whether the data of a run folder put bos before each document; False if it does not know its data (an import)."""
     data = run / "data.json"
-    return data.is_file() and any(source["bos"] for source in json.loads(data.read_text()))
+    return data.is_file() and any(source["bos"] for source in config_lib.read_json(data, "bos", kind=list))
 
 
 def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
@@ -229,7 +230,8 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         if not (run / "checkpoints" / str(steps[-1]) / "train").is_dir():  # an import
             raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
         notes = _compare(load_config(run), config)
-        there = json.loads((run / "data.json").read_text()) if (run / "data.json").is_file() else data
+        described = run / "data.json"
+        there = config_lib.read_json(described, *data[0], kind=list) if described.is_file() else data
         content = lambda sources: [(s["weight"], s["manifest_sha256"]) for s in sources]
         ours = [tokenizer_lib.load(folder).sha256 for folder in (run / "tokenizer", tokenizer)]
         if ours[0] != ours[1]:
@@ -277,7 +279,7 @@ def check_same_model(ours: Model, theirs: Model, origin: str) -> list[str]:
     differ = {}
     for key in FIXED:
         section, _, name = key.partition(".")
-        if section == "model" and name != "seq_len" and getattr(ours, name) != getattr(theirs, name):
+        if section == "model" and name not in ("seq_len", "precision") and getattr(ours, name) != getattr(theirs, name):
             differ[name] = (getattr(ours, name), getattr(theirs, name))
     for name, (here, there) in differ.items():
         if name not in ("rope_theta", "rope_scaling", "norm_eps"):

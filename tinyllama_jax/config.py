@@ -30,8 +30,30 @@ def _check(ok: bool, key: str, value: object, remedy: str) -> None:
         raise UserError(f"--{key}={value}: {remedy}")
 
 
+class _Typed:
+    """What every section checks first: that each value is of its field's type, in a config file too."""
+
+    def __post_init__(self):
+        section = "" if isinstance(self, Config) else type(self).__name__.lower() + "."
+        for name, kind in typing.get_type_hints(type(self)).items():
+            key, value = section + name.rstrip("_"), getattr(self, name)
+            if typing.get_origin(kind) is dict:
+                fits = isinstance(value, dict) and all(isinstance(k, str) and _is_a(v, float) for k, v in value.items())
+            else:
+                fits = _is_a(value, kind)
+            _check(fits, key, repr(value), f"must be {_KINDS.get(kind, 'of the type ' + getattr(kind, '__name__', str(kind)))}")
+            _check("\0" not in str(value), key, repr(value), "holds a NUL character")
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def _is_a(value: object, kind: type) -> bool:
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
 @dataclass(frozen=True)
-class Model:
+class Model(_Typed):
     """A Llama 2 architecture. Fields without a default define the experiment."""
 
     n_layers: int
@@ -52,6 +74,7 @@ class Model:
     loss_chunk: int = 2_048  # tokens whose logits exist at one time on a device: 2,048 x 32,000 x 4 B = 262 MB
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "seq_len", "loss_chunk"):
             _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         _check(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}")
@@ -90,7 +113,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(_Typed):
     """Where the blocks come from. With `train.seed` and the step it determines every batch."""
 
     sources: dict[str, float]  # folder written by `data.prepare` -> its share of the sequences; the shares are normalised
@@ -98,15 +121,16 @@ class Data:
     workers: int = 2  # threads that read ahead; no effect on what is read
 
     def __post_init__(self):
+        super().__post_init__()
         _check(len(self.sources) > 0, "data.sources", "", "needs at least one folder: --data.sources=DIR:WEIGHT,DIR:WEIGHT")
         for path, weight in self.sources.items():
-            _check(weight > 0, "data.sources", f"{path}:{weight}", "weights must be positive")
+            _check(0 < weight < math.inf, "data.sources", f"{path}:{weight}", "weights must be positive numbers")
         _check(self.eval_blocks >= 0, "data.eval_blocks", self.eval_blocks, "must be 0 (all) or more")
         _check(1 <= self.workers <= 64, "data.workers", self.workers, "must lie between 1 and 64")
 
 
 @dataclass(frozen=True)
-class Optim:
+class Optim(_Typed):
     """AdamW with warm-up and cosine."""
 
     peak_lr: float
@@ -120,6 +144,7 @@ class Optim:
     decay: str = "all"  # which parameters decay: "all", as the original did, or "matrices" (no norms, no embedding)
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self.peak_lr > 0, "optim.peak_lr", self.peak_lr, "must be positive")
         _check(0 <= self.min_lr <= self.peak_lr, "optim.min_lr", self.min_lr, f"must lie in [0, optim.peak_lr={self.peak_lr}]")
         _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be 0 or more")
@@ -132,7 +157,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(_Typed):
     """How long, and how much at once. Every quantity is global: no number here is per host."""
 
     steps: int
@@ -141,13 +166,14 @@ class Train:
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Mesh(_Typed):
     """Devices by axis; -1 for "what is left". data: replicas. fsdp: parameters and optimizer sharded. tensor: heads, ffn."""
 
     data: int = 1
@@ -155,6 +181,7 @@ class Mesh:
     tensor: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         for name, value in dataclasses.asdict(self).items():
             _check(value >= 1 or value == -1, f"mesh.{name}", value, "must be a positive number of devices, or -1 for the rest")
         left = [name for name, value in dataclasses.asdict(self).items() if value == -1]
@@ -162,7 +189,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(_Typed):
     """When to save, and what to keep. The last step is always saved."""
 
     every: int
@@ -170,13 +197,14 @@ class Checkpoint:
     keep_every: int = 0  # steps divisible by it are kept for ever; 0: none
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1: a run without a checkpoint cannot go on")
         _check(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must be 0 (off) or more")
 
 
 @dataclass(frozen=True)
-class Log:
+class Log(_Typed):
     """What is written down while it runs."""
 
     every: int = 1  # steps between lines of metrics.jsonl
@@ -184,19 +212,20 @@ class Log:
     wandb: str = ""  # Weights & Biases project; empty: off
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self.every >= 1, "log.every", self.every, "must be at least 1")
         _check(self.eval_every >= 1, "log.eval_every", self.eval_every, "must be at least 1")
 
 
 @dataclass(frozen=True)
-class Init:
+class Init(_Typed):
     """Where the weights of a new run come from."""
 
     from_: str = ""  # a run folder or a Hugging Face folder, weights only; empty: from scratch. Said as --init.from
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Typed):
     """Everything that a run is. `configs/*.py` each define one, named `config`."""
 
     workdir: str
@@ -210,6 +239,7 @@ class Config:
     init: Init = field(default_factory=Init)
 
     def __post_init__(self):
+        super().__post_init__()
         _check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
         _check(
             self.train.tokens_per_step % self.model.seq_len == 0,
@@ -277,14 +307,15 @@ def _parse(key: str, text: str, kind: type) -> object:
             return {"true": True, "false": False}[text.lower()]
         if typing.get_origin(kind) is dict:  # DIR:WEIGHT,DIR:WEIGHT; a single DIR needs no weight
             parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
+            paths = [path for path, _, _ in parts]
+            _check(len(set(paths)) == len(paths), key, text, "names a folder twice; add up its weights")
             return {path: float(Fraction(weight)) for path, _, weight in parts}  # a Fraction is finite
         value = kind(text)
         if kind is float and not math.isfinite(value) and key != "optim.clip_norm":
             raise ValueError
         return value
     except (ValueError, KeyError):
-        names = {int: "a whole number", float: "a number", bool: "true or false"}
-        raise UserError(f"--{key}={text}: must be {names.get(kind, 'DIR:WEIGHT,DIR:WEIGHT')}") from None
+        raise UserError(f"--{key}={text}: must be {_KINDS.get(kind, 'DIR:WEIGHT,DIR:WEIGHT')}") from None
 
 
 def override(config: Config, arguments: dict[str, str]) -> Config:
@@ -358,7 +389,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, origin: str = "config.json") -> Config:
+def from_json(text: str | bytes, origin: str = "config.json") -> Config:
     """Inverse of `to_json`. Raises UserError naming `origin` if it was written for other keys."""
 
     def build(kind, values):
@@ -367,8 +398,22 @@ def from_json(text: str, origin: str = "config.json") -> Config:
 
     try:
         return build(Config, json.loads(text))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{origin}: is not a config of this version: {error}") from None
+
+
+def read_json(path: Path, *expected: str, kind: type = dict, remedy: str = "") -> typing.Any:
+    """The JSON object in a file, or list of objects if `kind` is list, with the keys `expected`. Raises UserError otherwise."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, kind):
+            raise ValueError(f"is not a {kind.__name__}")
+        for row in [value] if kind is dict else value:
+            if missing := [key for key in expected if not isinstance(row, dict) or key not in row]:
+                raise ValueError(f"no {missing[0]}")
+        return value
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})" + (f"; {remedy}" if remedy else "")) from None
 
 
 # -- ends of a program ----------------------------------------------------------------------------------------------------

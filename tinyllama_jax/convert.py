@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +32,8 @@ def export(run: str | Path, output: str | Path, step: int | None = None, dtype: 
     Raises UserError.
     """
     run, output = Path(run), Path(output)
+    if not (run / "checkpoints").is_dir() and hf.describes(run):
+        raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; a run folder is wanted, as `train` makes")
     with _made_whole(output) as folder:
         params, config, step = checkpoint.load_params(run, step)
         bos, eos = _export_tokenizer(run, folder, config.model.seq_len)
@@ -45,16 +46,11 @@ def _export_tokenizer(run: Path, folder: Path, seq_len: int) -> tuple[int | None
     ours = run / "tokenizer"
     if (ours / "tokenizer.json").is_file():  # it came from a Hugging Face folder: back it goes as it was
         _copy_tokenizer(ours, folder)
-        added = {token["content"]: token["id"] for token in json.loads((ours / "tokenizer.json").read_text())["added_tokens"]}
-        config = ours / "tokenizer_config.json"
-        named = json.loads(config.read_text()) if config.is_file() else {}
-        tokens = [named.get(key) for key in ("bos_token", "eos_token")]
-        bos, eos = (added.get(token["content"] if isinstance(token, dict) else token) for token in tokens)
-        return bos, eos
-    if not (ours / "tokenizer.model").is_file():
+        model = tokenizer_lib.HuggingFaceTokenizer(ours / "tokenizer.json")
+    elif not (ours / "tokenizer.model").is_file():
         raise UserError(f"{ours}: holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export")
-    # as the data were: a prompt then begins as the documents did
-    model = hf_tokenizer.write(ours / "tokenizer.model", folder, checkpoint.documents_begin_with_bos(run), seq_len)
+    else:  # as the data were: a prompt then begins as the documents did
+        model = hf_tokenizer.write(ours / "tokenizer.model", folder, checkpoint.documents_begin_with_bos(run), seq_len)
     bos, eos = (None if id_ < 0 else id_ for id_ in (model.bos_id, model.eos_id))
     return bos, eos
 
@@ -76,6 +72,8 @@ def import_checkpoint(
     none beside the weights. Raises UserError.
     """
     source, output = Path(source), Path(output)
+    if (source / "checkpoints").is_dir():
+        raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
     given = config_lib.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
     if not tokenizer and source.exists() and not any((beside / name).is_file() for name in TOKENIZER_FILES[:2]):
@@ -117,7 +115,8 @@ def _unscheduled(model: Model) -> Config:
 @contextlib.contextmanager
 def _made_whole(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which takes its name once the block has ended well, and else is removed."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    output = Path(os.path.abspath(output))
+    if output.exists() and (not (output.is_dir() and not any(output.iterdir())) or output == Path.cwd()):
         raise UserError(f"--output {output}: is already there; name a folder that is not, or remove it")
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -167,8 +166,8 @@ def _documents_begin_with_bos(path: Path) -> bool:
         return checkpoint.documents_begin_with_bos(path)
     for file in (path / "tokenizer/tokenizer_config.json", path / "tokenizer_config.json"):  # an imported run, Hugging Face
         if file.is_file():
-            settings = json.loads(file.read_text())
-            return settings.get("add_bos_token", settings.get("tokenizer_class", "").startswith("Llama"))  # its default
+            settings = config_lib.read_json(file)
+            return settings.get("add_bos_token", str(settings.get("tokenizer_class")).startswith("Llama"))  # its default
     return False
 
 
@@ -251,6 +250,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1)
     args = parser.parse_args(argv)
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # how Python shows bytes that are no UTF-8
+        raise UserError(f"--prompt {args.prompt!a}: is not UTF-8")
     for name, ok, remedy in (
         ("max_new_tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("temperature", args.temperature > 0, "must be positive; for the most likely token say --greedy"),

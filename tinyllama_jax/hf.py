@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 
 from tinyllama_jax import dims
-from tinyllama_jax.config import Model, UserError
+from tinyllama_jax.config import Model, UserError, read_json
 
 NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -164,11 +164,16 @@ def from_hf_config(config: dict, origin: str = "config.json") -> Model:
         if key in config and config[key] not in harmless:
             raise UserError(f"{origin}: {key} is {config[key]!r}, which this model does not compute (only {harmless[0]!r})")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{origin}: rope_scaling is {json.dumps(rope)}, not a table")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear") or rope.get("partial_rotary_factor") not in (1, None):
         raise UserError(
             f"{origin}: RoPE is {json.dumps(rope)}; only the types 'default' and 'linear' are computed, on whole heads"
         )
+    for key in ("num_attention_heads", "hidden_size", "head_dim", "num_key_value_heads", "max_position_embeddings"):
+        if not isinstance(config.get(key) or 0, int):
+            raise UserError(f"{origin}: {key} is {json.dumps(config[key])}, not a whole number")
     heads, width = config.get("num_attention_heads", 0), config.get("hidden_size")
     if config.get("head_dim") and config["head_dim"] * heads != width:
         raise UserError(
@@ -332,10 +337,9 @@ def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
     for name, read in (("model.safetensors", Shards), ("pytorch_model.bin", _read_pickles)):
         index = path / f"{name}.index.json"
         if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
-                raise UserError(f"{index}: is not an index of shards: {error}") from None
+            weight_map = read_json(index, "weight_map")["weight_map"]
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{index}: is damaged (its weight_map does not name a file for each tensor)")
             tensors = read([_shard(path, file) for file in sorted(set(weight_map.values()))])
             check_names(tensors, weight_map, str(index))
             return tensors
@@ -373,10 +377,12 @@ def _read_config(path: Path) -> dict:
         raise UserError(
             f"{path}: no such folder" if not path.exists() else f"{described}: no such file; it describes the model"
         )
-    try:
-        return json.loads(described.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{described}: is not JSON: {error}") from None
+    return read_json(described, "model_type")
+
+
+def describes(folder: Path) -> bool:
+    """Whether `folder` says of itself that it is one of Hugging Face's."""
+    return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
 
 
 def _untie(tensors: Mapping[str, np.ndarray], origin: str) -> Mapping[str, np.ndarray]:

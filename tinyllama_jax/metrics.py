@@ -114,10 +114,14 @@ class Writer:
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
-    def close(self) -> None:
-        """Flushes everything to disk."""
+    def sync(self) -> None:
+        """Returns when all lines are on the disk itself."""
         self._jsonl.flush()
         os.fsync(self._jsonl.fileno())
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self.sync()
         self._jsonl.close()
         self._events.close()
         if self._wandb:
@@ -144,8 +148,11 @@ def truncate_after(path: Path, step: int) -> None:
             line_start = _line_start(f, keep)
             f.seek(line_start)
             line = f.read(keep - line_start)
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                break
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    break
+            except (ValueError, TypeError, KeyError):
+                pass  # a line that a full disk or a power cut left: out with it
             keep = line_start
         f.truncate(keep)
 

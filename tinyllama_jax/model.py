@@ -174,11 +174,12 @@ class Llama(nn.Module):
         return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps)), cache
 
     def __call__(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
-        """Logits [B, S, V] in fp32, and the cache."""
+        """Logits [B, S, V] in the policy's output dtype, and the cache."""
         policy = jmp.get_policy(self.model.precision)
         x_BSD, cache = self.hidden(tokens_BS, cache, start)
         kernel_DV = policy.cast_to_compute(self.lm_head())
-        return jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32), cache
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32)
+        return policy.cast_to_output(logits_BSV), cache
 
 
 # -- pure functions over a plain dict of parameters --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import UserError, run_main
+from tinyllama_jax.config import UserError, read_json, run_main
 
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
 
@@ -21,8 +21,14 @@ def rows(run: str | Path) -> list[dict]:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    out = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            out.append(json.loads(line))
+            out[-1]["step"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}, line {number}: is damaged; take it out") from None
+    return out
 
 
 def draw(run: str | Path) -> Path:
@@ -68,7 +74,7 @@ def draw(run: str | Path) -> Path:
 def unigram(run: Path) -> float | None:
     """The unigram model's validation loss, or None where nobody computed it."""
     path = run / UNIGRAM
-    return json.loads(path.read_text())["val_loss"] if path.is_file() else None
+    return read_json(path, "val_loss")["val_loss"] if path.is_file() else None
 
 
 def main(argv: list[str]) -> int:

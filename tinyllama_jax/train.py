@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
                 )
             stopping = bool(stop)  # asked after validation, which can take long: what is left of a grace time is for saving
             if last or stopping or step % config.checkpoint.every == 0:
-                reporter.report()  # what is on disk never lags behind the checkpoint
+                reporter.report()
+                writer.sync()  # what is on disk never lags behind the checkpoint
                 with clock.spent_on("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
@@ -149,10 +150,15 @@ def evaluate(program: Program, config: Config, params: dict, held_out: dict[str,
         loss, correct, tokens = np.sum([[s.loss, s.correct, n] for s, n in jax.device_get(parts)], axis=0, dtype=np.float64)
         totals += loss, correct, tokens
         same_name = [p for p in held_out if Path(p).name == Path(path).name]
-        out[f"val_loss/{Path(path).name if len(same_name) == 1 else path}"] = loss / tokens
+        out[f"val_loss/{Path(path).name if len(same_name) == 1 else path}"] = loss / tokens if tokens else math.nan
     loss, correct, tokens = totals
+    if not tokens:  # blocks of a single token
+        return {"val_loss": math.nan, "val_perplexity": math.nan, "val_accuracy": math.nan, "val_tokens": 0}
     scores = {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700)), "val_accuracy": correct / tokens}
     return {**scores, "val_tokens": int(tokens), **(out if len(out) > 1 else {})}
+
+
+GIVE_UP = 100  # steps in a row that are not finite; fp16's loss scale needs at most 15 to find its value
 
 
 class Reporter:
@@ -162,6 +168,7 @@ class Reporter:
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.seqs = feed.order(config, sources), shape[0] * shape[1]
         self.pending: tuple[int, dict] | None = None
+        self.in_a_row = 0  # steps that were not finite
 
     def report(self) -> None:
         """Writes the pending step down, if there is one; a step that was skipped is named with its data, whatever log.every."""
@@ -169,6 +176,7 @@ class Reporter:
             return
         (step, on_device), self.pending = self.pending, None
         values = {name: np.asarray(value).item() for name, value in jax.device_get(on_device).items()}
+        self.in_a_row = 0 if values["finite"] else self.in_a_row + 1
         if step % self.config.log.every and values["finite"]:
             return
         values |= self.clock.lap(step) | {"tokens": step * self.config.train.tokens_per_step}
@@ -181,6 +189,11 @@ class Reporter:
             )
         self.writer.write(step, values)
         self.progress.update(step, values["loss"], values["tokens_per_second"])
+        if self.in_a_row == GIVE_UP:
+            raise UserError(
+                f"{self.config.workdir}: the last {GIVE_UP} steps, up to {step:,}, were not finite, and changed nothing; the "
+                "weights or the data are bad: start again from an older checkpoint, or with a lower optim.peak_lr"
+            )
 
 
 @contextlib.contextmanager

@@ -431,7 +431,7 @@ def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):
         ({"workers": -1}, "--workers -1: must be positive"),
         ({"tokenizer": "gone.model"}, "gone.model: no such tokenizer"),
         ({"output": "there"}, "there: has no manifest.json"),
-        ({"output": "a.jsonl"}, "a.jsonl: no such folder"),
+        ({"output": "a.jsonl"}, "a.jsonl: must be a new folder"),
         ({"train": ["."]}, "--output out: lies within the input .; choose a folder outside"),
         ({"text_key": "body"}, "a.jsonl, line 1: has no key 'body'; it has 'text': choose one with --text-key"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.config import UserError, read_json
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
@@ -68,15 +67,12 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
         raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.data.prepare` makes it")
     if not path.is_file():
         raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.data.prepare`")
-    content = path.read_bytes()
-    try:
-        manifest = json.loads(content)
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is damaged; prepare the data again") from None
+    again = "copy or prepare the data again"
+    found = read_json(path, "format", remedy=again)["format"]
     if found != FORMAT:
         raise UserError(f"{path}: is of format {found}, and this version reads format {FORMAT}; prepare the data again")
-    return manifest, hashlib.sha256(content).hexdigest()
+    manifest = read_json(path, "seq_len", "dtype", "bos", "eos", "tokenizer", "splits", remedy=again)
+    return manifest, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Blocks:

@@ -33,7 +33,7 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
-from tinyllama_jax.config import UserError, run_main
+from tinyllama_jax.config import UserError, read_json, run_main
 from tinyllama_jax.data import documents, shards
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import FORMAT, MANIFEST, Record, read_manifest
@@ -83,7 +83,10 @@ def prepare(
     Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
     """
     output = Path(output)
-    partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
+    whole = Path(os.path.abspath(output))
+    if output.is_file() or not whole.name:
+        raise UserError(f"--output {output}: must be a new folder")
+    partial = whole.with_name(whole.name + ".partial")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
     if seq_len < 1 or shard_mb < 0 or workers < 0:
@@ -187,7 +190,7 @@ def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib
         if file.is_file() and file.name not in ("settings.json", "lock"):
             file.unlink()  # what a killed worker left
     if settings.is_file():
-        _same(partial, json.loads(settings.read_text(encoding="utf-8")), wanted)
+        _same(partial, read_json(settings, *wanted, remedy=f"delete {partial} and run this again"), wanted)
     else:  # before anything else, so that the folder is known as ours
         shards.write(settings, json.dumps(wanted))
         _sync(settings)
@@ -206,9 +209,9 @@ def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib
 def _is_made(partial: Path, shard: Shard) -> bool:
     """Whether an earlier run made this very shard, and all of it is there: workers do not wait for the disk."""
     try:
-        made = json.loads((partial / "done" / f"{shard.file}.json").read_text(encoding="utf-8"))
+        made = read_json(partial / "done" / f"{shard.file}.json", "identity", "shard", "counts", "sources")
         whole = shards.sha256(partial / "whole" / shard.file) == made["shard"]["sha256"]
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, UserError):
         return False
     return whole and made["identity"] == shard.identity()
 

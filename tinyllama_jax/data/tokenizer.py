@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.config import UserError, read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character
@@ -184,9 +183,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _id_of(self, name: str) -> int:
         for file in self.files()[1:]:
-            token = json.loads(file.read_text(encoding="utf-8")).get(name)
+            token = read_json(file).get(name)
             if token is not None:
-                found = self._hf.token_to_id(token if isinstance(token, str) else token["content"])
+                found = self._hf.token_to_id(token["content"] if isinstance(token, dict) else str(token))
                 return -1 if found is None else found
         return -1
 
