@@ -106,6 +106,105 @@ def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
     same(state.params, restored)
 
 
+def three(config):
+    """A run folder with checkpoints of the steps 10, 20 and 30."""
+    program, state = state_of(config)
+    checkpoints = checkpoint.Checkpoints(config)
+    for step in (10, 20, 30):
+        checkpoints.save(step, state)
+    checkpoints.close()
+    checkpoint.write(checkpoint.Path(config.workdir) / "config.json", c.to_json(config))
+    return program, checkpoint.Path(config.workdir)
+
+
+def flip(file, at=None):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    file.write_bytes(content)
+
+
+def files_of(folder):
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in checkpoint.UNSEALED)
+
+
+@pytest.fixture
+def all_kept(config):
+    return dataclasses.replace(config, checkpoint=c.Checkpoint(10, keep=5))
+
+
+def test_any_file_that_changed_on_disk_is_noticed(all_kept):
+    _, run = three(all_kept)
+    newest = run / "checkpoints" / "30"
+    files = files_of(newest)
+    assert len(files) > 5 and {f.relative_to(newest).parts[0] for f in files} == {"params", "train"}
+    assert checkpoint.recover(all_kept) == []
+    for file in files:
+        before = file.read_bytes()
+        if before:
+            flip(file)
+            assert str(file.relative_to(newest)) in checkpoint.damage(newest)
+            file.write_bytes(before[:-1])
+            assert str(file.relative_to(newest)) in checkpoint.damage(newest)
+        file.unlink()
+        assert str(file.relative_to(newest)) in checkpoint.damage(newest)
+        file.write_bytes(before)
+    assert checkpoint.damage(newest) is None
+    (newest / "params" / "extra").write_text("")
+    assert "extra" in checkpoint.damage(newest) and checkpoint.damage(newest, "train") is None
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "no seal", "empty seal"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
+    program, run = three(all_kept)
+    newest = run / "checkpoints" / "30"
+    file = max(files_of(newest), key=lambda f: f.stat().st_size) if how in ("flip", "truncate") else newest / checkpoint.SEAL
+    if how == "flip":
+        flip(file)
+    elif how == "no seal":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if how == "empty seal" else file.read_bytes()[:100])
+    for reads in (checkpoint.load_params, lambda run: checkpoint.restore_params(run, program.state.params)):
+        if "params" in file.parts or how.endswith("seal"):
+            with pytest.raises(c.UserError, match="30: is damaged: .*; step 20 is whole"):
+                reads(run)
+    (note,) = checkpoint.recover(all_kept)
+    assert note.startswith("checkpoint 30 is not used (") and str(run / "set_aside" / "30-") in note
+    assert checkpoint.steps_in(run) == [10, 20] and len(list((run / "set_aside").iterdir())) == 1
+    checkpoints = checkpoint.Checkpoints(all_kept)
+    assert checkpoints.latest() == 20
+    _, state = state_of(all_kept)
+    checkpoints.save(30, state)  # and the run comes there again
+    checkpoints.close()
+    assert checkpoint.recover(all_kept) == [] and checkpoint.steps_in(run) == [10, 20, 30]
+
+
+def test_if_all_are_damaged_nothing_is_moved_and_nothing_starts_from_scratch(all_kept):
+    _, run = three(all_kept)
+    for step in (10, 20, 30):
+        (run / "checkpoints" / str(step) / checkpoint.SEAL).unlink()
+    with pytest.raises(c.UserError, match=r"has no checkpoint to go on from \(30: seal.json is missing"):
+        checkpoint.recover(all_kept)
+    assert checkpoint.steps_in(run) == [10, 20, 30]
+
+
+def test_a_new_skip_rewinds_to_before_it_and_an_old_one_does_not(all_kept):
+    _, run = three(all_kept)
+    late = c.override(all_kept, {"data.skip": "31:40"})
+    assert checkpoint.recover(late) == []
+    skipping = c.override(all_kept, {"data.skip": "12:13"})
+    notes = checkpoint.recover(skipping)
+    assert checkpoint.steps_in(run) == [10] and len(notes) == 2 and "trained on other batches" in notes[0]
+    _, state = state_of(skipping)
+    checkpoints = checkpoint.Checkpoints(skipping)
+    checkpoints.save(20, state)
+    checkpoints.close()
+    assert checkpoint.recover(skipping) == [] and checkpoint.steps_in(run) == [10, 20]
+    with pytest.raises(c.UserError, match=r"\(20: trained on other batches"):
+        checkpoint.recover(c.override(all_kept, {"data.skip": "3:4"}))
+    assert checkpoint.steps_in(run) == [10, 20]
+
+
 @pytest.mark.parametrize("with_moments", [True, False])
 def test_an_import_can_be_gone_on_with_if_it_has_moments(config, tokenizer, with_moments):
     program, state = state_of(config)

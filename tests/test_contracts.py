@@ -16,6 +16,7 @@ RANK = {
     "tinyllama_jax": 0,
     "dims": 0,
     "config": 0,
+    "processes": 0.5,
     "sharding": 1,
     "kernels": 1,
     "data": 2,

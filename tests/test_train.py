@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, train
+from tinyllama_jax import checkpoint, metrics, train
 from tinyllama_jax import config as c
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare import prepare
@@ -211,7 +211,7 @@ EIGHT = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "optim__warmup_steps": 1}
 
 
 def test_a_run_that_only_skips_gives_up(bad_weights, tiny_config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "GIVE_UP", 3)
+    monkeypatch.setattr(metrics, "GIVE_UP", 3)
     keys = EIGHT | {"init__from": bad_weights[0], "train__steps": 9}
     with pytest.raises(c.UserError, match="the last 3 steps, up to 3, were not finite"):
         train.main(command(tiny_config_file, tmp_path / "run", **keys))

@@ -3,19 +3,23 @@
 RUN/config.json      the resolved configuration          RUN/data.json        hash of each source's manifest
 RUN/tokenizer/       what the data were prepared with    RUN/versions.json    packages, Python, devices
 RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
+RUN/set_aside/N-...  checkpoints no longer used          RUN/processes/       see processes.py
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +30,7 @@ import orbax.checkpoint as ocp
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import dims, model, optim
 from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.step import TrainState, new_state
 
@@ -65,6 +70,7 @@ FREE = (
     "data.sources",
     "data.workers",
     "data.eval_blocks",
+    "train.wait",
     "train.seqs_per_device",
     "mesh.",
     "log.",
@@ -81,15 +87,11 @@ class Checkpoints:
 
     def __init__(self, config: Config):
         """Opens RUN/checkpoints, made if absent; half-written ones of a killed run are not seen, and removed."""
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.checkpoint.keep,
-            keep_period=config.checkpoint.keep_every or None,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-        )
         self._folder = Path(config.workdir).resolve() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("params", "train"))
+        self._manager = _manager(
+            self._folder, config, ("params", "train"), config.checkpoint.keep, config.checkpoint.keep_every or None
+        )
 
     def latest(self) -> int | None:
         """The newest step that is whole, or None."""
@@ -112,7 +114,8 @@ class Checkpoints:
         """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
         params, rest = _parts(abstract)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(rest))
-        restored = self._manager.restore(step, args=items)
+        with _read_errors(self._folder / str(step)):
+            restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["train"])
 
     def close(self) -> None:
@@ -120,6 +123,98 @@ class Checkpoints:
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _manager(folder: Path, config: Config, items: tuple[str, ...], keep: int | None = None, keep_period: int | None = None):
+    """Orbax's manager, with each checkpoint sealed by `_seal` before it gets its name."""
+    seal = lambda: _seal(folder, config) if jax.process_index() == 0 else None
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_period,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=seal),
+    )
+    return ocp.CheckpointManager(folder, options=options, item_names=items)
+
+
+# -- whole, and unchanged -------------------------------------------------------------------------------------------------
+
+SEAL = "seal.json"  # in a checkpoint: the sha256 of each of its files, and what of the config its batches depend on
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after it
+
+
+def _seal(folder: Path, config: Config) -> None:
+    """Writes the seal of the checkpoint that is being written, whose files are all there."""
+    for partial in folder.glob("*.orbax-checkpoint-tmp*"):
+        write(partial / SEAL, json.dumps({"skip": config.data.skip, "files": _checksums(partial)}, indent=1) + "\n")
+
+
+def _checksums(checkpoint: Path, part: str = "") -> dict[str, str]:
+    """Path within the checkpoint -> sha256, of all files (of one item, "params" say) that were there when it was sealed."""
+    files = [f for f in (checkpoint / part).rglob("*") if f.is_file() and f.name not in UNSEALED]
+
+    def checksum(file: Path) -> str:
+        with file.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run: 2 GB/s a core
+        return dict(zip((str(f.relative_to(checkpoint)) for f in files), pool.map(checksum, files), strict=True))
+
+
+def damage(checkpoint: Path, part: str = "") -> str | None:
+    """What is wrong with a checkpoint (or one item of it) on disk, or None."""
+    try:
+        sealed = config_lib.read_json(checkpoint / SEAL, "skip", "files")["files"]
+    except (UserError, OSError):
+        return f"{SEAL} is missing or damaged"
+    sealed = {name: checksum for name, checksum in sealed.items() if name.startswith(part)}
+    there = _checksums(checkpoint, part)
+    wrong = sorted(name for name in sealed | there if sealed.get(name) != there.get(name))
+    return f"{wrong[0]} is not as it was written" if wrong else None
+
+
+def recover(config: Config) -> list[str]:
+    """Sets aside, in RUN/set_aside, the checkpoints after the newest one that the run can go on from; returns lines to print.
+
+    That is the newest whose files are as they were written and whose batches were those of this config. To be called by
+    one process, before the others look. Raises UserError, and moves nothing, if there are checkpoints but none is such.
+    """
+    run, aside = Path(config.workdir), {}
+    for step in reversed(steps_in(run)):
+        folder = run / "checkpoints" / str(step)
+        reason = damage(folder)
+        if not reason:
+            then = dataclasses.replace(config.data, skip=config_lib.read_json(folder / SEAL)["skip"])
+            if feed.same_batches(config.data, then, step):
+                break
+            reason = f"trained on other batches: --data.skip={then.skip}"
+        aside[folder] = reason
+    else:
+        if aside:
+            folder, reason = next(iter(aside.items()))
+            raise UserError(
+                f"{run}: has no checkpoint to go on from ({folder.name}: {reason}; {len(aside)} in all); mend --data.skip, "
+                "restore one from a copy, or start again with --workdir=NEW"
+            )
+    notes = []
+    for folder, reason in aside.items():
+        to = run / "set_aside" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        to.parent.mkdir(exist_ok=True)
+        folder.rename(to)
+        notes.append(f"checkpoint {folder.name} is not used ({reason}) and is now {to}")
+    return notes
+
+
+@contextlib.contextmanager
+def _read_errors(checkpoint: Path) -> Iterator[None]:
+    """What Orbax says of a checkpoint that it cannot read, in one line."""
+    try:
+        yield
+    except Exception as error:  # of many types
+        before = [s for s in steps_in(checkpoint.parent.parent) if s < int(checkpoint.name)]
+        other = f"; step {before[-1]:,} is there too" if before else ""
+        raise UserError(f"{checkpoint}: cannot be read: {damage(checkpoint) or str(error).splitlines()[0]}{other}") from error
 
 
 @contextlib.contextmanager
@@ -174,17 +269,27 @@ def documents_begin_with_bos(run: Path) -> bool:
 def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
     """(parameters as fp32 numpy arrays in a nested dict, config, step) of a run folder, on the host. Raises UserError."""
     step, config = find_step(run, step), load_config(run)
+    path = _undamaged(run, step, "params")
     as_numpy = {p.name: ocp.RestoreArgs(restore_type=np.ndarray) for p in dims.PARAMETERS}
-    with ocp.PyTreeCheckpointer() as reader:
-        path = Path(run).resolve() / "checkpoints" / str(step) / "params"
+    with ocp.PyTreeCheckpointer() as reader, _read_errors(path.parent):
         return reader.restore(path, restore_args=model.unflatten(as_numpy)), config, step
 
 
 def restore_params(run: str | Path, abstract: dict) -> tuple[dict, int]:
     """(the latest parameters of a run folder, straight into the shardings of `abstract`; their step)."""
     step = find_step(run)
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(Path(run).resolve() / "checkpoints" / str(step) / "params", abstract), step
+    path = _undamaged(run, step, "params")
+    with ocp.StandardCheckpointer() as reader, _read_errors(path.parent):
+        return reader.restore(path, abstract), step
+
+
+def _undamaged(run: str | Path, step: int, part: str) -> Path:
+    """The folder of an item of a checkpoint. Raises UserError if it is damaged, with the newest one before that is not."""
+    checkpoint = Path(run).resolve() / "checkpoints" / str(step)
+    if reason := damage(checkpoint, part):
+        before = [s for s in steps_in(run) if s < step and not damage(checkpoint.parent / str(s), part)]
+        raise UserError(f"{checkpoint}: is damaged: {reason}" + (f"; step {before[-1]} is whole" if before else ""))
+    return checkpoint / part
 
 
 def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, dict] | None = None, step: int = 0) -> None:
@@ -198,7 +303,8 @@ def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, di
         state = new_state({}, config)
         state = dataclasses.replace(state, step=np.int32(step), opt_state=optim.from_moments(*moments, step, config))
         items["train"] = ocp.args.StandardSave(_parts(state)[1])
-    with ocp.CheckpointManager((run / "checkpoints").resolve(), item_names=tuple(items)) as manager:
+    (run / "checkpoints").mkdir()
+    with _manager((run / "checkpoints").resolve(), config, tuple(items)) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
     write(run / "config.json", config_lib.to_json(config))
 
@@ -248,7 +354,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         run.mkdir(parents=True, exist_ok=True)
         if (run / "config.json").is_file():
             load_config(run)  # refused unless it is one of ours
-        if not (run / "config.json").is_file() and any(path.is_dir() for path in run.iterdir()):
+        if not (run / "config.json").is_file() and any(path.is_dir() and path.name != "processes" for path in run.iterdir()):
             raise UserError(f"--workdir={run}: is not a run folder, and holds other folders; name a new one")
         write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours
         shutil.rmtree(run / "tokenizer", ignore_errors=True)

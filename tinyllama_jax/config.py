@@ -118,6 +118,7 @@ class Data(_Typed):
 
     sources: dict[str, float]  # folder written by `data.prepare` -> its share of the sequences; the shares are normalised
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
+    skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out, each in the numbers that those before it gave
     workers: int = 2  # threads that read ahead; no effect on what is read
 
     def __post_init__(self):
@@ -125,8 +126,21 @@ class Data(_Typed):
         _check(len(self.sources) > 0, "data.sources", "", "needs at least one folder: --data.sources=DIR:WEIGHT,DIR:WEIGHT")
         for path, weight in self.sources.items():
             _check(0 < weight < math.inf, "data.sources", f"{path}:{weight}", "weights must be positive numbers")
+        for first, last in self.skipped:
+            _check(
+                1 <= first <= last < first + 10**6, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST"
+            )
         _check(self.eval_blocks >= 0, "data.eval_blocks", self.eval_blocks, "must be 0 (all) or more")
         _check(1 <= self.workers <= 64, "data.workers", self.workers, "must lie between 1 and 64")
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """`skip` as (first, last) steps."""
+        parts = [part.split(":") for part in self.skip.split(",") if part]
+        try:
+            return [(int(first), int(last)) for first, last in parts]
+        except ValueError:
+            raise UserError(f"--data.skip={self.skip}: must be STEP:STEP or STEP:STEP,STEP:STEP") from None
 
 
 @dataclass(frozen=True)
@@ -164,12 +178,14 @@ class Train(_Typed):
     tokens_per_step: int  # tokens of one optimizer step over all devices
     seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
     seed: int = 0
+    wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
+        _check(self.wait > 0, "train.wait", self.wait, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -432,8 +448,11 @@ _DISK = {
 }
 
 
-def run_main(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
-    """Run an entry point. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130."""
+def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> None:
+    """Run an entry point and exit. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
+
+    `returns`: go on if `main` returns None.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -450,4 +469,5 @@ def run_main(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         print("\ninterrupted", file=sys.stderr)
         code = 130
     sys.stdout.flush()
-    raise SystemExit(code or 0)
+    if not (returns and code is None):
+        raise SystemExit(code or 0)

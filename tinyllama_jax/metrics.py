@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import rich.console
 import rich.progress
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -18,6 +20,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tinyllama_jax import dims
 from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.data import feed
 
 # Peak dense bf16 matmul rate in FLOP/s, by `jax.Device.device_kind`; from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -204,3 +207,51 @@ class Progress:
         """Leaves the last state on the screen."""
         if self._bar:
             self._bar.stop()
+
+
+class Silent:
+    """The `Writer` and the `Progress` of a process that writes nothing because another one does."""
+
+    def write(self, step: int, values: dict) -> None: ...
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None: ...
+    def say(self, text: str) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
+GIVE_UP = 100  # steps in a row that are not finite; fp16's loss scale needs at most 15 to find its value
+
+
+class Reporter:
+    """Fetches the numbers of a finished step and writes them down."""
+
+    def __init__(self, config, sources, writer, progress, clock, shape):
+        self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
+        self.order, self.seqs = feed.order(config, sources), shape[0] * shape[1]
+        self.pending: tuple[int, dict] | None = None
+        self.in_a_row = 0  # steps that were not finite
+
+    def report(self) -> None:
+        """Writes the pending step down, if there is one; a step that was skipped is named with its data, whatever log.every."""
+        if self.pending is None:
+            return
+        (step, on_device), self.pending = self.pending, None
+        values = {name: np.asarray(value).item() for name, value in jax.device_get(on_device).items()}
+        self.in_a_row = 0 if values["finite"] else self.in_a_row + 1
+        if step % self.config.log.every and values["finite"]:
+            return
+        values |= self.clock.lap(step) | {"tokens": step * self.config.train.tokens_per_step}
+        if not values["finite"]:
+            source, block = self.order.locate(np.arange((step - 1) * self.seqs, step * self.seqs))
+            values["blocks"] = json.dumps([source.tolist(), block.tolist()])
+            self.progress.say(
+                f"step {step:,}: loss or gradient not finite (loss {values['loss']}); weights unchanged, "
+                f"{values['skipped']} such steps so far; its blocks are in metrics.jsonl"
+            )
+        self.writer.write(step, values)
+        self.progress.update(step, values["loss"], values["tokens_per_second"])
+        if self.in_a_row == GIVE_UP:
+            raise UserError(
+                f"{self.config.workdir}: the last {GIVE_UP} steps, up to {step:,}, were not finite, and changed nothing; the "
+                "weights or the data are bad: start again from an older checkpoint, or with a lower optim.peak_lr"
+            )

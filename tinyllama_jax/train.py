@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import signal
-from collections.abc import Iterator
 from pathlib import Path
+
+from tinyllama_jax import processes
+
+if __name__ == "__main__":
+    processes.supervise("tinyllama_jax.train")  # of several; before the imports that take seconds
 
 import jax
 import numpy as np
@@ -24,22 +26,26 @@ from tinyllama_jax.step import Batch, Program, TrainState, build
 def main(argv: list[str]) -> int:
     """Trains to `train.steps`, from the newest checkpoint of the run folder if there is one. Returns the exit code."""
     with contextlib.ExitStack() as at_end:
-        stop = at_end.enter_context(stop_on_signal())
+        stop = at_end.enter_context(processes.stop_on_signal())
         config = config_lib.load(argv, __doc__)
+        processes.join(config.train.wait)
         sources = feed.open_sources(config)
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
         at_end.enter_context(jax.set_mesh(mesh))
         program, (origin, notes) = build(config, mesh), check_origin(config, sources)
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
-        notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
+        if first := jax.process_index() == 0:  # who writes what is written once
+            notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
+            notes += checkpoint.recover(config)
+        processes.barrier("run folder")
         checkpoints = checkpoint.Checkpoints(config)
         at_end.callback(checkpoints.close)
         state, came_from = first_state(config, program, checkpoints, origin)
         start = int(state.step)
-        writer = metrics.Writer(config, start)
+        writer = metrics.Writer(config, start) if first else metrics.Silent()
         at_end.callback(writer.close)
-        progress = metrics.Progress(start, config.train.steps)
+        progress = metrics.Progress(start, config.train.steps) if first else metrics.Silent()
         at_end.callback(progress.close)
         for line in [*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]:
             progress.say(line)
@@ -51,13 +57,17 @@ def main(argv: list[str]) -> int:
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
         clock = metrics.Clock(config, start, mesh.size, jax.devices()[0].device_kind)
-        reporter = Reporter(config, sources, writer, progress, clock, program.shape)
-        if stop:
+        reporter = metrics.Reporter(config, sources, writer, progress, clock, program.shape)
+        if stop and jax.process_count() == 1:  # several agree on a step first
             progress.say(f"stopped by {stop[0].name} before its first step")
             return 128 + stop[0]
+        agreement = processes.Agreement(mesh)
         for step in range(start + 1, config.train.steps + 1):
+            doing = "starting" if step <= start + 2 else "training"  # the first step is done when the second is under way
+            processes.at(step, doing)
             with clock.spent_on("data_wait"):
                 batch = on_devices(next(batches), program.batch, program.shape)
+            processes.at(step, doing)  # a second time: who waits for its data is behind those that wait for it
             state, now = program.train(state, batch)
             reporter.report()  # of the step before: fetching its numbers does not hold this one up
             reporter.pending = (step, now)
@@ -65,20 +75,24 @@ def main(argv: list[str]) -> int:
             if held_out and (last or step % config.log.eval_every == 0):
                 reporter.report()
                 with clock.spent_on("elsewhere"):
-                    scores = evaluate(program, config, state.params, held_out)
+                    scores = evaluate(program, config, state.params, held_out, step)
                 writer.write(step, scores)
                 progress.say(
                     f"step {step:,}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_perplexity']:.2f}"
                 )
-            stopping = bool(stop)  # asked after validation, which can take long: what is left of a grace time is for saving
+            stopping = agreement.stop(
+                stop
+            )  # asked after validation, which can take long: what is left of a grace time is for saving
             if last or stopping or step % config.checkpoint.every == 0:
                 reporter.report()
                 writer.sync()  # what is on disk never lags behind the checkpoint
                 with clock.spent_on("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
-                progress.say(f"stopped by {stop[0].name} after step {step:,}, which is saved; the same command goes on from it")
-                return 128 + stop[0]
+                progress.say(
+                    f"stopped by {stopping.name} after step {step:,}, which is saved; the same command goes on from it"
+                )
+                return 128 + stopping
     return 0
 
 
@@ -139,14 +153,17 @@ def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tu
     )
 
 
-def evaluate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks]) -> dict[str, float]:
+def evaluate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int) -> dict[str, float]:
     """Loss (nats a token), perplexity and next-token accuracy over all held-out tokens, and the loss of each source."""
     batch = program.shape[1]
     rows = feed.rows_here(program.eval_batch.length, (batch,), axis=0)
     totals, out = np.zeros(3), {}
     for path, blocks in held_out.items():
         local = feed.validation(blocks, config.data.eval_blocks, batch, rows)
-        parts = [program.evaluate(params, on_devices(part, program.eval_batch, (batch,))) for part in local]
+        parts = []
+        for part in local:
+            parts.append(program.evaluate(params, on_devices(part, program.eval_batch, (batch,))))
+            processes.at(step, "validating")
         loss, correct, tokens = np.sum([[s.loss, s.correct, n] for s, n in jax.device_get(parts)], axis=0, dtype=np.float64)
         totals += loss, correct, tokens
         same_name = [p for p in held_out if Path(p).name == Path(path).name]
@@ -156,64 +173,6 @@ def evaluate(program: Program, config: Config, params: dict, held_out: dict[str,
         return {"val_loss": math.nan, "val_perplexity": math.nan, "val_accuracy": math.nan, "val_tokens": 0}
     scores = {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700)), "val_accuracy": correct / tokens}
     return {**scores, "val_tokens": int(tokens), **(out if len(out) > 1 else {})}
-
-
-GIVE_UP = 100  # steps in a row that are not finite; fp16's loss scale needs at most 15 to find its value
-
-
-class Reporter:
-    """Fetches the numbers of a finished step and writes them down."""
-
-    def __init__(self, config, sources, writer, progress, clock, shape):
-        self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
-        self.order, self.seqs = feed.order(config, sources), shape[0] * shape[1]
-        self.pending: tuple[int, dict] | None = None
-        self.in_a_row = 0  # steps that were not finite
-
-    def report(self) -> None:
-        """Writes the pending step down, if there is one; a step that was skipped is named with its data, whatever log.every."""
-        if self.pending is None:
-            return
-        (step, on_device), self.pending = self.pending, None
-        values = {name: np.asarray(value).item() for name, value in jax.device_get(on_device).items()}
-        self.in_a_row = 0 if values["finite"] else self.in_a_row + 1
-        if step % self.config.log.every and values["finite"]:
-            return
-        values |= self.clock.lap(step) | {"tokens": step * self.config.train.tokens_per_step}
-        if not values["finite"]:
-            source, block = self.order.locate(np.arange((step - 1) * self.seqs, step * self.seqs))
-            values["blocks"] = json.dumps([source.tolist(), block.tolist()])
-            self.progress.say(
-                f"step {step:,}: loss or gradient not finite (loss {values['loss']}); weights unchanged, "
-                f"{values['skipped']} such steps so far; its blocks are in metrics.jsonl"
-            )
-        self.writer.write(step, values)
-        self.progress.update(step, values["loss"], values["tokens_per_second"])
-        if self.in_a_row == GIVE_UP:
-            raise UserError(
-                f"{self.config.workdir}: the last {GIVE_UP} steps, up to {step:,}, were not finite, and changed nothing; the "
-                "weights or the data are bad: start again from an older checkpoint, or with a lower optim.peak_lr"
-            )
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[signal.Signals]]:
-    """A list that the first SIGINT or SIGTERM adds itself to: the loop then saves and ends. A second one ends at once."""
-    stop: list[signal.Signals] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(number: int, _) -> None:
-        stop.append(signal.Signals(number))
-        for other in before:
-            signal.signal(other, signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield stop
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 if __name__ == "__main__":

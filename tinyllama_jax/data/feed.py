@@ -8,9 +8,11 @@ import grain
 import jax
 import numpy as np
 
-from tinyllama_jax.config import Config, UserError
+from tinyllama_jax.config import Config, Data, UserError
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
+
+NONE = np.empty(0, np.int64)
 
 
 def open_sources(config: Config) -> list[Blocks]:
@@ -45,13 +47,18 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
 class Order:
     """Which block of which source each sample of the run is."""
 
-    def __init__(self, sizes: list[int], weights: list[float], seed: int):
-        """`sizes`: blocks a source. Each epoch of a source is its own permutation, drawn from (seed, source, epoch)."""
+    def __init__(self, sizes: list[int], weights: list[float], seed: int, seqs_per_step: int = 1, left_out: np.ndarray = NONE):
+        """`sizes`: blocks a source. Each epoch of a source is its own permutation, drawn from (seed, source, epoch).
+
+        `left_out`: as `left_out` gives.
+        """
         self.sizes, self.mixture, self.seed = sizes, Mixture(weights), seed
+        self.seqs_per_step, self.left_out = seqs_per_step, left_out
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Global sample indices [n] -> (source [n], block of it [n])."""
-        source, k = self.mixture.locate(samples)
+        """Global sample indices of the run [n] -> (source [n], block of it [n])."""
+        step, row = np.divmod(np.asarray(samples, np.int64), self.seqs_per_step)
+        source, k = self.mixture.locate((batch_of(step + 1, self.left_out) - 1) * self.seqs_per_step + row)
         block = np.empty_like(k)
         for i, (j, epoch, position) in enumerate(zip(source, *self._epochs(source, k), strict=True)):
             block[i] = self._permuted(int(j), int(epoch), int(position))
@@ -67,7 +74,28 @@ class Order:
 
 def order(config: Config, sources: list[Blocks]) -> Order:
     """The order of the run that `config` describes."""
-    return Order([len(s) for s in sources], list(config.data.sources.values()), config.train.seed)
+    weights, skip = list(config.data.sources.values()), left_out(config.data)
+    return Order([len(s) for s in sources], weights, config.train.seed, config.seqs_per_step, skip)
+
+
+def left_out(data: Data) -> np.ndarray:
+    """The batches that `data.skip` leaves out, in order; batch b is what step b would have without any skip."""
+    out = NONE
+    for first, last in data.skipped:
+        out = np.union1d(out, batch_of(np.arange(first, last + 1), out))
+    return out
+
+
+def batch_of(step: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """The batch of each step (both from 1): the step-th of those that are not left out."""
+    return step + np.searchsorted(left_out - np.arange(len(left_out)), step, side="right")
+
+
+def same_batches(ours: Data, theirs: Data, steps: int) -> bool:
+    """Whether two data sections that differ in `skip` alone have the same batches from step 1 to `steps`."""
+    a, b = left_out(ours), left_out(theirs)
+    end = max(batch_of(np.int64(steps), a), batch_of(np.int64(steps), b))
+    return np.array_equal(a[a <= end], b[b <= end])
 
 
 class Steps(grain.sources.RandomAccessDataSource):

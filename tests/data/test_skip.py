@@ -1,0 +1,48 @@
+"""`data.skip`: which batches a run leaves out, by a count that goes step by step."""
+
+import numpy as np
+import pytest
+
+from tinyllama_jax.config import Data, UserError
+from tinyllama_jax.data import feed
+
+
+def data(skip):
+    return Data({"x": 1}, skip=skip)
+
+
+def by_hand(skip, steps):
+    """The batch of each step, by taking the ranges out of a list one after another."""
+    batches = list(range(1, steps + 1_000))
+    for first, last in data(skip).skipped:
+        del batches[first - 1 : last]
+    return batches[:steps]
+
+
+@pytest.mark.parametrize("skip", ["", "1:1", "5:5", "5:9,5:9", "5:9,20:22", "20:22,5:9", "7:30,3:10,40:40", "3:4,2:6,1:1"])
+def test_batches_left_out(skip):
+    out = feed.left_out(data(skip))
+    assert feed.batch_of(np.arange(1, 101), out).tolist() == by_hand(skip, 100)
+    kept = set(feed.batch_of(np.arange(1, 1_001), out).tolist())
+    assert len(kept) == 1_000 and not kept & set(out.tolist())
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [("", "5:9"), ("5:9", "5:9,20:22"), ("20:22,5:9", "5:9,15:17"), ("5:9", "5:10"), ("7:8", "8:9")]
+)
+def test_from_which_step_on_two_skips_differ(a, b):
+    same = [x == y for x, y in zip(by_hand(a, 60), by_hand(b, 60), strict=True)]
+    for steps in range(1, 61):
+        assert feed.same_batches(data(a), data(b), steps) == all(same[:steps]), steps
+
+
+def test_the_order_follows():
+    plain, skipping = (feed.Order([100], [1.0], 0, 4, feed.left_out(data(skip))) for skip in ("", "3:4"))
+    index = np.arange(40)
+    np.testing.assert_array_equal(skipping.locate(index)[1], plain.locate(np.where(index < 8, index, index + 8))[1])
+
+
+@pytest.mark.parametrize("skip", ["3", "3:", "a:b", "0:3", "5:3", "1:2000000", "1:2:3"])
+def test_mistakes(skip):
+    with pytest.raises(UserError, match=r"--data\.skip="):
+        data(skip)

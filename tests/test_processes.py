@@ -1,0 +1,125 @@
+"""Several real processes as one run: the same numbers as one, agreement on where to stop, and no waiting without end."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster import Cluster, signal_to
+
+from tinyllama_jax import checkpoint, processes
+from tinyllama_jax.config import UserError
+
+EXACT = ("step", "checksum")
+WAIT = 6
+
+
+def lines(workdir):
+    everything = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in everything if "loss" in x]
+
+
+@pytest.fixture(scope="module")
+def quiet(tiny_config_file, tmp_path_factory):
+    """An uninterrupted run of one process on eight devices."""
+    run = Cluster(tiny_config_file, tmp_path_factory.mktemp("quiet") / "run", 1, 8, train__seqs_per_device=1)
+    assert run.wait() == [0], run.output(0)
+    return lines(run.workdir)
+
+
+def same(ours, theirs):
+    assert [[x[k] for k in EXACT] for x in ours] == [[x[k] for k in EXACT] for x in theirs]
+    np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=2e-4)
+
+
+def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, tmp_path):
+    """8 devices in 2 processes, 4 in 1, 16 in 4: every batch is that of the quiet run, every loss to rounding."""
+    workdir = tmp_path / "run"
+    for n, devices, steps, keys in (
+        (2, 4, 10, {"train__seqs_per_device": 1}),
+        (1, 4, 15, {"train__seqs_per_device": 2, "mesh__data": 2}),
+        (4, 4, 24, {"train__seqs_per_device": 1, "mesh__tensor": 2}),
+    ):
+        # a stop at `steps`, and not another train.steps: that would be another schedule
+        run = Cluster(tiny_config_file, workdir, n, devices, **keys)
+        if steps < 24:
+            assert run.until(steps), run.output(0)
+            run.processes[-1].send_signal(signal.SIGTERM)
+        codes = run.wait()
+        assert codes == [143 if steps < 24 else 0] * n, (codes, run.output(0), run.output(n - 1))
+        assert "mesh: {'data': " in run.output(0) and all("mesh: " not in run.output(i) for i in range(1, n))
+        if steps < 24:
+            stopped = checkpoint.find_step(workdir)
+            assert f"stopped by SIGTERM after step {stopped}, which is saved" in run.output(0)
+            assert lines(workdir)[-1]["step"] == stopped < 24
+    same(lines(workdir), quiet)
+
+
+@pytest.mark.parametrize(
+    ("who", "which", "how", "words"),
+    [
+        (0, "child", signal.SIGKILL, "error: process 0 (HOST) was killed by SIGKILL at step "),  # the coordinator
+        (1, "child", signal.SIGKILL, "error: process 1 (HOST) was killed by SIGKILL at step "),
+        (0, "both", signal.SIGKILL, f"error: process 0 (HOST) has not been heard of for {WAIT} s; it was at step "),  # a host
+        (1, "child", signal.SIGSTOP, "error: process 1 (HOST): late, at step "),  # it hangs
+    ],
+)
+def test_when_one_is_gone_the_other_ends_and_says_who(quiet, tiny_config_file, tmp_path, who, which, how, words):
+    run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, train__wait=WAIT, train__steps=100_000)
+    assert run.until(3), run.output(0)
+    child = run.child(who)
+    for pid in (child, run.processes[who].pid) if which == "both" else (child,):
+        os.kill(pid, how)
+    started = time.monotonic()
+    codes = run.wait(60)
+    assert time.monotonic() - started < 50, "bounded"  # WAIT, and what a busy machine adds; 50 only says that it ended itself
+    other = 1 - who
+    assert codes[other] == processes.TRY_AGAIN, (codes, run.output(other))
+    assert words.replace("HOST", os.uname().nodename) in run.output(other), run.output(other)
+    assert how != signal.SIGSTOP or codes[who] == processes.TRY_AGAIN
+    signal_to(child, signal.SIGKILL)
+
+
+def test_who_never_comes_is_named(tiny_config_file, tmp_path, monkeypatch):
+    run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, train__wait=2)
+    run.processes[1].kill()
+    assert run.wait(60)[0] == processes.TRY_AGAIN
+    assert "process 1 of 2 has not come within 2 s" in run.output(0)
+
+
+def test_a_users_mistake_ends_all_with_2(tiny_config_file, tmp_path):
+    run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, model__attention="cudnn")
+    assert run.wait(60) == [2, 2]
+    assert all("error: --model.attention=cudnn" in run.output(i) and "Traceback" not in run.output(i) for i in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"TINYLLAMA_JAX_JOIN": "1"}, (-1, -1)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, (3, 4)),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, (0, 1)),  # within salloc, but not srun
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (0, 2)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, (1, 2)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_PROCESS_ID=None and JAX_NUM_PROCESSES=None; both must be numbers"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID=2, which must lie",
+        ),
+    ],
+)
+def test_what_the_environment_says(monkeypatch, environment, expected):
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_NUM", "JAX_PROC", "SLURM_", "OMPI_", "TINYLLAMA_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            processes.several()
+    else:
+        assert processes._identity() == expected and processes.several() == (expected != (0, 1))

@@ -1,0 +1,356 @@
+"""Several processes as one run: they find one another, and a parent of each watches that none is waited for without end.
+
+`supervise` turns a process that is one of several into a parent, which starts the same command again as its child. The child
+trains and says where it is; the parent writes that to RUN/processes/N.json every second or so, reads what the others wrote,
+and ends its child with one line when another is gone, late, or never came. It needs nothing of JAX, whose own end when its
+coordinator dies is an abort without a name, and works as long as the run folder does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax.config import UserError, run_main
+
+TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
+STARTING = 6  # how many times train.wait the way to the first step may take: restoring, compiling
+SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
+_CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
+_PLACE = struct.Struct("<qqqq16s")  # process, processes, how often it has moved, step, what it does
+_place: mmap.mmap | None = None  # in the child
+_moves = 0
+
+
+def several() -> bool:
+    """Whether the environment says that this process is one of several: JAX_*, srun, mpirun, or TINYLLAMA_JAX_JOIN=1.
+
+    The last is for where only JAX knows how to ask, a Cloud TPU slice.
+    """
+    return _identity()[1] != 1
+
+
+def _identity() -> tuple[int, int]:
+    """(this process, processes) as the environment says; (-1, -1) where only JAX can tell. Raises UserError."""
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        names = "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"
+    elif "SLURM_STEP_NUM_TASKS" in env:
+        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+    elif "OMPI_COMM_WORLD_SIZE" in env:
+        names = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
+    else:
+        return (-1, -1) if env.get("TINYLLAMA_JAX_JOIN") == "1" else (0, 1)
+    try:
+        index, count = (int(env[name]) for name in names)
+    except (KeyError, ValueError):
+        raise UserError(
+            f"the environment has {' and '.join(f'{n}={env.get(n)}' for n in names)}; both must be numbers"
+        ) from None
+    if not 0 <= index < count:
+        raise UserError(f"the environment has {names[0]}={index}, which must lie in [0, {names[1]}={count})")
+    return index, count
+
+
+# -- in the child ---------------------------------------------------------------------------------------------------------
+
+
+def join(wait: float) -> None:
+    """Meets the other processes, if there are any. Nothing of JAX's devices may have been asked for before."""
+    global _place
+    if not several():
+        return
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train`
+    where = {}
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        process, processes = _identity()
+        where = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    seconds = int(wait * STARTING) + 60  # after the parent's, whose line says who it is
+    jax.distributed.initialize(
+        **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
+    )
+    if _CHANNEL in os.environ:
+        _place = mmap.mmap(int(os.environ[_CHANNEL]), _PLACE.size)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    at(0, "starting")
+
+
+def at(step: int, what: str) -> None:
+    """Tells the parent that this process has come to `what` ("training", say) of `step`. All processes say it alike."""
+    global _moves
+    if _place is not None:
+        import jax
+
+        _moves += 1
+        _PLACE.pack_into(_place, 0, jax.process_index(), jax.process_count(), _moves, step, what.encode())
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)  # nobody watches any more
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[list[signal.Signals]]:
+    """A list that the first SIGINT or SIGTERM adds itself to: the loop then saves and ends. A second one ends at once."""
+    stop: list[signal.Signals] = []
+    first = 0.0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number: int, _: FrameType | None) -> None:
+        nonlocal first
+        if not stop:
+            first = time.monotonic()
+            stop.append(signal.Signals(number))
+        elif time.monotonic() - first > 1:  # not the same one by another way: a scheduler signals parent and child
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+class Agreement:
+    """Whether a process was told to stop, which all learn at the same step."""
+
+    def __init__(self, mesh):
+        """`mesh`: jax.sharding.Mesh over the devices of all processes."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        self._asked, self._flags = None, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def stop(self, mine: list[signal.Signals]) -> signal.Signals | None:
+        """The signal that some process got, the largest; of several processes one call late, so as not to wait."""
+        import jax
+        import numpy as np
+
+        if jax.process_count() == 1:
+            return mine[0] if mine else None
+        local = np.full(jax.local_device_count(), mine[0] if mine else 0, np.int32)
+        before, flags = self._asked, jax.make_array_from_process_local_data(self._flags, local)
+        self._asked = self._any(flags)
+        number = int(before) if before is not None else 0
+        return signal.Signals(number) if number else None
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes have come to this point."""
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+# -- the parent -----------------------------------------------------------------------------------------------------------
+
+
+def supervise(module: str) -> None:
+    """Becomes the parent of this command's child and ends with its exit code; returns at once if it has nothing to watch.
+
+    `module`: what was started with `python -m`. Called before the imports that take seconds.
+    """
+    if _CHANNEL not in os.environ and (not {"-h", "--help"} & set(sys.argv)):
+        run_main(lambda argv: _supervised(module, argv) if several() else None, returns=True)
+
+
+def _supervised(module: str, argv: list[str]) -> int:
+    config = config_lib.load(argv)
+    with tempfile.TemporaryFile() as shared:
+        shared.write(_PLACE.pack(*_identity(), 0, 0, b"starting"))
+        shared.flush()
+        child = subprocess.Popen(
+            [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", module, *argv],
+            env=os.environ | {_CHANNEL: str(shared.fileno())},
+            pass_fds=[shared.fileno()],
+            start_new_session=True,  # so that Ctrl-C comes once, through us
+        )
+
+        def forward(number: int, _: FrameType | None) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward)
+        try:
+            return _Watch(config, child, mmap.mmap(shared.fileno(), _PLACE.size, access=mmap.ACCESS_READ)).until_the_end()
+        finally:
+            child.kill()
+            child.wait()
+
+
+class _Process:
+    """What is known of one process, from what it last wrote."""
+
+    def __init__(self, index: int, first: dict | None):
+        self.index, self.last, self.here = index, first, False
+        self.heard = self.moved = time.monotonic()
+
+    def hear(self, now: dict | None) -> None:
+        if now is None or now == self.last:
+            return
+        self.here, self.heard = True, time.monotonic()
+        if self.last is None or now["moves"] != self.last["moves"]:
+            self.moved = self.heard
+        self.last = now
+
+    @property
+    def ended(self) -> int | None:
+        return self.last["ended"] if self.here else None
+
+    def __str__(self) -> str:
+        return f"process {self.index}" + (f" ({self.last['host']})" if self.last else "")
+
+    def where(self) -> str:
+        return f"step {self.last['step']:,} ({self.last['doing']})"
+
+    def end(self) -> str:
+        code = self.ended
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"{self} {how} at {self.where()}"
+
+
+class _Watch:
+    def __init__(self, config: config_lib.Config, child: subprocess.Popen, place: mmap.mmap):
+        self.folder, self.wait, self.child, self.place = Path(config.workdir) / "processes", config.train.wait, child, place
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.beat, self.beats, self.started = min(1.0, self.wait / 10), 0, time.monotonic()
+        self.others: list[_Process] = []
+        self.own = _Process(self.now()["process"], None)
+        self.trouble: float | None = None  # when another's end was first seen
+
+    def now(self, ended: int | None = None, why: str = "") -> dict:
+        process, processes, moves, step, doing = _PLACE.unpack_from(self.place)
+        self.beats += 1
+        doing = doing.rstrip(b"\0").decode()
+        place = {"process": process, "processes": processes, "moves": moves, "step": step, "doing": doing, "ended": ended}
+        state = {"host": socket.gethostname(), "beats": self.beats, "stopped": _is_stopped(self.child.pid), "why": why}
+        return place | state
+
+    def look(self, ended: int | None = None, why: str = "") -> None:
+        """Writes down where this process is, and reads where the others are."""
+        mine = self.now(ended, why)
+        if mine["process"] < 0:  # not known yet
+            return
+        if not self.others:
+            self.own.index = mine["process"]
+            others = [i for i in range(mine["processes"]) if i != mine["process"]]
+            self.others = [_Process(i, _read(self.folder / f"{i}.json")) for i in others]
+        self.own.hear(mine)
+        file = self.folder / f"{mine['process']}.json"
+        try:
+            file.with_suffix(".partial").write_text(json.dumps(mine))
+            file.with_suffix(".partial").replace(file)
+        except OSError:
+            pass  # a full disk: the child will say so
+        for other in self.others:
+            other.hear(_read(self.folder / f"{other.index}.json"))
+
+    def until_the_end(self) -> int:
+        while (code := self.child.poll()) is None:
+            self.look()
+            if verdict := self.verdict():
+                return self.give_up(*verdict)
+            time.sleep(self.beat)
+        self.look(code)
+        if code in (0, 2) or code in (-signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM) or code > 127:
+            return code if code >= 0 else 128 - code
+        while any(other.ended is None for other in self.others):  # did it fail because another one is gone?
+            if verdict := self.verdict():
+                return self.give_up(*verdict)
+            time.sleep(self.beat)
+            self.look(code)
+        if verdict := self.verdict(settled=True):
+            return self.give_up(*verdict)
+        return code if code >= 0 else 128 - code
+
+    def give_up(self, line: str, code: int) -> int:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        self.child.kill()
+        self.look(code, line)
+        return code
+
+    def verdict(self, settled: bool = False) -> tuple[str, int] | None:
+        """(what is wrong with another process, the exit code), if something is."""
+        now = time.monotonic()
+        again = "; run the same command again"
+        for other in self.others:
+            if not other.here and now - self.started > self.wait:
+                return f"process {other.index} of {len(self.others) + 1} has not come within {self.wait:g} s{again}", TRY_AGAIN
+            if other.here and other.ended is None and now - other.heard > self.wait:
+                return f"{other} has not been heard of for {self.wait:g} s; it was at {other.where()}{again}", TRY_AGAIN
+        failed = [other for other in self.others if other.ended not in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)]
+        self.trouble = (self.trouble or now) if failed else None
+        if failed:
+            for other in failed:
+                if other.last["why"]:  # it knew before us
+                    return other.last["why"], other.ended
+            causes = [p for p in failed if p.ended not in (1, TRY_AGAIN, -signal.SIGABRT)]  # the others are consequences
+            if causes or settled or now - self.trouble > min(self.wait, SETTLE):
+                worst = (causes or failed)[0]
+                if worst.ended != 2:
+                    return worst.end() + again, TRY_AGAIN
+                if settled or now - self.trouble > min(self.wait, SETTLE):  # this one is about to say the same
+                    return f"{worst} ended with an error, which it has printed", 2
+        everyone = [self.own, *self.others]
+        patience = self.wait * (STARTING if self.own.last and self.own.last["doing"] == "starting" else 1)
+        if (
+            not failed
+            and self.own.last
+            and self.own.ended is None
+            and all(p.here for p in everyone)
+            and now - self.own.moved > patience
+        ):
+            running = [p for p in everyone if p.ended is None]
+            least = min(p.last["moves"] for p in running)
+            late = [p for p in running if p.last["moves"] == least]
+            late = [p for p in late if p.last["stopped"]] or late
+            if len(late) < len(running):
+                who = " and ".join(map(str, late))
+                return (
+                    f"{who}: late, at {late[0].where()} for more than {patience:g} s; the others wait for it{again}",
+                    TRY_AGAIN,
+                )
+            hosts = ", ".join(sorted({p.last["host"] for p in everyone}))
+            return (
+                f"no process has moved for {patience:g} s: all are at {self.own.where()}; is the network between {hosts} up?",
+                (TRY_AGAIN),
+            )
+        return None
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by SIGSTOP or a debugger; False where /proc does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
+
+
+def _read(file: Path) -> dict | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # not there yet
+        return None
