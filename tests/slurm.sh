@@ -2,7 +2,7 @@
 # launch/slurm.sbatch, as it is, under a real Slurm of two nodes on this machine (slurmctld, two slurmd, munged; all of it in a
 # temporary folder, on the loopback). Needs root and Debian's slurm-wlm and munge, which it installs; 77 says why it cannot.
 #
-#   tests/slurm.sh              three minutes; PYTHON=.venv/bin/python
+#   tests/slurm.sh              four minutes; KEEP=1 leaves the folder; PYTHON=.venv/bin/python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -101,7 +101,7 @@ wait_for() { # JOB FIELD VALUE-PATTERN: up to two minutes
     fail "job $1: $2=$(field "$1" "$2"), not $3"
 }
 wait_to_end() { # a job that is queued again would wait a minute or two for its turn: begin at once
-    for _ in $(seq 480); do
+    for _ in $(seq 960); do
         case $(field "$1" JobState) in
             COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | BOOT_FAIL) return ;;
             PENDING) scontrol update "JobId=$1" StartTime=now 2>/dev/null || true ;;
@@ -144,7 +144,8 @@ CHECK
 
 expect "$(submit mistake -- 2/0)" mistake FAILED 2:0 0
 expect "$(submit bug -- 1/0)" bug FAILED 1:0 0
-expect "$(submit peer-died -- 75,kill/0)" peer-died COMPLETED 0:0 1
+expect "$(submit peer-died -- late,kill/0)" peer-died COMPLETED 0:0 1
+[ "$(lines peer-died '"late"')" = 1 ] || fail "peer-died: the other process should have been left to end by itself"
 expect "$(submit late -- 75/75/0)" late COMPLETED 0:0 2
 expect "$(MAX_RESTARTS=1 submit give-up -- 75)" give-up FAILED 75:0 1
 
@@ -164,3 +165,63 @@ expect "$job" for-good FAILED 130:0 0
 job=$(submit time-limit --time=5 -- wait/0)
 expect "$job" time-limit COMPLETED 0:0 1
 [ "$(lines time-limit '"signals": \[15\]')" = 2 ] || fail "time-limit: each process should have had one SIGTERM"
+
+# -- a run ------------------------------------------------------------------------------------------------------------------
+# A small model on two nodes with two (virtual) devices each: told to stop and queued again, and with a process killed.
+# Either way every step is there once, with the batch and, to rounding, the loss of one process that was left alone.
+export MODULE=tinyllama_jax.train PYTHONPATH=$root:$root/tests JAX_PLATFORMS=cpu
+"$python" - "$folder" <<'PREPARE'
+import json, sys
+from pathlib import Path
+
+import conftest
+from tinyllama_jax.data.prepare import prepare
+
+folder = Path(sys.argv[1])
+texts = conftest.stdlib_texts(24)
+tokenizer = conftest.train_tokenizer(folder / "tokenizer.model", texts, 512)
+for name, documents in {"a": texts[:12], "b": texts[12:]}.items():
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    prepare(train=[folder / f"{name}.jsonl"], tokenizer=tokenizer, output=folder / name, seq_len=16, workers=1)
+(folder / "tiny.py").write_text(conftest.TINY.replace("DATA", str(folder)))
+PREPARE
+arguments=(--config "$folder/tiny.py" --train.steps=200 --train.seqs_per_device=2 --mesh.data=2 --mesh.fsdp=2 --train.wait=20)
+XLA_FLAGS=--xla_force_host_platform_device_count=4 "$python" -m "$MODULE" "${arguments[@]}" --workdir="$folder/run/one" \
+    >"$folder/jobs/one" 2>&1 || fail "one process alone"
+export XLA_FLAGS=--xla_force_host_platform_device_count=2
+trains() { # JOB RUN: returns when it has trained 20 steps, and not yet all
+    for _ in $(seq 480); do
+        [ "$(cat "$folder/run/$2/metrics.jsonl" 2>/dev/null | wc -l)" -ge 20 ] && return
+        sleep 0.25
+    done
+    fail "$2 does not train"
+}
+same_as_one() {
+    "$python" - "$folder/run/one" "$folder/run/$1" <<'SAME' || fail "$1: not what one process gives"
+import json, math, sys
+from pathlib import Path
+
+one, two = ([json.loads(line) for line in (Path(run) / "metrics.jsonl").open()] for run in sys.argv[1:])
+one, two = ([line for line in lines if "loss" in line] for lines in (one, two))
+assert [line["step"] for line in two] == list(range(1, 201)), [line["step"] for line in two]
+assert [line["checksum"] for line in one] == [line["checksum"] for line in two]
+for a, b in zip(one, two, strict=True):
+    assert math.isclose(a["loss"], b["loss"], rel_tol=1e-3), (a["step"], a["loss"], b["loss"])
+SAME
+    echo "ok: $1: 200 steps, each once, with the batches and losses of one process"
+}
+
+job=$(submit stopped -- "${arguments[@]}" --workdir="$folder/run/stopped")
+trains "$job" stopped
+scancel --signal=TERM "$job"
+expect "$job" stopped COMPLETED 0:0 1
+[ "$(lines stopped 'stopped by SIGTERM after step')" = 1 ] || fail "stopped: did not save and say so"
+same_as_one stopped
+
+job=$(submit killed -- "${arguments[@]}" --workdir="$folder/run/killed")
+trains "$job" killed
+for pid in $(pgrep --full "workdir=$folder/run/killed"); do
+    tr '\0' '\n' <"/proc/$pid/environ" | grep --quiet '^SLURM_PROCID=1$' && kill -s KILL "$pid"
+done
+expect "$job" killed COMPLETED 0:0 1
+same_as_one killed

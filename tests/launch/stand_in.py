@@ -2,7 +2,7 @@
 
 PLAN says what the processes do, one part a process (the last holds for the rest) and `/` between the starts of a job that
 queues again: `0,75/0` is "process 0 ends with 0 and process 1 with 75; started again, all end with 0". A part is an exit code,
-`kill` (dies of SIGKILL) or `wait` (until SIGTERM: 143, or SIGINT: 130). What it was given is printed as a line of JSON.
+`kill` (dies of SIGKILL), `wait` (until SIGTERM: 143, or SIGINT: 130) or `late` (75, after six seconds). What it was given is printed as a line of JSON.
 """
 
 import json
@@ -34,4 +34,8 @@ if part == "wait":
     time.sleep(1)  # saving; a second signal within it would be seen
     os.write(1, (json.dumps({"rank": rank, "start": start, "signals": got}) + "\n").encode())
     sys.exit(128 + got[0] if got else 99)
+if part == "late":
+    time.sleep(6)
+    os.write(1, (json.dumps({"rank": rank, "start": start, "late": True}) + "\n").encode())
+    sys.exit(75)
 sys.exit(int(part))
