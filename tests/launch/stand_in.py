@@ -1,8 +1,9 @@
-"""Stands in for `tinyllama_jax.train` where only starting, signals and exit codes are asked for: `python -m stand_in PLAN WORDS`.
+"""Stands in for `tinyllama_jax.train` where only starting, signals and exit codes are asked for: `-m stand_in PLAN WORDS`.
 
 PLAN says what the processes do, one part a process (the last holds for the rest) and `/` between the starts of a job that
 queues again: `0,75/0` is "process 0 ends with 0 and process 1 with 75; started again, all end with 0". A part is an exit code,
-`kill` (dies of SIGKILL), `wait` (until SIGTERM: 143, or SIGINT: 130) or `late` (75, after six seconds). What it was given is printed as a line of JSON.
+`kill` (dies of SIGKILL), `wait` (until SIGTERM: 143, or SIGINT: 130) or `late` (75, after six seconds). What a process was
+given is printed as a line of JSON.
 """
 
 import json
