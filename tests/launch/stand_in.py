@@ -32,7 +32,7 @@ if part == "wait":
     ends = time.monotonic() + 300
     while not got and time.monotonic() < ends:
         time.sleep(0.05)
-    time.sleep(1)  # saving; a second signal within it would be seen
+    time.sleep(1 + rank)  # saving; a second signal within it would be seen
     os.write(1, (json.dumps({"rank": rank, "start": start, "signals": got}) + "\n").encode())
     sys.exit(128 + got[0] if got else 99)
 if part == "late":
