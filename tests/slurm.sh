@@ -14,9 +14,10 @@ fail() { echo "FAILED: $1" >&2; tail -n 40 "$folder"/*.log "$folder"/jobs/* >&2;
 host=$(hostname -s)
 getent hosts "$host" >/dev/null || skip "this machine's own name, $host, does not resolve"
 [ -x "$python" ] || skip "$python: no such program"
-if ! command -v slurmctld slurmd munged >/dev/null; then
-    command -v apt-get >/dev/null || skip "there is no Slurm here, and no apt-get to install it with"
-    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurm-wlm munge >/dev/null 2>&1 ||
+if ! hash slurmctld slurmd munged sbatch 2>/dev/null; then # `hash` fails if one of them is missing
+    hash apt-get 2>/dev/null || skip "there is no Slurm here, and no apt-get to install it with"
+    install=(env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurm-wlm munge)
+    "${install[@]}" >/dev/null 2>&1 || { apt-get update --quiet >/dev/null 2>&1 && "${install[@]}" >/dev/null 2>&1; } ||
         skip "apt-get install slurm-wlm munge does not work here"
 fi
 
