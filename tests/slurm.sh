@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 skip() { echo "skipped: $1"; exit 77; }
-fail() { echo "FAILED: $1" >&2; tail -n 40 "$folder"/*.log "$folder"/jobs/* >&2; exit 1; }
+fail() { echo "FAILED: $1" >&2; tail -n 15 "$folder"/slurm*.log "$folder"/jobs/* >&2; exit 1; }
 
 [ "$(id -u)" = 0 ] || skip "only root can start slurmctld and slurmd"
 host=$(hostname -s)
@@ -105,7 +105,10 @@ wait_to_end() { # a job that is queued again would wait a minute or two for its 
     for _ in $(seq 960); do
         case $(field "$1" JobState) in
             COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | BOOT_FAIL) return ;;
-            PENDING) scontrol update "JobId=$1" StartTime=now 2>/dev/null || true ;;
+            PENDING)
+                sleep 3 # sooner, the new start can be taken for the one that has just been ended ("Job credential revoked")
+                scontrol update "JobId=$1" StartTime=now 2>/dev/null || true
+                ;;
         esac
         sleep 0.25
     done
@@ -125,7 +128,7 @@ expect() { # JOB NAME STATE EXIT-CODE RESTARTS
     [ "$is" = "$3 $4 $5" ] || fail "$2: $is, and should be $3 $4 $5"
     echo "ok: $2: $is"
 }
-lines() { grep --count -- "$2" "$folder/jobs/$1" || true; }
+lines() { grep --count -- "$2" "$folder/jobs/$1" 2>/dev/null || true; }
 
 export PYTHON=$python MODULE=stand_in PYTHONPATH=$root/tests/launch
 
