@@ -2,7 +2,7 @@
 # launch/slurm.sbatch, as it is, under a real Slurm of two nodes on this machine (slurmctld, two slurmd, munged; all of it in a
 # temporary folder, on the loopback). Needs root and Debian's slurm-wlm and munge, which it installs; 77 says why it cannot.
 #
-#   tests/slurm.sh              four minutes; KEEP=1 leaves the folder; PYTHON=.venv/bin/python
+#   tests/slurm.sh              five minutes; KEEP=1 leaves the folder; PYTHON=.venv/bin/python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD

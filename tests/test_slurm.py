@@ -1,4 +1,4 @@
-"""`launch/slurm.sbatch` under a real Slurm: four minutes, root and Debian's packages, hence only with SLURM_TEST=1."""
+"""`launch/slurm.sbatch` under a real Slurm: five minutes, root and Debian's packages, hence only with SLURM_TEST=1."""
 
 import os
 import subprocess
