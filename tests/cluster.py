@@ -14,15 +14,29 @@ from pathlib import Path
 class Cluster:
     """N processes with the same command, each with a parent that watches it (see processes.py) and its own output file."""
 
-    def __init__(self, config_file, workdir, n, devices, prefix=lambda i: (), address="127.0.0.1", **keys):
-        """`devices`: virtual devices a process. `prefix`: words before the command of process i. `keys`: a__b=c for --a.b=c."""
+    def __init__(
+        self,
+        config_file,
+        workdir,
+        n,
+        devices,
+        prefix=lambda i: (),
+        address="127.0.0.1",
+        module="tinyllama_jax.train",
+        out=None,
+        **keys,
+    ):
+        """`devices`: virtual devices a process. `prefix`: words before the command of process i. `keys`: a__b=c for --a.b=c.
+
+        `out`: folder for what they print, beside the run folder by default.
+        """
         self.workdir = Path(workdir)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         options = [f"--{k.replace('__', '.')}={v}" for k, v in ({"mesh__fsdp": -1, "workdir": workdir} | keys).items()]
-        argv = [sys.executable, "-m", "tinyllama_jax.train", "--config", str(config_file), *options]
-        self.files = [self.workdir.parent / f"{self.workdir.name}.{i}.out" for i in range(n)]
+        argv = [sys.executable, "-m", module, "--config", str(config_file), *options]
+        self.files = [Path(out or self.workdir.parent) / f"{self.workdir.name}.{i}.out" for i in range(n)]
         self.processes = []
         for i, file in enumerate(self.files):
             env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}

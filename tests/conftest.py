@@ -60,12 +60,10 @@ def train_tokenizer(path: Path, texts: list[str], vocab_size: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
-    """A folder with the sources a and b (train and validation, S = 16), one of a single block, and one of another tokenizer."""
+def make_tiny_data(folder: Path) -> Path:
+    """Writes the sources a and b (train and validation, S = 16), one of one block, one of another tokenizer, and tiny.py."""
     from tinyllama_jax.data.prepare import prepare
 
-    folder = tmp_path_factory.mktemp("data")
     texts = stdlib_texts(24)
     tokenizers = [train_tokenizer(folder / f"{size}.model", texts, size) for size in (512, 400)]
 
@@ -81,15 +79,20 @@ def tiny_data(tmp_path_factory) -> Path:
     source("b", {"train": [text[1_500:] for text in texts[:12]], "validation": [texts[20][1_500:]]}, tokenizers[0])
     source("one", {"train": ["x = 1"], "validation": ["y = 2"]}, tokenizers[0])
     source("other", {"train": texts[:2], "validation": texts[2:3]}, tokenizers[1])
+    (folder / "tiny.py").write_text(TINY.replace("DATA", str(folder)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """What `make_tiny_data` writes."""
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tiny_config_file(tiny_data) -> Path:
     """A config of a model of 60,000 parameters on `tiny_data`."""
-    path = tiny_data / "tiny.py"
-    path.write_text(TINY.replace("DATA", str(tiny_data)))
-    return path
+    return tiny_data / "tiny.py"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -118,11 +119,21 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["train"])
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None or jax.process_count() == 1:  # after an error the others may never come to where they would meet
+            self.close()
+
     def close(self) -> None:
         """Waits until what was saved is on disk."""
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
         self._manager.close()
+
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that it also raises
 
 
 def _manager(folder: Path, config: Config, items: tuple[str, ...], keep: int | None = None, keep_period: int | None = None):
@@ -219,13 +230,16 @@ def _read_errors(checkpoint: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """What TensorStore says of a full disk, as the OSError that it was."""
+    """What Orbax and TensorStore say of a full disk, in exceptions of several types, as the OSError that it was."""
     try:
         yield
-    except ValueError as error:
-        if "No space left on device" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, "while saving", str(folder)) from None
+    except Exception as error:
+        said: BaseException | None = error
+        while said:
+            if "No space left on device" in str(said):
+                raise OSError(errno.ENOSPC, "while saving", str(folder)) from None
+            said = said.__cause__ or said.__context__
+        raise
 
 
 def _parts(state: TrainState) -> tuple[dict, dict]:

@@ -20,7 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +33,7 @@ STARTING = 6  # how many times train.wait the way to the first step may take: re
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
 _CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
 _PLACE = struct.Struct("<qqqq16s")  # process, processes, how often it has moved, step, what it does
+_RECORD = 2_048  # bytes of a file in RUN/processes
 _place: mmap.mmap | None = None  # in the child
 _moves = 0
 
@@ -64,6 +66,21 @@ def _identity() -> tuple[int, int]:
     if not 0 <= index < count:
         raise UserError(f"the environment has {names[0]}={index}, which must lie in [0, {names[1]}={count})")
     return index, count
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """`run_main`; but one of several that fails ends at once, since at its exit it would wait for the others."""
+    try:
+        run_main(main)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if _place is None or code in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # -- in the child ---------------------------------------------------------------------------------------------------------
@@ -237,6 +254,7 @@ class _Watch:
         self.folder, self.wait, self.child, self.place = Path(config.workdir) / "processes", config.train.wait, child, place
         self.folder.mkdir(parents=True, exist_ok=True)
         self.beat, self.beats, self.started = min(1.0, self.wait / 10), 0, time.monotonic()
+        self.file: int | None = None
         self.others: list[_Process] = []
         self.own = _Process(self.now()["process"], None)
         self.trouble: float | None = None  # when another's end was first seen
@@ -259,12 +277,10 @@ class _Watch:
             others = [i for i in range(mine["processes"]) if i != mine["process"]]
             self.others = [_Process(i, _read(self.folder / f"{i}.json")) for i in others]
         self.own.hear(mine)
-        file = self.folder / f"{mine['process']}.json"
-        try:
-            file.with_suffix(".partial").write_text(json.dumps(mine))
-            file.with_suffix(".partial").replace(file)
-        except OSError:
-            pass  # a full disk: the child will say so
+        if self.file is None:
+            self.file = os.open(self.folder / f"{mine['process']}.json", os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):  # a full disk or a lost one: the child will say so
+            os.pwrite(self.file, json.dumps(mine).encode()[:_RECORD].ljust(_RECORD), 0)  # in place: a full disk takes it
         for other in self.others:
             other.hear(_read(self.folder / f"{other.index}.json"))
 

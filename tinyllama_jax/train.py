@@ -39,8 +39,7 @@ def main(argv: list[str]) -> int:
             notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
             notes += checkpoint.recover(config)
         processes.barrier("run folder")
-        checkpoints = checkpoint.Checkpoints(config)
-        at_end.callback(checkpoints.close)
+        checkpoints = at_end.enter_context(checkpoint.Checkpoints(config))
         state, came_from = first_state(config, program, checkpoints, origin)
         start = int(state.step)
         writer = metrics.Writer(config, start) if first else metrics.Silent()
@@ -176,4 +175,4 @@ def evaluate(program: Program, config: Config, params: dict, held_out: dict[str,
 
 
 if __name__ == "__main__":
-    config_lib.run_main(main)
+    processes.run(main)
