@@ -71,14 +71,15 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(config, compute):
         assert leaf.sharding == wanted.sharding
 
 
-def test_rotation_keeps_the_newest_and_every_fortieth(config):
+def test_rotation_keeps_the_newest_every_fortieth_and_the_named(config):
+    config = dataclasses.replace(config, checkpoint=c.Checkpoint(10, keep=2, keep_every=40, keep_steps="20,9_000"))
     _, state = state_of(config)
     checkpoints = checkpoint.Checkpoints(config)
     for step in (10, 20, 40, 50, 60, 70, 70):
         checkpoints.save(step, state)
     checkpoints.close()
     names = sorted(int(p.name) for p in (checkpoint.Path(config.workdir) / "checkpoints").iterdir())
-    assert names == [40, 60, 70]
+    assert names == [20, 40, 60, 70]
 
 
 def test_the_state_may_be_overwritten_once_save_returns(config):
@@ -151,6 +152,19 @@ def test_any_file_that_changed_on_disk_is_noticed(all_kept):
     assert checkpoint.damage(newest) is None
     (newest / "params" / "extra").write_text("")
     assert "extra" in checkpoint.damage(newest) and checkpoint.damage(newest, "train") is None
+
+
+@pytest.mark.parametrize("how", ["empty", "gone"])
+def test_what_the_seal_leaves_out_is_not_needed(all_kept, how):
+    program, run = three(all_kept)
+    files = [f for f in (run / "checkpoints" / "30").rglob("*") if f.name in checkpoint.UNSEALED and f.name != checkpoint.SEAL]
+    assert len(files) == 4
+    for file in files:
+        file.write_bytes(b"") if how == "empty" else file.unlink()
+    assert checkpoint.recover(all_kept) == []
+    with checkpoint.Checkpoints(all_kept) as checkpoints:
+        assert checkpoints.latest() == 30
+        same(state_of(all_kept)[1], checkpoints.restore(30, program.state))
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "no seal", "empty seal"])

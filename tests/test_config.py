@@ -64,6 +64,9 @@ def test_override_by_type(config):
         ({"optim.warmup_steps": "101"}, "is more than train.steps=100"),
         ({"checkpoint.keep": "0"}, "must be at least 1"),
         ({"data.sources": "a:1,b:1,a:2"}, "names a folder twice"),
+        ({"checkpoint.keep_every": "3"}, "--checkpoint.keep_every=3: no checkpoint is made at 3: checkpoint.every is"),
+        ({"checkpoint.keep_steps": "20,7"}, "--checkpoint.keep_steps=20,7: no checkpoint is made at 7"),
+        ({"checkpoint.keep_steps": "a"}, "must be STEP,STEP"),
         ({"workdir": "runs\0x"}, "holds a NUL character"),
     ],
 )

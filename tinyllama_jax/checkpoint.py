@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import dims, model, optim
@@ -90,9 +91,10 @@ class Checkpoints:
         """Opens RUN/checkpoints, made if absent; half-written ones of a killed run are not seen, and removed."""
         self._folder = Path(config.workdir).resolve() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = _manager(
-            self._folder, config, ("params", "train"), config.checkpoint.keep, config.checkpoint.keep_every or None
-        )
+        keep = [policies.LatestN(config.checkpoint.keep), policies.CustomSteps(config.checkpoint.kept)]
+        if config.checkpoint.keep_every:
+            keep.append(policies.EveryNSteps(config.checkpoint.keep_every))
+        self._manager = _manager(self._folder, config, ("params", "train"), policies.AnyPreservationPolicy(keep))
 
     def latest(self) -> int | None:
         """The newest step that is whole, or None."""
@@ -136,12 +138,11 @@ class Checkpoints:
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that it also raises
 
 
-def _manager(folder: Path, config: Config, items: tuple[str, ...], keep: int | None = None, keep_period: int | None = None):
+def _manager(folder: Path, config: Config, items: tuple[str, ...], keep: policies.PreservationPolicy | None = None):
     """Orbax's manager, with each checkpoint sealed by `_seal` before it gets its name."""
     seal = lambda: _seal(folder, config) if jax.process_index() == 0 else None
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_period,
+        preservation_policy=keep,
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=seal),

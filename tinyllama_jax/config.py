@@ -211,12 +211,25 @@ class Checkpoint(_Typed):
     every: int
     keep: int = 3  # the newest ones kept
     keep_every: int = 0  # steps divisible by it are kept for ever; 0: none
+    keep_steps: str = ""  # "50_000,240_000": these are kept for ever too
 
     def __post_init__(self):
         super().__post_init__()
         _check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1: a run without a checkpoint cannot go on")
         _check(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must be 0 (off) or more")
+        for key in ("keep_every", "keep_steps"):
+            for step in [self.keep_every] if key == "keep_every" else self.kept:
+                remedy = f"no checkpoint is made at {step:,}: checkpoint.every is {self.every:,}"
+                _check(step >= 0 and step % self.every == 0, f"checkpoint.{key}", getattr(self, key), remedy)
+
+    @property
+    def kept(self) -> list[int]:
+        """`keep_steps` as numbers."""
+        try:
+            return [int(step) for step in self.keep_steps.split(",") if step]
+        except ValueError:
+            raise UserError(f"--checkpoint.keep_steps={self.keep_steps}: must be STEP,STEP,...") from None
 
 
 @dataclass(frozen=True)
