@@ -178,6 +178,7 @@ class Train(_Typed):
     tokens_per_step: int  # tokens of one optimizer step over all devices
     seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
     seed: int = 0
+    deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
     wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ from types import FrameType
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import UserError, run_main
 
+STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
 STARTING = 6  # how many times train.wait the way to the first step may take: restoring, compiling
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it

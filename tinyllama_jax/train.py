@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import time
 from pathlib import Path
 
 from tinyllama_jax import processes
@@ -27,8 +29,12 @@ def main(argv: list[str]) -> int:
     """Trains to `train.steps`, from the newest checkpoint of the run folder if there is one. Returns the exit code."""
     with contextlib.ExitStack() as at_end:
         stop = at_end.enter_context(processes.stop_on_signal())
+        phases = [("imports", time.perf_counter())]
         config = config_lib.load(argv, __doc__)
+        if config.train.deterministic:  # JAX reads it when it first looks for devices
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
         processes.join(config.train.wait)
+        keep_compiled(config)
         sources = feed.open_sources(config)
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
@@ -39,9 +45,11 @@ def main(argv: list[str]) -> int:
             notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
             notes += checkpoint.recover(config)
         processes.barrier("run folder")
+        phases.append(("data and devices", time.perf_counter()))
         checkpoints = at_end.enter_context(checkpoint.Checkpoints(config))
         state, came_from = first_state(config, program, checkpoints, origin)
         start = int(state.step)
+        phases.append(("weights", time.perf_counter()))
         writer = metrics.Writer(config, start) if first else metrics.Silent()
         at_end.callback(writer.close)
         progress = metrics.Progress(start, config.train.steps) if first else metrics.Silent()
@@ -70,6 +78,10 @@ def main(argv: list[str]) -> int:
             state, now = program.train(state, batch)
             reporter.report()  # of the step before: fetching its numbers does not hold this one up
             reporter.pending = (step, now)
+            if step == start + 2:
+                phases.append(("compilation and first step", time.perf_counter()))
+                times = zip(phases, [processes.STARTED, *(at for _, at in phases)], strict=False)
+                progress.say("started in: " + ", ".join(f"{what} {at - before:.1f} s" for (what, at), before in times))
             last = step == config.train.steps
             if held_out and (last or step % config.log.eval_every == 0):
                 reporter.report()
@@ -93,6 +105,16 @@ def main(argv: list[str]) -> int:
                 )
                 return 128 + stopping
     return 0
+
+
+def keep_compiled(config: Config) -> None:
+    """Has compiled programs kept in RUN/compiled, but for a CPU's; to be called once the devices are known.
+
+    With them a run keeps the kernels that XLA chose by timing them, and so its bits, and starts without choosing again.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
 
 
 def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, list[str]]:
