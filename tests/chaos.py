@@ -274,6 +274,7 @@ class Chaos:
     def faults(self, n, only=None):
         """Does `n` of them; returns the number of each kind."""
         kinds, done = [(k, m) for k, m in self.possible().items() if only in (None, k)], collections.Counter()
+        self.rng.shuffle(kinds)
         for i in range(n):
             kind, method = kinds[i % len(kinds)] if i < len(kinds) else self.rng.choice(kinds)
             cluster = self.start()

@@ -147,6 +147,25 @@ def test_on_another_mesh_the_same_tokens_and_the_same_loss(quiet, tiny_config_fi
     np.testing.assert_allclose(validations[-1]["val_loss"], quiet_validations[-1]["val_loss"], rtol=2e-4)
 
 
+def test_a_second_run_in_the_same_folder_is_refused(tiny_config_file, tmp_path):
+    first = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
+    while first.poll() is None and not curve_so_far(tmp_path / "run"):
+        time.sleep(0.01)
+    second = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
+    out = second.communicate(timeout=120)[0]
+    assert second.returncode == 2 and "another process is training in this folder" in out, out
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    third = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
+    steps = curve_so_far(tmp_path / "run")[-1]
+    while third.poll() is None and curve_so_far(tmp_path / "run")[-1] <= steps:
+        time.sleep(0.01)
+    assert third.poll() is None
+    third.kill()
+    third.communicate()
+
+
 def test_a_finished_run_has_nothing_to_do(quiet, tiny_config_file, capsys):
     before = (quiet[0] / "metrics.jsonl").read_text()
     assert train.main(command(tiny_config_file, quiet[0], mesh__fsdp=8, train__seqs_per_device=1)) == 0

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -337,6 +338,19 @@ def write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def _lock(run: Path) -> None:
+    """Keeps a second run out of a run folder until this process ends. Raises UserError if there is one."""
+    file = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    for _ in range(20):  # 10 s: a killed run's process may still be ending
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return None
+    raise UserError(f"{run}: another process is training in this folder; wait for it, or name another --workdir")
+
+
 def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     """Makes the run folder, or checks that the one there is of this run; returns lines to print about what changed.
 
@@ -345,6 +359,8 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     """
     run = Path(config.workdir)
     notes = []
+    if run.is_dir():
+        _lock(run)
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
     if steps := steps_in(run):  # before its first checkpoint a run has nothing to lose
@@ -366,7 +382,9 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     else:
         if config.init.from_ and Path(config.init.from_).resolve() == run.resolve():
             raise UserError(f"--workdir={run}: is also --init.from; name a new folder")
-        run.mkdir(parents=True, exist_ok=True)
+        if not run.is_dir():
+            run.mkdir(parents=True, exist_ok=True)
+            _lock(run)
         if (run / "config.json").is_file():
             load_config(run)  # refused unless it is one of ours
         if not (run / "config.json").is_file() and any(path.is_dir() and path.name != "processes" for path in run.iterdir()):
