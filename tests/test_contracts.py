@@ -17,6 +17,7 @@ RANK = {
     "dims": 0,
     "config": 0,
     "sharding": 1,
+    "targets": 1,
     "kernels": 1,
     "data": 2,
     "model": 2,
