@@ -114,9 +114,9 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             called_by.setdefault(callee, (computation, op, rest))
         kind = op.removesuffix("-start")
         if kind in KINDS:
-            channel = re.search(r"channel_id=(\d+)", rest)
-            # TPU compilers write the parts of one operation that runs beside others, each under its channel
-            found.setdefault((kind, channel[1] if channel else name), (operands, rest, computation))
+            # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name
+            part = (kind, re.search(r"channel_id=\d+|$", rest)[0] or name, types[name].split("{")[0], _op_name(rest))
+            found.setdefault(part, (operands, rest, computation))
 
     def loops(inner: str) -> list[tuple[int, str]]:  # (trips, op_name) of each loop around a computation
         out = []
@@ -131,7 +131,7 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         return out
 
     out = []
-    for (kind, _), (operands, rest, computation) in found.items():
+    for (kind, *_), (operands, rest, computation) in found.items():
         axes = _axes(rest, mesh)
         size = math.prod(mesh.shape[a] for a in axes)
         around = loops(computation)
