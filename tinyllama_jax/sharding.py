@@ -37,18 +37,49 @@ def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, NamedSharding]:
-    """Parameter name -> sharding. Raises UserError where a dimension does not divide, with the shape and the remedy."""
+    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with shape and remedy, where it cannot be.
+
+    That is: a dimension does not divide, two dimensions of one parameter go over the same axis, or no parameter uses a rule.
+    """
     out = {}
     for p in dims.PARAMETERS:
-        for letter, size in zip(p.dims, dims.shape(p, model), strict=True):
-            axis = PARAMETER_AXES.get(letter)
+        shape, axes = dims.shape(p, model), [PARAMETER_AXES.get(letter) for letter in p.dims]
+        for letter, size, axis in zip(p.dims, shape, axes, strict=True):
+            if axis and axes.count(axis) > 1:
+                both = " and ".join(other for other in p.dims if PARAMETER_AXES.get(other) == axis)
+                raise UserError(
+                    f"{p.name} {shape}: its dimensions {both} both go over the mesh axis {axis}, which can split one of them; "
+                    "change PARAMETER_AXES in sharding.py or the letters in dims.py"
+                )
             if axis and size % mesh.shape[axis]:
                 raise UserError(
                     f"--mesh.{axis}={mesh.shape[axis]}: does not divide dimension {letter}={size} of {p.name} "
-                    f"{dims.shape(p, model)}; choose a divisor of {size}"
+                    f"{shape}; choose a divisor of {size}"
                 )
-        out[p.name] = NamedSharding(mesh, PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in p.dims)))
+        out[p.name] = NamedSharding(mesh, PartitionSpec(*axes))
+    for letter, axis in PARAMETER_AXES.items():
+        if not any(letter in p.dims for p in dims.PARAMETERS):
+            raise UserError(
+                f"PARAMETER_AXES[{letter!r}]={axis!r}: no parameter has this dimension (there are "
+                f"{', '.join(sorted(set(''.join(p.dims for p in dims.PARAMETERS))))}); take the rule out of sharding.py"
+            )
     return out
+
+
+def state_sharding(path: str, shape: tuple[int, ...], table: dict[str, NamedSharding]) -> NamedSharding:
+    """Where the leaf at `path` of a train state lives: as the parameter whose name ends `path`; scalars on every device.
+
+    `table` is of `parameter_shardings`. Raises UserError for an array that is none of its parameters, nor a moment of one.
+    """
+    if not shape:
+        return NamedSharding(next(iter(table.values())).mesh, PartitionSpec())
+    for name, where in table.items():
+        if f"/{path}".endswith(f"/{name}"):
+            return where
+    raise UserError(
+        f"{path} {shape}: no such parameter, so that it would be whole on every device; name its dimensions in PARAMETERS "
+        "of dims.py"
+    )
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

@@ -177,9 +177,9 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     def fresh() -> TrainState:
         return new_state(model.init(jax.random.key(config.train.seed), config.model), config)
 
-    def place(path, leaf) -> NamedSharding:  # moments are split as their parameter, whose name ends their path
-        keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
-        return next((s for name, s in by_name.items() if "/".join(keys).endswith(name)), replicated)
+    def place(path, leaf) -> NamedSharding:
+        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
+        return sharding.state_sharding("/".join(keys), leaf.shape, by_name)
 
     shapes = jax.eval_shape(fresh)
     state = jax.tree_util.tree_map_with_path(place, shapes)
