@@ -147,7 +147,7 @@ def test_a100_nothing_is_rematerialised_to_change_its_layout(a100):
 
 @pytest.mark.xdist_group("v5e")
 def test_v5e_gathers_a_layer_at_a_time_and_scatters_gradients(v5e):
-    """8 chips. Next to a matmul its compiler makes rings of collective-permutes; it scatters after the accumulation if it can."""
+    """8 chips. Next to a matmul its compiler makes rings of permutes; it scatters after the accumulation where it can."""
     (result,), log = v5e[0].values(), v5e[1]
     assert "nvoluntary full rematerialization" not in log
     no_leaf_is_whole(result, 8)
