@@ -129,14 +129,14 @@ def sum_of_parts(d_X: jax.Array, letters: str, reduce_dtype: str) -> jax.Array:
 
     Over fsdp first, where each device keeps its shard of the sum (a reduce-scatter), then the shards over data (an all-reduce).
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return d_X.astype(reduce_dtype).sum(axis=0)
+    if parts() == 1:
+        return d_X[0].astype(reduce_dtype)
 
     def add(d_X: jax.Array) -> jax.Array:  # on each device, where X is 1
         shard = lax.psum_scatter(d_X[0], "fsdp", scatter_dimension=letters.index("D"), tiled=True)
         return lax.psum(shard, "data")
 
-    # said by hand: of a sum and a constraint, TPU compilers make an all-reduce of the whole
+    # said by hand: of a sum and a constraint, compilers make an all-reduce of the whole over data x fsdp
     parts_spec = PartitionSpec(BATCH, *(ACTIVATION_AXES.get(letter) for letter in letters))
     shard_spec = PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in letters))
     return jax.shard_map(add, in_specs=parts_spec, out_specs=shard_spec)(d_X.astype(reduce_dtype))
