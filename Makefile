@@ -51,7 +51,7 @@ $(VENV)/.base: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py
 	@echo "installing what the tests need into $(VENV)"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev,plan]'
 	@$(PY) tests/install_torch.py
 	@touch $@
 

@@ -5,7 +5,21 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("dims", "config", "sharding", "kernels/", "data/", "model", "optim", "hf", "lit", "step", "checkpoint", "metrics")
+ORDER = (
+    "dims",
+    "config",
+    "sharding",
+    "targets",
+    "kernels/",
+    "data/",
+    "model",
+    "optim",
+    "hf",
+    "lit",
+    "step",
+    "checkpoint",
+    "metrics",
+)
 
 
 def rows() -> dict[str, str]:

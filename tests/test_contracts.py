@@ -18,6 +18,7 @@ RANK = {
     "config": 0,
     "processes": 0.5,
     "sharding": 1,
+    "targets": 1,
     "kernels": 1,
     "data": 2,
     "model": 2,

@@ -1,11 +1,12 @@
 """The mesh and what is split over it."""
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import config as c
-from tinyllama_jax import sharding
+from tinyllama_jax import dims, sharding, step
 
 MODEL = c.Model(2, 32, 4, 2, 64, 100, 16)
 
@@ -41,6 +42,53 @@ def test_what_does_not_divide_is_refused_with_the_shape():
     mesh = sharding.make_mesh(c.Mesh(data=1, fsdp=2, tensor=4))
     with pytest.raises(c.UserError, match=r"--mesh.tensor=4: does not divide dimension K=2 of layers/k/kernel \(2, 32, 2, 8\)"):
         sharding.parameter_shardings(mesh, MODEL)
+
+
+def test_an_axis_can_split_one_dimension_of_a_parameter(monkeypatch):
+    monkeypatch.setitem(sharding.PARAMETER_AXES, "V", "fsdp")
+    with pytest.raises(c.UserError, match=r"embed/embedding \(100, 32\): .* V and D both go over the mesh axis fsdp"):
+        sharding.parameter_shardings(sharding.make_mesh(c.Mesh(2, 2, 2)), MODEL)
+
+
+def test_a_rule_that_no_parameter_uses(monkeypatch):
+    monkeypatch.setitem(sharding.PARAMETER_AXES, "E", "tensor")
+    with pytest.raises(c.UserError, match=r"PARAMETER_AXES\['E'\]='tensor': no parameter has .*D, F, H, K, L, N, V"):
+        sharding.parameter_shardings(sharding.make_mesh(c.Mesh(2, 2, 2)), MODEL)
+
+
+def test_every_leaf_of_the_state_is_a_scalar_a_parameter_or_a_moment_of_one(monkeypatch):
+    mesh = sharding.make_mesh(c.Mesh(2, 2, 2))
+    table = sharding.parameter_shardings(mesh, MODEL)
+    assert sharding.state_sharding("opt_state/0/mu/layers/q/kernel", (2, 32, 4, 8), table) == table["layers/q/kernel"]
+    assert sharding.state_sharding("skipped", (), table).spec == PartitionSpec()
+    for unknown in ("params/layers/bias", "params/unembed/embedding", "embedding"):
+        with pytest.raises(c.UserError, match=rf"^{unknown} \(32,\): no such parameter.*PARAMETERS of dims.py"):
+            sharding.state_sharding(unknown, (32,), table)
+    config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(2, 64, 1), c.Checkpoint(1))
+    step.build(config, mesh)
+    monkeypatch.setattr(dims, "PARAMETERS", tuple(p for p in dims.PARAMETERS if p.name != "layers/gate/kernel"))
+    with pytest.raises(c.UserError, match=r"/layers/gate/kernel \(2, 32, 64\): no such parameter"):
+        step.build(config, mesh)
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_copies_are_gathered_and_their_gradients_summed_into_shards(reduce_dtype):
+    w = jax.random.normal(jax.random.key(0), (8, 6))
+    scale = np.arange(1, 5, dtype=np.float32)  # one number for each of the 4 parts of the batch; their sum is 10
+    mesh = sharding.make_mesh(c.Mesh(2, 2, 2))
+
+    @jax.jit
+    def f(w):
+        total = lambda w: (sharding.copies(w, "DV", "float32", reduce_dtype) * scale[:, None, None]).sum()
+        return sharding.copies(w, "DV", "float32", reduce_dtype), jax.grad(total)(w)
+
+    with jax.set_mesh(mesh):
+        copies, gradient = f(jax.device_put(w, NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))))
+    np.testing.assert_array_equal(copies, np.broadcast_to(w, (4, 8, 6)))
+    assert copies.sharding.shard_shape(copies.shape) == (1, 8, 3) and gradient.sharding.shard_shape((8, 6)) == (4, 3)
+    np.testing.assert_array_equal(gradient, np.full((8, 6), 10.0))
+    assert gradient.dtype == np.float32
+    np.testing.assert_array_equal(jax.grad(lambda w: sharding.copies(w, "DV", "float32", reduce_dtype).sum())(w), 1)
 
 
 def test_constrain_without_a_mesh_is_nothing():

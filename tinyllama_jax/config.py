@@ -69,6 +69,7 @@ class Model(_Typed):
     init: str = "tinyllama"  # or "torch_default": see dims.init_std
     precision: str = "params=float32,compute=bfloat16,output=float32"  # a jmp policy
     residual: str = "bfloat16"  # dtype of the residual stream; "float32" is what the original most likely had
+    reduce_dtype: str = "float32"  # in which gradients are added up over devices; "bfloat16": half the bytes on the wire
     remat: str = "none"  # what backward recomputes: see REMAT
     attention: str = "auto"  # see ATTENTION
     loss_chunk: int = 2_048  # tokens whose logits exist at one time on a device: 2,048 x 32,000 x 4 B = 262 MB
@@ -90,6 +91,7 @@ class Model(_Typed):
         _check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be positive")
         _one_of("model.init", self.init, ("tinyllama", "torch_default"))
         _one_of("model.residual", self.residual, ("float32", "bfloat16", "float16"))
+        _one_of("model.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
         _one_of("model.remat", self.remat, REMAT)
         _one_of("model.attention", self.attention, ATTENTION)
         policy = dict(part.partition("=")[::2] for part in self.precision.split(","))

@@ -54,28 +54,53 @@ class Weight(nn.Module):
         return self.param(self.entry.rpartition("/")[2], _initializer(parameter, self.model), shape, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(einsum: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum(einsum, x, kernel)` in x's dtype; the kernel's gradient comes out of its matmul in the kernel's own fp32.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def linear(einsum: str, reduce_dtype: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`jnp.einsum(einsum, x, kernel)` in x's dtype; the kernel's gradient comes out of its matmul in `reduce_dtype`.
 
-    Both backward matmuls are written out. Autodiff would compute the kernel's gradient transposed and turn it round, for which
-    XLA's CPU backend copies the activations: the MLP's forward and backward took 1.6 times the CPU time.
+    That is the dtype in which it is added up over the devices, since the sum follows the matmul. Both backward matmuls are
+    written out. Autodiff would compute the kernel's gradient transposed and turn it round, for which XLA's CPU backend copies
+    the activations: the MLP's forward and backward took 1.6 times the CPU time.
     """
     return jnp.einsum(einsum, x, kernel.astype(x.dtype))
 
 
-def _linear_forward(einsum, x, kernel):
-    return linear(einsum, x, kernel), (x, kernel)
+def _linear_forward(einsum, reduce_dtype, x, kernel):
+    return linear(einsum, reduce_dtype, x, kernel), (x, kernel)
 
 
-def _linear_backward(einsum, residuals, dy):
+def _linear_backward(einsum, reduce_dtype, residuals, dy):
     (x, kernel), (inputs, y) = residuals, einsum.split("->")
     x_dims, kernel_dims = inputs.split(",")
     dx = jnp.einsum(f"{y},{kernel_dims}->{x_dims}", dy, kernel.astype(dy.dtype))
-    return dx, jnp.einsum(f"{x_dims},{y}->{kernel_dims}", x, dy, preferred_element_type=kernel.dtype)
+    dkernel = jnp.einsum(f"{x_dims},{y}->{kernel_dims}", x, dy, preferred_element_type=reduce_dtype)
+    return dx, dkernel.astype(kernel.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str, reduce_dtype: str) -> jax.Array:
+    """`table_VD[tokens_BS]` in `dtype`, the table gathered over fsdp before: a lookup in a split one gathers activations."""
+    return sharding.constrain(table_VD.astype(dtype), "VD")[tokens_BS]
+
+
+def _lookup_forward(table_VD, tokens_BS, dtype, reduce_dtype):
+    return lookup(table_VD, tokens_BS, dtype, reduce_dtype), (jnp.zeros((len(table_VD), 0), table_VD.dtype), tokens_BS)
+
+
+def _lookup_backward(dtype, reduce_dtype, residuals, dx_BSD):
+    like, tokens_BS = residuals
+    D, X = dx_BSD.shape[-1], sharding.parts()
+    # fp32: a row is a sum over all occurrences of its token, and bf16 stops adding after 256 like ones
+    zeros_VD = jnp.zeros((len(like), D), jnp.float32)
+    add = jax.vmap(lambda tokens, dx: zeros_VD.at[tokens].add(dx.astype(jnp.float32)))
+    d_XVD = add(tokens_BS.reshape(X, -1), dx_BSD.reshape(X, -1, D))
+    return sharding.sum_of_parts(d_XVD, "VD", reduce_dtype).astype(like.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -113,7 +138,7 @@ class Block(nn.Module):
             return Weight(f"layers/{name}/{kind}", model, name=name)()
 
         def project(name: str, einsum: str, x: jax.Array) -> jax.Array:
-            return checkpoint_name(linear(einsum, x, weight(name)), name)
+            return checkpoint_name(linear(einsum, model.reduce_dtype, x, weight(name)), name)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return policy.cast_to_compute(rms_norm(x, weight(name), model.norm_eps))
@@ -165,10 +190,8 @@ class Llama(nn.Module):
     def hidden(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
         """What the head reads, [B, S, D] in the compute dtype, and the cache with these positions added."""
         policy = jmp.get_policy(self.model.precision)
-        # the table gathered over fsdp before the lookup: a lookup in a split table would gather activations instead; and in
-        # fp32, since backward adds up all occurrences of a token, and bf16 stops adding after 256 like ones
-        embedding_VD = sharding.constrain(self.embed(), "VD")
-        x_BSD = sharding.constrain(policy.cast_to_compute(embedding_VD[tokens_BS]).astype(self.model.residual), "BSD")
+        x_BSD = lookup(self.embed(), tokens_BS, self.model.compute_dtype, self.model.reduce_dtype)
+        x_BSD = sharding.constrain(x_BSD.astype(self.model.residual), "BSD")
         table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)
         x_BSD, cache = self.layers(x_BSD, cache, start, table)
         return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps)), cache

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tinyllama_jax import dims
@@ -28,28 +31,112 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
     return jax.make_mesh(shape, tuple(axes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def batch_devices(mesh: jax.sharding.Mesh) -> int:
+def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """How many parts a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, NamedSharding]:
-    """Parameter name -> sharding. Raises UserError where a dimension does not divide, with the shape and the remedy."""
+    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with shape and remedy, where it cannot be.
+
+    That is: a dimension does not divide, two dimensions of one parameter go over the same axis, or no parameter uses a rule.
+    """
     out = {}
     for p in dims.PARAMETERS:
-        for letter, size in zip(p.dims, dims.shape(p, model), strict=True):
-            axis = PARAMETER_AXES.get(letter)
+        shape, axes = dims.shape(p, model), [PARAMETER_AXES.get(letter) for letter in p.dims]
+        for letter, size, axis in zip(p.dims, shape, axes, strict=True):
+            if axis and axes.count(axis) > 1:
+                both = " and ".join(other for other in p.dims if PARAMETER_AXES.get(other) == axis)
+                raise UserError(
+                    f"{p.name} {shape}: its dimensions {both} both go over the mesh axis {axis}, which can split one of them; "
+                    "change PARAMETER_AXES in sharding.py or the letters in dims.py"
+                )
             if axis and size % mesh.shape[axis]:
                 raise UserError(
                     f"--mesh.{axis}={mesh.shape[axis]}: does not divide dimension {letter}={size} of {p.name} "
-                    f"{dims.shape(p, model)}; choose a divisor of {size}"
+                    f"{shape}; choose a divisor of {size}"
                 )
-        out[p.name] = NamedSharding(mesh, PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in p.dims)))
+        out[p.name] = NamedSharding(mesh, PartitionSpec(*axes))
+    for letter, axis in PARAMETER_AXES.items():
+        if not any(letter in p.dims for p in dims.PARAMETERS):
+            raise UserError(
+                f"PARAMETER_AXES[{letter!r}]={axis!r}: no parameter has this dimension (there are "
+                f"{', '.join(sorted(set(''.join(p.dims for p in dims.PARAMETERS))))}); take the rule out of sharding.py"
+            )
     return out
+
+
+def state_sharding(path: str, shape: tuple[int, ...], table: dict[str, NamedSharding]) -> NamedSharding:
+    """Where the leaf at `path` of a train state lives: as the parameter whose name ends `path`; scalars on every device.
+
+    `table` is of `parameter_shardings`. Raises UserError for an array that is none of its parameters, nor a moment of one.
+    """
+    if not shape:
+        return NamedSharding(next(iter(table.values())).mesh, PartitionSpec())
+    for name, where in table.items():
+        if f"/{path}".endswith(f"/{name}"):
+            return where
+    raise UserError(
+        f"{path} {shape}: no such parameter, so that it would be whole on every device; name its dimensions in PARAMETERS "
+        "of dims.py"
+    )
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x`, whose dimensions are `letters`, laid out as an activation on the mesh in force (`jax.set_mesh`), if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters)))
+    return lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters)))
+
+
+# -- parameters that all of a batch reads at once -------------------------------------------------------------------------
+#
+# The compiler gathers a layer's matrix before its matmul and reduces its gradient into shards after. It does neither well for
+# the embedding and the head: the gradient of a lookup is an all-reduce of the whole table, and a head read in a loop over
+# chunks is gathered and reduced in every chunk. So each part of the batch has its own copy, and the copies' gradients are
+# added up here. (X: the parts, data x fsdp.)
+
+
+def parts() -> int:
+    """X, the parts that the mesh in force splits a batch into: data x fsdp, or 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_devices(mesh)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def copies(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Array:
+    """[X, *w.shape] in `dtype`: the parameter `w`, whose dimensions are `letters`, gathered for each part of a batch.
+
+    Its gradient is `sum_of_parts` of theirs.
+    """
+    w = constrain(w.astype(dtype), letters)
+    return constrain(jnp.broadcast_to(w, (parts(), *w.shape)), "B" + letters)
+
+
+def _copies_forward(w, letters, dtype, reduce_dtype):
+    return copies(w, letters, dtype, reduce_dtype), jnp.zeros((), w.dtype)
+
+
+def _copies_backward(letters, dtype, reduce_dtype, like, d_X):
+    return (sum_of_parts(d_X, letters, reduce_dtype).astype(like.dtype),)
+
+
+copies.defvjp(_copies_forward, _copies_backward)
+
+
+def sum_of_parts(d_X: jax.Array, letters: str, reduce_dtype: str) -> jax.Array:
+    """The sum over X of `d_X` [X, `letters`], each device's part of a gradient, laid out as the parameter; in `reduce_dtype`.
+
+    Over fsdp first, where each device keeps its shard of the sum (a reduce-scatter), then the shards over data (an all-reduce).
+    """
+    if parts() == 1:
+        return d_X[0].astype(reduce_dtype)
+
+    def add(d_X: jax.Array) -> jax.Array:  # on each device, where X is 1
+        shard = lax.psum_scatter(d_X[0], "fsdp", scatter_dimension=letters.index("D"), tiled=True)
+        return lax.psum(shard, "data")
+
+    # said by hand: of a sum and a constraint, compilers make an all-reduce of the whole over data x fsdp
+    parts_spec = PartitionSpec(BATCH, *(ACTIVATION_AXES.get(letter) for letter in letters))
+    shard_spec = PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in letters))
+    return jax.shard_map(add, in_specs=parts_spec, out_specs=shard_spec)(d_X.astype(reduce_dtype))

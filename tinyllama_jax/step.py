@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -83,9 +85,12 @@ def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: 
         labels_BS = tokens_BS[:, 1:]
         real_BS = (jnp.arange(1, cfg.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
         x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
-        kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
+        kernel_XDV = sharding.copies(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
         chunk = chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk)
-        return cross_entropy(x_BSD, kernel_DV, labels_BS, real_BS, chunk), real_BS.sum()
+        # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once in every chunk
+        split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
+        losses = jax.vmap(partial(cross_entropy, chunk=chunk))(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
+        return jax.tree.map(jnp.sum, losses), real_BS.sum()
 
 
 def gradients(state: TrainState, batch: Batch, config: Config) -> tuple[Sums, dict]:
@@ -150,14 +155,15 @@ def count_tokens(batch: Batch) -> jax.Array:
 
 def checksum(batch: Batch) -> jax.Array:
     """uint32 over the real tokens of the global batch and their places in it; the same for any split over devices."""
-    width = batch.tokens.shape[-1]
-    tokens = batch.tokens.reshape(-1, width).astype(jnp.uint32)
-    place = lax.broadcasted_iota(jnp.uint32, tokens.shape, 0) * jnp.uint32(width) + lax.broadcasted_iota(
-        jnp.uint32, tokens.shape, 1
-    )
+    tokens = batch.tokens.astype(jnp.uint32)
+    width = tokens.shape[-1]
+    # [A, B, W] as it lies, for [A B, W] would bring all tokens to every device
+    iota = partial(lax.broadcasted_iota, jnp.uint32, tokens.shape)
+    row = sum(iota(i) * jnp.uint32(math.prod(tokens.shape[i + 1 : -1])) for i in range(tokens.ndim - 1))
+    place = row * jnp.uint32(width) + iota(tokens.ndim - 1)
     place = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)  # spread the bits (constants: hash prospector, C. Wellons)
     place = (place ^ (place >> 12)) * jnp.uint32(0x297A2D39)
-    real = jnp.arange(width)[None, :] < batch.length.reshape(-1, 1)
+    real = jnp.arange(width) < batch.length[..., None]
     return jnp.where(real, (tokens + 1) * (place | jnp.uint32(1)), jnp.uint32(0)).sum(dtype=jnp.uint32)
 
 
@@ -171,9 +177,9 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     def fresh() -> TrainState:
         return new_state(model.init(jax.random.key(config.train.seed), config.model), config)
 
-    def place(path, leaf) -> NamedSharding:  # moments are split as their parameter, whose name ends their path
-        keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
-        return next((s for name, s in by_name.items() if "/".join(keys).endswith(name)), replicated)
+    def place(path, leaf) -> NamedSharding:
+        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
+        return sharding.state_sharding("/".join(keys), leaf.shape, by_name)
 
     shapes = jax.eval_shape(fresh)
     state = jax.tree_util.tree_map_with_path(place, shapes)
