@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("dims", "config", "sharding", "kernels/", "data/", "model", "optim", "hf", "lit", "step", "checkpoint", "metrics")
+ORDER = "dims config sharding kernels/ data/ model optim hf lit step checkpoint metrics weights".split()
 
 
 def rows() -> dict[str, str]:

@@ -28,6 +28,7 @@ RANK = {
     "step": 3,
     "checkpoint": 4,
     "metrics": 4,
+    "weights": 4.5,
     "generate": 5,
     "report": 5,
     "convert": 5,

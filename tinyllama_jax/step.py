@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import jmp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -38,6 +39,15 @@ class Batch(NamedTuple):
 
     tokens: jax.Array
     length: jax.Array
+
+
+def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tuple[int, ...]) -> Batch:
+    """This process's rows (tokens, lengths) as its part of the global batch, whose leading dimensions are `shape`."""
+    tokens, length = local
+    return Batch(
+        jax.make_array_from_process_local_data(shardings.tokens, tokens, (*shape, tokens.shape[-1])),
+        jax.make_array_from_process_local_data(shardings.length, length, shape),
+    )
 
 
 class Program(NamedTuple):
