@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = "dims config sharding kernels/ data/ model optim hf lit step checkpoint metrics weights".split()
+ORDER = ("dims", "config", "sharding", "kernels/", "data/", "model", "optim", "hf", "lit", "step", "checkpoint", "metrics")
+ORDER += ("weights",)
 
 
 def rows() -> dict[str, str]:
