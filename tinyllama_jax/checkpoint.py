@@ -70,6 +70,7 @@ FREE = (
     "data.sources",
     "data.workers",
     "data.eval_blocks",
+    "train.spike",
     "train.wait",
     "train.seqs_per_device",
     "mesh.",

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
         clock = metrics.Clock(config, start, mesh.size, jax.devices()[0].device_kind)
-        reporter = metrics.Reporter(config, sources, writer, progress, clock, program.shape)
+        reporter = metrics.Reporter(config, sources, writer, progress, clock, program.shape, start, argv)
         if stop and jax.process_count() == 1:  # several agree on a step first
             progress.say(f"stopped by {stop[0].name} before its first step")
             return 128 + stop[0]
