@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax import model, optim, sharding
 from tinyllama_jax.config import Config
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
+from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
 
 FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
 
@@ -57,6 +58,7 @@ class Program(NamedTuple):
     start: Callable[[dict], TrainState]  # from given parameters
     train: Callable[[TrainState, Batch], tuple[TrainState, dict]]
     evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]
+    token_losses: Callable[[dict, Batch], jax.Array]
     state: TrainState  # of ShapeDtypeStructs with their shardings
     batch: Batch  # of shardings
     eval_batch: Batch
@@ -87,15 +89,24 @@ def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: 
 
     Padding is neither counted nor trained on: position s counts if token s + 1 is real.
     """
-    cfg = config.model
     with jax.numpy_dtype_promotion("strict"):
-        tokens_BS = batch.tokens.astype(jnp.int32)
-        labels_BS = tokens_BS[:, 1:]
-        real_BS = (jnp.arange(1, cfg.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
-        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
-        kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
-        chunk = chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk)
+        x_BSD, kernel_DV, labels_BS, chunk = _head(params, batch, config, sequences_per_device)
+        real_BS = (jnp.arange(1, config.model.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
         return cross_entropy(x_BSD, kernel_DV, labels_BS, real_BS, chunk), real_BS.sum()
+
+
+def token_losses(params: dict, batch: Batch, config: Config, sequences_per_device: int) -> jax.Array:
+    """Loss (nats, fp32) of each next token of `batch` [B, S + 1]: [B, S]. That of padding is there too and means nothing."""
+    with jax.numpy_dtype_promotion("strict"):
+        return head_losses(*_head(params, batch, config, sequences_per_device))
+
+
+def _head(params: dict, batch: Batch, config: Config, sequences_per_device: int) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """What the loss head takes: hidden states, its kernel, labels, and how many positions at a time."""
+    cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
+    x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
+    kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
+    return x_BSD, kernel_DV, tokens_BS[:, 1:], chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk)
 
 
 def gradients(state: TrainState, batch: Batch, config: Config) -> tuple[Sums, dict]:
@@ -165,10 +176,15 @@ def checksum(batch: Batch) -> jax.Array:
     place = lax.broadcasted_iota(jnp.uint32, tokens.shape, 0) * jnp.uint32(width) + lax.broadcasted_iota(
         jnp.uint32, tokens.shape, 1
     )
+    real = jnp.arange(width)[None, :] < batch.length.reshape(-1, 1)
+    return jnp.where(real, (tokens + 1) * weight_of(place), jnp.uint32(0)).sum(dtype=jnp.uint32)
+
+
+def weight_of(place: jax.Array) -> jax.Array:
+    """An odd uint32 for each place, for checksums: no change of one element leaves a sum of such products as it was."""
     place = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)  # spread the bits (constants: hash prospector, C. Wellons)
     place = (place ^ (place >> 12)) * jnp.uint32(0x297A2D39)
-    real = jnp.arange(width)[None, :] < batch.length.reshape(-1, 1)
-    return jnp.where(real, (tokens + 1) * (place | jnp.uint32(1)), jnp.uint32(0)).sum(dtype=jnp.uint32)
+    return place | jnp.uint32(1)
 
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
@@ -195,6 +211,9 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     def evaluate(params: dict, micro: Batch) -> tuple[Sums, jax.Array]:
         return loss_sums(params, micro, config, config.train.seqs_per_device)
 
+    def losses(params: dict, micro: Batch) -> jax.Array:
+        return token_losses(params, micro, config, config.train.seqs_per_device)
+
     return Program(
         init=jax.jit(fresh, out_shardings=state),
         start=jax.jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
@@ -205,6 +224,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
             donate_argnums=0,
         ),
         evaluate=jax.jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        token_losses=jax.jit(losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
         batch=batch,
         eval_batch=eval_batch,
