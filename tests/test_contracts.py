@@ -31,6 +31,7 @@ RANK = {
     "weights": 4.5,
     "generate": 5,
     "report": 5,
+    "replay": 5.5,
     "convert": 5,
     "train": 6,
     "demo_corpus": 7,
