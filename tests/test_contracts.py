@@ -105,7 +105,7 @@ def test_config_keys():
 
 def test_sizes_stay_within_budget():
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
-    assert sum(lines.values()) <= 6_000 and lines["train"] <= 220
+    assert sum(lines.values()) <= 6_200 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

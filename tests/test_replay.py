@@ -337,6 +337,7 @@ def test_mistakes(cube, tmp_path, monkeypatch):
     ]:
         with pytest.raises(c.UserError, match=words):
             again(run, number, *more)
-    monkeypatch.setattr(jax, "devices", lambda four=jax.devices()[:4]: four)
+    four = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: four)
     with pytest.raises(c.UserError, match="ran on 8 x cpu, and here are 4"):
         replay.mesh_of(cube, checkpoint.load_config(cube), {})
