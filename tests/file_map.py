@@ -19,6 +19,7 @@ ORDER = (
     "step",
     "checkpoint",
     "metrics",
+    "weights",
 )
 
 

@@ -29,8 +29,10 @@ RANK = {
     "step": 3,
     "checkpoint": 4,
     "metrics": 4,
+    "weights": 4.5,
     "generate": 5,
     "report": 5,
+    "replay": 5.5,
     "convert": 5,
     "train": 6,
     "demo_corpus": 7,
@@ -104,7 +106,7 @@ def test_config_keys():
 
 def test_sizes_stay_within_budget():
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
-    assert sum(lines.values()) <= 6_000 and lines["train"] <= 220
+    assert sum(lines.values()) <= 6_600 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

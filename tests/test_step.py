@@ -136,3 +136,15 @@ def test_a_step_too_large_for_the_devices_is_refused():
     config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 3 * 16, 1), c.Checkpoint(1))
     with pytest.raises(c.UserError, match="choose train.tokens_per_step as a multiple of 128"):
         build(config, sharding.make_mesh(config.mesh))
+
+
+def test_losses_of_tokens_are_those_of_all_logits():
+    config = c.Config("w", FP32, c.Data({"a": 1}), c.Optim(1e-3, 1e-4, 1, 0.1, 1.0), c.Train(3, 32, 2), c.Checkpoint(1))
+    config = dataclasses.replace(config, model=dataclasses.replace(FP32, loss_chunk=8))  # 4 positions of 2 sequences
+    params, batch = model.init(jax.random.key(0), FP32), batch_of((2,), length=9)
+    losses = step.token_losses(params, batch, config, 2)
+    logits = model.logits(params, batch.tokens[:, :-1].astype(np.int32), FP32)
+    labels = batch.tokens[:, 1:, None].astype(np.int32)
+    np.testing.assert_allclose(losses, -np.take_along_axis(jax.nn.log_softmax(logits), labels, -1)[..., 0], atol=1e-5)
+    sums, n = loss_sums(params, batch, config, 2)
+    assert n == 16 and np.asarray(losses)[:, :8].sum() == pytest.approx(float(sums.loss), rel=1e-6)  # padding left out

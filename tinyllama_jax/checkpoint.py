@@ -73,6 +73,7 @@ FREE = (
     "data.sources",
     "data.workers",
     "data.eval_blocks",
+    "train.spike",
     "train.wait",
     "train.seqs_per_device",
     "mesh.",
@@ -187,6 +188,16 @@ def damage(checkpoint: Path, part: str = "") -> str | None:
     return f"{wrong[0]} is not as it was written" if wrong else None
 
 
+def unusable(checkpoint: Path, config: Config) -> str | None:
+    """Why the run that `config` describes could not have come to a checkpoint, or None: damage, or other batches."""
+    if reason := damage(checkpoint):
+        return reason
+    then = dataclasses.replace(config.data, skip=config_lib.read_json(checkpoint / SEAL)["skip"])
+    if feed.same_batches(config.data, then, int(checkpoint.name)):
+        return None
+    return f"trained on other batches: --data.skip={then.skip}"
+
+
 def recover(config: Config) -> list[str]:
     """Sets aside, in RUN/set_aside, the checkpoints after the newest one that the run can go on from; returns lines to print.
 
@@ -196,12 +207,9 @@ def recover(config: Config) -> list[str]:
     run, aside = Path(config.workdir), {}
     for step in reversed(steps_in(run)):
         folder = run / "checkpoints" / str(step)
-        reason = damage(folder)
+        reason = unusable(folder, config)
         if not reason:
-            then = dataclasses.replace(config.data, skip=config_lib.read_json(folder / SEAL)["skip"])
-            if feed.same_batches(config.data, then, step):
-                break
-            reason = f"trained on other batches: --data.skip={then.skip}"
+            break
         aside[folder] = reason
     else:
         if aside:
@@ -297,6 +305,14 @@ def restore_params(run: str | Path, abstract: dict) -> tuple[dict, int]:
     path = _undamaged(run, step, "params")
     with ocp.StandardCheckpointer() as reader, _read_errors(path.parent):
         return reader.restore(path, abstract), step
+
+
+def restore_state(run: str | Path, step: int, abstract: TrainState) -> TrainState:
+    """The state after `step`, as `Checkpoints.restore` gives it, by one who only looks: nothing in RUN is touched."""
+    parts = dict(zip(("params", "train"), _parts(abstract), strict=True))
+    with ocp.StandardCheckpointer() as reader, _read_errors(Path(run) / "checkpoints" / str(step)):
+        restored = {name: reader.restore(_undamaged(run, step, name), part) for name, part in parts.items()}
+    return TrainState(params=restored["params"], **restored["train"])
 
 
 def _undamaged(run: str | Path, step: int, part: str) -> Path:

@@ -24,6 +24,8 @@ ATTENTION = ("auto", "reference", "xla", "cudnn")
 class UserError(Exception):
     """A mistake that a person must mend before the same command can work: one line, exit code 2, no traceback."""
 
+    code = 2
+
 
 def _check(ok: bool, key: str, value: object, remedy: str) -> None:
     if not ok:
@@ -181,6 +183,7 @@ class Train(_Typed):
     seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
     seed: int = 0
     deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
+    spike: float = 0.0  # the run stops at a loss so many nats above the mean of the 100 finite steps before; 0: it does not
     wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
     def __post_init__(self):
@@ -188,6 +191,7 @@ class Train(_Typed):
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
+        _check(self.spike >= 0, "train.spike", self.spike, "must be 0 (off) or more")
         _check(self.wait > 0, "train.wait", self.wait, "must be positive")
 
 
@@ -392,10 +396,20 @@ def pairs(arguments: list[str]) -> dict[str, str]:
     return out
 
 
+def skipping(arguments: list[str], data: Data, first: int, last: int) -> list[str]:
+    """`arguments` with the batches of the steps `first` to `last` left out, besides those that `data` leaves out already."""
+    pairs = zip(["", *arguments], arguments, strict=False)  # each word with the one before it
+    rest = [word for before, word in pairs if "--data.skip" not in (before, word.partition("=")[0])]
+    skip = f"{data.skip},{first}:{last}".removeprefix(",")
+    return [*rest, f"--data.skip={skip}"]
+
+
 def read(path: str) -> Config:
-    """The `config` that the Python file at `path` defines. Raises UserError."""
+    """The `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"--config={path}: no such file" + _nearby_configs(path))
+    if path.endswith(".json"):
+        return from_json(Path(path).read_bytes(), path)
     try:
         config = runpy.run_path(path).get("config")
     except UserError as error:
@@ -472,8 +486,9 @@ def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> 
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        if str(error):  # of several processes one can speak for all
+            print(f"error: {error}", file=sys.stderr)
+        code = error.code
     except OSError as error:
         if error.errno not in _DISK:
             raise

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +17,13 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
+from jax.experimental import multihost_utils
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from tinyllama_jax import dims
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import dims, processes
 from tinyllama_jax.config import Config, Model, UserError
 from tinyllama_jax.data import feed
 
@@ -222,10 +227,23 @@ class Silent:
 GIVE_UP = 100  # steps in a row that are not finite; fp16's loss scale needs at most 15 to find its value
 
 
+BEFORE, LEAST = 100, 10  # finite steps that a loss is compared with, and how many there must be
+
+
+class Spike(UserError):
+    """What `train.spike` ends a run with. Only process 0 has something to say."""
+
+    code = processes.SPIKE
+
+
 class Reporter:
     """Fetches the numbers of a finished step and writes them down."""
 
-    def __init__(self, config, sources, writer, progress, clock, shape):
+    def __init__(self, config, sources, writer, progress, clock, shape, start: int, argv: list[str]):
+        """`start`: the step before the first one here. `argv`: what the run was started with."""
+        self.argv, self.losses = argv, collections.deque(maxlen=BEFORE)
+        if config.train.spike:
+            self.losses.extend(losses_before(Path(config.workdir), start))
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.seqs = feed.order(config, sources), shape[0] * shape[1]
         self.pending: tuple[int, dict] | None = None
@@ -238,20 +256,52 @@ class Reporter:
         (step, on_device), self.pending = self.pending, None
         values = {name: np.asarray(value).item() for name, value in jax.device_get(on_device).items()}
         self.in_a_row = 0 if values["finite"] else self.in_a_row + 1
-        if step % self.config.log.every and values["finite"]:
+        mean = math.fsum(self.losses) / len(self.losses) if len(self.losses) >= LEAST else math.inf  # exact: alike everywhere
+        above = values["loss"] - mean if values["finite"] else 0.0
+        spike = 0 < self.config.train.spike < above
+        if values["finite"] and not spike:
+            self.losses.append(values["loss"])
+        if step % self.config.log.every and values["finite"] and not spike:
             return
         values |= self.clock.lap(step) | {"tokens": step * self.config.train.tokens_per_step}
-        if not values["finite"]:
+        if not values["finite"] or spike:
             source, block = self.order.locate(np.arange((step - 1) * self.seqs, step * self.seqs))
             values["blocks"] = json.dumps([source.tolist(), block.tolist()])
+        if not values["finite"]:
             self.progress.say(
                 f"step {step:,}: loss or gradient not finite (loss {values['loss']}); weights unchanged, "
                 f"{values['skipped']} such steps so far; its blocks are in metrics.jsonl"
             )
         self.writer.write(step, values)
         self.progress.update(step, values["loss"], values["tokens_per_second"])
+        if spike:
+            raise Spike(self.how_to_skip(step, values["loss"], above) if jax.process_index() == 0 else "")
         if self.in_a_row == GIVE_UP:
             raise UserError(
                 f"{self.config.workdir}: the last {GIVE_UP} steps, up to {step:,}, were not finite, and changed nothing; the "
                 "weights or the data are bad: start again from an older checkpoint, or with a lower optim.peak_lr"
             )
+
+    def how_to_skip(self, step: int, loss: float, above: float) -> str:
+        """What to say of a spike at `step`."""
+        again = [sys.executable, "-m", "tinyllama_jax.train"]
+        again += config_lib.skipping(self.argv, self.config.data, step, step)
+        look = [sys.executable, "-m", "tinyllama_jax.replay", "--run", self.config.workdir, "--step", str(step)]
+        return (
+            f"step {step:,}: loss {loss:.4f}, {above:.4f} nats above the mean of the {len(self.losses)} finite steps before it "
+            f"(train.spike={self.config.train.spike:g}); nothing was saved after step {step - 1:,}. To look at it:\n"
+            f"    {shlex.join(look)}\nTo go on from the checkpoint before it without its batch:\n    {shlex.join(again)}"
+        )
+
+
+def losses_before(run: Path, step: int) -> list[float]:
+    """The last finite losses up to `step`, at most `BEFORE`, from RUN/metrics.jsonl as process 0 reads it, for all alike."""
+    losses, path = np.full(BEFORE, np.nan, np.float32), run / "metrics.jsonl"
+    if jax.process_index() == 0 and path.is_file():
+        with path.open("rb") as f:
+            f.seek(max(f.seek(0, os.SEEK_END) - (1 << 20), 0))  # 100 lines and as many of validation are a tenth of it
+            lines = [json.loads(line) for line in f.read().split(b"\n") if line.startswith(b'{"step": ')]
+        last = [x["loss"] for x in lines if x["step"] <= step and x.get("finite") and x["loss"] is not None][-BEFORE:]
+        losses[: len(last)] = last
+    losses = multihost_utils.broadcast_one_to_all(losses)
+    return losses[np.isfinite(losses)].tolist()

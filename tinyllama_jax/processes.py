@@ -30,6 +30,7 @@ from tinyllama_jax.config import UserError, run_main
 
 STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
+SPIKE = 3  # exit code when the loss made the run stop (train.spike): run again, the same command would come to it again
 STARTING = 6  # how many times train.wait the way to the first step may take: restoring, compiling
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
 _CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
@@ -292,7 +293,7 @@ class _Watch:
                 return self.give_up(*verdict)
             time.sleep(self.beat)
         self.look(code)
-        if code in (0, 2) or code in (-signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM) or code > 127:
+        if code in (0, 2, SPIKE) or code in (-signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM) or code > 127:
             return code if code >= 0 else 128 - code
         while any(other.ended is None for other in self.others):  # did it fail because another one is gone?
             if verdict := self.verdict():
@@ -318,7 +319,8 @@ class _Watch:
                 return f"process {other.index} of {len(self.others) + 1} has not come within {self.wait:g} s{again}", TRY_AGAIN
             if other.here and other.ended is None and now - other.heard > self.wait:
                 return f"{other} has not been heard of for {self.wait:g} s; it was at {other.where()}{again}", TRY_AGAIN
-        failed = [other for other in self.others if other.ended not in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)]
+        meant = (None, 0, SPIKE, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # what all end with alike
+        failed = [other for other in self.others if other.ended not in meant]
         self.trouble = (self.trouble or now) if failed else None
         if failed:
             for other in failed:

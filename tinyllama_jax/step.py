@@ -11,12 +11,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import jmp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import model, optim, sharding
 from tinyllama_jax.config import Config
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
+from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
 
 FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
 
@@ -42,6 +44,15 @@ class Batch(NamedTuple):
     length: jax.Array
 
 
+def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tuple[int, ...]) -> Batch:
+    """This process's rows (tokens, lengths) as its part of the global batch, whose leading dimensions are `shape`."""
+    tokens, length = local
+    return Batch(
+        jax.make_array_from_process_local_data(shardings.tokens, tokens, (*shape, tokens.shape[-1])),
+        jax.make_array_from_process_local_data(shardings.length, length, shape),
+    )
+
+
 class Program(NamedTuple):
     """The compiled functions of a run and where their arguments live."""
 
@@ -49,6 +60,7 @@ class Program(NamedTuple):
     start: Callable[[dict], TrainState]  # from given parameters
     train: Callable[[TrainState, Batch], tuple[TrainState, dict]]
     evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]
+    token_losses: Callable[[dict, Batch], jax.Array]
     state: TrainState  # of ShapeDtypeStructs with their shardings
     batch: Batch  # of shardings
     eval_batch: Batch
@@ -79,9 +91,8 @@ def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: 
 
     Padding is neither counted nor trained on: position s counts if token s + 1 is real.
     """
-    cfg = config.model
     with jax.numpy_dtype_promotion("strict"):
-        tokens_BS = batch.tokens.astype(jnp.int32)
+        cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
         labels_BS = tokens_BS[:, 1:]
         real_BS = (jnp.arange(1, cfg.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
         x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
@@ -91,6 +102,15 @@ def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: 
         split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
         losses = jax.vmap(partial(cross_entropy, chunk=chunk))(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
         return jax.tree.map(jnp.sum, losses), real_BS.sum()
+
+
+def token_losses(params: dict, batch: Batch, config: Config, sequences_per_device: int) -> jax.Array:
+    """Loss (nats, fp32) of each next token of `batch` [B, S + 1]: [B, S]. That of padding is there too and means nothing."""
+    with jax.numpy_dtype_promotion("strict"):
+        cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
+        kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
+        return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk))
 
 
 def gradients(state: TrainState, batch: Batch, config: Config) -> tuple[Sums, dict]:
@@ -161,10 +181,15 @@ def checksum(batch: Batch) -> jax.Array:
     iota = partial(lax.broadcasted_iota, jnp.uint32, tokens.shape)
     row = sum(iota(i) * jnp.uint32(math.prod(tokens.shape[i + 1 : -1])) for i in range(tokens.ndim - 1))
     place = row * jnp.uint32(width) + iota(tokens.ndim - 1)
+    real = jnp.arange(width) < batch.length[..., None]
+    return jnp.where(real, (tokens + 1) * weight_of(place), jnp.uint32(0)).sum(dtype=jnp.uint32)
+
+
+def weight_of(place: jax.Array) -> jax.Array:
+    """An odd uint32 for each place, for checksums: no change of one element leaves a sum of such products as it was."""
     place = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)  # spread the bits (constants: hash prospector, C. Wellons)
     place = (place ^ (place >> 12)) * jnp.uint32(0x297A2D39)
-    real = jnp.arange(width) < batch.length[..., None]
-    return jnp.where(real, (tokens + 1) * (place | jnp.uint32(1)), jnp.uint32(0)).sum(dtype=jnp.uint32)
+    return place | jnp.uint32(1)
 
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
@@ -191,6 +216,9 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     def evaluate(params: dict, micro: Batch) -> tuple[Sums, jax.Array]:
         return loss_sums(params, micro, config, config.train.seqs_per_device)
 
+    def losses(params: dict, micro: Batch) -> jax.Array:
+        return token_losses(params, micro, config, config.train.seqs_per_device)
+
     return Program(
         init=jax.jit(fresh, out_shardings=state),
         start=jax.jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
@@ -201,6 +229,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
             donate_argnums=0,
         ),
         evaluate=jax.jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        token_losses=jax.jit(losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
         batch=batch,
         eval_batch=eval_batch,

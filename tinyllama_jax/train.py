@@ -16,13 +16,13 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, dims, hf, metrics, sharding
+from tinyllama_jax import checkpoint, dims, metrics, sharding, weights
 from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config, UserError
-from tinyllama_jax.data import feed, tokenizer
+from tinyllama_jax.config import Config
+from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.kernels import attention
-from tinyllama_jax.step import Batch, Program, TrainState, build
+from tinyllama_jax.step import Program, build, on_devices
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
         at_end.enter_context(jax.set_mesh(mesh))
-        program, (origin, notes) = build(config, mesh), check_origin(config, sources)
+        program = build(config, mesh)
+        origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
         if first := jax.process_index() == 0:  # who writes what is written once
             notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
@@ -47,7 +48,10 @@ def main(argv: list[str]) -> int:
         processes.barrier("run folder")
         phases.append(("data and devices", time.perf_counter()))
         checkpoints = at_end.enter_context(checkpoint.Checkpoints(config))
-        state, came_from = first_state(config, program, checkpoints, origin)
+        if (newest := checkpoints.latest()) is None:
+            state, came_from = weights.initial_state(config, program, origin)
+        else:
+            state, came_from = checkpoints.restore(newest, program.state), f"step {newest:,} of {config.workdir}"
         start = int(state.step)
         phases.append(("weights", time.perf_counter()))
         writer = metrics.Writer(config, start) if first else metrics.Silent()
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
         clock = metrics.Clock(config, start, mesh.size, jax.devices()[0].device_kind)
-        reporter = metrics.Reporter(config, sources, writer, progress, clock, program.shape)
+        reporter = metrics.Reporter(config, sources, writer, progress, clock, program.shape, start, argv)
         if stop and jax.process_count() == 1:  # several agree on a step first
             progress.say(f"stopped by {stop[0].name} before its first step")
             return 128 + stop[0]
@@ -117,36 +121,6 @@ def keep_compiled(config: Config) -> None:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
 
 
-def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, list[str]]:
-    """The folder of `init.from` if this run is to begin with its weights, or None; and what to say of it. Raises UserError."""
-    if not config.init.from_ or checkpoint.steps_in(config.workdir):
-        return None, []
-    origin = Path(config.init.from_)
-    is_run = (origin / "checkpoints").is_dir()
-    theirs = checkpoint.load_config(origin).model if is_run else hf.load_model(origin)
-    notes = checkpoint.check_same_model(config.model, theirs, str(origin))
-    if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
-        raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
-    return origin, notes
-
-
-def first_state(
-    config: Config, program: Program, checkpoints: checkpoint.Checkpoints, origin: Path | None
-) -> tuple[TrainState, str]:
-    """The state to begin with, and where it is from: the newest checkpoint, else `init.from` (weights only), else scratch."""
-    step = checkpoints.latest()
-    if step is not None:
-        return checkpoints.restore(step, program.state), f"step {step:,} of {config.workdir}"
-    if origin is None:
-        return program.init(), f"from scratch (init {config.model.init}, seed {config.train.seed})"
-    if (origin / "checkpoints").is_dir():
-        params, step = checkpoint.restore_params(origin, program.state.params)
-        return program.start(params), f"step {step:,} of {origin}, weights only"
-    params, _ = hf.load_folder(origin)
-    params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
-    return program.start(params), f"{origin} (Hugging Face)"
-
-
 def describe(
     config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks], held_out: dict[str, Blocks]
 ) -> list[str]:
@@ -163,15 +137,6 @@ def describe(
         "validation: "
         + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"),
     ]
-
-
-def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tuple[int, ...]) -> Batch:
-    """This process's rows (tokens, lengths) as its part of the global batch, whose leading dimensions are `shape`."""
-    tokens, length = local
-    return Batch(
-        jax.make_array_from_process_local_data(shardings.tokens, tokens, (*shape, tokens.shape[-1])),
-        jax.make_array_from_process_local_data(shardings.length, length, shape),
-    )
 
 
 def evaluate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int) -> dict[str, float]:

@@ -22,8 +22,7 @@ import numpy as np
 from tinyllama_jax import checkpoint, model, sharding
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
-from tinyllama_jax.step import build, new_state
-from tinyllama_jax.train import on_devices
+from tinyllama_jax.step import build, new_state, on_devices
 
 VARIANTS = {  # name -> (compute, residual stream, seed of the initial weights)
     "fp32 throughout": ("float32", "float32", 0),

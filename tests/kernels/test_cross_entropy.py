@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, reference
+from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, reference, token_losses
 
 B, S, D, V = 3, 12, 8, 37
 
@@ -111,6 +111,17 @@ def test_never_holds_all_logits():
     arrays = inputs()
     assert largest(reference, *arrays) == B * S * V  # the check can see it
     assert largest(partial(cross_entropy, chunk=2), *arrays) == max(B * 2 * V, D * V, B * S * D)
+
+
+def test_losses_of_single_tokens():
+    """Each is the reference's loss of that position alone; and the logits of all positions never exist."""
+    x, kernel, labels, _ = inputs()
+    losses = token_losses(x, kernel, labels, 2)
+    one_at_a_time = jnp.eye(B * S).reshape(B * S, B, S)
+    expected = jax.vmap(lambda weights: reference(x, kernel, labels, weights).loss)(one_at_a_time)
+    np.testing.assert_allclose(losses, expected.reshape(B, S), rtol=1e-5)
+    jaxpr = jax.make_jaxpr(lambda *arrays: token_losses(*arrays, 2))(x, kernel, labels).jaxpr
+    assert max(v.aval.size for e in equations(jaxpr) for v in e.outvars) < B * S * V
 
 
 def test_peak_memory_is_that_of_a_chunk():

@@ -43,9 +43,24 @@ def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     return jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
 
-def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array) -> Sums:
+def token_losses(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, chunk: int) -> jax.Array:
+    """What `cross_entropy` sums, position by position: negative log-likelihood [B, S], nats, fp32."""
+
+    def body(_, i: jax.Array) -> tuple[None, jax.Array]:
+        x, labels = (_slice(a, i, chunk) for a in (x_BSD, labels_BS))
+        return None, _nll(_logits(x, kernel_DV), labels)[0]
+
+    _, parts = lax.scan(body, None, jnp.arange(x_BSD.shape[1] // chunk))  # [S / chunk, B, chunk]
+    return jnp.swapaxes(parts, 0, 1).reshape(labels_BS.shape)
+
+
+def _nll(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     chosen_BS = jnp.take_along_axis(logits_BSV, labels_BS[..., None], axis=-1)[..., 0]
-    nll_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS
+    return jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS, chosen_BS
+
+
+def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array) -> Sums:
+    nll_BS, chosen_BS = _nll(logits_BSV, labels_BS)
     # the row's maximum is at hand from logsumexp; an argmax would be another pass (and 6 times slower on a CPU)
     correct_BS = (chosen_BS >= jnp.max(logits_BSV, axis=-1)).astype(jnp.float32)
     return Sums(jnp.sum(nll_BS * weights_BS), jnp.sum(correct_BS * weights_BS))
