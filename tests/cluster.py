@@ -64,8 +64,12 @@ class Cluster:
                         signal_to(pid, signal.SIGKILL)
 
     def child(self, i):
-        """Pid of the training process of process i: the child of its watching parent, or None."""
-        return next(iter(children(self.processes[i].pid)), None)
+        """Pid of the training process of process i: the child of its watching parent, or None if that has ended."""
+        while self.processes[i].poll() is None:
+            if pids := children(self.processes[i].pid):
+                return pids[0]
+            time.sleep(0.01)  # it has not started it yet
+        return None
 
     def output(self, i):
         return self.files[i].read_text(errors="replace")
