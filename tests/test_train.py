@@ -205,15 +205,14 @@ def test_a_longer_context_from_the_same_weights_is_said(quiet, tiny_config_file,
     assert f"{quiet[0]} was trained with model.rope_scaling=1.0; here it is 4.0" in out
 
 
-@pytest.mark.parametrize("delay", [1.5, 3.0])
+@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0])
 def test_a_signal_while_it_starts_is_not_lost(tiny_config_file, tmp_path, delay):
     process = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=120)[0]
     assert process.returncode in (130, -signal.SIGINT), out  # the latter: before main, while Python still imports
-    if process.returncode == 130:
-        assert "stopped by SIGINT" in out and "Traceback" not in out, out
+    assert "Traceback" not in out and (process.returncode != 130 or "stopped by SIGINT" in out), out
 
 
 @pytest.fixture

@@ -354,17 +354,29 @@ def write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _lock(run: Path) -> None:
-    """Keeps a second run out of a run folder until this process ends. Raises UserError if there is one."""
-    file = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open
-    for _ in range(20):  # 10 s: a killed run's process may still be ending
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.5)
-        except OSError:  # a file system without locks
-            return None
-    raise UserError(f"{run}: another process is training in this folder; wait for it, or name another --workdir")
+@contextlib.contextmanager
+def locked(run: str | Path) -> Iterator[None]:
+    """Keeps a second run out of a run folder, made if absent. The kernel gives the lock back however the process ends.
+
+    Raises UserError if there is one. Does nothing in a folder that is not a run's, or whose file system has no locks.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    if any(run.iterdir()) and not (run / "config.json").is_file() and not (run / "lock").is_file():
+        yield
+        return
+    with (run / "lock").open("w") as file:
+        for _ in range(20):  # 10 s: a killed run's process may still be ending
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.5)
+            except OSError:
+                break
+        else:
+            raise UserError(f"{run}: another process is training in this folder; wait for it, or name another --workdir")
+        yield
 
 
 def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
@@ -375,8 +387,6 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     """
     run = Path(config.workdir)
     notes = []
-    if run.is_dir():
-        _lock(run)
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
     if steps := steps_in(run):  # before its first checkpoint a run has nothing to lose
@@ -398,9 +408,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     else:
         if config.init.from_ and Path(config.init.from_).resolve() == run.resolve():
             raise UserError(f"--workdir={run}: is also --init.from; name a new folder")
-        if not run.is_dir():
-            run.mkdir(parents=True, exist_ok=True)
-            _lock(run)
+        run.mkdir(parents=True, exist_ok=True)
         if (run / "config.json").is_file():
             load_config(run)  # refused unless it is one of ours
         if not (run / "config.json").is_file() and any(path.is_dir() and path.name != "processes" for path in run.iterdir()):

@@ -191,6 +191,8 @@ def supervise(module: str) -> None:
 
     `module`: what was started with `python -m`. Called before the imports that take seconds.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it imports there is nothing to save, and a traceback says nothing
     if _CHANNEL not in os.environ and (not {"-h", "--help"} & set(sys.argv)):
         run_main(lambda argv: _supervised(module, argv) if several() else None, returns=True)
 

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
         origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
         if first := jax.process_index() == 0:  # who writes what is written once
+            at_end.enter_context(checkpoint.locked(config.workdir))
             notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
             notes += checkpoint.recover(config)
         processes.barrier("run folder")
