@@ -335,7 +335,7 @@ def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, di
         state = new_state({}, config)
         state = dataclasses.replace(state, step=np.int32(step), opt_state=optim.from_moments(*moments, step, config))
         items["train"] = ocp.args.StandardSave(_parts(state)[1])
-    (run / "checkpoints").mkdir()
+    (run / "checkpoints").mkdir(exist_ok=True)
     with _manager((run / "checkpoints").resolve(), config, tuple(items)) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
     write(run / "config.json", config_lib.to_json(config))

@@ -2,8 +2,9 @@
 
     python tools/bench_run.py [--data DIR] [--model 15m|120m] [--json OUT]
 
-Two figures: the time from the command to its first step, resumed at steps 10, 10^4 and 10^6, over that of a fresh start; the
-time that the loop stands still for a checkpoint, over that of saving it synchronously. `make demo` makes the default data.
+The time from the command to its first step, resumed at steps 10, 10^4 and 10^6, over that of a fresh start; where that time
+goes, with and without compiled programs kept; the time that the loop stands still for a checkpoint, over that of saving it
+synchronously. `make demo` makes the default data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -91,6 +93,27 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
         f.writelines(f'{{"step": {s}, {line}\n' for s in range(1, step + 1))
 
 
+def phases(folder: Path, data: Path, shape: tuple) -> dict[str, str]:
+    """What `train` says of where the time of a start goes: resumed at step 10, without and with compiled programs kept."""
+    out = {}
+    for what in ("compiling", "filling the cache", "from the cache"):
+        config = config_of(folder / "phases", data, shape)
+        shutil.rmtree(config.workdir, ignore_errors=True)
+        _as_if_run_to(config, 10)
+        path = Path(config.workdir + ".py")
+        path.write_text("from tinyllama_jax.config import *\nconfig = " + repr(config) + "\n")
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = os.environ | (cache if "cache" in what else {})
+        command = [sys.executable, "-m", "tinyllama_jax.train", "--config", str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True, cwd=Path(__file__).resolve().parents[1])
+        with process:
+            for line in process.stdout:
+                if line.startswith("started in: "):
+                    out[what] = line.strip()
+                    process.kill()
+    return out
+
+
 def stall(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
     """Seconds that `save` holds the loop, and seconds until the same save is on disk, five times each."""
     config = config_of(folder / "stall", data, shape)
@@ -124,6 +147,9 @@ def main() -> None:
         fresh = median(out["first step seconds"]["at step 0"])
         for what, seconds in out["first step seconds"].items():
             print(f"start to first step {what}: {median(seconds):.2f} s, {median(seconds) / fresh:.2f} of a fresh start")
+        out["phases of a start resumed at step 10"] = phases(Path(name), args.data, SHAPES[args.model])
+        for what, line in out["phases of a start resumed at step 10"].items():
+            print(f"{what}: {line}")
         out["checkpoint seconds"] = stall(Path(name), args.data, SHAPES[args.model])
         blocks, whole = (median(v) for v in out["checkpoint seconds"].values())
         print(f"checkpoint: the loop stands still for {blocks:.3f} s of {whole:.3f} s, {blocks / whole:.3f}")
