@@ -279,6 +279,10 @@ class Chaos:
             kind, method = kinds[i % len(kinds)] if i < len(kinds) else self.rng.choice(kinds)
             cluster = self.start()
             before = cluster.steps()
+            if before >= self.steps:
+                cluster.kill()
+                print("the run is done: no more faults")
+                break
             started = time.monotonic()
             try:
                 getattr(self, method)(cluster)
@@ -327,7 +331,7 @@ def main(argv):
     args = parser.parse_args(argv)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        chaos = Chaos(folder, args.seed, 12 * args.faults + 40, args.devices)
+        chaos = Chaos(folder, args.seed, 20 * args.faults + 40, args.devices)
         try:
             quiet = chaos.finish(Path(folder) / "quiet")
             done = chaos.faults(args.faults, args.only)
