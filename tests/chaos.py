@@ -25,7 +25,7 @@ from pathlib import Path
 
 import jax
 from cluster import Cluster, signal_to
-from conftest import make_tiny_data
+from tiny import make_tiny_data
 
 WAIT = 6  # --train.wait; every process has to end within it and BUSY
 BUSY = 90  # seconds more for a machine that does other things
