@@ -190,7 +190,7 @@ class Chaos:
     def damage_checkpoint(self, cluster, how):
         newest = self.with_checkpoints(cluster)
         if newest is None:
-            return
+            raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")
         files = [f for f in newest.rglob("*") if f.is_file() and f.stat().st_size]
         file = self.rng.choices(files, [f.stat().st_size for f in files])[0]
         if file.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # see UNSEALED in checkpoint.py

@@ -1,10 +1,17 @@
 """Eight virtual CPU devices for the whole session, and small real data: a trained tokenizer, two prepared sources, a config."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # before anything imports jax
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers and all processes they start, as long as the session
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tests-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import signal
 from pathlib import Path

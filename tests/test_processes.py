@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +72,7 @@ def test_when_one_is_gone_the_other_ends_and_says_who(quiet, tiny_config_file, t
     child = run.child(who)
     for pid in (child, run.processes[who].pid) if which == "both" else (child,):
         os.kill(pid, how)
-    started = time.monotonic()
-    codes = run.wait(60)
-    assert time.monotonic() - started < 50, "bounded"  # WAIT, and what a busy machine adds; 50 only says that it ended itself
+    codes = run.wait(60)  # WAIT, and what a busy machine adds; who has not ended by then is killed, and has another code
     other = 1 - who
     assert codes[other] == processes.TRY_AGAIN, (codes, run.output(other))
     assert words.replace("HOST", os.uname().nodename) in run.output(other), run.output(other)
@@ -83,7 +80,7 @@ def test_when_one_is_gone_the_other_ends_and_says_who(quiet, tiny_config_file, t
     signal_to(child, signal.SIGKILL)
 
 
-def test_who_never_comes_is_named(tiny_config_file, tmp_path, monkeypatch):
+def test_who_never_comes_is_named(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, train__wait=2)
     run.processes[1].kill()
     assert run.wait(60)[0] == processes.TRY_AGAIN

@@ -117,11 +117,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
-        params, rest = _parts(abstract)
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(rest))
-        with _read_errors(self._folder / str(step)):
-            restored = self._manager.restore(step, args=items)
-        return TrainState(params=restored["params"], **restored["train"])
+        return _read_state(self._folder / str(step), abstract)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -309,14 +305,17 @@ def restore_params(run: str | Path, abstract: dict) -> tuple[dict, int]:
 
 def restore_state(run: str | Path, step: int, abstract: TrainState) -> TrainState:
     """The state after `step`, as `Checkpoints.restore` gives it, by one who only looks: nothing in RUN is touched."""
-    parts = dict(zip(("params", "train"), _parts(abstract), strict=True))
-    with ocp.StandardCheckpointer() as reader, _read_errors(Path(run) / "checkpoints" / str(step)):
-        restored = {name: reader.restore(_undamaged(run, step, name), part) for name, part in parts.items()}
-    return TrainState(params=restored["params"], **restored["train"])
+    return _read_state(_undamaged(run, step), abstract)
 
 
-def _undamaged(run: str | Path, step: int, part: str) -> Path:
-    """The folder of an item of a checkpoint. Raises UserError if it is damaged, with the newest one before that is not."""
+def _read_state(checkpoint: Path, abstract: TrainState) -> TrainState:
+    params, rest = _parts(abstract)
+    with ocp.StandardCheckpointer() as reader, _read_errors(checkpoint):
+        return TrainState(params=reader.restore(checkpoint / "params", params), **reader.restore(checkpoint / "train", rest))
+
+
+def _undamaged(run: str | Path, step: int, part: str = "") -> Path:
+    """The folder of a checkpoint or of an item of it. Raises UserError if it is damaged, naming the newest whole one before."""
     checkpoint = Path(run).resolve() / "checkpoints" / str(step)
     if reason := damage(checkpoint, part):
         before = [s for s in steps_in(run) if s < step and not damage(checkpoint.parent / str(s), part)]

@@ -224,11 +224,13 @@ class Checkpoint(_Typed):
         super().__post_init__()
         _check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1: a run without a checkpoint cannot go on")
-        _check(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must be 0 (off) or more")
-        for key in ("keep_every", "keep_steps"):
-            for step in [self.keep_every] if key == "keep_every" else self.kept:
+        for key, said, steps in (
+            ("keep_every", self.keep_every, [self.keep_every]),
+            ("keep_steps", self.keep_steps, self.kept),
+        ):
+            for step in steps:
                 remedy = f"no checkpoint is made at {step:,}: checkpoint.every is {self.every:,}"
-                _check(step >= 0 and step % self.every == 0, f"checkpoint.{key}", getattr(self, key), remedy)
+                _check(step >= 0 and step % self.every == 0, f"checkpoint.{key}", said, remedy)
 
     @property
     def kept(self) -> list[int]:

@@ -225,8 +225,6 @@ class Silent:
 
 
 GIVE_UP = 100  # steps in a row that are not finite; fp16's loss scale needs at most 15 to find its value
-
-
 BEFORE, LEAST = 100, 10  # finite steps that a loss is compared with, and how many there must be
 
 

@@ -33,6 +33,8 @@ TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of s
 SPIKE = 3  # exit code when the loss made the run stop (train.spike): run again, the same command would come to it again
 STARTING = 6  # how many times train.wait the way to the first step may take: restoring, compiling
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
+MEANT = (None, 0, SPIKE, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # None: not ended; the others: what all end with alike
+AGAIN = "; run the same command again"
 _CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
 _PLACE = struct.Struct("<qqqq16s")  # process, processes, how often it has moved, step, what it does
 _RECORD = 2_048  # bytes of a file in RUN/processes
@@ -314,52 +316,46 @@ class _Watch:
 
     def verdict(self, settled: bool = False) -> tuple[str, int] | None:
         """(what is wrong with another process, the exit code), if something is."""
+        failed = [p for p in self.others if p.ended not in MEANT]
+        self.trouble = (self.trouble or time.monotonic()) if failed else None
+        return self.absent() or (self.failed(failed, settled) if failed else self.stuck())
+
+    def absent(self) -> tuple[str, int] | None:
         now = time.monotonic()
-        again = "; run the same command again"
-        for other in self.others:
-            if not other.here and now - self.started > self.wait:
-                return f"process {other.index} of {len(self.others) + 1} has not come within {self.wait:g} s{again}", TRY_AGAIN
-            if other.here and other.ended is None and now - other.heard > self.wait:
-                return f"{other} has not been heard of for {self.wait:g} s; it was at {other.where()}{again}", TRY_AGAIN
-        meant = (None, 0, SPIKE, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # what all end with alike
-        failed = [other for other in self.others if other.ended not in meant]
-        self.trouble = (self.trouble or now) if failed else None
-        if failed:
-            for other in failed:
-                if other.last["why"]:  # it knew before us
-                    return other.last["why"], other.ended
-            causes = [p for p in failed if p.ended not in (1, TRY_AGAIN, -signal.SIGABRT)]  # the others are consequences
-            if causes or settled or now - self.trouble > min(self.wait, SETTLE):
-                worst = (causes or failed)[0]
-                if worst.ended != 2:
-                    return worst.end() + again, TRY_AGAIN
-                if settled or now - self.trouble > min(self.wait, SETTLE):  # this one is about to say the same
-                    return f"{worst} ended with an error, which it has printed", 2
-        everyone = [self.own, *self.others]
-        patience = self.wait * (STARTING if self.own.last and self.own.last["doing"] == "starting" else 1)
-        if (
-            not failed
-            and self.own.last
-            and self.own.ended is None
-            and all(p.here for p in everyone)
-            and now - self.own.moved > patience
-        ):
-            running = [p for p in everyone if p.ended is None]
-            least = min(p.last["moves"] for p in running)
-            late = [p for p in running if p.last["moves"] == least]
-            late = [p for p in late if p.last["stopped"]] or late
-            if len(late) < len(running):
-                who = " and ".join(map(str, late))
-                return (
-                    f"{who}: late, at {late[0].where()} for more than {patience:g} s; the others wait for it{again}",
-                    TRY_AGAIN,
-                )
-            hosts = ", ".join(sorted({p.last["host"] for p in everyone}))
-            return (
-                f"no process has moved for {patience:g} s: all are at {self.own.where()}; is the network between {hosts} up?",
-                (TRY_AGAIN),
-            )
+        for p in self.others:
+            if not p.here and now - self.started > self.wait:
+                return f"process {p.index} of {len(self.others) + 1} has not come within {self.wait:g} s{AGAIN}", TRY_AGAIN
+            if p.here and p.ended is None and now - p.heard > self.wait:
+                return f"{p} has not been heard of for {self.wait:g} s; it was at {p.where()}{AGAIN}", TRY_AGAIN
         return None
+
+    def failed(self, failed: list[_Process], settled: bool) -> tuple[str, int] | None:
+        if knew := [p for p in failed if p.last["why"]]:  # before us
+            return knew[0].last["why"], knew[0].ended
+        causes = [p for p in failed if p.ended not in (1, TRY_AGAIN, -signal.SIGABRT)]  # the others are consequences
+        settled = settled or time.monotonic() - self.trouble > min(self.wait, SETTLE)
+        worst = (causes or failed)[0]
+        if worst.ended == 2:  # this process is about to say the same
+            return (f"{worst} ended with an error, which it has printed", 2) if settled else None
+        return (worst.end() + AGAIN, TRY_AGAIN) if causes or settled else None
+
+    def stuck(self) -> tuple[str, int] | None:
+        everyone = [self.own, *self.others]
+        if not all(p.here for p in everyone) or self.own.ended is not None:
+            return None
+        patience = self.wait * (STARTING if self.own.last["doing"] == "starting" else 1)
+        if time.monotonic() - self.own.moved <= patience:
+            return None
+        running = [p for p in everyone if p.ended is None]
+        least = min(p.last["moves"] for p in running)
+        late = [p for p in running if p.last["moves"] == least]
+        late = [p for p in late if p.last["stopped"]] or late
+        if len(late) < len(running):
+            who = " and ".join(map(str, late))
+            return f"{who}: late, at {late[0].where()} for more than {patience:g} s; the others wait for it{AGAIN}", TRY_AGAIN
+        hosts = ", ".join(sorted({p.last["host"] for p in everyone}))
+        nobody = f"no process has moved for {patience:g} s: all are at {self.own.where()}"
+        return f"{nobody}; is the network between {hosts} up?", TRY_AGAIN
 
 
 def _is_stopped(pid: int) -> bool:

@@ -62,9 +62,7 @@ def main(argv: list[str]) -> int:
         for line in [*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]:
             progress.say(line)
         if start >= config.train.steps:
-            progress.say(
-                f"nothing to do: this run is at step {start:,} of {config.train.steps:,}; a larger train.steps goes on"
-            )
+            progress.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps goes on")
 
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
         batches = feed.training(config, sources, program.shape, rows, start)
@@ -93,21 +91,17 @@ def main(argv: list[str]) -> int:
                 with clock.spent_on("elsewhere"):
                     scores = evaluate(program, config, state.params, held_out, step)
                 writer.write(step, scores)
-                progress.say(
-                    f"step {step:,}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_perplexity']:.2f}"
-                )
-            stopping = agreement.stop(
-                stop
-            )  # asked after validation, which can take long: what is left of a grace time is for saving
+                loss, perplexity = scores["val_loss"], scores["val_perplexity"]
+                progress.say(f"step {step:,}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+            # asked after validation, which can take long: what is left of a grace time is for saving
+            stopping = agreement.stop(stop)
             if last or stopping or step % config.checkpoint.every == 0:
                 reporter.report()
                 writer.sync()  # what is on disk never lags behind the checkpoint
                 with clock.spent_on("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
-                progress.say(
-                    f"stopped by {stopping.name} after step {step:,}, which is saved; the same command goes on from it"
-                )
+                progress.say(f"stopped by {stopping.name} after step {step:,}, which is saved; run the same command to go on")
                 return 128 + stopping
     return 0
 

@@ -44,16 +44,21 @@ def config_of(workdir: Path, data: Path, shape: tuple) -> c.Config:
                     log=c.Log(eval_every=10**9))  # fmt: skip
 
 
-def first_step(config: c.Config, step: int) -> float:
-    """Seconds from the command to the line of `step` + 1 in metrics.jsonl."""
-    path, run = Path(config.workdir + ".py"), Path(config.workdir)
+def training(config: c.Config, **how) -> subprocess.Popen:
+    """The command that trains what `config` describes, started; `how`: as Popen takes it."""
+    path = Path(config.workdir + ".py")
     path.write_text("from tinyllama_jax.config import *\nconfig = " + repr(config) + "\n")
     command = [sys.executable, "-m", "tinyllama_jax.train", "--config", str(path)]
+    return subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], **how)
+
+
+def first_step(config: c.Config, step: int) -> float:
+    """Seconds from the command to the line of `step` + 1 in metrics.jsonl."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[1])
+    process = training(config, stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None:
-            with contextlib.suppress(OSError), (run / "metrics.jsonl").open("rb") as f:
+            with contextlib.suppress(OSError), (Path(config.workdir) / "metrics.jsonl").open("rb") as f:
                 f.seek(max(0, f.seek(0, 2) - 200_000))
                 if f'{{"step": {step + 1},'.encode() in f.read():
                     return time.perf_counter() - began
@@ -100,13 +105,9 @@ def phases(folder: Path, data: Path, shape: tuple) -> dict[str, str]:
         config = config_of(folder / "phases", data, shape)
         shutil.rmtree(config.workdir, ignore_errors=True)
         _as_if_run_to(config, 10)
-        path = Path(config.workdir + ".py")
-        path.write_text("from tinyllama_jax.config import *\nconfig = " + repr(config) + "\n")
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         env = os.environ | (cache if "cache" in what else {})
-        command = [sys.executable, "-m", "tinyllama_jax.train", "--config", str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True, cwd=Path(__file__).resolve().parents[1])
-        with process:
+        with training(config, stdout=subprocess.PIPE, env=env, text=True) as process:
             for line in process.stdout:
                 if line.startswith("started in: "):
                     out[what] = line.strip()
