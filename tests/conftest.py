@@ -8,8 +8,9 @@ import tempfile
 # before anything imports jax
 os.environ["JAX_PLATFORMS"] = "cpu"
 # level 0, of LLVM's optimizations: two thirds of the processor time, which is nearly all the compiler's
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers and all processes they start, as long as the session
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tests-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
