@@ -35,7 +35,7 @@ config = Config(
         seed=3_407,
     ),
     # 16 devices = data 2 x fsdp 8: parameters, gradients and moments split over the 8 GPUs of a node, where the links are fast,
-    # and gradients alone averaged between nodes, once a step (hybrid sharding, as v1.1). All 16 in one, as v1.0, is
+    # and gradients alone averaged between nodes, once a micro-batch (hybrid sharding, as v1.1). All 16 in one, as v1.0, is
     # --mesh.data=1 --mesh.fsdp=16: half the state on each, and every layer's weights over the network.
     mesh=Mesh(data=-1, fsdp=8, tensor=1),
     checkpoint=Checkpoint(

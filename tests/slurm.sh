@@ -174,21 +174,7 @@ expect "$job" time-limit COMPLETED 0:0 1
 # A small model on two nodes with two (virtual) devices each: told to stop and queued again, and with a process killed.
 # Either way every step is there once, with the batch and, to rounding, the loss of one process that was left alone.
 export MODULE=tinyllama_jax.train PYTHONPATH=$root:$root/tests JAX_PLATFORMS=cpu
-"$python" - "$folder" <<'PREPARE'
-import json, sys
-from pathlib import Path
-
-import conftest
-from tinyllama_jax.data.prepare import prepare
-
-folder = Path(sys.argv[1])
-texts = conftest.stdlib_texts(24)
-tokenizer = conftest.train_tokenizer(folder / "tokenizer.model", texts, 512)
-for name, documents in {"a": texts[:12], "b": texts[12:]}.items():
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    prepare(train=[folder / f"{name}.jsonl"], tokenizer=tokenizer, output=folder / name, seq_len=16, workers=1)
-(folder / "tiny.py").write_text(conftest.TINY.replace("DATA", str(folder)))
-PREPARE
+"$python" -c 'import sys, pathlib, tiny; tiny.make_tiny_data(pathlib.Path(sys.argv[1]))' "$folder"
 arguments=(--config "$folder/tiny.py" --train.steps=200 --train.seqs_per_device=2 --mesh.data=2 --mesh.fsdp=2 --train.wait=20)
 XLA_FLAGS=--xla_force_host_platform_device_count=4 "$python" -m "$MODULE" "${arguments[@]}" --workdir="$folder/run/one" \
     >"$folder/jobs/one" 2>&1 || fail "one process alone"
