@@ -21,7 +21,7 @@ test: lint $(VENV)/.dev
 
 # the compilers for GPU and TPU, apart: with them installed every command looks for a driver and says that there is none
 test-plan: $(VENV)-plan/.base
-	$(VENV)-plan/bin/python -m pytest -n 2 tests/test_targets.py
+	$(VENV)-plan/bin/python -m pytest -n 2 --dist loadgroup tests/test_compiled.py
 
 ifeq ($(SAME),1)
 test-newer:

@@ -1,52 +1,99 @@
-"""Compiles the train step of a small model for a machine that is not here: `compile_for.py ON DATA,FSDP,DTYPE ...` -> JSON.
+"""Compiles train steps for a machine that is not here: `compile_for.py ON CASE ...` -> JSON.
 
-A process of its own, since compilers keep what they know of one GPU for the next, and write what the tests read to file
-descriptor 2.
+A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for; or
+"3t:SEQUENCES,REMAT": configs/3t.py. A process of its own, since compilers keep what they know of one GPU for the next.
 """
 
 import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu, triton
+from jax.sharding import PartitionSpec as P
 
+from tinyllama_jax import compiled, sharding, step, targets
 from tinyllama_jax import config as c
-from tinyllama_jax import sharding, step, targets
+from tinyllama_jax.kernels import attention
 
 # embedding and head 32,000 x 256 x 4 B = 31 MiB each; 2 micro-batches of 2 sequences a device, the loss in 2 chunks of each
 MODEL = c.Model(3, 256, 4, 2, 768, 32_000, 256, remat="save_matmuls_and_attention", attention="xla", loss_chunk=256)
 SEQUENCES, ACCUMULATION = 2, 2
 
 
-def compiled(on: str, data: int, fsdp: int, reduce_dtype: str) -> dict:
-    """What the tests ask of a program: its collectives, and the elements of each leaf of the state, in all and on a device."""
-    mesh = sharding.make_mesh(c.Mesh(data, fsdp, 1), targets.devices(on))
+def small(data: int, fsdp: int, reduce_dtype: str) -> c.Config:
     model = dataclasses.replace(MODEL, reduce_dtype=reduce_dtype)
     train = c.Train(10, ACCUMULATION * SEQUENCES * data * fsdp * model.seq_len, SEQUENCES)
-    config = c.Config("x", model, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), train, c.Checkpoint(1))
+    optim, mesh = c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Mesh(data, fsdp, 1)
+    return c.Config("x", model, c.Data({"x": 1}), optim, train, c.Checkpoint(1), mesh)
+
+
+def config_of(case: str) -> c.Config:
+    if case.startswith("3t:"):
+        sequences, remat = case[3:].split(",")
+        path = str(Path(__file__).parents[1] / "configs/3t.py")
+        return c.override(c.read(path), {"train.seqs_per_device": sequences, "model.remat": remat})
+    data, fsdp, reduce_dtype = case.split(",")
+    return small(int(data), int(fsdp), reduce_dtype)
+
+
+def overflowing(on: str):
+    """An attention with a kernel in it that wants more memory on the chip than there is."""
+    x = jax.ShapeDtypeStruct((512, 512), "float32")
+
+    def multiply(x_ref, out_ref):  # two tiles of 1 MiB, where a block of an A100 has 163 KiB
+        out_ref[:] = x_ref[:] @ x_ref[:].T
+
+    def copy(x_ref, out_ref, _):
+        out_ref[:] = x_ref[:]
+
+    if on.startswith("v"):
+        product = pl.pallas_call(copy, out_shape=x, scratch_shapes=[tpu.VMEM((8_192, 8_192), "float32")])  # 256 MiB of 128
+    else:
+        product = pl.pallas_call(multiply, out_shape=x, compiler_params=triton.CompilerParams(num_warps=4))
+    run = jax.shard_map(lambda: product(jnp.ones(x.shape, x.dtype))[0, 0], in_specs=(), out_specs=P(), check_vma=False)
+    return lambda q, k, v, **_: q + lax.stop_gradient(run()).astype(q.dtype)
+
+
+def state_of(config: c.Config, machine: targets.Machine) -> list:
+    """Of each leaf of the state: path, elements in all, elements on a device."""
+    mesh = sharding.make_mesh(config.mesh, machine.devices)
     with jax.set_mesh(mesh):
-        program = step.build(config, mesh)
-        batch = step.Batch(
-            jax.ShapeDtypeStruct((*program.shape, model.seq_len + 1), "uint16", sharding=program.batch.tokens),
-            jax.ShapeDtypeStruct(program.shape, "int32", sharding=program.batch.length),
-        )
-        executable = program.train.lower(program.state, batch).compile()
-    state = [
-        (jax.tree_util.keystr(path), leaf.size, math.prod(leaf.sharding.shard_shape(leaf.shape)))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state)
-    ]
-    return {
-        "collectives": [r._asdict() for r in targets.collectives(executable.as_text(), mesh)],
-        "state": state,
-        "peak": executable.memory_analysis().peak_memory_in_bytes,
-    }
+        leaves = jax.tree_util.tree_leaves_with_path(step.build(config, mesh).state)
+    return [(jax.tree_util.keystr(p), leaf.size, math.prod(leaf.sharding.shard_shape(leaf.shape))) for p, leaf in leaves]
+
+
+def main(on: str, cases: list[str]) -> dict:
+    """What the tests ask of each case."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    machine, out = targets.machine(on), {}
+    for case in cases:
+        if case == "overflow":
+            attention.attention = overflowing(on)
+            try:
+                compiled.compile_step(small(1, len(machine.devices), "float32"), machine)
+                out[case] = None
+            except c.UserError as error:
+                out[case] = str(error)
+            continue
+        config = config_of(case)
+        found = compiled.compile_step(config, machine)
+        out[case] = {
+            "collectives": [r._asdict() for r in found.collectives],
+            "state": state_of(config, machine),
+            "peak": found.peak,
+            "memory": found.memory,
+            "expected": found.expected,
+            "notes": found.notes,
+            "attention": found.attention,
+        }
+    return out
 
 
 if __name__ == "__main__":
-    on, *cases = sys.argv[1:]
-    results = {}
-    for case in cases:
-        data, fsdp, reduce_dtype = case.split(",")
-        results[case] = compiled(on, int(data), int(fsdp), reduce_dtype)
-    print(json.dumps(results))
+    print(json.dumps(main(sys.argv[1], sys.argv[2:])))

@@ -19,6 +19,8 @@ RANK = {
     "processes": 0.5,
     "sharding": 1,
     "targets": 1,
+    "hlo": 1,
+    "laws": 1,
     "kernels": 1,
     "data": 2,
     "model": 2,
@@ -33,6 +35,8 @@ RANK = {
     "generate": 5,
     "report": 5,
     "replay": 5.5,
+    "compiled": 4,
+    "plan": 5,
     "convert": 5,
     "train": 6,
     "demo_corpus": 7,
@@ -50,7 +54,7 @@ HOME = {
     "jmp": {"model", "step"},
     "chex": {"step"},
     "tensorboard": {"metrics"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "plan"},
 }
 
 
@@ -106,7 +110,8 @@ def test_config_keys():
 
 def test_sizes_stay_within_budget():
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
-    assert sum(lines.values()) <= 6_600 and lines["train"] <= 220
+    # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each)
+    assert sum(lines.values()) <= 7_550 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

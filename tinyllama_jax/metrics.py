@@ -23,20 +23,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, processes
+from tinyllama_jax import dims, processes, targets
 from tinyllama_jax.config import Config, Model, UserError
 from tinyllama_jax.data import feed
-
-# Peak dense bf16 matmul rate in FLOP/s, by `jax.Device.device_kind`; from the vendors' datasheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def flops_per_token(model: Model) -> dict[str, float]:
@@ -56,18 +45,13 @@ def flops_per_token(model: Model) -> dict[str, float]:
     }
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None if it is not in the table (a CPU, say)."""
-    known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
 class Clock:
     """Time of the steps between two reports, with evaluation left out and waits counted apart."""
 
     def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
         self._tokens_per_step, self._devices = config.train.tokens_per_step, mesh_size
-        self._flops, self._peak = flops_per_token(config.model), peak_flops(device_kind)
+        self._flops, target = flops_per_token(config.model), targets.of(device_kind)
+        self._peak = target.flops if target else None
         self._since, self._step = time.perf_counter(), start
         self._spent = {"data_wait": 0.0, "checkpoint": 0.0, "elsewhere": 0.0}
 

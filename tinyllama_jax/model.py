@@ -147,7 +147,9 @@ class Block(nn.Module):
         q_BSNH = rope(sharding.constrain(project("q", "bsd,dnh->bsnh", h_BSD), "BSNH"), table)
         k_BSKH = rope(sharding.constrain(project("k", "bsd,dkh->bskh", h_BSD), "BSKH"), table)
         v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
-        impl = attention_kernels.choose(model.attention, model.compute_dtype)[0]
+        impl = model.attention
+        if impl == "auto":  # `step.build` has chosen for its mesh
+            impl = attention_kernels.choose(impl, model.compute_dtype)[0]
         if cache is not None:  # decoding: the new keys and values join those before them
             k_BSKH, v_BSKH = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)

@@ -26,7 +26,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
     said = math.prod(n for n in axes.values() if n > 0)
     text = " x ".join(f"{name}={n}" for name, n in axes.items())
     if len(devices) % said or (said != len(devices) and -1 not in axes.values()):
-        raise UserError(f"--mesh: {text} does not come to the {len(devices)} devices here; set one axis to -1 for the rest")
+        raise UserError(
+            f"--mesh: {text} does not come to the {len(devices)} devices here; set one axis to -1 for the rest, "
+            "such as --mesh.data=1 --mesh.fsdp=-1"
+        )
     shape = tuple(len(devices) // said if n == -1 else n for n in axes.values())
     return jax.make_mesh(shape, tuple(axes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 

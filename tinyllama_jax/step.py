@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import model, optim, sharding
 from tinyllama_jax.config import Config
+from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
 
@@ -42,6 +44,15 @@ class Batch(NamedTuple):
 
     tokens: jax.Array
     length: jax.Array
+
+
+def shape_of_batch(program: Program, seq_len: int) -> Batch:
+    """What `program.train` takes, to compile it without data. Tokens are uint16, as those of up to 65,536 pieces are stored."""
+    tokens, length = program.batch
+    return Batch(
+        jax.ShapeDtypeStruct((*program.shape, seq_len + 1), jnp.uint16, sharding=tokens),
+        jax.ShapeDtypeStruct(program.shape, jnp.int32, sharding=length),
+    )
 
 
 def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tuple[int, ...]) -> Batch:
@@ -194,6 +205,8 @@ def weight_of(place: jax.Array) -> jax.Array:
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     """Jit everything for `mesh`: the one place where shardings and donation are put on. Raises UserError."""
+    impl, _ = attention.choose(config.model.attention, config.model.compute_dtype, mesh.devices.flat[0])
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl))
     n_devices = sharding.batch_devices(mesh)
     accumulation = config.accumulation(n_devices)
     by_name = sharding.parameter_shardings(mesh, config.model)

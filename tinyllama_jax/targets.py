@@ -1,14 +1,14 @@
-"""Machines that are not here: their devices for a mesh to compile for, and what a compiled program sends between them."""
+"""Accelerators: what one of each can do, holds and costs, and devices of it to compile for where there are none."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from tinyllama_jax.config import UserError
@@ -16,174 +16,167 @@ from tinyllama_jax.config import UserError
 PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
 
 
+class Sm(NamedTuple):
+    """What XLA's GPU compiler has to know of the multiprocessors (its names: device_description.proto of XLA)."""
+
+    capability: tuple[int, int]  # compute capability
+    count: int
+    lanes: int  # fp32 operations a clock, each
+    clock: float  # GHz, boost
+    l2: int  # bytes
+    threads: int  # resident at once, each
+    shared: int  # bytes of shared memory, each; a block can have 1 KB less
+
+
 class Target(NamedTuple):
-    """A kind of accelerator. What a compiler must know of it is in `config`, from published facts alone."""
+    """A kind of accelerator. Bytes, bytes/s and FLOP/s of one device unless it says otherwise; 1 GB = 10^9."""
 
-    platform: str  # PJRT plugin: "cuda" or "tpu"
-    memory: int  # bytes of one device
-    shape: str  # how many of them, as an example of what follows the colon
+    kind: str  # how `jax.Device.device_kind` begins
+    shape: str  # an example of what follows the colon: NODESxGPUS, or a TPU slice's chips along each axis
+    memory: int  # what programs can be given in all, as the driver or the TPU compiler says
+    usable: float  # the part of it that one program may plan with
+    flops: float  # peak of dense bf16 matmuls with fp32 accumulation
+    bandwidth: float  # of memory
+    link: float  # to the other devices of its node or slice, in one direction, all links together
+    between: float  # of a NODE to the other nodes, in one direction; 0 for a TPU slice, which is one node
+    price: float  # USD an hour, on demand
+    mfu: float  # the part of the peak that the best public run of a ~1B model reaches, counting executed matmuls alone
     source: str
-    config: str = ""  # GPUs: a GpuTargetConfigProto as text (field names: xla/stream_executor/device_description.proto)
+    sm: Sm | None = None  # GPUs
+
+    @property
+    def platform(self) -> str:
+        """The PJRT plugin that compiles for it."""
+        return "cuda" if self.sm else "tpu"
 
 
+# Of a GPU's memory a program gets XLA_PYTHON_CLIENT_MEM_FRACTION (0.75 unless set), and outside of the compiler's count lie
+# NCCL's buffers, cuBLAS's workspace and fragmentation. TPU compilers count everything, and refuse what does not fit.
+GPU, TPU = 0.90, 1.0
+_A100 = "NVIDIA A100 datasheet and architecture whitepaper; CUDA programming guide, compute capability 8.0; "
+_H100 = "NVIDIA Hopper whitepaper; CUDA programming guide, compute capability 9.0; "
+_EFA = "400 Gb/s of EFA a node"
 TARGETS = {
-    "a100-40g": Target(
-        platform="cuda",
-        memory=40_536 * 2**20,  # what the driver reports of the 40 GB
-        shape="2x8",  # NODES x GPUS of each
-        source="NVIDIA A100 datasheet (1,555 GB/s); A100 architecture whitepaper, table 4 (108 SMs x 64 FP32 lanes, 40 MB L2, "
-        "1,410 MHz); CUDA C++ programming guide, compute capability 8.0 (164 KB of shared memory an SM, 163 KB a block)",
-        config="""
-            gpu_device_info {
-              cuda_compute_capability { major: 8 }
-              core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
-              memory_bandwidth: 1555000000000 l2_cache_size: 41943040 device_memory_size: 42505076736
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-              registers_per_core_limit: 65536 registers_per_block_limit: 65536
-              shared_memory_per_block: 49152 shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936
-              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-            }
-            platform_name: "CUDA"
-            dnn_version_info { major: 9 minor: 8 }
-        """,  # cuDNN: the oldest that jax's CUDA plugin takes
-    ),
-    "v5e": Target(
-        platform="tpu",
-        memory=16 * 2**30,
-        shape="4x4",  # chips along each axis of the slice
-        source="cloud.google.com/tpu/docs/v5e: 16 GB of HBM2 a chip, slices of 1x1 to 16x16 chips",
-    ),
-}
+    "a100-40g": Target("NVIDIA A100", "2x8", 42_298_834_944, GPU, 312e12, 1.555e12, 300e9, 50e9, 2.745, 0.52,
+        _A100 + f"AWS p4d.24xlarge: {_EFA}, 21.96 USD an hour for 8 (2026-09; 32.77 before 2025-06); MFU: TinyLlama, 24,000 "
+        "tokens/s",
+        Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
+    "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, GPU, 312e12, 2.039e12, 300e9, 50e9, 3.431, 0.52,
+        _A100 + f"AWS p4de.24xlarge: {_EFA}, 27.45 USD an hour for 8 (2026); MFU: llm-foundry's 1b, 24,200 tokens/s",
+        Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
+    "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, GPU, 989e12, 3.352e12, 450e9, 400e9, 6.88, 0.37,
+        _H100 + "AWS p5.48xlarge: 3,200 Gb/s a node, 55.04 USD an hour for 8 (2026-07); MFU: llm-foundry's 1b, 54,000 tokens/s",
+        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
+    "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, GPU, 989e12, 4.8e12, 450e9, 400e9, 7.912, 0.37,
+        _H100 + "NVIDIA H200 datasheet; AWS p5en.48xlarge: 3,200 Gb/s a node, 63.30 USD an hour for 8 (2026-08); MFU: as h100",
+        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
+    "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, GPU, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, 0.50,
+        "NVIDIA GA102 whitepaper; CUDA programming guide, compute capability 8.6; PCIe 4.0 x16, 20 to 23 GB/s as users measure "
+        "it; between nodes 10 Gb/s and MFU: assumed; RunPod, 0.50 USD an hour (2026-09)",
+        Sm((8, 6), 82, 128, 1.695, 6_291_456, 1_536, 102_400)),
+    "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, GPU, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, 0.50,
+        "NVIDIA Ada whitepaper 2.02, appendix A; CUDA programming guide, compute capability 8.9; no NVLink nor peer-to-peer: "
+        "31 GB/s both ways through the host (Puget Systems, 2023); between nodes 10 Gb/s and MFU: assumed; RunPod, 0.74 USD an "
+        "hour (2026-10)",
+        Sm((8, 9), 128, 128, 2.52, 75_497_472, 1_536, 102_400)),
+    "v4": Target("TPU v4", "2x2x4", 33_014_415_360, TPU, 275e12, 1.2e12, 300e9, 0, 3.22, 0.39,
+        "docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB of which 30.75 can be used, 6 links of 50 GB/s; 3.22 USD an "
+        "hour; MFU: 16,000 tokens/s, from MaxText's larger models"),
+    "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, TPU, 197e12, 0.819e12, 200e9, 0, 1.20, 0.45,
+        "docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 15.75 GiB to use, 400 GB/s both ways; 1.20 USD an hour; MFU: "
+        "Marin's 1.2b, 13,000 tokens/s"),
+    "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, TPU, 459e12, 2.765e12, 600e9, 0, 4.20, 0.44,
+        "docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95.74 GiB to use, 1,200 GB/s both ways; 4.20 USD an hour; MFU: "
+        "Marin's 1.2b, 30,000 tokens/s"),
+    "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, TPU, 918e12, 1.638e12, 400e9, 0, 2.70, 0.35,
+        "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour; MFU: "
+        "47,000 tokens/s, none public at this size"),
+}  # fmt: skip
 
 
-def devices(on: str) -> list[jax.Device]:
-    """The devices of `on`, "a100-40g:2x8" (NODESxGPUS) or "v5e:4x4" (the slice), to make a mesh from and compile for.
+def of(device_kind: str) -> Target | None:
+    """The target of a device that is here, or None if it is none of them (a CPU, say)."""
+    known = [target for target in TARGETS.values() if device_kind.startswith(target.kind)]
+    return max(known, key=lambda target: len(target.kind), default=None)
 
-    They hold no arrays and run nothing. The CUDA plugin stops a machine without a driver unless JAX_PLATFORMS=cpu is set
-    before jax starts. Raises UserError for a target that is not known, not installed or not of a size that exists.
+
+class Machine(NamedTuple):
+    """What `--on` names."""
+
+    on: str  # as --on has it
+    target: Target | None  # None for a CPU
+    devices: list[jax.Device]  # in the order of nodes
+    per_node: int  # devices of one node
+
+    @property
+    def budget(self) -> int:
+        """Bytes of one device that a program may plan with: of a CPU's, an equal part of what this machine has."""
+        if self.target is None:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.devices)
+        return int(self.target.memory * self.target.usable)
+
+
+def machine(on: str) -> Machine:
+    """The machine `on`: "a100-40g:2x8" (NODESxGPUS), "v5e:4x4" (a TPU slice) or "cpu:8" (virtual devices).
+
+    Its devices hold no arrays and run nothing, but for a CPU's. Raises UserError for a target that is not known, not installed
+    or not of a size that exists. Where jax's CUDA plugin is installed and no driver is, JAX_PLATFORMS=cpu must have been set
+    before jax was imported.
     """
     name, _, shape = on.partition(":")
+    if name == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
+        return Machine(on, None, _virtual(on, int(shape)), int(shape))
     if name not in TARGETS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
         known = ", ".join(f"{n}:{t.shape}" for n, t in TARGETS.items())
-        raise UserError(f"--on={on}: not a known target and its size; choose one like {known}")
+        raise UserError(f"--on={on}: not a known target and its size; choose one like {known}, cpu:8")
     target = TARGETS[name]
     if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS[target.platform]):
         raise UserError(f"--on={on}: the compiler for {target.platform} is not installed; pip install '.[plan]'")
     try:
-        if target.platform == "cuda":
-            topology = topologies.get_topology_desc(platform="cuda", target_config=target.config, topology=f"1x{shape}")
-        else:
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=on)
+        if target.sm:
+            nodes, _, per_node = shape.partition("x")
+            description = topologies.get_topology_desc(
+                platform="cuda", target_config=_target_config(target), topology=f"1x{int(nodes)}x{int(per_node)}"
+            )
+            return Machine(on, target, list(description.devices), int(per_node))
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of a metadata server that is not there
+        devices = _slice(name, shape)
+        return Machine(on, target, devices, len(devices))
     except (RuntimeError, ValueError) as e:  # jax's errors of the plugin are RuntimeErrors
         raise UserError(f"--on={on}: no such machine, says the compiler ({str(e).splitlines()[0]})") from e
-    return list(topology.devices)
 
 
-# -- what a compiled program sends ---------------------------------------------------------------------------------------
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\(([^)]*)\)(.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
-
-
-class Collective(NamedTuple):
-    """One array that a program sends between devices (XLA packs several into one operation)."""
-
-    kind: str  # of KINDS. TPU compilers make rings of collective-permutes out of gathers and reduce-scatters next to a matmul
-    dtype: str  # as in HLO: "bf16"
-    bytes: int  # of the whole array, before it is split or after it is gathered; of a permute, what one device sends
-    axes: tuple[str, ...]  # the mesh axes whose devices take part together
-    size: int  # how many devices that is
-    trips: int  # how often a step does it: the product of the loops around it
-    layers: bool  # inside the loop over layers
-    op_name: str  # where jax made it, as far as the compiler kept that; also says which loop
+def _virtual(on: str, n: int) -> list[jax.Device]:
+    try:
+        jax.config.update("jax_num_cpu_devices", n)
+    except RuntimeError:  # jax has looked for its devices already
+        if len(jax.devices("cpu")) < n:
+            raise UserError(f"--on={on}: this process has {len(jax.devices('cpu'))} devices") from None
+    return jax.devices("cpu")[:n]
 
 
-def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """Every collective in `hlo`, the text of a program compiled for `mesh` (`compiled.as_text()`)."""
-    types, called_by, found, bounds, computation = {}, {}, {}, {}, ""
-    for line in hlo.splitlines():
-        if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
-            computation = header[1]
-        if not (m := _INSTRUCTION.match(line)):
-            continue
-        name, types[name], op, operands, rest = m[1], m[2], m[3], m[4], m[5]
-        if op == "constant" and operands.isdigit():
-            bounds.setdefault(computation, []).append(int(operands))
-        for callee in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(rest))):
-            called_by.setdefault(callee, (computation, op, rest))
-        kind = op.removesuffix("-start")
-        if kind in KINDS:
-            # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name
-            part = (kind, re.search(r"channel_id=\d+|$", rest)[0] or name, types[name].split("{")[0], _op_name(rest))
-            found.setdefault(part, (operands, rest, computation))
-
-    def loops(inner: str) -> list[tuple[int, str]]:  # (trips, op_name) of each loop around a computation
-        out = []
-        while inner in called_by:
-            inner, op, rest = called_by[inner]
-            if op == "while":
-                trips = re.search(
-                    r'"known_trip_count":\{"n":"(\d+)"', rest
-                )  # TPU compilers leave it to the condition's constant
-                limit = max(bounds.get(re.search(r"condition=%([\w.-]+)", rest)[1], [1]))
-                out.append((int(trips[1]) if trips else limit, _op_name(rest)))
-        return out
-
-    out = []
-    for (kind, *_), (operands, rest, computation) in found.items():
-        axes = _axes(rest, mesh)
-        size = math.prod(mesh.shape[a] for a in axes)
-        around = loops(computation)
-        if "all-reduce-scatter" in computation:  # how TPU compilers write a reduce-scatter: an all-reduce fused with a slice
-            kind = "reduce-scatter"
-        for operand in re.findall(r"%([\w.-]+)", operands):
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", types[operand]):
-                n_bytes = math.prod(int(d) for d in dims.split(",") if d) * _bits(dtype) // 8
-                out.append(
-                    Collective(
-                        kind=kind,
-                        dtype=dtype,
-                        bytes=n_bytes * (size if kind == "all-gather" else 1),
-                        axes=axes,
-                        size=size,
-                        trips=math.prod(trips for trips, _ in around),
-                        layers=any(re.search(r"Llama[^/]*/while", name) for _, name in around),
-                        op_name=_op_name(rest) or (around[0][1] if around else ""),
-                    )
-                )
-    return out
+def _slice(name: str, shape: str) -> list[jax.Device]:
+    chips = math.prod(int(n) for n in shape.split("x"))
+    if name in ("v5e", "v6e") and shape == "1x1":  # the smallest that the compiler describes has four
+        shape = "2x2"
+    more = {"chip_config_name": "megacore"} if name == "v4" else {}  # a chip's two cores as one device
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more).devices)[:chips]
 
 
-def _op_name(rest: str) -> str:
-    name = re.search(r'op_name="([^"]*)"', rest)
-    return name[1] if name else ""
-
-
-def _bits(dtype: str) -> int:
-    return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-
-
-def _axes(rest: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    """The mesh axes that differ within a group of devices (which HLO counts in the order of the mesh)."""
-    names, sizes = mesh.axis_names, mesh.devices.shape
-    number = lambda text: [int(n) for n in re.findall(r"\d+", text)]
-    if m := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
-        groups = [number(group) for group in re.findall(r"\{([\d,]+)\}", m[1])]
-    elif m := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        order = np.arange(math.prod(sizes)).reshape(number(m[3])).transpose(number(m[4]) if m[4] else None)
-        groups = order.reshape(int(m[1]), int(m[2]))
-    elif m := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", rest):
-        order = np.arange(math.prod(sizes))
-        if m[2]:
-            order = order.reshape(number(m[2])).transpose(number(m[3]) if m[3] else None)
-        own = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
-        joined = re.findall(r"'(\w+)'", m[4])
-        order = order.reshape([int(n) for n in own.values()])
-        groups = np.moveaxis(order, [list(own).index(a) for a in joined], range(-len(joined), 0))
-        groups = groups.reshape(-1, math.prod(int(own[a]) for a in joined))
-    else:
-        return tuple(names)  # replica_groups={}: all devices
-    places = np.stack([np.stack(np.unravel_index(np.asarray(group), sizes)) for group in groups])  # [group, axis, member]
-    differ = (places != places[:, :, :1]).any(axis=(0, 2))
-    return tuple(name for name, d in zip(names, differ, strict=True) if d)
+def _target_config(target: Target) -> str:
+    """A GpuTargetConfigProto as text."""
+    sm = target.sm
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {sm.capability[0]} minor: {sm.capability[1]} }}
+          core_count: {sm.count} fpus_per_core: {sm.lanes} clock_rate_ghz: {sm.clock}
+          memory_bandwidth: {round(target.bandwidth)} l2_cache_size: {sm.l2} device_memory_size: {target.memory}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {sm.threads}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          shared_memory_per_block: 49152 shared_memory_per_core: {sm.shared}
+          shared_memory_per_block_optin: {sm.shared - 1_024}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 8 }}
+    """  # cuDNN: the oldest that jax's CUDA plugin takes

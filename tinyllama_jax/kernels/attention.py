@@ -14,10 +14,13 @@ from tinyllama_jax.config import UserError
 QUERY_BLOCK = 512  # queries whose scores exist at one time in "xla": B x N x 512 x T, never S x T
 
 
-def choose(impl: str, dtype: str) -> tuple[str, str]:
-    """What "auto" means on this machine: (implementation, reason). Raises UserError if a named one cannot run here."""
-    backend = jax.default_backend()
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
+def choose(impl: str, dtype: str, device: jax.Device | None = None) -> tuple[str, str]:
+    """What "auto" means on `device` (the first one here if None): (implementation, reason).
+
+    Raises UserError if a named one cannot run there.
+    """
+    device = device or jax.devices()[0]
+    backend, capability = device.platform, getattr(device, "compute_capability", "0")
     flash = backend == "gpu" and float(capability or 0) >= 8.0 and dtype != "float32"
     if impl == "auto":
         if flash:

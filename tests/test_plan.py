@@ -1,0 +1,216 @@
+"""The plan's arithmetic, by hand and against programs compiled here for virtual devices; the command as a user runs it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tinyllama_jax import compiled, dims, hlo, laws, plan, sharding, targets
+from tinyllama_jax import config as c
+
+ROOT = Path(__file__).parents[1]
+FP32 = "params=float32,compute=float32,output=float32"
+# S = 16 is less than one block of queries: attention is two plain matmuls
+MODEL = c.Model(3, 64, 4, 2, 96, 128, 16, precision=FP32, residual="float32", attention="xla")
+
+
+def config_of(remat="none", mesh=(2, 2, 2), seqs=2, accumulation=2):
+    train = c.Train(10, accumulation * seqs * mesh[0] * mesh[1] * MODEL.seq_len, seqs)
+    model = dataclasses.replace(MODEL, remat=remat)
+    return c.Config("x", model, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), train, c.Checkpoint(1), c.Mesh(*mesh))
+
+
+def step_of(**how):
+    jax.devices()  # 8, before a machine of fewer is asked for
+    return compiled.compile_step(config_of(**how), targets.machine("cpu:8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache():
+    """As the command has it: a program from the cache leaves no record of its memory."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.fixture(scope="module")
+def none():
+    return step_of()
+
+
+@pytest.fixture(scope="module")
+def full():
+    return step_of(remat="full", mesh=(1, 8, 1))
+
+
+def test_executed_flops_by_hand(none, full):
+    """Forward once, backward twice; with remat "full" the layers' forward once more, but for the last matmul of each."""
+    tokens = none.config.train.tokens_per_step
+    layers = sum(dims.n_elements(p, MODEL) for p in dims.PARAMETERS if p.fan_in and p.dims[0] == "L")
+    attention = 4 * MODEL.n_layers * MODEL.n_heads * MODEL.d_head * MODEL.seq_len  # all of S x S: XLA leaves nothing out
+    forward = 2 * layers + attention
+    head = 3 * 2 * 64 * 128
+    assert none.flops == tokens * (3 * forward + head)
+    down = 2 * MODEL.n_layers * MODEL.d_ff * MODEL.d_model
+    assert full.flops == full.config.train.tokens_per_step * (4 * forward - down + head)
+
+
+def test_memory_by_kind_is_what_the_program_holds(none, full):
+    n = dims.n_parameters(MODEL)
+    for found, parts in ((none, 4), (full, 8)):
+        split = sum(dims.n_elements(p, MODEL) for p in dims.PARAMETERS if "D" in p.dims and len(p.dims) > 2)
+        assert n / parts <= found.memory["params"] / 4 < (n - split) + split / parts
+        assert found.memory["optimizer"] == 2 * found.memory["params"] + 4  # and a counter
+        assert found.memory["params"] < found.memory["gradients"] < 2.5 * found.memory["params"]
+        assert found.expected["gradients"] == 2 * found.memory["params"]
+        assert sum(found.memory.values()) == found.peak
+    assert full.expected["activations"] == 3 * 2 * 16 * 64 * 4  # a layer's input alone, [L, b, S, D]
+    assert full.memory["activations"] == full.expected["activations"]
+    assert none.memory["activations"] > 8 * full.memory["activations"]  # on a quarter of the devices' batch, half of it split
+
+
+def test_wire_time_by_hand():
+    """8 bytes over 4 devices of one node, and over 2 of two; two nodes of four."""
+    devices = jax.devices()
+    target = targets.TARGETS["a100-40g"]._replace(link=100.0, between=10.0)
+    machine = targets.Machine("a100-40g", target, devices, 4)
+    mesh = sharding.make_mesh(c.Mesh(2, 4, 1), devices)
+    one = lambda kind, axes, size: hlo.Collective(kind, "f32", 8, axes, size, 3, False, "")
+    seconds = lambda *found: compiled.wire_seconds(list(found), mesh, machine)
+    assert seconds(one("all-gather", ("fsdp",), 4)) == pytest.approx(3 * 8 * 3 / 4 / 100)
+    assert seconds(one("all-reduce", ("fsdp",), 4)) == pytest.approx(3 * 2 * 8 * 3 / 4 / 100)
+    # of two nodes: 4 groups of one device on each send 8 x 1/2 twice, through one way out
+    assert seconds(one("all-reduce", ("data",), 2)) == pytest.approx(3 * 2 * 8 / 2 * 4 / 10)
+    assert seconds(one("reduce-scatter", ("data", "fsdp"), 8)) == pytest.approx(3 * 8 * 7 / 8 / 10)  # one group of all
+    assert seconds(one("collective-permute", ("fsdp",), 4), one("all-reduce", (), 1)) == pytest.approx(3 * 8 / 100)
+
+
+def test_what_a_step_should_not_send_is_named():
+    mesh = sharding.make_mesh(c.Mesh(2, 4, 1))
+    one = lambda kind, dtype, axes, n=2 * compiled.LARGE: hlo.Collective(kind, dtype, n, axes, 4, 1, False, "")
+    good = [one("all-reduce", "f32", ("data",)), one("all-gather", "bf16", ("fsdp",)), one("reduce-scatter", "f32", ("fsdp",)),
+            one("all-reduce", "f32", ("fsdp",), 4)]  # fmt: skip
+    assert compiled.unwanted(good, mesh) == []
+    bad = [
+        one("all-reduce", "f32", ("data", "fsdp")),
+        one("all-to-all", "bf16", ("fsdp",)),
+        one("all-gather", "u16", ("fsdp",)),
+    ]
+    assert [line.split(":")[0] for line in compiled.unwanted(bad + good, mesh)] == [
+        "all-reduce of f32 over data x fsdp", "all-to-all of bf16 over fsdp", "all-gather of u16 over fsdp"]  # fmt: skip
+
+
+def test_the_largest_that_fits_and_the_nearest_change_are_those_of_trying_all(monkeypatch):
+    wide = {"mesh": (1, 8, 1), "seqs": 8, "accumulation": 4}
+    machine = targets.machine("cpu:8")
+    peaks = {
+        n: compiled.compile_step(plan._with(config_of(**wide), train__seqs_per_device=n), machine).peak
+        for n in (1, 2, 4, 8, 16, 32)
+    }
+    assert sorted(peaks.values()) == list(peaks.values())
+    for limit in (peaks[4], peaks[8], peaks[8] - 1, peaks[16] - 1, 2 * peaks[16]):
+        monkeypatch.setattr(targets.Machine, "budget", limit)
+        now = step_of(**wide)
+        fit = [n for n, peak in peaks.items() if peak <= limit]
+        assert plan.most_sequences(now)[0] == fit[-1]
+        if not now.fits:
+            change, other = plan.nearest(now)
+            assert change == {"train.seqs_per_device": fit[-1]} and other.peak == peaks[fit[-1]]
+    monkeypatch.setattr(targets.Machine, "budget", peaks[1] - 1)
+    change, other = plan.nearest(step_of(**wide))
+    assert change["model.remat"] != "none" and other.peak < peaks[1] and other.config.train.seqs_per_device == 1
+    monkeypatch.setattr(targets.Machine, "budget", 1_000)
+    assert plan.nearest(step_of(**wide)) is None
+
+
+def test_a_refusal_for_memory_is_told_from_another():
+    of = lambda text: compiled._refused_memory(text, 2**20)
+    assert of("Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded") == int(17.5 * 2**30)
+    assert (
+        of("Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds available HBM")
+        == 513 * 2**20
+    )
+    assert of("Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem.") == 0
+
+
+def command(tmp_path, *argv):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyllama_jax.plan", *argv], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+KEYS = """config target mesh parameters peak_bytes_per_device budget_bytes fits seqs_per_device accumulation flops_per_token
+collectives tokens_per_second days cost"""
+
+
+def test_the_command_on_virtual_devices(tiny_config_file, tmp_path):
+    argv = "--config", str(tiny_config_file), "--on", "cpu:4", "--mesh.fsdp=-1", "--train.seqs_per_device=1", "--json"
+    code, out, err = command(tmp_path, *argv)
+    assert code == 0, err
+    out = json.loads(out)
+    assert list(out)[:14] == KEYS.split()
+    assert out["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and (out["seqs_per_device"], out["accumulation"]) == (1, 2)
+    assert out["fits"] and out["peak_bytes_per_device"] < 2**24 < out["budget_bytes"] and out["largest_seqs_per_device"] == 2
+    assert out["tokens_per_second"] is out["cost"] is None  # what a CPU will do is nobody's published fact
+    assert {r["kind"] for r in out["collectives"]} >= {"all-gather", "all-reduce"} and out["config"]["model.d_model"] == 32
+    assert "memory of a device" in err and "fits: " in err
+
+
+def test_sweep_is_best_first_and_drawn(tiny_config_file, tmp_path):
+    argv = (
+        "--config",
+        str(tiny_config_file),
+        "--on",
+        "cpu:2",
+        "--mesh.fsdp=2",
+        "--train.tokens_per_step=64",
+        "--sweep",
+        "--json",
+    )
+    code, out, err = command(tmp_path, *argv)
+    assert code == 0, err
+    rows = json.loads(out)
+    assert {(r["mesh"]["fsdp"], r["remat"], r["seqs_per_device"]) for r in rows} == {
+        (fsdp, remat, n) for fsdp in (1, 2) for remat in c.REMAT for n in (1, 2)}  # fmt: skip
+    assert [r["peak_bytes_per_device"] for r in rows] == sorted(r["peak_bytes_per_device"] for r in rows)
+    assert (tmp_path / "plan-cpu-2.png").stat().st_size > 10_000
+
+
+def test_scaling_laws_of_the_command(tmp_path):
+    code, out, err = command(tmp_path, "--law", "inference", "--inference-tokens", "1e12", "--json", "--picture", "curve.png")
+    assert code == 0, err
+    out = json.loads(out)
+    assert out["model"]["size"] == 1_100_048_384 and out["model"]["tokens"] == 1_430_512 * 2_097_152
+    assert out["model"]["over_training"] == pytest.approx(3.73, abs=0.01)
+    loss, best = out["model"]["loss"], out["same_loss_optimum"]
+    assert laws.HOFFMANN.loss(**best) == pytest.approx(loss) and best["size"] < out["same_loss_cheapest"]["size"]
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    code, out, _ = command(tmp_path, "--law", "chinchilla", "--flops", "5.76e23", "--fit", "besiroglu")
+    assert code == 0 and "loss for 5.76e+23 training FLOPs: 72.25B parameters on 1,329B tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--on", "cpu:2"], "--config FILE and --on TARGET are needed"),
+        (["--config", "CONFIG"], "--config FILE and --on TARGET are needed"),
+        (["--config", "CONFIG", "--on", "cpu:2", "--mesh.data=4"],
+         "the 2 devices here; set one axis to -1 for the rest, such as --mesh.data=1 --mesh.fsdp=-1"),
+        (["--config", "CONFIG", "--on", "cpu:2", "--train.seqs_per_device=3"], "--train.seqs_per_device=3: 8 sequences a step"),
+        (["--config", "CONFIG", "--on", "cpu:2", "--model.attention=cudnn"], "--model.attention=cudnn: needs"),
+        (["--config", "nowhere.py", "--on", "cpu:2"], "nowhere.py: no such file"),
+        (["--law", "chinchilla", "--train.steps=3"], "--train.steps=3: is no option of --law"),
+        (["--law", "chinchilla", "--flops", "-1"], "argument --flops"),
+    ],
+)  # fmt: skip
+def test_mistakes(argv, words, tiny_config_file, tmp_path):
+    code, _, err = command(tmp_path, *(str(tiny_config_file) if word == "CONFIG" else word for word in argv))
+    assert code == 2 and words in err and "Traceback" not in err, err

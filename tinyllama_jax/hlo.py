@@ -1,0 +1,156 @@
+"""What a compiled program sends between devices and holds in memory, read from the text that XLA writes of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\(([^)]*)\)(.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
+
+
+class Collective(NamedTuple):
+    """One array that a program sends between devices (XLA packs several into one operation)."""
+
+    kind: str  # of KINDS. TPU compilers make rings of collective-permutes out of gathers and reduce-scatters next to a matmul
+    dtype: str  # as in HLO: "bf16"
+    bytes: int  # of the whole array, before it is split or after it is gathered; of a permute, what one device sends
+    axes: tuple[str, ...]  # the mesh axes whose devices take part together
+    size: int  # how many devices that is
+    trips: int  # how often a step does it: the product of the loops around it
+    layers: bool  # inside the loop over layers
+    op_name: str  # where jax made it, as far as the compiler kept that; also says which loop
+
+
+def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """Every collective in `hlo`, the text of a program compiled for `mesh` (`compiled.as_text()`)."""
+    types, called_by, found, bounds, computation = {}, {}, {}, {}, ""
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
+            computation = header[1]
+        if not (m := _INSTRUCTION.match(line)):
+            continue
+        name, types[name], op, operands, rest = m[1], m[2], m[3], m[4], m[5]
+        if op == "constant" and operands.isdigit():
+            bounds.setdefault(computation, []).append(int(operands))
+        for callee in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(rest))):
+            called_by.setdefault(callee, (computation, op, rest))
+        kind = op.removesuffix("-start")
+        if kind in KINDS:
+            # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name
+            part = (kind, re.search(r"channel_id=\d+|$", rest)[0] or name, types[name].split("{")[0], _op_name(rest))
+            found.setdefault(part, (operands, rest, computation))
+
+    def loops(inner: str) -> list[tuple[int, str]]:  # (trips, op_name) of each loop around a computation
+        out = []
+        while inner in called_by:
+            inner, op, rest = called_by[inner]
+            if op == "while":
+                trips = re.search(
+                    r'"known_trip_count":\{"n":"(\d+)"', rest
+                )  # TPU compilers leave it to the condition's constant
+                limit = max(bounds.get(re.search(r"condition=%([\w.-]+)", rest)[1], [1]))
+                out.append((int(trips[1]) if trips else limit, _op_name(rest)))
+        return out
+
+    out = []
+    for (kind, *_), (operands, rest, computation) in found.items():
+        axes = _axes(rest, mesh)
+        size = math.prod(mesh.shape[a] for a in axes)
+        around = loops(computation)
+        if "all-reduce-scatter" in computation:  # how TPU compilers write a reduce-scatter: an all-reduce fused with a slice
+            kind = "reduce-scatter"
+        for operand in re.findall(r"%([\w.-]+)", operands):
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", types[operand]):
+                n_bytes = math.prod(int(d) for d in dims.split(",") if d) * _bits(dtype) // 8
+                out.append(
+                    Collective(
+                        kind=kind,
+                        dtype=dtype,
+                        bytes=n_bytes * (size if kind == "all-gather" else 1),
+                        axes=axes,
+                        size=size,
+                        trips=math.prod(trips for trips, _ in around),
+                        layers=any(re.search(r"Llama[^/]*/while", name) for _, name in around),
+                        op_name=_op_name(rest) or (around[0][1] if around else ""),
+                    )
+                )
+    return out
+
+
+def _op_name(rest: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', rest)
+    return name[1] if name else ""
+
+
+def _bits(dtype: str) -> int:
+    return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+
+
+def _axes(rest: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """The mesh axes that differ within a group of devices (which HLO counts in the order of the mesh)."""
+    names, sizes = mesh.axis_names, mesh.devices.shape
+    number = lambda text: [int(n) for n in re.findall(r"\d+", text)]
+    if m := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
+        groups = [number(group) for group in re.findall(r"\{([\d,]+)\}", m[1])]
+    elif m := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        order = np.arange(math.prod(sizes)).reshape(number(m[3])).transpose(number(m[4]) if m[4] else None)
+        groups = order.reshape(int(m[1]), int(m[2]))
+    elif m := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", rest):
+        order = np.arange(math.prod(sizes))
+        if m[2]:
+            order = order.reshape(number(m[2])).transpose(number(m[3]) if m[3] else None)
+        own = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
+        joined = re.findall(r"'(\w+)'", m[4])
+        order = order.reshape([int(n) for n in own.values()])
+        groups = np.moveaxis(order, [list(own).index(a) for a in joined], range(-len(joined), 0))
+        groups = groups.reshape(-1, math.prod(int(own[a]) for a in joined))
+    else:
+        return tuple(names)  # replica_groups={}: all devices
+    places = np.stack([np.stack(np.unravel_index(np.asarray(group), sizes)) for group in groups])  # [group, axis, member]
+    differ = (places != places[:, :, :1]).any(axis=(0, 2))
+    return tuple(name for name, d in zip(names, differ, strict=True) if d)
+
+
+# -- what is in memory ---------------------------------------------------------------------------------------------------
+
+
+class Buffer(NamedTuple):
+    """A place in a device's memory that holds something where a program needs the most."""
+
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]  # on one device
+
+
+_ALLOCATION = re.compile(r"allocation (\d+): size \d+, (parameter )?")
+_VALUE = re.compile(r"\s*value: <\d+ (\S+)(?: \(phi\))? @0> \(size=(\d+),offset=(\d+)\): (\w+)\[([\d,]*)\]")  # @1: VMEM
+
+
+def at_peak(assignment: str, live_range: str) -> list[Buffer]:
+    """What is in memory where a program needs the most, but for its arguments.
+
+    The texts are what XLA writes with `xla_dump_to` to files named ...-buffer-assignment.txt and ...-live-range.txt. An
+    allocator finds no perfect place for everything: a program needs more than the sum of these and its arguments.
+    """
+    places, values, allocation = {}, {}, ("", None)
+    for line in assignment.splitlines():
+        if m := _ALLOCATION.match(line):
+            allocation = m.groups()
+        elif (m := _VALUE.match(line)) and not allocation[1]:
+            name, size, offset, dtype, dims = m.groups()
+            values[name] = allocation[0], offset
+            places[name] = Buffer(int(size), dtype, tuple(int(d) for d in dims.split(",") if d))
+    peak = live_range[live_range.find("(peak):") :].partition("\n")[2]
+    out = {}  # of each place once: what a loop carries has a name within it too
+    for line in peak.splitlines():
+        if not (m := re.match(r"\s+(\S+?)(?:\{\})?: \d+ bytes", line)):
+            break
+        if m[1] in values:
+            out.setdefault(values[m[1]], places[m[1]])
+    return list(out.values())

@@ -1,0 +1,401 @@
+"""What a run needs of a machine that is not here: whether it fits, what goes over the wire, how long it takes, what it costs.
+
+python -m tinyllama_jax.plan --config configs/3t.py --on a100-40g:2x8 [--section.key=value]
+python -m tinyllama_jax.plan --config configs/3t.py --on v5e:4x4 --mesh.data=1 --mesh.fsdp=-1 --sweep
+python -m tinyllama_jax.plan --law inference --inference-tokens 1e12
+
+The very train step that would run is compiled for that machine; no accelerator is needed, and none is used. Exit code 0: it
+fits; 3: it does not; 2: a user's mistake, or a kernel that the machine cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":  # before jax is imported: without a driver its CUDA plugin would stop it
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import dims, laws, metrics, sharding, targets
+from tinyllama_jax.compiled import LARGE, Compiled, compile_step, gib, messages, step_seconds
+from tinyllama_jax.config import REMAT, Config, UserError
+
+DOES_NOT_FIT = 3
+ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
+
+
+# -- what else would fit -------------------------------------------------------------------------------------------------
+
+
+def _with(config: Config, **changes: object) -> Config:
+    return config_lib.override(config, {key.replace("__", "."): str(value) for key, value in changes.items()})
+
+
+def guess(compiled: Compiled, sequences: int) -> float:
+    """Bytes that `sequences` a device would need: what does not depend on them, and the rest in proportion."""
+    if compiled.memory["params"] is None:
+        fixed = sum(n for kind, n in compiled.expected.items() if kind != "activations")
+    else:
+        fixed = sum(compiled.memory[kind] for kind in ("params", "optimizer", "gradients"))
+    return fixed + max(compiled.peak - fixed, 0) * sequences / compiled.config.train.seqs_per_device
+
+
+def divisors(config: Config, mesh: jax.sharding.Mesh) -> list[int]:
+    """The values of train.seqs_per_device that come out even on `mesh`."""
+    here = config.seqs_per_step // sharding.batch_devices(mesh)
+    return [n for n in range(1, here + 1) if here % n == 0]
+
+
+def most_sequences(compiled: Compiled) -> tuple[int, list[Compiled]]:
+    """(the largest train.seqs_per_device that fits, what was compiled to know); 0 if not even one does.
+
+    What `guess` puts beyond the budget by a tenth or more is not compiled.
+    """
+    tried, limit = [compiled], compiled.machine.budget
+    now = compiled.config.train.seqs_per_device
+    best = now if compiled.fits else 0
+    sizes = divisors(compiled.config, compiled.mesh)
+    for n in [n for n in sizes if n > now] if compiled.fits else [n for n in reversed(sizes) if n < now]:
+        near = min(tried, key=lambda t: abs(t.config.train.seqs_per_device - n))
+        if guess(near, n) > 1.1 * limit:
+            if compiled.fits:
+                break
+            if n > 1:
+                continue
+        tried.append(compile_step(_with(compiled.config, train__seqs_per_device=n), compiled.machine))
+        if tried[-1].fits:
+            best = n
+        if tried[-1].fits != compiled.fits:
+            break
+    return best, tried[1:]
+
+
+def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
+    """The nearest change with which a step that does not fit does, found by compiling: (keys and values, as compiled)."""
+    best, tried = most_sequences(compiled)
+    if best:
+        return {"train.seqs_per_device": best}, tried[-1]
+    config, machine = _with(compiled.config, train__seqs_per_device=1), compiled.machine
+    changes: dict[str, object] = {"train.seqs_per_device": 1}
+    wider = {"mesh.data": 1, "mesh.fsdp": -1}
+    tries = [{"model.remat": r} for r in REMAT[REMAT.index(config.model.remat) + 1 :]]
+    tries += [wider, {**wider, "model.remat": "full"}]
+    for more in tries:
+        with contextlib.suppress(UserError):
+            other = compile_step(config_lib.override(config, {k: str(v) for k, v in more.items()}), machine)
+            if other.fits:
+                return changes | more, other
+    return None
+
+
+def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int]]:
+    """(data, fsdp, tensor) for a sweep: parameters whole on each node, on all nodes, and as the config has it."""
+    n, per_node = len(machine.devices), machine.per_node
+    own = sharding.make_mesh(config.mesh, machine.devices).shape
+    found = [tuple(own[axis] for axis in ("data", "fsdp", "tensor")), (n // per_node, per_node, 1), (1, n, 1), (n, 1, 1)]
+    return list(dict.fromkeys(found))
+
+
+def sweep(config: Config, machine: targets.Machine, mfu: float, say: Callable[[str], None]) -> list[dict]:
+    """Every mesh of `meshes` x remat policy x sequences a device (in powers of two), those that fit first, best first."""
+    rows = []
+    for data, fsdp, tensor in meshes(config, machine):
+        for remat in REMAT:  # each keeps less than the one before
+            last = None
+            for n in (1, 2, 4, 8, 16, 32, 64):
+                changed = _with(config, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, model__remat=remat,
+                                train__seqs_per_device=n)  # fmt: skip
+                what = f"data={data} fsdp={fsdp} tensor={tensor} {remat} {n} a device"
+                if config.seqs_per_step % (n * data * fsdp):
+                    continue
+                if last and (not last.fits or guess(last, n) > 1.25 * machine.budget):
+                    break
+                try:
+                    last = compile_step(changed, machine)
+                except UserError as error:
+                    say(f"{what}: {error}")
+                    break
+                seconds = max(step_seconds(last, mfu).values()) if machine.target else None
+                rate = config.train.tokens_per_step / seconds if seconds else None
+                say(f"{what}: {gib(last.peak)}" + (f", {rate:,.0f} tokens/s" if rate else ""))
+                rows.append({"mesh": dict(last.mesh.shape), "remat": remat, "seqs_per_device": n, "fits": last.fits,
+                             "peak_bytes_per_device": last.peak, "tokens_per_second": rate})  # fmt: skip
+    return sorted(rows, key=lambda r: (not r["fits"], -(r["tokens_per_second"] or 0), r["peak_bytes_per_device"]))
+
+
+# -- reports --------------------------------------------------------------------------------------------------------------
+
+
+def report(compiled: Compiled, args: argparse.Namespace) -> dict:
+    """Everything that the command says, as JSON has it."""
+    config, machine, target = compiled.config, compiled.machine, compiled.machine.target
+    out = {
+        "config": config_lib.flat(config),
+        "target": {"on": args.on, "devices": len(machine.devices)} | (_facts(target, args) if target else {}),
+        "mesh": dict(compiled.mesh.shape),
+        "parameters": dims.n_parameters(config.model),
+        "peak_bytes_per_device": compiled.peak,
+        "budget_bytes": machine.budget,
+        "fits": compiled.fits,
+        "seqs_per_device": config.train.seqs_per_device,
+        "accumulation": compiled.accumulation,
+        "flops_per_token": metrics.flops_per_token(config.model)
+        | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
+        "collectives": [c._asdict() for c in compiled.collectives],
+        "tokens_per_second": None,
+        "days": None,
+        "cost": None,
+        "memory": {"measured": compiled.memory, "expected": compiled.expected},
+        "seconds_per_step": None,
+        "attention": compiled.attention,
+        "notes": compiled.notes,
+        "compile_seconds": compiled.seconds,
+    }
+    if target:
+        seconds = step_seconds(compiled, args.mfu or target.mfu)
+        rate = config.train.tokens_per_step / max(seconds.values())  # what waits for what is hidden, as far as it can be
+        days = config.train.steps * config.train.tokens_per_step / rate / 86_400
+        out |= {"seconds_per_step": seconds, "tokens_per_second": rate, "days": days}
+        out["cost"] = days * 24 * len(machine.devices) * (args.price or target.price)
+    if dims.n_parameters(config.model) == laws.TINYLLAMA.size:
+        out["original"] = ORIGINAL
+    return out
+
+
+def _facts(target: targets.Target, args: argparse.Namespace) -> dict:
+    return {"kind": target.kind, "memory": target.memory, "flops": target.flops, "mfu": args.mfu or target.mfu,
+            "usd_per_device_hour": args.price or target.price, "source": target.source}  # fmt: skip
+
+
+def show(out: dict, say: Callable) -> None:
+    """`report`, for a person."""
+    config, target = out["config"], out["target"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in out["mesh"].items())
+    say(f"{out['parameters']:,} parameters on {target['on']}: {mesh}; compiled in {out['compile_seconds']:.1f} s")
+    tokens, at_once = config["train.tokens_per_step"], config["train.tokens_per_step"] // out["accumulation"]
+    say(f"step: {tokens:,} tokens = {out['accumulation']} x {at_once:,}, {out['seqs_per_device']} sequences a device at once")
+    say(f"attention {out['attention']}, remat {config['model.remat']}")
+    say(_memory_table(out))
+    if out["memory"]["measured"]["params"] is None:
+        say("the compiler stopped there: nothing is known of what the step would send")
+    else:
+        say(_wire_table(out["collectives"]))
+    flops = ", ".join(f"{name} {value / 1e9:.3f}" for name, value in out["flops_per_token"].items())
+    say(f"GFLOP a token: {flops}")
+    for note in out["notes"]:
+        say(f"warning: {note}")
+    if seconds := out["seconds_per_step"]:
+        parts = ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
+        say(f"a step: {parts} (matmuls at {target['mfu']:.0%} of the peak, links and memory at their full rate)")
+        rate, price, days = out["tokens_per_second"], target["usd_per_device_hour"], out["days"]
+        say(f"if all of it overlaps: {rate:,.0f} tokens/s, {rate / target['devices']:,.0f} a device; {days:,.1f} days for "
+            f"{config['train.steps']:,} steps; {out['cost']:,.0f} USD at {price:g} an hour and device")  # fmt: skip
+        say(f"if nothing does: {days * sum(seconds.values()) / max(seconds.values()):,.1f} days")
+        say(f"source: {target['source']}")
+    if original := out.get("original"):
+        say(f"the original: {original['tokens_per_second_per_gpu']:,} tokens/s a GPU on 16 A100-40G, "
+            f"{original['a100_hours_per_300b_tokens']:,} A100-hours per 300B tokens, {original['days']} days, "
+            f"about {original['usd']:,} USD")  # fmt: skip
+    needs = f"{gib(out['peak_bytes_per_device'])} of {gib(out['budget_bytes'])}"
+    if not out["fits"]:
+        say(f"does not fit: {needs}")
+        change = out["nearest"] or {"change": {}}
+        keys = " ".join(f"--{key}={value}" for key, value in change["change"].items())
+        say(f"the nearest that does: {keys}, {gib(change['peak_bytes_per_device'])}" if keys
+            else "nothing near it does: take more devices, or ones with more memory")  # fmt: skip
+        return
+    say(f"the largest train.seqs_per_device that fits: {out['largest_seqs_per_device']}")
+    most = out["peak_bytes_per_device"] > 0.75 * target.get("memory", math.inf) and "TPU" not in target["kind"]
+    say(f"fits: {needs}" + (", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: jax takes 0.75 unless told" if most else ""))
+
+
+def _memory_table(out: dict):
+    from rich.table import Table
+
+    table = Table("memory of a device", "as compiled", "by arithmetic")
+    for kind, measured in out["memory"]["measured"].items():
+        table.add_row(kind, gib(measured), gib(out["memory"]["expected"].get(kind)))
+    table.add_row("peak", gib(out["peak_bytes_per_device"]), "")
+    table.add_row("budget", gib(out["budget_bytes"]), "")
+    return table
+
+
+def _wire_table(collectives: list[dict]):
+    from rich.table import Table
+
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for c in collectives:
+        groups.setdefault((c["kind"], c["dtype"], " x ".join(c["axes"])), []).append(c)
+    sent = {key: sum(c["bytes"] * c["trips"] for c in group) for key, group in groups.items()}
+    table = Table("a step sends", "dtype", "over", "arrays", "bytes of each once", "in a step")
+    for key in sorted(sent, key=sent.__getitem__, reverse=True):
+        if sent[key] >= LARGE:
+            table.add_row(*key, str(len(groups[key])), gib(sum(c["bytes"] for c in groups[key])), gib(sent[key]))
+    return table
+
+
+def draw_sweep(rows: list[dict], on: str, limit: int, path: Path) -> None:
+    """Memory against predicted throughput (or sequences a device, where none is predicted), one colour a remat policy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, remat in enumerate(REMAT):
+        for j, mesh in enumerate(list(dict.fromkeys(tuple(r["mesh"].values()) for r in rows))):
+            mine = [r for r in rows if r["remat"] == remat and tuple(r["mesh"].values()) == mesh]
+            mine.sort(key=lambda r: r["seqs_per_device"])
+            label = f"{remat}, {'x'.join(map(str, mesh))}"
+            y = [r["tokens_per_second"] or r["seqs_per_device"] for r in mine]
+            axes.plot([r["peak_bytes_per_device"] / 2**30 for r in mine], y, marker="os^Dv"[j % 5], color=f"C{i}", label=label)
+            for r, value in zip(mine, y, strict=True):
+                axes.annotate(str(r["seqs_per_device"]), (r["peak_bytes_per_device"] / 2**30, value), fontsize=6)
+    axes.axvline(limit / 2**30, color="black", linestyle="--", linewidth=1, label="budget")
+    predicted = any(r["tokens_per_second"] for r in rows)
+    axes.set(xlabel="GiB a device", ylabel="tokens/s, predicted" if predicted else "sequences a device", xscale="log", title=on)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+# -- scaling laws ----------------------------------------------------------------------------------------------------------
+
+
+def law(args: argparse.Namespace) -> int:
+    """Prints what the laws say of a budget and of a model, draws the curve; returns the exit code."""
+    own = laws.TINYLLAMA
+    if args.config:
+        config = config_lib.read(args.config)
+        own = laws.Run(dims.n_parameters(config.model), config.train.steps * config.train.tokens_per_step)
+    fit, tokens = laws.LAWS[args.fit], args.inference_tokens if args.law == "inference" else 0.0
+    flops, picture = args.flops or own.flops(), args.picture or Path("plan-law.png")
+    best, past = laws.compute_optimal(fit, flops), laws.overtrained(fit, *own)
+    curve = laws.tradeoff(fit, past.loss, tokens, own.size * 2.0 ** np.arange(-1, 6, 0.05))
+    money = laws.money_optimal(fit, past.loss, tokens)
+    draw_law(curve, own, tokens, picture)
+    if args.json:
+        out = {"fit": args.fit, "source": fit.source, "flops": flops, "compute_optimal": best._asdict(),
+               "model": own._asdict() | {"loss": past.loss, "over_training": past.factor},
+               "model_is_optimal_from_inference_tokens": past.inference_tokens,
+               "same_loss_cheapest": past.cheapest._asdict(), "inference_tokens": tokens,
+               "same_loss_optimum": curve.optimum._asdict(), "same_loss_dollar_optimum": money._asdict()}  # fmt: skip
+        print(json.dumps(out | {"picture": str(picture)}, indent=1))
+        return 0
+    said = lambda run: f"{run.size / 1e9:.2f}B parameters on {run.tokens / 1e9:,.0f}B tokens"
+    print(f"{fit.source}: E={fit.E} A={fit.A} B={fit.B} alpha={fit.alpha} beta={fit.beta}")
+    print(f"the least loss for {flops:.3g} training FLOPs: {said(best)}, loss {fit.loss(*best):.3f}")
+    print(f"this model: {said(own)}, {own.tokens / own.size:,.0f} a parameter; loss {past.loss:.3f} by the law")
+    print(f"the cheapest training of that loss: {said(past.cheapest)}; this model's takes {past.factor:.2f} times as much")
+    if tokens:
+        print(f"the least FLOPs of that loss with {tokens:.3g} inference tokens: {said(curve.optimum)}")
+        print(f"the fewest dollars, at the prices in laws.py: {said(money)}")
+    if past.inference_tokens is not None:
+        dollars = past.inference_tokens / laws.Prices().weight
+        print(f"it is the best of its loss for {past.inference_tokens:.3g} inference tokens in FLOPs, {dollars:.3g} in dollars")
+    print(f"picture: {picture}")
+    return 0
+
+
+def draw_law(curve: laws.Tradeoff, own: laws.Run, tokens: float, path: Path) -> None:
+    """FLOPs of training and inference against the size, at the loss of the model `own`, whose point is on the curve."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    label = f"with {tokens:.3g} inference tokens" if tokens else "training"
+    axes.plot(curve.sizes / 1e9, curve.flops, label=f"the same loss, {label}")
+    axes.plot(own.size / 1e9, own.flops(tokens), "o", color="C3", label=f"{own.size / 1e9:.2f}B on {own.tokens / 1e12:.2f}T")
+    axes.plot(curve.optimum.size / 1e9, curve.optimum.flops(tokens), "*", color="C2", markersize=12,
+              label=f"optimum: {curve.optimum.size / 1e9:.2f}B on {curve.optimum.tokens / 1e12:.2f}T")  # fmt: skip
+    axes.set(xlabel="parameters, 10^9", ylabel="FLOPs", xscale="log", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Plans, prints; returns the exit code."""
+    args, rest = _arguments(argv)
+    if args.law:
+        if rest:
+            raise UserError(f"{rest[0]}: is no option of --law")
+        return law(args)
+    if not args.config or not args.on:
+        raise UserError("--config FILE and --on TARGET are needed (or --law); see --help")
+    config = config_lib.override(config_lib.read(args.config), config_lib.pairs(rest))
+    jax.config.update("jax_enable_compilation_cache", False)  # a program from there leaves no record of its memory
+    with messages():  # that there is no driver
+        machine = targets.machine(args.on)
+    target = machine.target
+    from rich.console import Console
+
+    console = Console(stderr=args.json, highlight=False, soft_wrap=True)
+    say = lambda what: console.print(what, markup=False) if isinstance(what, str) else console.print(what)
+    if args.sweep:
+        rows = sweep(config, machine, args.mfu or (target.mfu if target else 1), say)
+        path = args.picture or Path(f"plan-{args.on.replace(':', '-')}.png")
+        draw_sweep(rows, args.on, machine.budget, path)
+        say(f"best first, those that fit before the others; picture: {path}")
+        if args.json:
+            print(json.dumps(rows, indent=1))
+        for r in [] if args.json else rows:
+            rate = f"{r['tokens_per_second']:,.0f} tokens/s" if r["tokens_per_second"] else ""
+            fits = "" if r["fits"] else "does not fit"
+            mesh = " ".join(f"--mesh.{axis}={size}" for axis, size in r["mesh"].items())
+            say(f"{rate:>20} {gib(r['peak_bytes_per_device']):>12} {mesh} --model.remat={r['remat']} "
+                f"--train.seqs_per_device={r['seqs_per_device']} {fits}")  # fmt: skip
+        return 0 if any(r["fits"] for r in rows) else DOES_NOT_FIT
+    compiled = compile_step(config, machine)
+    out = report(compiled, args)
+    if compiled.fits:
+        out["largest_seqs_per_device"] = most_sequences(compiled)[0]
+    else:
+        found = nearest(compiled)
+        out["nearest"] = {"change": found[0], "peak_bytes_per_device": found[1].peak} if found else None
+    show(out, say)
+    if args.json:
+        print(json.dumps(out, indent=1))
+    return 0 if compiled.fits else DOES_NOT_FIT
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    known = ", ".join(f"{name}:{t.shape}" for name, t in targets.TARGETS.items())
+    parser.add_argument("--config", help="a file such as configs/3t.py")
+    parser.add_argument("--on", help=f"the machine: {known}, or cpu:8")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and the lines on stderr")
+    parser.add_argument("--price", type=_positive, help="USD an hour and device, for that of the table")
+    parser.add_argument("--mfu", type=_positive, help="part of the peak that matmuls reach (0.5), for that of the table")
+    parser.add_argument("--sweep", action="store_true", help="meshes x remat policies x sequences a device, best first")
+    parser.add_argument("--picture", type=Path, help="where --sweep and --law draw")
+    parser.add_argument(
+        "--law", choices=("chinchilla", "inference"), help="scaling laws: of the model of --config, or of the 1.1B"
+    )
+    parser.add_argument("--fit", choices=laws.LAWS, default="hoffmann", help="whose constants")
+    parser.add_argument("--flops", type=_positive, help="--law: a budget of training FLOPs; the model's own if absent")
+    parser.add_argument(
+        "--inference-tokens", type=_positive, default=1e12, help="--law inference: read or written, in all (1e12)"
+    )
+    return parser.parse_known_args(argv)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
+if __name__ == "__main__":
+    config_lib.run_main(main)
