@@ -107,30 +107,33 @@ def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int
 
 
 def sweep(config: Config, machine: targets.Machine, mfu: float, say: Callable[[str], None]) -> list[dict]:
-    """Every mesh of `meshes` x remat policy x sequences a device (in powers of two), those that fit first, best first."""
-    rows = []
+    """Every mesh of `meshes` x remat policy x sequences a device (powers of two): those that fit first, then the fastest.
+
+    Fastest if nothing overlaps: what is sent less often counts then too.
+    """
+    rows, tokens = [], config.train.tokens_per_step
     for data, fsdp, tensor in meshes(config, machine):
         for remat in REMAT:  # each keeps less than the one before
             last = None
-            for n in (1, 2, 4, 8, 16, 32, 64):
+            for n in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.seqs_per_step % (n * data * fsdp) == 0):
+                if last and (not last.fits or guess(last, n) > 1.25 * machine.budget):
+                    break
                 changed = _with(config, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, model__remat=remat,
                                 train__seqs_per_device=n)  # fmt: skip
                 what = f"data={data} fsdp={fsdp} tensor={tensor} {remat} {n} a device"
-                if config.seqs_per_step % (n * data * fsdp):
-                    continue
-                if last and (not last.fits or guess(last, n) > 1.25 * machine.budget):
-                    break
                 try:
                     last = compile_step(changed, machine)
                 except UserError as error:
                     say(f"{what}: {error}")
                     break
-                seconds = max(step_seconds(last, mfu).values()) if machine.target else None
-                rate = config.train.tokens_per_step / seconds if seconds else None
-                say(f"{what}: {gib(last.peak)}" + (f", {rate:,.0f} tokens/s" if rate else ""))
+                say(f"{what}: {gib(last.peak)}")
+                seconds = step_seconds(last, mfu).values() if machine.target else None
                 rows.append({"mesh": dict(last.mesh.shape), "remat": remat, "seqs_per_device": n, "fits": last.fits,
-                             "peak_bytes_per_device": last.peak, "tokens_per_second": rate})  # fmt: skip
-    return sorted(rows, key=lambda r: (not r["fits"], -(r["tokens_per_second"] or 0), r["peak_bytes_per_device"]))
+                             "peak_bytes_per_device": last.peak,
+                             "tokens_per_second": tokens / max(seconds) if seconds else None,
+                             "tokens_per_second_if_nothing_overlaps": tokens / sum(seconds) if seconds else None})  # fmt: skip
+    rate = lambda row: row["tokens_per_second_if_nothing_overlaps"] or 0
+    return sorted(rows, key=lambda row: (not row["fits"], -rate(row), row["peak_bytes_per_device"]))
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------
@@ -248,21 +251,23 @@ def draw_sweep(rows: list[dict], on: str, limit: int, path: Path) -> None:
     """Memory against predicted throughput (or sequences a device, where none is predicted), one colour a remat policy."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
+    speed = "tokens_per_second_if_nothing_overlaps" if rows[0]["tokens_per_second"] else "seqs_per_device"
+    meshes = list(dict.fromkeys("x".join(map(str, row["mesh"].values())) for row in rows))
     for i, remat in enumerate(REMAT):
-        for j, mesh in enumerate(list(dict.fromkeys(tuple(r["mesh"].values()) for r in rows))):
-            mine = [r for r in rows if r["remat"] == remat and tuple(r["mesh"].values()) == mesh]
+        for j, mesh in enumerate(meshes):
+            mine = [r for r in rows if r["remat"] == remat and "x".join(map(str, r["mesh"].values())) == mesh]
             mine.sort(key=lambda r: r["seqs_per_device"])
-            label = f"{remat}, {'x'.join(map(str, mesh))}"
-            y = [r["tokens_per_second"] or r["seqs_per_device"] for r in mine]
-            axes.plot([r["peak_bytes_per_device"] / 2**30 for r in mine], y, marker="os^Dv"[j % 5], color=f"C{i}", label=label)
-            for r, value in zip(mine, y, strict=True):
-                axes.annotate(str(r["seqs_per_device"]), (r["peak_bytes_per_device"] / 2**30, value), fontsize=6)
+            x, y = [r["peak_bytes_per_device"] / 2**30 for r in mine], [r[speed] for r in mine]
+            axes.plot(x, y, marker="os^D"[j % 4], color=f"C{i}", linewidth=0.7, label=f"{remat}, {mesh}")
+            for r, *at in zip(mine, x, y, strict=True):
+                axes.annotate(str(r["seqs_per_device"]), at, (3, 3), textcoords="offset points", fontsize=6)
     axes.axvline(limit / 2**30, color="black", linestyle="--", linewidth=1, label="budget")
-    predicted = any(r["tokens_per_second"] for r in rows)
-    axes.set(xlabel="GiB a device", ylabel="tokens/s, predicted" if predicted else "sequences a device", xscale="log", title=on)
-    axes.legend(fontsize=7)
+    axes.set(
+        xlabel="GiB a device", ylabel=speed.replace("_", " "), xlim=(0, None), title=f"{on}; sequences a device at the points"
+    )
+    figure.legend(loc="outside right center", fontsize=7, title="remat, data x fsdp x tensor", title_fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -349,10 +354,11 @@ def main(argv: list[str]) -> int:
         if args.json:
             print(json.dumps(rows, indent=1))
         for r in [] if args.json else rows:
-            rate = f"{r['tokens_per_second']:,.0f} tokens/s" if r["tokens_per_second"] else ""
+            rates = r["tokens_per_second_if_nothing_overlaps"], r["tokens_per_second"]
+            rate = f"{rates[0]:,.0f} to {rates[1]:,.0f} tokens/s" if rates[0] else ""
             fits = "" if r["fits"] else "does not fit"
             mesh = " ".join(f"--mesh.{axis}={size}" for axis, size in r["mesh"].items())
-            say(f"{rate:>20} {gib(r['peak_bytes_per_device']):>12} {mesh} --model.remat={r['remat']} "
+            say(f"{rate:>30} {gib(r['peak_bytes_per_device']):>12} {mesh} --model.remat={r['remat']} "
                 f"--train.seqs_per_device={r['seqs_per_device']} {fits}")  # fmt: skip
         return 0 if any(r["fits"] for r in rows) else DOES_NOT_FIT
     compiled = compile_step(config, machine)
