@@ -215,8 +215,20 @@ def test_a_new_skip_rewinds_to_before_it_and_an_old_one_does_not(all_kept):
     checkpoints.close()
     assert checkpoint.recover(skipping) == [] and checkpoint.steps_in(run) == [10, 20]
     with pytest.raises(c.UserError, match=r"\(20: trained on other batches"):
-        checkpoint.recover(c.override(all_kept, {"data.skip": "3:4"}))
+        checkpoint.recover(c.override(all_kept, {"data.skip": "12:13,3:4"}))
     assert checkpoint.steps_in(run) == [10, 20]
+
+
+@pytest.mark.parametrize("skip", ["", "3:4", "12:14", "3:4,12:13"])
+def test_a_skip_that_is_forgotten_is_a_mistake_and_no_wish_to_go_back(all_kept, skip):
+    skipping = c.override(all_kept, {"data.skip": "12:13"})
+    _, run = three(skipping)
+    with pytest.raises(c.UserError, match=f"--data.skip={skip}: checkpoint 30 was trained with --data.skip=12:13; give that"):
+        checkpoint.recover(c.override(all_kept, {"data.skip": skip}))
+    assert checkpoint.steps_in(run) == [10, 20, 30]
+    for step in (20, 30):
+        (run / "checkpoints" / str(step)).rename(run / str(step))
+    assert checkpoint.recover(all_kept) == []
 
 
 @pytest.mark.parametrize("with_moments", [True, False])

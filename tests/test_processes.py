@@ -80,6 +80,23 @@ def test_when_one_is_gone_the_other_ends_and_says_who(quiet, tiny_config_file, t
     signal_to(child, signal.SIGKILL)
 
 
+def test_the_same_command_twice_is_refused_and_the_first_goes_on(tiny_config_file, tmp_path):
+    keys = {"train__seqs_per_device": 1, "train__wait": WAIT, "train__steps": 100_000}
+    first = Cluster(tiny_config_file, tmp_path / "run", 2, 4, **keys)
+    assert first.until(3), first.output(0)
+    assert (tmp_path / "run" / "lock").is_file()
+    (tmp_path / "second").mkdir()
+    second = Cluster(tiny_config_file, tmp_path / "run", 2, 4, out=tmp_path / "second", **keys)
+    assert second.wait(60) == [2, 2]
+    alone = Cluster(tiny_config_file, tmp_path / "run", 1, 8, out=tmp_path / "second", **keys)
+    assert alone.wait(60) == [2]
+    for run, n in ((second, 1), (alone, 0)):
+        assert f"error: {tmp_path / 'run'}: another process is training in this folder" in run.output(n), run.output(n)
+    assert first.until(first.steps() + 3), first.output(0)
+    first.kill()
+    first.wait()
+
+
 def test_who_never_comes_is_named(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, train__wait=2)
     run.processes[1].kill()

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -31,7 +30,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, model, optim
+from tinyllama_jax import dims, model, optim, processes
 from tinyllama_jax.config import Config, Model, UserError
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -194,6 +193,22 @@ def unusable(checkpoint: Path, config: Config) -> str | None:
     return f"trained on other batches: --data.skip={then.skip}"
 
 
+def _check_skip(run: Path, config: Config) -> None:
+    """Raises UserError if the newest checkpoint has left out batches that `config` forgets: that is no wish to go back."""
+    for step in reversed(steps_in(run)):
+        try:
+            skip = config_lib.read_json(run / "checkpoints" / str(step) / SEAL, "skip")["skip"]
+        except (UserError, OSError):  # for `recover`
+            continue
+        then = dataclasses.replace(config.data, skip=skip)
+        if skip and not f"{config.data.skip},".startswith(f"{skip},") and not feed.same_batches(config.data, then, step):
+            raise UserError(
+                f"--data.skip={config.data.skip}: checkpoint {step} was trained with --data.skip={skip}; give that, with more "
+                f"behind it or not. To undo it, first move the checkpoints since then out of {run / 'checkpoints'}"
+            )
+        return
+
+
 def recover(config: Config) -> list[str]:
     """Sets aside, in RUN/set_aside, the checkpoints after the newest one that the run can go on from; returns lines to print.
 
@@ -201,6 +216,7 @@ def recover(config: Config) -> list[str]:
     one process, before the others look. Raises UserError, and moves nothing, if there are checkpoints but none is such.
     """
     run, aside = Path(config.workdir), {}
+    _check_skip(run, config)
     for step in reversed(steps_in(run)):
         folder = run / "checkpoints" / str(step)
         reason = unusable(folder, config)
@@ -355,27 +371,21 @@ def write(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(run: str | Path) -> Iterator[None]:
-    """Keeps a second run out of a run folder, made if absent. The kernel gives the lock back however the process ends.
+    """Keeps a second run out of a run folder, made if absent: see `processes.claim`.
 
-    Raises UserError if there is one. Does nothing in a folder that is not a run's, or whose file system has no locks.
+    Raises UserError if there is one. Does nothing in a folder that is not a run's.
     """
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    if any(run.iterdir()) and not (run / "config.json").is_file() and not (run / "lock").is_file():
+    foreign = any(path.name != "processes" for path in run.iterdir())  # that folder is there before the run is
+    if foreign and not (run / "config.json").is_file() and not (run / "lock").is_file():
         yield
         return
-    with (run / "lock").open("w") as file:
-        for _ in range(20):  # 10 s: a killed run's process may still be ending
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.5)
-            except OSError:
-                break
-        else:
-            raise UserError(f"{run}: another process is training in this folder; wait for it, or name another --workdir")
+    file = processes.claim(run / "lock", run)
+    try:
         yield
+    finally:
+        os.close(file)
 
 
 def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:

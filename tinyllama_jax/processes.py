@@ -9,6 +9,7 @@ coordinator dies is an abort without a name, and works as long as the run folder
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -32,6 +33,7 @@ STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
 SPIKE = 3  # exit code when the loss made the run stop (train.spike): run again, the same command would come to it again
 STARTING = 6  # how many times train.wait the way to the first step may take: restoring, compiling
+TOGETHER = 2.0  # seconds in which all meet the same mistake
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
 MEANT = (None, 0, SPIKE, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # None: not ended; the others: what all end with alike
 AGAIN = "; run the same command again"
@@ -80,10 +82,15 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = error.code if isinstance(error, SystemExit) else 1
         if _place is None or code in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if isinstance(error, SystemExit):  # said already; the others say the same, and JAX nothing of who ended first
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            time.sleep(TOGETHER)
+        else:
+            time.sleep(SETTLE)  # if another process was the cause the parent ends this one, with a better line
+            traceback.print_exc()
+            sys.stderr.flush()
         os._exit(code)
 
 
@@ -185,6 +192,25 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def claim(path: Path, run: Path) -> int:
+    """Opens a file that one process at a time may have; returns its descriptor. The kernel gives it back however that ends.
+
+    Raises UserError, naming the folder `run`, if another one has it for 10 s: a killed run's process may still be ending. Where
+    the file system has no locks nobody is kept out.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(0.5)
+        except OSError:
+            return file
+    os.close(file)
+    raise UserError(f"{run}: another process is training in this folder; wait for it, or name another --workdir")
+
+
 # -- the parent -----------------------------------------------------------------------------------------------------------
 
 
@@ -283,8 +309,8 @@ class _Watch:
             others = [i for i in range(mine["processes"]) if i != mine["process"]]
             self.others = [_Process(i, _read(self.folder / f"{i}.json")) for i in others]
         self.own.hear(mine)
-        if self.file is None:
-            self.file = os.open(self.folder / f"{mine['process']}.json", os.O_RDWR | os.O_CREAT, 0o644)
+        if self.file is None:  # held as long as this process lives: the same command given twice must not write there
+            self.file = claim(self.folder / f"{mine['process']}.json", self.folder.parent)
         with contextlib.suppress(OSError):  # a full disk or a lost one: the child will say so
             os.pwrite(self.file, json.dumps(mine).encode()[:_RECORD].ljust(_RECORD), 0)  # in place: a full disk takes it
         for other in self.others:

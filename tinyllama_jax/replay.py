@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         state, origin = begin(run)
         impl, reason = attention.choose(config.model.attention, config.model.compute_dtype)
         say(f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}; attention: {impl} ({reason})")
-        say(f"{args.run}: steps {base + 1:,} to {args.step:,} again, from {origin}")
+        say(f"{args.run}: steps {base + 1:,} to {args.step:,} again, from {origin.removeprefix('from ')}")
         differences, seen = [], {}
         for start, end in ((base, args.step - 1), (args.step - 1, args.step)):
             if start == args.step - 1:
