@@ -247,6 +247,20 @@ def test_every_kind_of_slice_has_its_devices(on, n):
     assert out.strip() == f"{n} {targets.TARGETS[on.split(':')[0]].kind}"
 
 
+@pytest.mark.xdist_group("v5e")
+@pytest.mark.parametrize(("on", "mesh"), [("v4:4x4x4", (-1, 8, 1)), ("v4:4x4", (2, 8, 1)), ("v6e:4x8", (4, 8, 1))])
+def test_a_mesh_whose_axes_are_not_the_slices_own(on, mesh):
+    if not installed(on):
+        pytest.skip(f"no compiler for {on} here: pip install '.[plan]'")
+    code = (
+        "from tinyllama_jax import targets, sharding, config as c;"
+        f"print(sharding.make_mesh(c.Mesh{mesh}, targets.machine({on!r}).devices).devices.size)"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0 and int(done.stdout) == eval(on.split(":")[1].replace("x", "*")), done.stderr
+
+
 @pytest.mark.parametrize("on", ["v5e:3x5", "v6e:1x3"])
 def test_a_slice_that_does_not_exist_is_a_mistake(on):
     if not installed(on):

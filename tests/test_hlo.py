@@ -70,3 +70,35 @@ def test_what_is_in_memory_is_counted_once_and_without_arguments():
     """By hand: one place under two names, one that is not in use at the peak, one in a TPU's VMEM."""
     assert hlo.at_peak(ASSIGNMENT, LIVE_RANGE) == [(4096, "bf16", (8, 256)), (8192, "f32", (2, 1024))]
     assert hlo.at_peak("", "") == []
+
+
+RING = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %two = s32[] constant(STEP)
+  %next = s32[] add(%i, %two)
+  %sent = f32[8]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %sent)
+}
+
+%condition (q: (s32[], f32[8])) -> pred[] {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  ROOT %loop = (s32[], f32[8]{0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "trips"), [(1, 7), (2, 4), (7, 1)])
+def test_a_loops_trips_where_the_compiler_does_not_say_them(step, trips):
+    mesh = sharding.make_mesh(c.Mesh(2, 1, 1), jax.devices()[:2])
+    (found,) = hlo.collectives(RING.replace("STEP", str(step)), mesh)
+    assert (found.kind, found.bytes, found.axes, found.trips) == ("collective-permute", 32, ("data",), trips)

@@ -76,6 +76,8 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     memory = measured_memory(config, program, buffers, peak) if text else dict.fromkeys(expected)
     collectives = hlo.collectives(text, mesh)
     notes = [*unwanted(collectives, mesh), *(["an array is gathered whole to change its layout"] if warned else [])]
+    if text and (live := memory["params"] + memory["optimizer"] + sum(buffer.bytes for buffer in buffers)) < 0.85 * peak:
+        notes.append(f"the kinds are known of {gib(live)} of the peak; the rest is with the temporaries")
     impl = attention.choose(config.model.attention, config.model.compute_dtype, machine.devices[0])[0]
     return Compiled(config, machine, mesh, program.shape[0], impl, peak, memory, expected, collectives,
                     executed_flops(traced.jaxpr.jaxpr), notes, time.perf_counter() - began)  # fmt: skip
@@ -210,9 +212,15 @@ def wire_seconds(found: list[hlo.Collective], mesh: jax.sharding.Mesh, machine: 
     return seconds
 
 
-def step_seconds(compiled: Compiled, mfu: float) -> dict[str, float]:
-    """Seconds of one step by what could hold it up: matmuls at `mfu` of the peak, links and memory at their full rate."""
+def step_seconds(compiled: Compiled, mfu: float | None = None) -> dict[str, float] | None:
+    """Seconds of one step by what could hold it up: matmuls at `mfu` of the peak, links and memory at their full rate.
+
+    `mfu`: the target's if None. None where nothing is known: on a CPU, in fp32, which the table has no rate for, and where the
+    compiler refused.
+    """
     config, target = compiled.config, compiled.machine.target
+    if target is None or config.model.compute_dtype == "float32" or compiled.memory["params"] is None:
+        return None
     shard = dims.n_parameters(config.model) / (compiled.mesh.shape["fsdp"] * compiled.mesh.shape["tensor"])
     whole = dims.n_parameters(config.model) / compiled.mesh.shape["tensor"]
     saved = compiled.memory["activations"] or compiled.expected["activations"]
@@ -220,7 +228,7 @@ def step_seconds(compiled: Compiled, mfu: float) -> dict[str, float]:
     # adds to its gradients' sum, writes and reads what it keeps. A lower bound: what is not kept is written and read too.
     moved = 7 * 4 * shard + compiled.accumulation * (3 * 2 * whole + 3 * 4 * shard + 2 * saved)
     return {
-        "compute": compiled.flops / compiled.mesh.size / (target.flops * mfu),
+        "compute": compiled.flops / compiled.mesh.size / (target.flops * (mfu or target.mfu)),
         "wire": wire_seconds(compiled.collectives, compiled.mesh, compiled.machine),
         "memory": moved / target.bandwidth,
     }

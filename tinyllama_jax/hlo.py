@@ -29,15 +29,14 @@ class Collective(NamedTuple):
 
 def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     """Every collective in `hlo`, the text of a program compiled for `mesh` (`compiled.as_text()`)."""
-    types, called_by, found, bounds, computation = {}, {}, {}, {}, ""
+    types, called_by, found, inside, computation = {}, {}, {}, {}, ""
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
             computation = header[1]
         if not (m := _INSTRUCTION.match(line)):
             continue
         name, types[name], op, operands, rest = m[1], m[2], m[3], m[4], m[5]
-        if op == "constant" and operands.isdigit():
-            bounds.setdefault(computation, []).append(int(operands))
+        inside.setdefault(computation, {})[name] = (op, operands, line)
         for callee in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(rest))):
             called_by.setdefault(callee, (computation, op, rest))
         kind = op.removesuffix("-start")
@@ -51,11 +50,9 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         while inner in called_by:
             inner, op, rest = called_by[inner]
             if op == "while":
-                trips = re.search(
-                    r'"known_trip_count":\{"n":"(\d+)"', rest
-                )  # TPU compilers leave it to the condition's constant
-                limit = max(bounds.get(re.search(r"condition=%([\w.-]+)", rest)[1], [1]))
-                out.append((int(trips[1]) if trips else limit, _op_name(rest)))
+                condition, body = (inside[re.search(rf"{part}=%([\w.-]+)", rest)[1]] for part in ("condition", "body"))
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+                out.append((int(known[1]) if known else _trips(condition, body), _op_name(rest)))
         return out
 
     out = []
@@ -81,6 +78,21 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
                     )
                 )
     return out
+
+
+def _trips(condition: dict[str, tuple[str, str, str]], body: dict[str, tuple[str, str, str]]) -> int:
+    """How often a loop from 0 goes round: the condition's constant over what the body adds (2 in a TPU's rings)."""
+    numbers = lambda part: {
+        name: int(operands) for name, (op, operands, _) in part.items() if op == "constant" and operands.isdigit()
+    }
+    counters = [re.search(r"index=(\d+)", line)[1] for op, _, line in condition.values() if op == "get-tuple-element"]
+    step = 1
+    for op, operands, line in body.values():
+        if op == "tuple" and line.lstrip().startswith("ROOT") and len(counters) == 1:
+            counter = re.findall(r"%([\w.-]+)", operands)[int(counters[0])]
+            added = [numbers(body)[name] for name in re.findall(r"%([\w.-]+)", body[counter][1]) if name in numbers(body)]
+            step = added[0] if added else 1
+    return -(-max([1, *numbers(condition).values()]) // max(step, 1))
 
 
 def _op_name(rest: str) -> str:

@@ -14,6 +14,12 @@ import os
 
 if __name__ == "__main__":  # before jax is imported: without a driver its CUDA plugin would stop it
     os.environ["JAX_PLATFORMS"] = "cpu"
+    stderr = os.dup(2)
+    try:  # nor need one read, from parts of it, that there is none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        import jax
+    finally:
+        os.dup2(stderr, 2)
 
 import argparse
 import contextlib
@@ -43,11 +49,12 @@ def _with(config: Config, **changes: object) -> Config:
 
 def guess(compiled: Compiled, sequences: int) -> float:
     """Bytes that `sequences` a device would need: what does not depend on them, and the rest in proportion."""
-    if compiled.memory["params"] is None:
-        fixed = sum(n for kind, n in compiled.expected.items() if kind != "activations")
-    else:
-        fixed = sum(compiled.memory[kind] for kind in ("params", "optimizer", "gradients"))
-    return fixed + max(compiled.peak - fixed, 0) * sequences / compiled.config.train.seqs_per_device
+    known = compiled.expected if compiled.memory["params"] is None else compiled.memory
+    fixed = sum(known[kind] for kind in ("params", "optimizer", "gradients"))
+    now = compiled.config.train.seqs_per_device
+    guessed = fixed + max(compiled.peak - fixed, 0) * sequences / now
+    alone = sequences == divisors(compiled.config, compiled.mesh)[-1]  # no accumulation, and no sum of gradients
+    return guessed + known["params"] * ((compiled.accumulation == 1) - alone)
 
 
 def divisors(config: Config, mesh: jax.sharding.Mesh) -> list[int]:
@@ -56,45 +63,41 @@ def divisors(config: Config, mesh: jax.sharding.Mesh) -> list[int]:
     return [n for n in range(1, here + 1) if here % n == 0]
 
 
-def most_sequences(compiled: Compiled) -> tuple[int, list[Compiled]]:
-    """(the largest train.seqs_per_device that fits, what was compiled to know); 0 if not even one does.
+def most_sequences(compiled: Compiled) -> tuple[int, Compiled | None]:
+    """(the largest train.seqs_per_device that fits, the step compiled with it), or (0, None) if not even one does.
 
     What `guess` puts beyond the budget by a tenth or more is not compiled.
     """
-    tried, limit = [compiled], compiled.machine.budget
-    now = compiled.config.train.seqs_per_device
-    best = now if compiled.fits else 0
-    sizes = divisors(compiled.config, compiled.mesh)
-    for n in [n for n in sizes if n > now] if compiled.fits else [n for n in reversed(sizes) if n < now]:
+    now, tried = compiled.config.train.seqs_per_device, [compiled]
+    for n in reversed(divisors(compiled.config, compiled.mesh)):
+        if n == now or (n < now and compiled.fits):
+            continue
         near = min(tried, key=lambda t: abs(t.config.train.seqs_per_device - n))
-        if guess(near, n) > 1.1 * limit:
-            if compiled.fits:
-                break
-            if n > 1:
-                continue
+        if n > 1 and guess(near, n) > 1.1 * compiled.machine.budget:
+            continue
         tried.append(compile_step(_with(compiled.config, train__seqs_per_device=n), compiled.machine))
         if tried[-1].fits:
-            best = n
-        if tried[-1].fits != compiled.fits:
-            break
-    return best, tried[1:]
+            return n, tried[-1]
+    return (now, compiled) if compiled.fits else (0, None)
 
 
 def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
-    """The nearest change with which a step that does not fit does, found by compiling: (keys and values, as compiled)."""
-    best, tried = most_sequences(compiled)
-    if best:
-        return {"train.seqs_per_device": best}, tried[-1]
-    config, machine = _with(compiled.config, train__seqs_per_device=1), compiled.machine
-    changes: dict[str, object] = {"train.seqs_per_device": 1}
+    """The nearest change with which a step that does not fit does, found by compiling: (keys and values, as compiled).
+
+    Fewer sequences, which cost little; else a remat policy that keeps less; else parameters split over all devices.
+    """
+    config, machine = compiled.config, compiled.machine
     wider = {"mesh.data": 1, "mesh.fsdp": -1}
-    tries = [{"model.remat": r} for r in REMAT[REMAT.index(config.model.remat) + 1 :]]
-    tries += [wider, {**wider, "model.remat": "full"}]
-    for more in tries:
-        with contextlib.suppress(UserError):
-            other = compile_step(config_lib.override(config, {k: str(v) for k, v in more.items()}), machine)
-            if other.fits:
-                return changes | more, other
+    remats = [{"model.remat": remat} for remat in REMAT[REMAT.index(config.model.remat) + 1 :]]
+    for more in [{}, *remats, wider, {**wider, "model.remat": REMAT[-1]}]:
+        for sequences in (config.train.seqs_per_device, 1):
+            with contextlib.suppress(UserError):  # a number that does not come out even on another mesh
+                changed = config_lib.override(config, {key: str(value) for key, value in more.items()})
+                changed = _with(changed, train__seqs_per_device=sequences)
+                n, found = most_sequences(compile_step(changed, machine) if more else compiled)
+                if found:
+                    return more | ({"train.seqs_per_device": n} if n != config.train.seqs_per_device else {}), found
+                break
     return None
 
 
@@ -106,7 +109,7 @@ def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int
     return list(dict.fromkeys(found))
 
 
-def sweep(config: Config, machine: targets.Machine, mfu: float, say: Callable[[str], None]) -> list[dict]:
+def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Callable[[str], None]) -> list[dict]:
     """Every mesh of `meshes` x remat policy x sequences a device (powers of two): those that fit first, then the fastest.
 
     Fastest if nothing overlaps: what is sent less often counts then too.
@@ -116,8 +119,8 @@ def sweep(config: Config, machine: targets.Machine, mfu: float, say: Callable[[s
         for remat in REMAT:  # each keeps less than the one before
             last = None
             for n in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.seqs_per_step % (n * data * fsdp) == 0):
-                if last and (not last.fits or guess(last, n) > 1.25 * machine.budget):
-                    break
+                if last and guess(last, n) > (1.25 if last.fits else 1) * machine.budget:
+                    continue
                 changed = _with(config, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, model__remat=remat,
                                 train__seqs_per_device=n)  # fmt: skip
                 what = f"data={data} fsdp={fsdp} tensor={tensor} {remat} {n} a device"
@@ -127,11 +130,16 @@ def sweep(config: Config, machine: targets.Machine, mfu: float, say: Callable[[s
                     say(f"{what}: {error}")
                     break
                 say(f"{what}: {gib(last.peak)}")
-                seconds = step_seconds(last, mfu).values() if machine.target else None
+                seconds = (step_seconds(last, mfu) or {}).values()
                 rows.append({"mesh": dict(last.mesh.shape), "remat": remat, "seqs_per_device": n, "fits": last.fits,
                              "peak_bytes_per_device": last.peak,
                              "tokens_per_second": tokens / max(seconds) if seconds else None,
                              "tokens_per_second_if_nothing_overlaps": tokens / sum(seconds) if seconds else None})  # fmt: skip
+    if not rows:
+        raise UserError(
+            f"--sweep: {config.seqs_per_step} sequences a step do not divide into the {len(machine.devices)} devices; choose "
+            "another train.tokens_per_step"
+        )
     rate = lambda row: row["tokens_per_second_if_nothing_overlaps"] or 0
     return sorted(rows, key=lambda row: (not row["fits"], -rate(row), row["peak_bytes_per_device"]))
 
@@ -155,24 +163,26 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         "flops_per_token": metrics.flops_per_token(config.model)
         | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
         "collectives": [c._asdict() for c in compiled.collectives],
-        "tokens_per_second": None,
-        "days": None,
-        "cost": None,
+        **prediction(compiled, args),
         "memory": {"measured": compiled.memory, "expected": compiled.expected},
-        "seconds_per_step": None,
         "attention": compiled.attention,
         "notes": compiled.notes,
         "compile_seconds": compiled.seconds,
     }
-    if target:
-        seconds = step_seconds(compiled, args.mfu or target.mfu)
-        rate = config.train.tokens_per_step / max(seconds.values())  # what waits for what is hidden, as far as it can be
-        days = config.train.steps * config.train.tokens_per_step / rate / 86_400
-        out |= {"seconds_per_step": seconds, "tokens_per_second": rate, "days": days}
-        out["cost"] = days * 24 * len(machine.devices) * (args.price or target.price)
     if dims.n_parameters(config.model) == laws.TINYLLAMA.size:
         out["original"] = ORIGINAL
     return out
+
+
+def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
+    """Tokens a second if all that can overlap does, days and cost of the run, seconds of a step by part; None if unknown."""
+    config, target = compiled.config, compiled.machine.target
+    if not (seconds := step_seconds(compiled, args.mfu)):
+        return dict.fromkeys(("tokens_per_second", "days", "cost", "seconds_per_step"))
+    rate = config.train.tokens_per_step / max(seconds.values())
+    days = config.train.steps * config.train.tokens_per_step / rate / 86_400
+    cost = days * 24 * len(compiled.machine.devices) * (args.price or target.price)
+    return {"tokens_per_second": rate, "days": days, "cost": cost, "seconds_per_step": seconds}
 
 
 def _facts(target: targets.Target, args: argparse.Namespace) -> dict:
@@ -191,20 +201,13 @@ def show(out: dict, say: Callable) -> None:
     say(_memory_table(out))
     if out["memory"]["measured"]["params"] is None:
         say("the compiler stopped there: nothing is known of what the step would send")
-    else:
+    elif out["collectives"]:
         say(_wire_table(out["collectives"]))
     flops = ", ".join(f"{name} {value / 1e9:.3f}" for name, value in out["flops_per_token"].items())
     say(f"GFLOP a token: {flops}")
     for note in out["notes"]:
         say(f"warning: {note}")
-    if seconds := out["seconds_per_step"]:
-        parts = ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
-        say(f"a step: {parts} (matmuls at {target['mfu']:.0%} of the peak, links and memory at their full rate)")
-        rate, price, days = out["tokens_per_second"], target["usd_per_device_hour"], out["days"]
-        say(f"if all of it overlaps: {rate:,.0f} tokens/s, {rate / target['devices']:,.0f} a device; {days:,.1f} days for "
-            f"{config['train.steps']:,} steps; {out['cost']:,.0f} USD at {price:g} an hour and device")  # fmt: skip
-        say(f"if nothing does: {days * sum(seconds.values()) / max(seconds.values()):,.1f} days")
-        say(f"source: {target['source']}")
+    _say_prediction(out, out, say)
     if original := out.get("original"):
         say(f"the original: {original['tokens_per_second_per_gpu']:,} tokens/s a GPU on 16 A100-40G, "
             f"{original['a100_hours_per_300b_tokens']:,} A100-hours per 300B tokens, {original['days']} days, "
@@ -214,12 +217,31 @@ def show(out: dict, say: Callable) -> None:
         say(f"does not fit: {needs}")
         change = out["nearest"] or {"change": {}}
         keys = " ".join(f"--{key}={value}" for key, value in change["change"].items())
-        say(f"the nearest that does: {keys}, {gib(change['peak_bytes_per_device'])}" if keys
-            else "nothing near it does: take more devices, or ones with more memory")  # fmt: skip
+        if not keys:
+            say("nothing near it does: take more devices, or ones with more memory")
+            return
+        say(f"the nearest that does: {keys}, {gib(change['peak_bytes_per_device'])}")
+        _say_prediction(change, out, say)
         return
     say(f"the largest train.seqs_per_device that fits: {out['largest_seqs_per_device']}")
     most = out["peak_bytes_per_device"] > 0.75 * target.get("memory", math.inf) and "TPU" not in target["kind"]
     say(f"fits: {needs}" + (", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: jax takes 0.75 unless told" if most else ""))
+
+
+def _say_prediction(found: dict, out: dict, say: Callable) -> None:
+    target, seconds = out["target"], found["seconds_per_step"]
+    if not seconds:
+        if "flops" in target:
+            say("no rate is predicted: " + ("in fp32 the table has none" if out["fits"] else "the compiler refused this step"))
+        return
+    parts = ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
+    say(f"a step: {parts} (matmuls at {target['mfu']:.0%} of the peak, links and memory at their full rate)")
+    span = lambda days: f"{days:,.1f} days" if days >= 2 else f"{24 * days:,.1f} hours"
+    rate, price = found["tokens_per_second"], target["usd_per_device_hour"]
+    say(f"if all of it overlaps: {rate:,.0f} tokens/s, {rate / target['devices']:,.0f} a device; {span(found['days'])}, "
+        f"{found['cost']:,.0f} USD at {price:g} an hour and device")  # fmt: skip
+    say(f"if nothing does: {span(found['days'] * sum(seconds.values()) / max(seconds.values()))}")
+    say(f"source: {target['source']}")
 
 
 def _memory_table(out: dict):
@@ -274,8 +296,14 @@ def draw_sweep(rows: list[dict], on: str, limit: int, path: Path) -> None:
 # -- scaling laws ----------------------------------------------------------------------------------------------------------
 
 
-def law(args: argparse.Namespace) -> int:
+def law(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints what the laws say of a budget and of a model, draws the curve; returns the exit code."""
+    for name in ("on", "sweep", "price", "mfu"):
+        if getattr(args, name):
+            raise UserError(f"--{name}: is no option of --law; its prices are --train-price and so on, see --help")
+    if rest:
+        raise UserError(f"{rest[0]}: is no option of --law")
+    prices = laws.Prices(**{name: getattr(args, name) for name in vars(laws.Prices())})
     own = laws.TINYLLAMA
     if args.config:
         config = config_lib.read(args.config)
@@ -284,7 +312,7 @@ def law(args: argparse.Namespace) -> int:
     flops, picture = args.flops or own.flops(), args.picture or Path("plan-law.png")
     best, past = laws.compute_optimal(fit, flops), laws.overtrained(fit, *own)
     curve = laws.tradeoff(fit, past.loss, tokens, own.size * 2.0 ** np.arange(-1, 6, 0.05))
-    money = laws.money_optimal(fit, past.loss, tokens)
+    money = laws.money_optimal(fit, past.loss, tokens, prices)
     draw_law(curve, own, tokens, picture)
     if args.json:
         out = {"fit": args.fit, "source": fit.source, "flops": flops, "compute_optimal": best._asdict(),
@@ -301,9 +329,10 @@ def law(args: argparse.Namespace) -> int:
     print(f"the cheapest training of that loss: {said(past.cheapest)}; this model's takes {past.factor:.2f} times as much")
     if tokens:
         print(f"the least FLOPs of that loss with {tokens:.3g} inference tokens: {said(curve.optimum)}")
-        print(f"the fewest dollars, at the prices in laws.py: {said(money)}")
+        costs = [f"{prices.dollars(run, tokens):,.0f} USD" for run in (money, own)]
+        print(f"the fewest dollars: {said(money)}, {costs[0]}; this model {costs[1]}")
     if past.inference_tokens is not None:
-        dollars = past.inference_tokens / laws.Prices().weight
+        dollars = past.inference_tokens / prices.weight
         print(f"it is the best of its loss for {past.inference_tokens:.3g} inference tokens in FLOPs, {dollars:.3g} in dollars")
     print(f"picture: {picture}")
     return 0
@@ -332,75 +361,97 @@ def main(argv: list[str]) -> int:
     """Plans, prints; returns the exit code."""
     args, rest = _arguments(argv)
     if args.law:
-        if rest:
-            raise UserError(f"{rest[0]}: is no option of --law")
-        return law(args)
+        return law(args, rest)
     if not args.config or not args.on:
         raise UserError("--config FILE and --on TARGET are needed (or --law); see --help")
     config = config_lib.override(config_lib.read(args.config), config_lib.pairs(rest))
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there leaves no record of its memory
     with messages():  # that there is no driver
         machine = targets.machine(args.on)
-    target = machine.target
     from rich.console import Console
 
     console = Console(stderr=args.json, highlight=False, soft_wrap=True)
     say = lambda what: console.print(what, markup=False) if isinstance(what, str) else console.print(what)
     if args.sweep:
-        rows = sweep(config, machine, args.mfu or (target.mfu if target else 1), say)
-        path = args.picture or Path(f"plan-{args.on.replace(':', '-')}.png")
-        draw_sweep(rows, args.on, machine.budget, path)
-        say(f"best first, those that fit before the others; picture: {path}")
-        if args.json:
-            print(json.dumps(rows, indent=1))
-        for r in [] if args.json else rows:
-            rates = r["tokens_per_second_if_nothing_overlaps"], r["tokens_per_second"]
-            rate = f"{rates[0]:,.0f} to {rates[1]:,.0f} tokens/s" if rates[0] else ""
-            fits = "" if r["fits"] else "does not fit"
-            mesh = " ".join(f"--mesh.{axis}={size}" for axis, size in r["mesh"].items())
-            say(f"{rate:>30} {gib(r['peak_bytes_per_device']):>12} {mesh} --model.remat={r['remat']} "
-                f"--train.seqs_per_device={r['seqs_per_device']} {fits}")  # fmt: skip
-        return 0 if any(r["fits"] for r in rows) else DOES_NOT_FIT
+        return _swept(args, config, machine, say)
     compiled = compile_step(config, machine)
     out = report(compiled, args)
     if compiled.fits:
         out["largest_seqs_per_device"] = most_sequences(compiled)[0]
     else:
         found = nearest(compiled)
-        out["nearest"] = {"change": found[0], "peak_bytes_per_device": found[1].peak} if found else None
+        out["nearest"] = None
+        if found:
+            out["nearest"] = {"change": found[0], "peak_bytes_per_device": found[1].peak, **prediction(found[1], args)}
     show(out, say)
     if args.json:
         print(json.dumps(out, indent=1))
     return 0 if compiled.fits else DOES_NOT_FIT
 
 
+def _swept(args: argparse.Namespace, config: Config, machine: targets.Machine, say: Callable) -> int:
+    path = args.picture or Path(f"plan-{args.on.replace(':', '-')}.png")
+    rows = sweep(config, machine, args.mfu, say)
+    say("best first, those that fit before the others:")
+    for r in rows:
+        rates = r["tokens_per_second_if_nothing_overlaps"], r["tokens_per_second"]
+        rate = f"{rates[0]:,.0f} to {rates[1]:,.0f} tokens/s" if rates[0] else ""
+        mesh = " ".join(f"--mesh.{axis}={size}" for axis, size in r["mesh"].items())
+        say(f"{rate:>30} {gib(r['peak_bytes_per_device']):>12} {mesh} --model.remat={r['remat']} "
+            f"--train.seqs_per_device={r['seqs_per_device']} {'' if r['fits'] else 'does not fit'}")  # fmt: skip
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    draw_sweep(rows, args.on, machine.budget, path)
+    say(f"picture: {path}")
+    return 0 if any(r["fits"] for r in rows) else DOES_NOT_FIT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _Parser(prog="tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     known = ", ".join(f"{name}:{t.shape}" for name, t in targets.TARGETS.items())
     parser.add_argument("--config", help="a file such as configs/3t.py")
     parser.add_argument("--on", help=f"the machine: {known}, or cpu:8")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and the lines on stderr")
-    parser.add_argument("--price", type=_positive, help="USD an hour and device, for that of the table")
-    parser.add_argument("--mfu", type=_positive, help="part of the peak that matmuls reach (0.5), for that of the table")
-    parser.add_argument("--sweep", action="store_true", help="meshes x remat policies x sequences a device, best first")
-    parser.add_argument("--picture", type=Path, help="where --sweep and --law draw")
+    parser.add_argument("--price", type=_number, help="USD an hour and device, instead of the table's")
+    parser.add_argument("--mfu", type=_part, help="part of the peak that matmuls reach, instead of the table's (0.52 on A100)")
     parser.add_argument(
-        "--law", choices=("chinchilla", "inference"), help="scaling laws: of the model of --config, or of the 1.1B"
+        "--sweep", action="store_true", help="meshes (tensor as the config has it) x remat policies x sequences"
     )
+    parser.add_argument("--picture", type=_picture, help="where --sweep and --law draw (plan-a100-40g-2x8.png, plan-law.png)")
+    parser.add_argument("--law", choices=("chinchilla", "inference"), help="scaling laws: the model of --config, or the 1.1B")
     parser.add_argument("--fit", choices=laws.LAWS, default="hoffmann", help="whose constants")
-    parser.add_argument("--flops", type=_positive, help="--law: a budget of training FLOPs; the model's own if absent")
-    parser.add_argument(
-        "--inference-tokens", type=_positive, default=1e12, help="--law inference: read or written, in all (1e12)"
-    )
+    parser.add_argument("--flops", type=_number, help="--law: a budget of training FLOPs; the model's own if absent")
+    parser.add_argument("--inference-tokens", type=_number, default=1e12, help="--law inference: in all (1e12)")
+    for name, value in vars(laws.Prices()).items():
+        kind = _part if name.endswith(("mfu", "share")) else _number
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"--law inference ({value:.3g})")
     return parser.parse_known_args(argv)
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
+def _number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+
+
+def _part(text: str) -> float:
+    if _number(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a part, above 0 and at most 1")
+    return float(text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: must be a .png, .svg or .pdf in a folder that exists")
+    return path
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tinyllama_jax import dims
@@ -31,7 +32,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
             "such as --mesh.data=1 --mesh.fsdp=-1"
         )
     shape = tuple(len(devices) // said if n == -1 else n for n in axes.values())
-    return jax.make_mesh(shape, tuple(axes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(shape, tuple(axes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:  # on a TPU slice whose own axes are not products of these
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(placed, tuple(axes), axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

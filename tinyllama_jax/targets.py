@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 import os
@@ -126,9 +127,12 @@ def machine(on: str) -> Machine:
     name, _, shape = on.partition(":")
     if name == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
         return Machine(on, None, _virtual(on, int(shape)), int(shape))
-    if name not in TARGETS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+    if name not in TARGETS or not re.fullmatch(r"[1-9]\d*x[1-9]\d*" if TARGETS[name].sm else r"[1-9]\d*(x[1-9]\d*)+", shape):
         known = ", ".join(f"{n}:{t.shape}" for n, t in TARGETS.items())
-        raise UserError(f"--on={on}: not a known target and its size; choose one like {known}, cpu:8")
+        size = "NODESxGPUS" if name in TARGETS and TARGETS[name].sm else "the chips along each axis of a slice"
+        near = [n for n in TARGETS if name and n.startswith(name)] or difflib.get_close_matches(name, TARGETS, 1)
+        write = f"write {near[0]}:{TARGETS[near[0]].shape}" + (f", {size}" if name in TARGETS else "") + "; " if near else ""
+        raise UserError(f"--on={on}: not a known target and its size; {write}choose one like {known}, cpu:8")
     target = TARGETS[name]
     if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS[target.platform]):
         raise UserError(f"--on={on}: the compiler for {target.platform} is not installed; pip install '.[plan]'")
