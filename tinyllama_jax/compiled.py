@@ -32,6 +32,7 @@ class Compiled(NamedTuple):
     accumulation: int
     attention: str
     peak: int
+    live: int  # what is alive where the most is; the rest of the peak is room between, or an allocator's other peak
     memory: dict[str, int | None]  # by kind; None where the compiler refused and so said nothing
     expected: dict[str, int]  # the same by arithmetic
     collectives: list[hlo.Collective]
@@ -76,10 +77,9 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     memory = measured_memory(config, program, buffers, peak) if text else dict.fromkeys(expected)
     collectives = hlo.collectives(text, mesh)
     notes = [*unwanted(collectives, mesh), *(["an array is gathered whole to change its layout"] if warned else [])]
-    if text and (live := memory["params"] + memory["optimizer"] + sum(buffer.bytes for buffer in buffers)) < 0.85 * peak:
-        notes.append(f"the kinds are known of {gib(live)} of the peak; the rest is with the temporaries")
+    live = _on_device(program.state) + sum(buffer.bytes for buffer in buffers)
     impl = attention.choose(config.model.attention, config.model.compute_dtype, machine.devices[0])[0]
-    return Compiled(config, machine, mesh, program.shape[0], impl, peak, memory, expected, collectives,
+    return Compiled(config, machine, mesh, program.shape[0], impl, peak, live, memory, expected, collectives,
                     executed_flops(traced.jaxpr.jaxpr), notes, time.perf_counter() - began)  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
         "collectives": [c._asdict() for c in compiled.collectives],
         **prediction(compiled, args),
-        "memory": {"measured": compiled.memory, "expected": compiled.expected},
+        "memory": {"measured": compiled.memory, "expected": compiled.expected, "live": compiled.live},
         "attention": compiled.attention,
         "notes": compiled.notes,
         "compile_seconds": compiled.seconds,
@@ -199,6 +199,9 @@ def show(out: dict, say: Callable) -> None:
     say(f"step: {tokens:,} tokens = {out['accumulation']} x {at_once:,}, {out['seqs_per_device']} sequences a device at once")
     say(f"attention {out['attention']}, remat {config['model.remat']}")
     say(_memory_table(out))
+    live, peak = out["memory"]["live"], out["peak_bytes_per_device"]
+    if out["memory"]["measured"]["params"] is not None and live < 0.85 * peak:
+        say(f"the kinds are known of {gib(live)}, what is alive at one time; the rest of the peak counts as temporaries")
     if out["memory"]["measured"]["params"] is None:
         say("the compiler stopped there: nothing is known of what the step would send")
     elif out["collectives"]:
