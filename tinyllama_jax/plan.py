@@ -92,8 +92,8 @@ def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
     for more in [{}, *remats, wider, {**wider, "model.remat": REMAT[-1]}]:
         for sequences in (config.train.seqs_per_device, 1):
             with contextlib.suppress(UserError):  # a number that does not come out even on another mesh
-                changed = config_lib.override(config, {key: str(value) for key, value in more.items()})
-                changed = _with(changed, train__seqs_per_device=sequences)
+                keys = more | {"train.seqs_per_device": sequences}
+                changed = config_lib.override(config, {key: str(value) for key, value in keys.items()})
                 n, found = most_sequences(compile_step(changed, machine) if more else compiled)
                 if found:
                     return more | ({"train.seqs_per_device": n} if n != config.train.seqs_per_device else {}), found
@@ -235,7 +235,8 @@ def _say_prediction(found: dict, out: dict, say: Callable) -> None:
     target, seconds = out["target"], found["seconds_per_step"]
     if not seconds:
         if "flops" in target:
-            say("no rate is predicted: " + ("in fp32 the table has none" if out["fits"] else "the compiler refused this step"))
+            refused = found is out and out["memory"]["measured"]["params"] is None
+            say("no rate is predicted: " + ("the compiler refused this step" if refused else "in fp32 the table has none"))
         return
     parts = ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
     say(f"a step: {parts} (matmuls at {target['mfu']:.0%} of the peak, links and memory at their full rate)")
