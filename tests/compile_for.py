@@ -1,12 +1,15 @@
 """Compiles train steps for a machine that is not here: `compile_for.py ON CASE ...` -> JSON.
 
-A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for; or
-"3t:SEQUENCES,REMAT": configs/3t.py. A process of its own, since compilers keep what they know of one GPU for the next.
+A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for;
+"3t:SEQUENCES,REMAT" (with data=2) or "3t:SEQUENCES,REMAT,ATTENTION,DATA": configs/3t.py; or "attention:IMPL": that alone,
+forward and backward, at the 1.1B's shape, with documents and without, and with heads of 128. A process of its own, since
+compilers keep what they know of one GPU for the next.
 """
 
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -35,9 +38,16 @@ def small(data: int, fsdp: int, reduce_dtype: str) -> c.Config:
 
 def config_of(case: str) -> c.Config:
     if case.startswith("3t:"):
-        sequences, remat = case[3:].split(",")
+        sequences, remat, impl, data = (case[3:] + ",auto,2" * (case.count(",") == 1)).split(",")
         path = str(Path(__file__).parents[1] / "configs/3t.py")
-        return c.override(c.read(path), {"train.seqs_per_device": sequences, "model.remat": remat})
+        options = {
+            "train.seqs_per_device": sequences,
+            "model.remat": remat,
+            "model.attention": impl,
+            "mesh.data": str(data),
+            "mesh.fsdp": "-1",
+        }
+        return c.override(c.read(path), options)
     data, fsdp, reduce_dtype = case.split(",")
     return small(int(data), int(fsdp), reduce_dtype)
 
@@ -60,6 +70,54 @@ def overflowing(on: str):
     return lambda q, k, v, **_: q + lax.stop_gradient(run()).astype(q.dtype)
 
 
+def attention_alone(impl: str, device: jax.Device) -> dict:
+    """Name -> the kernels of forward and backward together, and MiB of temporaries."""
+    out, where = {}, jax.sharding.SingleDeviceSharding(device)
+    for name, H, documents in (("plain", 64, False), ("documents", 64, True), ("wide", 128, False)):
+        shape = lambda heads, H=H: jax.ShapeDtypeStruct((8, 2048, heads, H), jnp.bfloat16, sharding=where)
+        ids = jax.ShapeDtypeStruct((8, 2048), jnp.int32, sharding=where)
+
+        def both(q, k, v, do, ids, documents=documents):
+            out, vjp = jax.vjp(lambda *qkv: attention.attention(*qkv, ids if documents else None, impl=impl), q, k, v)
+            return out, vjp(do)
+
+        program = jax.jit(both).trace(shape(32), shape(4), shape(4), shape(32), ids).lower().compile()
+        out[name] = kernels(program.as_text()), program.memory_analysis().temp_size_in_bytes / 2**20
+    return out
+
+
+def kernels(text: str) -> list[str]:
+    """The names of the attention kernels in a program, one for each time that it stands there."""
+    calls = [line for line in text.splitlines() if " custom-call(" in line]
+    names = (re.search(r"__cudnn\$\w+|attention_(?:forward|dq|dkv)|splash_\w+", line) for line in calls)
+    return sorted(name[0] for name in names if name)
+
+
+def of_layers(text: str) -> dict:
+    """What a program of configs/3t.py does in its two loops over layers, in a line each.
+
+    `products`: matmuls forward and backward. `moved`: elements of operations that do nothing but copy, cast or turn them.
+    """
+    products, moved, computations, fused = [0, 0], [], {}, set()
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
+            name = header[1]
+        elif m := re.match(r"\s+(?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\][^=]*? ([\w-]+)\(", line):
+            size = math.prod(int(n) for n in m[2].split(",") if n)
+            computations.setdefault(name, []).append((m[3], size, line))
+            if m[3] == "fusion":
+                fused.add(re.search(r"calls=%([\w.-]+)", line)[1])
+            if m[3] in ("dot", "convolution") and "/layers/" in line:
+                products["transpose(jvp" in line] += 1
+    only_moves = {"parameter", "bitcast", "copy", "convert", "transpose", "reshape"}
+    for name, lines in computations.items():
+        for op, size, line in lines if name not in fused else ():
+            inside = computations.get((re.search(r"calls=%([\w.-]+)", line) or [0, ""])[1], [])
+            if op in ("copy", "convert", "transpose") or (op == "fusion" and {o for o, *_ in inside} <= only_moves):
+                moved.append((size, line.strip()[:150]))
+    return {"products": products, "moved": moved, "kernels": kernels(text)}
+
+
 def state_of(config: c.Config, machine: targets.Machine) -> list:
     """Of each leaf of the state: path, elements in all, elements on a device."""
     mesh = sharding.make_mesh(config.mesh, machine.devices)
@@ -71,7 +129,7 @@ def state_of(config: c.Config, machine: targets.Machine) -> list:
 def main(on: str, cases: list[str]) -> dict:
     """What the tests ask of each case."""
     jax.config.update("jax_enable_compilation_cache", False)
-    machine, out = targets.machine(on), {}
+    machine, out, collectives = targets.machine(on), {}, compiled.hlo.collectives
     for case in cases:
         if case == "overflow":
             attention.attention = overflowing(on)
@@ -81,7 +139,11 @@ def main(on: str, cases: list[str]) -> dict:
             except c.UserError as error:
                 out[case] = str(error)
             continue
-        config = config_of(case)
+        if case.startswith("attention:"):
+            out[case] = attention_alone(case.partition(":")[2], machine.devices[0])
+            continue
+        config, texts = config_of(case), []
+        compiled.hlo.collectives = lambda text, mesh, texts=texts: (texts.append(text), collectives(text, mesh))[1]
         found = compiled.compile_step(config, machine)
         out[case] = {
             "collectives": [r._asdict() for r in found.collectives],
@@ -91,6 +153,8 @@ def main(on: str, cases: list[str]) -> dict:
             "expected": found.expected,
             "notes": found.notes,
             "attention": found.attention,
+            "flops": found.flops,
+            "layers": of_layers(texts[0]),
         }
     return out
 

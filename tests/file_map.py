@@ -27,7 +27,7 @@ def rows() -> dict[str, str]:
     """Path -> what the file is, from the lowest module up."""
     out = {}
     for path in (ROOT / "tinyllama_jax").rglob("*.py"):
-        if path.name != "__init__.py":
+        if path.name != "__init__.py" or path.read_text().count("\n") > 1:
             first = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0].rstrip(".")
             out[str(path.relative_to(ROOT))] = first.replace("|", "\\|")
     place = lambda name: next((i for i, o in enumerate(ORDER) if name.startswith(f"tinyllama_jax/{o}")), len(ORDER))

@@ -51,7 +51,10 @@ def test_override_by_type(config):
         ({"optim.peak_lr": "fast"}, "--optim.peak_lr=fast: must be a number"),
         ({"optim.min_lr": "1"}, "must lie in [0, optim.peak_lr=0.0004]"),
         ({"model.remat": "ful"}, "did you mean full?"),
-        ({"model.attention": "flash"}, "must be one of auto, reference, xla, cudnn"),
+        (
+            {"model.attention": "flash"},
+            "must be one of auto, reference, xla, pallas_triton, ",
+        ),
         ({"model.precision": "bf16"}, "--model.precision=bf16: is not a policy"),
         ({"model.n_heads": "5"}, "--model.n_heads=5: must divide model.d_model=32"),
         ({"model.n_kv_heads": "3"}, "--model.n_kv_heads=3: must divide model.n_heads=4"),

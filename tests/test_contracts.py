@@ -111,7 +111,7 @@ def test_config_keys():
 def test_sizes_stay_within_budget():
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
     # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each)
-    assert sum(lines.values()) <= 7_700 and lines["train"] <= 220
+    assert sum(lines.values()) <= 8_250 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

@@ -13,7 +13,8 @@ from jax.extend.core import jaxprs_in_params
 
 from tinyllama_jax import config as c
 from tinyllama_jax import dims, model, sharding
-from tinyllama_jax.kernels import attention, cross_entropy
+from tinyllama_jax.kernels import cross_entropy
+from tinyllama_jax.kernels.attention import plain
 from tinyllama_jax.step import build
 
 FP32 = "params=float32,compute=float32,output=float32"
@@ -177,7 +178,7 @@ def test_rope_turns_complex_numbers(scaling):
 
 @pytest.mark.parametrize("cfg", SHAPES.values(), ids=SHAPES)
 def test_no_logit_sees_a_later_token(cfg, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 6)
+    monkeypatch.setattr(plain, "QUERY_BLOCK", 6)
     params, tokens = some_params(cfg), some_tokens(cfg)
     run = jax.jit(lambda tokens: model.logits(params, tokens, cfg))
     before = run(tokens)
@@ -189,7 +190,7 @@ def test_no_logit_sees_a_later_token(cfg, monkeypatch):
 
 @pytest.mark.parametrize("cfg", SHAPES.values(), ids=SHAPES)
 def test_decoding_with_a_cache_is_the_whole_forward_pass(cfg, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(plain, "QUERY_BLOCK", 4)
     params, tokens = some_params(cfg), some_tokens(cfg)
     decode = jax.jit(lambda tokens, cache, start: model.decode(params, tokens, cache, start, cfg))
     cache, parts, start = model.init_cache(cfg, 2, cfg.seq_len + 3), [], 0

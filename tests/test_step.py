@@ -79,7 +79,7 @@ def test_neither_a_loss_nor_a_gradient_that_is_not_finite_moves_anything(monkeyp
     grads = jax.tree.map(jnp.ones_like, state.params)
     if bad_gradient:
         grads["layers"]["q"]["kernel"] = grads["layers"]["q"]["kernel"].at[1, 2, 3, 4].set(jnp.nan)
-    sums = Sums(jnp.float32(jnp.inf if bad_loss else 1.0), jnp.float32(0))
+    sums = Sums(jnp.float32(jnp.inf if bad_loss else 1.0), jnp.float32(0), jnp.float32(0))
     monkeypatch.setattr(step, "gradients", lambda *_: (sums, grads))
     new, metrics = step.train_step(state, batch_of((1, 1)), config)
     good = not (bad_loss or bad_gradient)
@@ -136,6 +136,63 @@ def test_a_step_too_large_for_the_devices_is_refused():
     config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 3 * 16, 1), c.Checkpoint(1))
     with pytest.raises(c.UserError, match="choose train.tokens_per_step as a multiple of 128"):
         build(config, sharding.make_mesh(config.mesh))
+
+
+EOS = 2
+
+
+@pytest.mark.parametrize("impl", ["reference", "xla"])
+def test_with_the_document_mask_each_document_is_as_if_alone(impl):
+    """Its tokens' losses are those that it has in a block of its own: RoPE knows distances alone."""
+    config = c.Config("w", FP32, c.Data({"a": 1}, document_mask=True), c.Optim(1e-3, 1e-4, 1, 0.1, 1.0), c.Train(3, 16, 1),
+                      c.Checkpoint(1))  # fmt: skip
+    cfg = dataclasses.replace(FP32, attention=impl, loss_chunk=8)
+    config = dataclasses.replace(config, model=cfg)
+    params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), cfg))
+    tokens = np.random.default_rng(0).integers(3, 104, (1, 17)).astype(np.int32)
+    tokens[0, [4, 5, 11]] = EOS  # documents of 5, 1, 6 and 5 tokens
+    assert step.documents(jnp.asarray(tokens), EOS).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
+    batch = Batch(jnp.asarray(tokens), jnp.full((1,), 17))
+    losses = np.asarray(step.token_losses(params, batch, config, 1, EOS))
+    for first, end in ((0, 5), (5, 6), (6, 12), (12, 16)):
+        logits = jax.nn.log_softmax(model.logits(params, tokens[:, first:end], cfg)[0])
+        alone = [-logits[i, tokens[0, first + i + 1]] for i in range(end - first)]
+        np.testing.assert_allclose(losses[0, first:end], alone, rtol=1e-5)
+    sums, _ = loss_sums(params, batch, config, 1, EOS)
+    assert float(sums.loss) == pytest.approx(losses.sum(), rel=1e-6)
+    across = np.asarray(step.token_losses(params, batch, config, 1))
+    assert np.abs(across - losses)[0, 5:].min() > 1e-4 and np.abs(across - losses)[0, :5].max() < 1e-5
+
+
+def test_the_mask_reaches_the_jitted_step_and_only_if_it_is_asked_for():
+    config = c.Config("x", FP32, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 16 * 16, 1), c.Checkpoint(1))
+    batch = batch_of((2, 8))
+    batch.tokens[..., 7] = EOS
+    losses = {}
+    mesh = sharding.make_mesh(config.mesh)
+    for mask in (False, True):
+        with jax.set_mesh(mesh):
+            asked = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=mask))
+            program = build(asked, mesh, EOS)
+            state = program.start(jax.tree.map(lambda w: 5 * w, program.init().params))
+            state, metrics = program.train(state, Batch(*map(jax.device_put, batch, program.batch)))
+            losses[mask] = (
+                float(metrics["loss"]),
+                float(program.evaluate(state.params, Batch(batch.tokens[0], batch.length[0]))[0].loss),
+            )
+    assert all(abs(a - b) > 1e-3 for a, b in zip(losses[False], losses[True], strict=True))
+
+
+def test_z_loss_is_minimised_and_not_shown():
+    config = c.Config("x", FP32, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 16 * 16, 1), c.Checkpoint(1))
+    mesh, batch, out = sharding.make_mesh(config.mesh), batch_of((2, 8)), {}
+    for z_loss in (0.0, 0.5):
+        with jax.set_mesh(mesh):
+            program = build(dataclasses.replace(config, train=dataclasses.replace(config.train, z_loss=z_loss)), mesh)
+            out[z_loss] = jax.device_get(program.train(program.init(), Batch(*map(jax.device_put, batch, program.batch)))[1])
+    assert out[0.5]["loss"] == out[0.0]["loss"] and "z_loss" not in out[0.0]
+    assert out[0.5]["z_loss"] == pytest.approx(0.5 * np.log(104) ** 2, rel=0.1)  # of logits near 0
+    assert out[0.5]["grad_norm"] > 1.5 * out[0.0]["grad_norm"]
 
 
 def test_losses_of_tokens_are_those_of_all_logits():

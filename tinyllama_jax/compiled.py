@@ -18,7 +18,6 @@ import jax
 
 from tinyllama_jax import dims, hlo, sharding, step, targets
 from tinyllama_jax.config import Config, UserError
-from tinyllama_jax.kernels import attention
 
 LARGE = 4 * 2**20  # bytes: a collective that small costs its latency alone
 
@@ -54,7 +53,7 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     began = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, machine.devices)
     with jax.set_mesh(mesh):
-        program = step.build(config, mesh)
+        program = step.build(config, mesh, eos_id=2)  # any: it is a constant of the program
         traced = program.train.trace(program.state, step.shape_of_batch(program, config.model.seq_len))
         lowered = traced.lower()
     text, buffers, peak, said = "", [], 0, ""
@@ -78,7 +77,7 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     collectives = hlo.collectives(text, mesh)
     notes = [*unwanted(collectives, mesh), *(["an array is gathered whole to change its layout"] if warned else [])]
     live = _on_device(program.state) + sum(buffer.bytes for buffer in buffers)
-    impl = attention.choose(config.model.attention, config.model.compute_dtype, machine.devices[0])[0]
+    impl = step.choose_attention(config, machine.devices[0])[0]
     return Compiled(config, machine, mesh, program.shape[0], impl, peak, live, memory, expected, collectives,
                     executed_flops(traced.jaxpr.jaxpr), notes, time.perf_counter() - began)  # fmt: skip
 
@@ -177,6 +176,7 @@ def kept_by_layers(jaxpr, n_layers: int) -> int:
 def executed_flops(jaxpr) -> float:
     """FLOPs of every matmul in a jaxpr, loops multiplied out; of attention kernels, those of the causal half."""
     total = 0.0
+    read = {id(v) for v in (*jaxpr.outvars, *(v for eqn in jaxpr.eqns for v in eqn.invars))}
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
@@ -186,6 +186,8 @@ def executed_flops(jaxpr) -> float:
             B, S, N, H = eqn.invars[0].aval.shape
             total += (2 if "fwd" in name else 5) * 2 * B * N * H * S * S / 2
         elif name == "pallas_call":
+            if read.isdisjoint(map(id, eqn.outvars)):  # JAX leaves in what backward need not do again, and XLA takes it out
+                continue
             total += getattr(eqn.params.get("cost_estimate"), "flops", 0)
         else:
             times = eqn.params["length"] if name == "scan" else eqn.params["mesh"].size if name == "shard_map" else 1

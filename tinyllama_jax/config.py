@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
-ATTENTION = ("auto", "reference", "xla", "cudnn")
+ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
 
 
 class UserError(Exception):
@@ -122,6 +122,7 @@ class Data(_Typed):
 
     sources: dict[str, float]  # folder written by `data.prepare` -> its share of the sequences; the shares are normalised
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
+    document_mask: bool = False  # attention within each document alone (they end with eos); the original had none
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out, each in the numbers that those before it gave
     workers: int = 2  # threads that read ahead; no effect on what is read
 
@@ -183,6 +184,7 @@ class Train(_Typed):
     seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
     seed: int = 0
     deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
+    z_loss: float = 0.0  # times the mean square of the logits' logsumexp, added to what is minimised (not to the loss shown)
     spike: float = 0.0  # the run stops at a loss so many nats above the mean of the 100 finite steps before; 0: it does not
     wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
@@ -191,6 +193,7 @@ class Train(_Typed):
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
+        _check(0 <= self.z_loss < 1, "train.z_loss", self.z_loss, "must be 0 (off) or more, and less than 1; 1e-4 is usual")
         _check(self.spike >= 0, "train.spike", self.spike, "must be 0 (off) or more")
         _check(self.wait > 0, "train.wait", self.wait, "must be positive")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -80,6 +81,36 @@ def _linear_backward(einsum, reduce_dtype, residuals, dy):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def down(reduce_dtype: str, gate_BSF: jax.Array, up_BSF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """SwiGLU's second half: (silu(gate) * up) kernel [B, S, D], its gradients as in `linear`.
+
+    Backward computes silu(gate) * up once for the kernel's gradient and lets it go before it begins with those of gate and up.
+    At one time, as XLA would, the three take 0.5 GiB of a layer of 8 x 2,048 tokens; so it is 0.34 (benchmarks/plan.md).
+    """
+    return jnp.einsum("bsf,fd->bsd", _swiglu(gate_BSF, up_BSF), kernel_FD.astype(gate_BSF.dtype))
+
+
+def _swiglu(gate_BSF: jax.Array, up_BSF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BSF) * up_BSF
+
+
+def _down_forward(reduce_dtype, gate_BSF, up_BSF, kernel_FD):
+    return down(reduce_dtype, gate_BSF, up_BSF, kernel_FD), (gate_BSF, up_BSF, kernel_FD)
+
+
+def _down_backward(reduce_dtype, residuals, dy_BSD):
+    gate_BSF, up_BSF, kernel_FD = residuals
+    dkernel_FD = jnp.einsum("bsf,bsd->fd", _swiglu(gate_BSF, up_BSF), dy_BSD, preferred_element_type=reduce_dtype)
+    gate_BSF, up_BSF, dy_BSD, dkernel_FD = jax.lax.optimization_barrier((gate_BSF, up_BSF, dy_BSD, dkernel_FD))
+    _, vjp = jax.vjp(_swiglu, gate_BSF, up_BSF)
+    dgate_BSF, dup_BSF = vjp(jnp.einsum("bsd,fd->bsf", dy_BSD, kernel_FD.astype(dy_BSD.dtype)))
+    return dgate_BSF, dup_BSF, dkernel_FD.astype(kernel_FD.dtype)
+
+
+down.defvjp(_down_forward, _down_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str, reduce_dtype: str) -> jax.Array:
     """`table_VD[tokens_BS]` in `dtype`, the table gathered over fsdp before: a lookup in a split one gathers activations."""
@@ -129,7 +160,7 @@ class Block(nn.Module):
     model: Model
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, cache: Cache | None, start: jax.Array | int, table: tuple[jax.Array, jax.Array]):
+    def __call__(self, x_BSD: jax.Array, cache: Cache | None, start: jax.Array | int, ids_BS: jax.Array | None, table: tuple):
         model = self.model
         policy = jmp.get_policy(model.precision)
 
@@ -149,22 +180,26 @@ class Block(nn.Module):
         v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
         impl = model.attention
         if impl == "auto":  # `step.build` has chosen for its mesh
-            impl = attention_kernels.choose(impl, model.compute_dtype)[0]
+            shape = {"seq_len": q_BSNH.shape[1], "head_dim": model.d_head, "segments": ids_BS is not None}
+            impl = attention_kernels.choose(impl, model.compute_dtype, **shape)[0]
         if cache is not None:  # decoding: the new keys and values join those before them
             k_BSKH, v_BSKH = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                 for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True)
             )
             cache, impl = Cache(k_BSKH, v_BSKH), "reference" if impl == "reference" else "xla"
-        a_BSNH = attention_kernels.attention(q_BSNH, k_BSKH, v_BSKH, impl=impl, start=start)
-        a_BSNH = checkpoint_name(a_BSNH, "attention")
+        arrays = [a for a in (q_BSNH, k_BSKH, v_BSKH, ids_BS) if a is not None]
+        attend = partial(attention_kernels.attention, impl=impl, start=start)
+        if impl in attention_kernels.KERNELS:
+            attend = sharding.per_device(attend, ("BSNH", "BSKH", "BSKH", "BS")[: len(arrays)], "BSNH")
+        a_BSNH = attend(*arrays)
         out_BSD = project("o", "bsnh,nhd->bsd", a_BSNH)
         x_BSD = checkpoint_name(sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), "residual")
 
         h_BSD = norm("mlp_norm", x_BSD)
         gate_BSF = sharding.constrain(project("gate", "bsd,df->bsf", h_BSD), "BSF")
         up_BSF = sharding.constrain(project("up", "bsd,df->bsf", h_BSD), "BSF")
-        out_BSD = project("down", "bsf,fd->bsd", jax.nn.silu(gate_BSF) * up_BSF)
+        out_BSD = down(model.reduce_dtype, gate_BSF, up_BSF, weight("down"))
         return sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), cache
 
 
@@ -183,19 +218,25 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=model.n_layers,
         )(model)
         self.final_norm = Weight("final_norm/scale", model)
         self.lm_head = Weight("lm_head/kernel", model)
 
-    def hidden(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
+    def hidden(
+        self,
+        tokens_BS: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+        segment_ids_BS: jax.Array | None = None,
+    ):
         """What the head reads, [B, S, D] in the compute dtype, and the cache with these positions added."""
         policy = jmp.get_policy(self.model.precision)
         x_BSD = lookup(self.embed(), tokens_BS, self.model.compute_dtype, self.model.reduce_dtype)
         x_BSD = sharding.constrain(x_BSD.astype(self.model.residual), "BSD")
         table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)
-        x_BSD, cache = self.layers(x_BSD, cache, start, table)
+        x_BSD, cache = self.layers(x_BSD, cache, start, segment_ids_BS, table)
         return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps)), cache
 
     def __call__(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
@@ -212,12 +253,13 @@ class Llama(nn.Module):
 
 def init(key: jax.Array, model: Model) -> dict:
     """Parameters as a nested dict whose paths are the names in `dims.PARAMETERS`; the same on any mesh."""
+    model = dataclasses.replace(model, attention="reference")  # no kernel is for the single token of this trace
     return Llama(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def hidden(params: dict, tokens_BS: jax.Array, model: Model) -> jax.Array:
-    """What the head reads: [B, S, D] in the compute dtype."""
-    return Llama(model).apply({"params": params}, tokens_BS, method="hidden")[0]
+def hidden(params: dict, tokens_BS: jax.Array, model: Model, segment_ids_BS: jax.Array | None = None) -> jax.Array:
+    """What the head reads: [B, S, D] in the compute dtype. With segments, a token sees those of its own alone."""
+    return Llama(model).apply({"params": params}, tokens_BS, segment_ids_BS=segment_ids_BS, method="hidden")[0]
 
 
 def logits(params: dict, tokens_BS: jax.Array, model: Model) -> jax.Array:

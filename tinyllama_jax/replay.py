@@ -31,8 +31,7 @@ from tinyllama_jax.config import Config, UserError
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.kernels import attention
-from tinyllama_jax.step import Program, TrainState, build, on_devices, weight_of
+from tinyllama_jax.step import Program, TrainState, build, choose_attention, on_devices, weight_of
 
 COMPARED = "loss", "grad_norm", "checksum"
 REACH = 10  # steps that it goes on, at least, to a checkpoint after step N that can say more
@@ -62,11 +61,11 @@ def main(argv: list[str]) -> int:
     check_data(args.run, config, sources)
     mesh = mesh_of(args.run, config, overrides)
     with jax.set_mesh(mesh):
-        program = build(config, mesh)
+        program = build(config, mesh, feed.eos_id(config, sources))
         base = base_of(args.run, config, args.step, min(written))
         run = Run(args.run, config, sources, written, mesh, program, checksums(program, mesh), base)
         state, origin = begin(run)
-        impl, reason = attention.choose(config.model.attention, config.model.compute_dtype)
+        impl, reason = choose_attention(config, mesh.devices.flat[0])
         say(f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}; attention: {impl} ({reason})")
         say(f"{args.run}: steps {base + 1:,} to {args.step:,} again, from {origin.removeprefix('from ')}")
         differences, seen = [], {}

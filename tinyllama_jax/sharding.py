@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -95,6 +96,14 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters)))
+
+
+def per_device(f: Callable, inputs: tuple[str, ...], output: str) -> Callable:
+    """`f` on what each device has of arrays laid out as activations, whose dimensions are said in letters."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    spec = lambda letters: PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters))
+    return jax.shard_map(f, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)
 
 
 # -- parameters that all of a batch reads at once -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax import model, optim, sharding
 from tinyllama_jax.config import Config
 from tinyllama_jax.kernels import attention
-from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
+from tinyllama_jax.kernels.cross_entropy import NONE, Sums, chunk_of, cross_entropy
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
 
 FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
@@ -97,7 +97,9 @@ def scaler(state: TrainState) -> jmp.LossScale:
     return jmp.DynamicLossScale(state.loss_scale["scale"], state.loss_scale["counter"])
 
 
-def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: int) -> tuple[Sums, jax.Array]:
+def loss_sums(
+    params: dict, batch: Batch, config: Config, sequences_per_device: int, eos_id: int | None = None
+) -> tuple[Sums, jax.Array]:
     """Summed next-token loss (nats, fp32) and hits of `batch` [B, S + 1], and the number of tokens predicted.
 
     Padding is neither counted nor trained on: position s counts if token s + 1 is real.
@@ -106,25 +108,34 @@ def loss_sums(params: dict, batch: Batch, config: Config, sequences_per_device: 
         cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
         labels_BS = tokens_BS[:, 1:]
         real_BS = (jnp.arange(1, cfg.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
-        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, documents(tokens_BS[:, :-1], eos_id))
         kernel_XDV = sharding.copies(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
         chunk = chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk)
         # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once in every chunk
         split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
-        losses = jax.vmap(partial(cross_entropy, chunk=chunk))(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
+        head = partial(cross_entropy, chunk=chunk, z_loss=config.train.z_loss)
+        losses = jax.vmap(head)(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
         return jax.tree.map(jnp.sum, losses), real_BS.sum()
 
 
-def token_losses(params: dict, batch: Batch, config: Config, sequences_per_device: int) -> jax.Array:
+def token_losses(params: dict, batch: Batch, config: Config, sequences_per_device: int, eos_id: int | None = None) -> jax.Array:
     """Loss (nats, fp32) of each next token of `batch` [B, S + 1]: [B, S]. That of padding is there too and means nothing."""
     with jax.numpy_dtype_promotion("strict"):
         cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
-        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg)
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, documents(tokens_BS[:, :-1], eos_id))
         kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
         return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk))
 
 
-def gradients(state: TrainState, batch: Batch, config: Config) -> tuple[Sums, dict]:
+def documents(tokens_BS: jax.Array, eos_id: int | None) -> jax.Array | None:
+    """Segment ids [B, S] for attention: of each token the number of documents that end before it in its block."""
+    if eos_id is None:
+        return None
+    ends_BS = (tokens_BS == eos_id).astype(jnp.int32)
+    return jnp.cumsum(ends_BS, axis=1) - ends_BS
+
+
+def gradients(state: TrainState, batch: Batch, config: Config, eos_id: int | None = None) -> tuple[Sums, dict]:
     """Loss sums over all micro-batches, and the gradient of the mean loss over the step's real tokens (times the loss scale).
 
     The mean is over the whole step: a micro-batch with padding does not weigh more per token than another.
@@ -132,27 +143,34 @@ def gradients(state: TrainState, batch: Batch, config: Config) -> tuple[Sums, di
     n_tokens = count_tokens(batch)
 
     def micro_batch(params: dict, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Sums]:
-        sums, _ = loss_sums(params, Batch(tokens, length), config, config.train.seqs_per_device)
-        return scaler(state).scale(sums.loss / n_tokens), sums
+        sums, _ = loss_sums(params, Batch(tokens, length), config, config.train.seqs_per_device, eos_id)
+        return scaler(state).scale((sums.loss + sums.z) / n_tokens), sums
+
+    differentiate = jax.value_and_grad(micro_batch, has_aux=True)
+    if batch.tokens.shape[0] == 1:
+        (_, sums), grads = differentiate(state.params, batch.tokens[0], batch.length[0])
+        return sums, grads
 
     def add(total, micro):
-        (_, sums), grads = jax.value_and_grad(micro_batch, has_aux=True)(state.params, *micro)
-        return jax.tree.map(jnp.add, total, (sums, grads)), None
+        sums, grads = total
+        loss, vjp, more = jax.vjp(lambda params: micro_batch(params, *micro), state.params, has_aux=True)
+        refs = jax.tree.map(jax.new_ref, grads)  # backward adds a layer's gradient to the sum in place: no second copy of them
+        vjp.with_refs(refs)(jnp.ones_like(loss))
+        return (jax.tree.map(jnp.add, sums, more), jax.tree.map(jax.freeze, refs)), None
 
-    if batch.tokens.shape[0] == 1:  # nothing to accumulate: no second copy of the gradients
-        (_, sums), grads = jax.value_and_grad(micro_batch, has_aux=True)(state.params, batch.tokens[0], batch.length[0])
-        return sums, grads
-    zeros = jax.tree.map(jnp.zeros_like, (Sums(jnp.float32(0), jnp.float32(0)), state.params))
+    zeros = jax.tree.map(jnp.zeros_like, (NONE, state.params))
     return lax.scan(add, zeros, batch)[0]
 
 
-def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(
+    state: TrainState, batch: Batch, config: Config, eos_id: int | None = None
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step over all A micro-batches, and its metrics as scalars.
 
     If the loss or any gradient is not finite, weights and moments stay as they were, `skipped` counts it, and the step
     counter moves on to the next batch.
     """
-    sums, grads = gradients(state, batch, config)
+    sums, grads = gradients(state, batch, config, eos_id)
     scale = scaler(state)
     grads = scale.unscale(grads)
     loss = sums.loss / count_tokens(batch)
@@ -174,6 +192,7 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
         "skipped": new.skipped,
         "loss_scale": jnp.float32(scale.loss_scale),
         "real_tokens": count_tokens(batch),
+        **({"z_loss": sums.z / count_tokens(batch)} if config.train.z_loss else {}),
         "checksum": checksum(batch),
     }
     return new, metrics
@@ -203,9 +222,19 @@ def weight_of(place: jax.Array) -> jax.Array:
     return place | jnp.uint32(1)
 
 
-def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
-    """Jit everything for `mesh`: the one place where shardings and donation are put on. Raises UserError."""
-    impl, _ = attention.choose(config.model.attention, config.model.compute_dtype, mesh.devices.flat[0])
+def choose_attention(config: Config, device: jax.Device) -> tuple[str, str]:
+    """The implementation of attention that a step of `config` has on `device`, and why. Raises UserError."""
+    model, shape = config.model, {"seq_len": config.model.seq_len, "head_dim": config.model.d_head}
+    return attention.choose(model.attention, model.compute_dtype, device, **shape, segments=config.data.document_mask)
+
+
+def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) -> Program:
+    """Jit everything for `mesh`: the one place where shardings and donation are put on. Raises UserError.
+
+    `eos_id`: what ends a document, for `data.document_mask`.
+    """
+    impl, _ = choose_attention(config, mesh.devices.flat[0])
+    eos_id = eos_id if config.data.document_mask else None
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl))
     n_devices = sharding.batch_devices(mesh)
     accumulation = config.accumulation(n_devices)
@@ -227,16 +256,16 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     eval_batch = Batch(NamedSharding(mesh, PartitionSpec(sharding.BATCH)), NamedSharding(mesh, PartitionSpec(sharding.BATCH)))
 
     def evaluate(params: dict, micro: Batch) -> tuple[Sums, jax.Array]:
-        return loss_sums(params, micro, config, config.train.seqs_per_device)
+        return loss_sums(params, micro, config, config.train.seqs_per_device, eos_id)
 
     def losses(params: dict, micro: Batch) -> jax.Array:
-        return token_losses(params, micro, config, config.train.seqs_per_device)
+        return token_losses(params, micro, config, config.train.seqs_per_device, eos_id)
 
     return Program(
         init=jax.jit(fresh, out_shardings=state),
         start=jax.jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
         train=jax.jit(
-            lambda s, b: train_step(s, b, config),
+            lambda s, b: train_step(s, b, config, eos_id),
             in_shardings=(state, batch),
             out_shardings=(state, replicated),
             donate_argnums=0,

@@ -21,8 +21,7 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.kernels import attention
-from tinyllama_jax.step import Program, build, on_devices
+from tinyllama_jax.step import Program, build, choose_attention, on_devices
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
         at_end.enter_context(jax.set_mesh(mesh))
-        program = build(config, mesh)
+        program = build(config, mesh, feed.eos_id(config, sources))
         origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
         if first := jax.process_index() == 0:  # who writes what is written once
@@ -121,11 +120,12 @@ def describe(
 ) -> list[str]:
     """What is about to run, in a few lines: nothing falls back silently."""
     model, (accumulation, batch) = config.model, program.shape
-    impl, reason = attention.choose(model.attention, model.compute_dtype)
+    impl, reason = choose_attention(config, mesh.devices.flat[0])
+    within = "within" if config.data.document_mask else "across"
     data = ", ".join(f"{w:g} x {p} ({len(s):,} blocks)" for (p, w), s in zip(config.data.sources.items(), sources, strict=True))
     return [
         f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
-        f"attention: {impl} ({reason}); norm: xla; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
+        f"attention: {impl} ({reason}), {within} documents; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
         f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
         f"data: {data}",

@@ -116,6 +116,16 @@ def test_data_that_do_not_fit_the_model(tiny_config, change, words):
         feed.open_sources(c.override(tiny_config, change))
 
 
+def test_a_document_mask_needs_data_that_say_where_documents_end(tiny_config, monkeypatch):
+    config = c.override(tiny_config, {"data.document_mask": "true"})
+    sources = feed.open_sources(config)
+    assert feed.eos_id(config, sources) == sources[0].manifest["tokenizer"]["eos_id"] == 2
+    monkeypatch.setitem(sources[1].manifest, "eos", False)
+    with pytest.raises(c.UserError, match=r"--data.document_mask=true: .*/b was prepared with --no-eos"):
+        feed.eos_id(config, sources)
+    assert feed.eos_id(tiny_config, sources) == 2  # who does not ask for it needs none
+
+
 def test_sources_of_two_tokenizers_do_not_mix(tiny_config, tiny_data):
     path = str(tiny_data / "a")
     mixed = dataclasses.replace(tiny_config, data=c.Data({path: 1.0, str(tiny_data / "other"): 1.0}))

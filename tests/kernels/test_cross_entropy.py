@@ -38,7 +38,7 @@ def float64(x, kernel, labels, weights):
 def ours(x, kernel, labels, weights, chunk, cotangent=1.0):
     loss_of = reference if chunk is None else partial(cross_entropy, chunk=chunk)
     sums, vjp = jax.vjp(lambda x, kernel: loss_of(x, kernel, labels, weights), x, kernel)
-    return *sums, *vjp(Sums(jnp.float32(cotangent), jnp.float32(0)))
+    return *sums[:2], *vjp(Sums(jnp.float32(cotangent), jnp.float32(0), jnp.float32(cotangent)))
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, S], ids=["reference", "one position", "four", "all"])
@@ -62,6 +62,22 @@ def test_half_precision(chunk, dtype, tolerance):
     for a, b in zip(got[2:], gradients, strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [None, 4], ids=["reference", "four"])
+def test_z_loss(chunk):
+    """z x logsumexp^2, whose gradient is 2 z logsumexp x softmax."""
+    x, kernel, labels, weights = inputs()
+    loss_of = partial(reference, z_loss=0.3) if chunk is None else partial(cross_entropy, chunk=chunk, z_loss=0.3)
+    sums, vjp = jax.vjp(lambda x, kernel: loss_of(x, kernel, labels, weights), x, kernel)
+    loss, correct, dx, dkernel = float64(x, kernel, labels, weights)
+    logits = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    lse = np.log(np.exp(logits).sum(-1))
+    dlogits = 0.6 * (lse * weights)[..., None] * np.exp(logits - lse[..., None])
+    np.testing.assert_allclose(sums, (loss, correct, 0.3 * (lse**2 * weights).sum()), rtol=1e-6)
+    want = dx + dlogits @ np.asarray(kernel).T, dkernel + np.einsum("bsd,bsv->dv", x, dlogits)
+    for a, b in zip(vjp(Sums(jnp.float32(2), jnp.float32(0), jnp.float32(2))), want, strict=True):
+        np.testing.assert_allclose(a, 2 * b, atol=2e-6 * np.abs(b).max(), rtol=0)
 
 
 def test_by_hand():

@@ -38,6 +38,17 @@ def open_sources(config: Config) -> list[Blocks]:
     return opened
 
 
+def eos_id(config: Config, sources: list[Blocks]) -> int:
+    """What ends a document. Raises UserError if `data.document_mask` needs it and a source does not have it."""
+    for path, blocks in zip(config.data.sources, sources, strict=True):
+        if config.data.document_mask and not blocks.manifest["eos"]:
+            raise UserError(
+                f"--data.document_mask=true: {path} was prepared with --no-eos, so that nothing says where a document ends; "
+                "prepare it again with --eos"
+            )
+    return sources[0].manifest["tokenizer"]["eos_id"]
+
+
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     """Source -> its validation split, of those sources that have one."""
     named = zip(config.data.sources, sources, strict=True)

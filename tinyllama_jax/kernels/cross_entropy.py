@@ -15,27 +15,34 @@ class Sums(NamedTuple):
 
     loss: jax.Array  # negative log-likelihood, nats
     correct: jax.Array  # positions where no token is likelier than the label
+    z: jax.Array  # z_loss x logsumexp^2: what is minimised is loss + z (PaLM, arXiv:2204.02311, section 5, has 1e-4)
 
 
-def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array) -> Sums:
+NONE = Sums(*(jnp.float32(0),) * 3)
+
+
+def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float = 0.0) -> Sums:
     """The definition, with all logits [B, S, V] at once, in fp32 from the logits on."""
-    return _sums(_logits(x_BSD, kernel_DV), labels_BS, weights_BS)
+    return _sums(_logits(x_BSD, kernel_DV), labels_BS, weights_BS, z_loss)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, chunk: int) -> Sums:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, chunk: int, z_loss: float = 0.0
+) -> Sums:
     """`reference`, holding the logits of `chunk` positions of each sequence at a time; `chunk` must divide S.
 
     The gradients of x and kernel are computed with the loss, in one pass over the logits: the loss is linear in its
-    cotangent, so that backward only scales them. A forward pass that is not differentiated computes no gradient.
+    cotangent, so that backward only scales them. They are those of loss + z, whose cotangents must be the same. A forward pass
+    that is not differentiated computes no gradient.
     """
     n_chunks = x_BSD.shape[1] // chunk
 
     def body(sums: Sums, i: jax.Array) -> tuple[Sums, None]:
         x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
-        return jax.tree.map(jnp.add, sums, _sums(_logits(x, kernel_DV), labels, weights)), None
+        return jax.tree.map(jnp.add, sums, _sums(_logits(x, kernel_DV), labels, weights, z_loss)), None
 
-    return lax.scan(body, Sums(jnp.float32(0), jnp.float32(0)), jnp.arange(n_chunks))[0]
+    return lax.scan(body, NONE, jnp.arange(n_chunks))[0]
 
 
 def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
@@ -48,51 +55,53 @@ def token_losses(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, c
 
     def body(_, i: jax.Array) -> tuple[None, jax.Array]:
         x, labels = (_slice(a, i, chunk) for a in (x_BSD, labels_BS))
-        return None, _nll(_logits(x, kernel_DV), labels)[0]
+        logits = _logits(x, kernel_DV)
+        return None, jax.nn.logsumexp(logits, axis=-1) - _of_labels(logits, labels)
 
     _, parts = lax.scan(body, None, jnp.arange(x_BSD.shape[1] // chunk))  # [S / chunk, B, chunk]
     return jnp.swapaxes(parts, 0, 1).reshape(labels_BS.shape)
 
 
-def _nll(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    chosen_BS = jnp.take_along_axis(logits_BSV, labels_BS[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS, chosen_BS
+def _of_labels(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_BSV, labels_BS[..., None], axis=-1)[..., 0]
 
 
-def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array) -> Sums:
-    nll_BS, chosen_BS = _nll(logits_BSV, labels_BS)
+def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float) -> Sums:
+    lse_BS, chosen_BS = jax.nn.logsumexp(logits_BSV, axis=-1), _of_labels(logits_BSV, labels_BS)
     # the row's maximum is at hand from logsumexp; an argmax would be another pass (and 6 times slower on a CPU)
     correct_BS = (chosen_BS >= jnp.max(logits_BSV, axis=-1)).astype(jnp.float32)
-    return Sums(jnp.sum(nll_BS * weights_BS), jnp.sum(correct_BS * weights_BS))
+    z = z_loss * jnp.sum(jnp.square(lse_BS) * weights_BS) if z_loss else jnp.float32(0)
+    return Sums(jnp.sum((lse_BS - chosen_BS) * weights_BS), jnp.sum(correct_BS * weights_BS), z)
 
 
 def _slice(a: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)
 
 
-def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk):
+def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
     def body(carry, i):
         sums, dx_BSD, dkernel_DV = carry
         x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
         logits = _logits(x, kernel_DV)
-        sums = jax.tree.map(jnp.add, sums, _sums(logits, labels, weights))
+        sums = jax.tree.map(jnp.add, sums, _sums(logits, labels, weights, z_loss))
         one_hot = labels[..., None] == jnp.arange(logits.shape[-1])
-        dlogits = (jax.nn.softmax(logits, axis=-1) - one_hot.astype(jnp.float32)) * weights[..., None]
+        dlse = 1 + 2 * z_loss * jax.nn.logsumexp(logits, axis=-1, keepdims=True) if z_loss else 1.0
+        dlogits = (jax.nn.softmax(logits, axis=-1) * dlse - one_hot.astype(jnp.float32)) * weights[..., None]
         dlogits = dlogits.astype(x.dtype)  # the matmuls of backward run in the compute dtype, as autodiff's would
         dx = jnp.einsum("bsv,dv->bsd", dlogits, kernel_DV)
         dx_BSD = lax.dynamic_update_slice_in_dim(dx_BSD, dx, i * chunk, axis=1)
         dkernel_DV += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
         return (sums, dx_BSD, dkernel_DV), None
 
-    zeros = (Sums(jnp.float32(0), jnp.float32(0)), jnp.zeros_like(x_BSD), jnp.zeros(kernel_DV.shape, jnp.float32))
+    zeros = (NONE, jnp.zeros_like(x_BSD), jnp.zeros(kernel_DV.shape, jnp.float32))
     (sums, dx_BSD, dkernel_DV), _ = lax.scan(body, zeros, jnp.arange(x_BSD.shape[1] // chunk))
     return sums, (dx_BSD, dkernel_DV)
 
 
-def _backward(chunk, residuals, cotangent):
+def _backward(chunk, z_loss, residuals, cotangent):
     # fp32 until scaled: the kernel's gradient is a sum over all tokens, which can pass fp16's largest number, 65,504
     compute_dtype = residuals[0].dtype
-    scaled = (d.astype(jnp.float32) * cotangent.loss for d in residuals)  # argmax has no gradient
+    scaled = (d.astype(jnp.float32) * cotangent.loss for d in residuals)
     dx_BSD, dkernel_DV = (d.astype(compute_dtype) for d in scaled)
     return dx_BSD, dkernel_DV, None, None
 

@@ -1,0 +1,98 @@
+"""Causal grouped-query attention: one call, and which implementation runs where."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from tinyllama_jax.config import UserError
+from tinyllama_jax.kernels.attention import library, plain, triton
+
+KERNELS = ("pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")  # of whole arrays: no compiler splits one over devices
+LANES = 128  # of a TPU
+
+
+def attention(
+    q_BSNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BS: jax.Array | None = None,
+    *,
+    impl: str,
+    start: jax.Array | int = 0,
+    interpret: bool = False,
+) -> jax.Array:
+    """Query i stands at position `start` + i and sees keys 0 .. `start` + i; query head n uses key head n // (N / K).
+
+    With `segment_ids_BS` (int32) it sees those of its own segment alone. Returns [B, S, N, H] in q's dtype. `impl`:
+    "reference", "xla" or one of KERNELS; those, and segments, want start = 0 and S = T. `interpret` has "pallas_triton" and
+    "pallas_tpu" run anywhere, slowly. What backward keeps of it besides q, k and v is named "attention".
+    """
+    if impl in ("reference", "xla"):
+        f = plain.reference if impl == "reference" else plain.in_query_blocks
+        return checkpoint_name(f(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, start), "attention")
+    arrays = q_BSNH, k_BTKH, v_BTKH, segment_ids_BS
+    if impl == "pallas_triton":
+        return triton.flash(*arrays, interpret)
+    if impl == "pallas_tpu":
+        return library.splash(*arrays, interpret)
+    if impl == "cudnn":
+        return library.cudnn(*arrays)
+    if impl == "pallas_mosaic_gpu":
+        return library.tokamax(*arrays)
+    raise ValueError(f"no attention implementation {impl!r}")
+
+
+def choose(
+    impl: str,
+    dtype: str,
+    device: jax.Device | None = None,
+    *,
+    seq_len: int = LANES,
+    head_dim: int = 64,
+    segments: bool = False,
+) -> tuple[str, str]:
+    """What "auto" means on `device` (the first one here if None): (implementation, reason).
+
+    Raises UserError, with the reason, if a named one cannot run there, or not with such sequences and heads.
+    """
+    device = device or jax.devices()[0]
+    lacking = {name: _lacks(name, dtype, device, seq_len, head_dim) for name in KERNELS}
+    if impl != "auto":
+        if lacking.get(impl):
+            raise UserError(f"--model.attention={impl}: {lacking[impl]}; auto takes what can run")
+        return impl, "asked for"
+    if device.platform == "tpu" and not lacking["pallas_tpu"]:
+        return "pallas_tpu", "splash attention, on a TPU"
+    if device.platform == "gpu":
+        capability = device.compute_capability
+        # cuDNN has kernels for Hopper's own instructions, and the Triton one reads no [S, S] mask for segments
+        first, second = ("cudnn", "pallas_triton") if float(capability) >= 9.0 and not segments else ("pallas_triton", "cudnn")
+        for name in (first, second):
+            if not lacking[name]:
+                return name, f"{dtype} on a GPU of compute capability {capability}{', with segments' if segments else ''}"
+    here = next((lacking[name] for name in KERNELS if device.platform == _PLATFORM[name]), "")
+    return "xla", f"no kernel for {dtype} on the backend {device.platform}" + (f": {here}" if here else "")
+
+
+_PLATFORM = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "cudnn": "gpu", "pallas_tpu": "tpu"}
+
+
+def _lacks(impl: str, dtype: str, device: jax.Device, seq_len: int, head_dim: int) -> str:
+    """Why `impl` cannot run, or nothing."""
+    if impl == "pallas_tpu":
+        if device.platform != "tpu":
+            return f"needs a TPU; this is the backend {device.platform}"
+        return f"needs a seq_len that is a multiple of {LANES}; this is {seq_len}" if seq_len % LANES else ""
+    lowest = 9.0 if impl == "pallas_mosaic_gpu" else 8.0
+    capability = float(getattr(device, "compute_capability", 0) or 0)
+    if device.platform != "gpu" or capability < lowest or dtype == "float32":
+        here = f"compute capability {capability}" if device.platform == "gpu" else f"the backend {device.platform}"
+        return f"needs bf16 or fp16 on an NVIDIA GPU of compute capability {lowest} or more; this is {dtype} on {here}"
+    if head_dim > 128 or (impl != "pallas_triton" and head_dim % 8):
+        return f"needs heads of at most 128{'' if impl == 'pallas_triton' else ', a multiple of 8'}; these are {head_dim} wide"
+    if impl == "pallas_mosaic_gpu" and importlib.util.find_spec("tokamax") is None:
+        return "needs tokamax: pip install tokamax"
+    return ""

@@ -1,0 +1,256 @@
+"""Flash attention for NVIDIA GPUs from compute capability 8.0 on, in Pallas' Triton language: forward and backward.
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): a block of queries meets one block of keys after the other, with a running
+maximum and sum, so that scores exist on the chip alone. Backward computes them again from q, k and the rows' logsumexp. It is
+two kernels, for dq and for dk and dv, so that nothing is added up by atomic operations and the same input gives the same bits.
+
+JAX 0.11 deprecates this language: docs/log.md says what comes after it, and when.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+HIDDEN = -1e30  # a score that no query sees; finite, for -inf - -inf is NaN, in a block hidden from a whole row
+LOG2_E = math.log2(math.e)  # scores are kept times this: a GPU has exp2, not exp
+
+
+class Tuning(NamedTuple):
+    """How a kernel is cut: rows of the block that a program keeps, rows of those that its loop loads, Triton's own two."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+
+
+# By the widest head that they are for. Chosen by what ptxas says for sm_80 (no registers spilled, but for 44 bytes in dkv) and
+# by an RTX 3090's 99 KB of shared memory.
+TUNINGS = {
+    64: {"forward": Tuning(128, 64, 4, 3), "dq": Tuning(128, 64, 8, 2), "dkv": Tuning(128, 64, 8, 2)},
+    128: {"forward": Tuning(128, 64, 8, 2), "dq": Tuning(64, 64, 4, 2), "dkv": Tuning(64, 64, 8, 2)},
+}
+LARGEST = 128  # rows that every block divides
+
+
+def _cut(kernel: str, S: int, H: int) -> Tuning:
+    cut = TUNINGS[min(width for width in TUNINGS if H <= width)][kernel]
+    return cut._replace(own=min(cut.own, S), other=min(cut.other, S))
+
+
+def flash(
+    q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None, interpret: bool = False
+) -> jax.Array:
+    """Causal grouped-query attention [B, S, N, H] in q's dtype, each query within its segment; any S; H up to 128."""
+    S, H = q_BSNH.shape[1], q_BSNH.shape[3]
+    rows = min(LARGEST, max(16, pl.next_power_of_2(S)))  # tensor cores take 16 rows or more
+    width = max(16, pl.next_power_of_2(H))
+    # keys that are added come after all queries, which do not see them; columns of zeros change no product
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -S % rows), (0, 0), (0, width - H)))
+    if ids_BS is not None:
+        ids_BS = jnp.pad(ids_BS.astype(jnp.int32), ((0, 0), (0, -S % rows)), mode="edge")
+    return _flash(pad(q_BSNH), pad(k_BSKH), pad(v_BSKH), ids_BS, 1 / math.sqrt(H), interpret)[:, :S, :, :H]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
+    return _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret)[0]
+
+
+def _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
+    (B, S, N, H), K = q_BSNH.shape, k_BSKH.shape[2]
+    cut = _cut("forward", S, H)
+    kernel = partial(_forward_kernel, cut=cut, scale=scale)
+    own = pl.BlockSpec((None, cut.own, None, H), lambda i, n, b: (b, S // cut.own - 1 - i, n, 0))
+    own_row = pl.BlockSpec((None, None, cut.own), lambda i, n, b: (b, n, S // cut.own - 1 - i))
+    every = pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, n * K // N, 0))
+    outputs = q_BSNH, jax.ShapeDtypeStruct((B, N, S), jnp.float32)
+    call = _call(kernel, "attention_forward", (S // cut.own, N, B), cut, [own, every, every], [own, own_row], outputs, ids_BS,
+                 2 * S * S * H * N * B, interpret)  # fmt: skip
+    return call(q_BSNH, k_BSKH, v_BSKH)
+
+
+def _flash_forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
+    kept = _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret)
+    out_BSNH, lse_BNS = (checkpoint_name(x, "attention") for x in kept)  # with both, backward does no forward again
+    return out_BSNH, (q_BSNH, k_BSKH, v_BSKH, ids_BS, out_BSNH, lse_BNS)
+
+
+def _flash_backward(scale, interpret, kept, do_BSNH):
+    q_BSNH, k_BSKH, v_BSKH, ids_BS, out_BSNH, lse_BNS = kept
+    (B, S, N, H), K = q_BSNH.shape, k_BSKH.shape[2]
+    G = N // K
+    # a row's sum of p dp, which is that of out dout
+    delta_BNS = jnp.einsum("bsnh,bsnh->bns", *(x.astype(jnp.float32) for x in (out_BSNH, do_BSNH)))
+    rest = do_BSNH, lse_BNS, delta_BNS
+
+    cut = _cut("dq", S, H)
+    own = pl.BlockSpec((None, cut.own, None, H), lambda i, n, b: (b, S // cut.own - 1 - i, n, 0))
+    own_row = pl.BlockSpec((None, None, cut.own), lambda i, n, b: (b, n, S // cut.own - 1 - i))
+    every = pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, n * K // N, 0))
+    kernel = partial(_dq_kernel, cut=cut, scale=scale)
+    call = _call(kernel, "attention_dq", (S // cut.own, N, B), cut, [own, every, every, own, own_row, own_row], [own],
+                 (q_BSNH,), ids_BS, 3 * S * S * H * N * B, interpret)  # fmt: skip
+    (dq_BSNH,) = call(q_BSNH, k_BSKH, v_BSKH, *rest)
+
+    cut = _cut("dkv", S, H)
+    own = pl.BlockSpec((None, cut.own, None, H), lambda j, k, b: (b, j, k, 0))
+    every = pl.BlockSpec((None, S, G, H), lambda j, k, b: (b, 0, k, 0))
+    every_row = pl.BlockSpec((None, G, S), lambda j, k, b: (b, k, 0))
+    kernel = partial(_dkv_kernel, cut=cut, scale=scale, blocks=S // cut.other, group=G)
+    call = _call(kernel, "attention_dkv", (S // cut.own, K, B), cut, [every, own, own, every, every_row, every_row],
+                 [own, own], (k_BSKH, v_BSKH), ids_BS, 4 * S * S * H * N * B, interpret)  # fmt: skip
+    return dq_BSNH, *call(q_BSNH, k_BSKH, v_BSKH, *rest), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _call(kernel: Callable, name, grid, cut, in_specs, out_specs, outputs, ids_BS, flops, interpret) -> Callable:
+    """`kernel` as a function of its arrays, but for the segments, which it gets behind them, or None and None."""
+    segments, specs = (None, None), [None, None]
+    if ids_BS is not None:
+        segments = ids_BS, _end(ids_BS, cut.own, cut.other, last=name.endswith("dkv"))
+        specs = [pl.BlockSpec((None, *a.shape[1:]), lambda i, n, b, rest=a.ndim - 1: (b, *(0,) * rest)) for a in segments]
+    # half of the pairs of blocks are hidden
+    cost = pl.CostEstimate(flops=flops, transcendentals=grid[1] * grid[2] * outputs[0].shape[1] ** 2 // 2, bytes_accessed=0)
+    call = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[*in_specs, *specs],
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )
+    return lambda *arrays: call(*arrays, *segments)
+
+
+def _end(ids_BS: jax.Array, own: int, other: int, last: bool) -> jax.Array:
+    """[B, S / own]: the first of the blocks of `other` rows that may share a segment with each of `own`, or past the last.
+
+    By the range of ids in a block: exact for documents one after the other, and never too few.
+    """
+    low, high = ([f(ids_BS.reshape(len(ids_BS), -1, n), -1) for n in (own, other)] for f in (jnp.min, jnp.max))
+    meet_BIJ = (low[0][:, :, None] <= high[1][:, None, :]) & (low[1][:, None, :] <= high[0][:, :, None])
+    if last:
+        return jnp.int32(meet_BIJ.shape[2]) - jnp.argmax(meet_BIJ[:, :, ::-1], -1).astype(jnp.int32)
+    return jnp.argmax(meet_BIJ, -1).astype(jnp.int32)
+
+
+# -- the kernels: what one program does -----------------------------------------------------------------------------------
+#
+# O: rows of the block that a program keeps, T: rows of one that its loop loads.
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _scores(a_OH: jax.Array, b_TH: jax.Array, scale: float, hidden_OT: jax.Array | None) -> jax.Array:
+    scores_OT = _dot(a_OH, b_TH, (1, 1)) * (scale * LOG2_E)
+    return scores_OT if hidden_OT is None else jnp.where(hidden_OT, HIDDEN, scores_OT)
+
+
+def _hidden(query, key, diagonal: bool, ids: tuple | None) -> jax.Array | None:
+    """Which pairs do not see each other: positions that broadcast, and their segments. None: all do."""
+    out = query < key if diagonal else None
+    if ids is not None:
+        other_segment = ids[0] != ids[1]
+        out = other_segment if out is None else out | other_segment
+    return out
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, ids_ref, end_ref, out_ref, lse_ref, *, cut: Tuning, scale: float):
+    i = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest first
+    q_OH = plgpu.load(q_ref)
+    own = i * cut.own + jnp.arange(cut.own)
+    ids_O = None if ids_ref is None else plgpu.load(ids_ref.at[pl.ds(i * cut.own, cut.own)])
+
+    def block(j, carry, diagonal):
+        out_OH, max_O, sum_O = carry
+        at = pl.ds(j * cut.other, cut.other)
+        k_TH, v_TH = plgpu.load(k_ref.at[at, :]), plgpu.load(v_ref.at[at, :])
+        ids = None if ids_O is None else (ids_O[:, None], plgpu.load(ids_ref.at[at])[None, :])
+        hidden_OT = _hidden(own[:, None], (j * cut.other + jnp.arange(cut.other))[None, :], diagonal, ids)
+        scores_OT = _scores(q_OH, k_TH, scale, hidden_OT)
+        new_max_O = jnp.maximum(max_O, jnp.max(scores_OT, 1))
+        shrink_O = jnp.exp2(max_O - new_max_O)
+        p_OT = jnp.exp2(scores_OT - new_max_O[:, None])
+        out_OH = out_OH * shrink_O[:, None] + _dot(p_OT.astype(v_TH.dtype), v_TH, (1, 0))
+        return out_OH, new_max_O, sum_O * shrink_O + jnp.sum(p_OT, 1)
+
+    zeros = jnp.zeros(q_OH.shape, jnp.float32), jnp.full((cut.own,), HIDDEN, jnp.float32), jnp.zeros((cut.own,), jnp.float32)
+    out_OH, max_O, sum_O = _up_to_diagonal(i, end_ref, cut, block, zeros)
+    plgpu.store(out_ref, (out_OH / sum_O[:, None]).astype(out_ref.dtype))
+    plgpu.store(lse_ref, max_O + jnp.log2(sum_O))
+
+
+def _up_to_diagonal(i, end_ref, cut: Tuning, block: Callable, carry):
+    """`block` over the blocks of keys that queries of block `i` may see. What a row sees last is itself: never nothing."""
+    first = 0 if end_ref is None else plgpu.load(end_ref.at[i])
+    carry = lax.fori_loop(first, i * cut.own // cut.other, partial(block, diagonal=False), carry)
+    return lax.fori_loop(i * cut.own // cut.other, (i + 1) * cut.own // cut.other, partial(block, diagonal=True), carry)
+
+
+def _dq_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_ref, end_ref, dq_ref, *, cut: Tuning, scale: float):
+    i = pl.num_programs(0) - 1 - pl.program_id(0)
+    q_OH, do_OH, lse_O, delta_O = (plgpu.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
+    own = i * cut.own + jnp.arange(cut.own)
+    ids_O = None if ids_ref is None else plgpu.load(ids_ref.at[pl.ds(i * cut.own, cut.own)])
+
+    def block(j, dq_OH, diagonal):
+        at = pl.ds(j * cut.other, cut.other)
+        k_TH, v_TH = plgpu.load(k_ref.at[at, :]), plgpu.load(v_ref.at[at, :])
+        ids = None if ids_O is None else (ids_O[:, None], plgpu.load(ids_ref.at[at])[None, :])
+        hidden_OT = _hidden(own[:, None], (j * cut.other + jnp.arange(cut.other))[None, :], diagonal, ids)
+        p_OT = jnp.exp2(_scores(q_OH, k_TH, scale, hidden_OT) - lse_O[:, None])
+        ds_OT = p_OT * (_dot(do_OH, v_TH, (1, 1)) - delta_O[:, None])
+        return dq_OH + _dot(ds_OT.astype(k_TH.dtype), k_TH, (1, 0))
+
+    dq_OH = _up_to_diagonal(i, end_ref, cut, block, jnp.zeros(q_OH.shape, jnp.float32))
+    plgpu.store(dq_ref, (dq_OH * scale).astype(dq_ref.dtype))
+
+
+def _dkv_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_ref, end_ref, dk_ref, dv_ref, *, cut, scale, blocks, group
+):
+    j = pl.program_id(0)
+    k_OH, v_OH = plgpu.load(k_ref), plgpu.load(v_ref)
+    own = j * cut.own + jnp.arange(cut.own)
+    ids_O = None if ids_ref is None else plgpu.load(ids_ref.at[pl.ds(j * cut.own, cut.own)])
+    last = blocks if end_ref is None else plgpu.load(end_ref.at[j])
+
+    def block(i, carry, g, diagonal):  # everything transposed: keys are rows
+        dk_OH, dv_OH = carry
+        at = pl.ds(i * cut.other, cut.other)
+        q_TH, do_TH = plgpu.load(q_ref.at[at, g, :]), plgpu.load(do_ref.at[at, g, :])
+        lse_T, delta_T = plgpu.load(lse_ref.at[g, at]), plgpu.load(delta_ref.at[g, at])
+        ids = None if ids_O is None else (plgpu.load(ids_ref.at[at])[None, :], ids_O[:, None])
+        hidden_OT = _hidden((i * cut.other + jnp.arange(cut.other))[None, :], own[:, None], diagonal, ids)
+        p_OT = jnp.exp2(_scores(k_OH, q_TH, scale, hidden_OT) - lse_T[None, :])
+        dv_OH += _dot(p_OT.astype(do_TH.dtype), do_TH, (1, 0))
+        ds_OT = p_OT * (_dot(v_OH, do_TH, (1, 1)) - delta_T[None, :])
+        return dk_OH + _dot(ds_OT.astype(q_TH.dtype), q_TH, (1, 0)), dv_OH
+
+    def head(g, carry):  # of the query heads that share this key head
+        first = j * cut.own // cut.other
+        carry = lax.fori_loop(first, (j + 1) * cut.own // cut.other, partial(block, g=g, diagonal=True), carry)
+        return lax.fori_loop((j + 1) * cut.own // cut.other, last, partial(block, g=g, diagonal=False), carry)
+
+    zeros = jnp.zeros(k_OH.shape, jnp.float32)
+    dk_OH, dv_OH = lax.fori_loop(0, group, head, (zeros, zeros))
+    plgpu.store(dk_ref, (dk_OH * scale).astype(dk_ref.dtype))
+    plgpu.store(dv_ref, dv_OH.astype(dv_ref.dtype))
