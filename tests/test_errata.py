@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinyllama_jax import config as c
-from tinyllama_jax import dims, metrics, optim
+from tinyllama_jax import dims, optim
 
 TINYLLAMA = c.Model(22, 2048, 32, 4, 5632, 32000, 2048)
 
@@ -59,5 +59,5 @@ def test_tokens_at_the_released_steps():
 
 
 def test_mfu():
-    percent = {k: round(24_000 * f / 312e12 * 100, 1) for k, f in metrics.flops_per_token(TINYLLAMA).items()}
+    percent = {k: round(24_000 * f / 312e12 * 100, 1) for k, f in dims.flops_per_token(TINYLLAMA).items()}
     assert percent == {"palm": 59.3, "matmul": 56.3, "palm_causal": 55.0, "matmul_causal": 52.0}

@@ -1,4 +1,4 @@
-"""FLOP accounting, the metrics file across a restart, TensorBoard events."""
+"""FLOPs a token, the metrics file across a restart, TensorBoard events."""
 
 import json
 import math
@@ -8,13 +8,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tinyllama_jax import config as c
-from tinyllama_jax import metrics
+from tinyllama_jax import dims, metrics
 
 TINYLLAMA = c.Model(22, 2048, 32, 4, 5632, 32000, 2048)
 
 
 def test_flops_per_token_of_the_four_conventions():
-    flops = metrics.flops_per_token(TINYLLAMA)
+    flops = dims.flops_per_token(TINYLLAMA)
     # 6 x 1,100,048,384 + 12 x 22 x 2048 x 2048; 6 x 1,034,420,224 + the same; and each with half of the attention
     assert flops["palm"] == 6 * 1_100_048_384 + 1_107_296_256 == 7_707_586_560
     assert flops["matmul"] == 6 * 1_034_420_224 + 1_107_296_256 == 7_313_817_600
@@ -98,6 +98,6 @@ def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
     lap = clock.lap(3)  # two steps of 128 tokens in 1 + 2 + 3 seconds
     assert lap["tokens_per_second"] == pytest.approx(2 * 128 / 6) and lap["step_seconds"] == pytest.approx(3)
     assert (lap["data_wait_seconds"], lap["checkpoint_seconds"]) == (0.5, 1)
-    flops = metrics.flops_per_token(config.model)["palm"]
+    flops = dims.flops_per_token(config.model)["palm"]
     assert math.isclose(lap["mfu_palm"], flops * 2 * 128 / 6 / 4 / 312e12)
     assert "mfu_palm" not in metrics.Clock(config, 0, 4, "cpu").lap(1)

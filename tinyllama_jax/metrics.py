@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, W&B, the progress line; and FLOP accounting."""
+"""What a run writes down: metrics.jsonl, TensorBoard, W&B, the progress line."""
 
 from __future__ import annotations
 
@@ -24,25 +24,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import dims, processes, targets
-from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.config import Config, UserError
 from tinyllama_jax.data import feed
-
-
-def flops_per_token(model: Model) -> dict[str, float]:
-    """FLOPs of forward and backward per token under the four conventions in use, of which MFU is quoted without saying which.
-
-    6 N for the matmuls and 12 L d S for attention's two; N with or without the embedding lookup (which multiplies nothing),
-    attention with or without the half that the causal mask leaves out. 7.708, 7.314, 7.154 and 6.760 GFLOP for the 1.1B.
-    """
-    everything = dims.n_parameters(model)
-    matmul = sum(dims.n_elements(p, model) for p in dims.PARAMETERS if p.fan_in)
-    attention = 12 * model.n_layers * model.d_model * model.seq_len
-    return {
-        "palm": 6 * everything + attention,  # TinyLlama's and lit-gpt's estimator, llm-foundry
-        "matmul": 6 * matmul + attention,  # nanoGPT, nanochat; what TinyLlama's 56% is close to
-        "palm_causal": 6 * everything + attention / 2,  # llm.c
-        "matmul_causal": 6 * matmul + attention / 2,  # MaxText
-    }
 
 
 class Clock:
@@ -50,7 +33,7 @@ class Clock:
 
     def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
         self._tokens_per_step, self._devices = config.train.tokens_per_step, mesh_size
-        self._flops, target = flops_per_token(config.model), targets.of(device_kind)
+        self._flops, target = dims.flops_per_token(config.model), targets.of(device_kind)
         self._peak = target.flops if target else None
         self._since, self._step = time.perf_counter(), start
         self._spent = {"data_wait": 0.0, "checkpoint": 0.0, "elsewhere": 0.0}

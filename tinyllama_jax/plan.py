@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, laws, metrics, sharding, targets
+from tinyllama_jax import dims, laws, sharding, targets
 from tinyllama_jax.compiled import LARGE, Compiled, compile_step, gib, messages, step_seconds
 from tinyllama_jax.config import REMAT, Config, UserError
 
@@ -160,7 +160,7 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         "fits": compiled.fits,
         "seqs_per_device": config.train.seqs_per_device,
         "accumulation": compiled.accumulation,
-        "flops_per_token": metrics.flops_per_token(config.model)
+        "flops_per_token": dims.flops_per_token(config.model)
         | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
         "collectives": [c._asdict() for c in compiled.collectives],
         **prediction(compiled, args),

@@ -1,0 +1,216 @@
+"""The benchmarks at a tiny size: their rows, what they call right and wrong, and what they do when memory or time is out."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyllama_jax import config as c
+from tinyllama_jax.kernels import attention as kernels
+from tinyllama_jax.kernels import cross_entropy
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+common, bench_kernels, bench_train, profile_step = map(
+    importlib.import_module, ("bench_common", "bench_kernels", "bench_train", "profile_step")
+)
+MUCH = 10**12  # sequences
+
+
+def tool(name: str, *args) -> str:
+    done = subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_bench_train(tmp_path):
+    path, rows = tmp_path / "train.json", "jax,torch.chunk.remat"
+    said = tool("bench_train.py", "--model", "tiny", "--seq-len", 32, "--seqs", f"{MUCH},2", "--rows", rows, "--steps", 4,
+                "--json", path)  # fmt: skip
+    report = json.loads(path.read_text())
+    assert report["whole"] and report["device"]["matmul_flops"] > 0
+    by_name = {(row["row"], row["seqs"]): row for row in report["rows"]}
+    assert set(by_name) == {(name, n) for name in rows.split(",") for n in (MUCH, 2)}
+    for name in rows.split(","):
+        assert by_name[name, MUCH]["left_out"].startswith("out of memory"), "and the rows after it are there"
+        row = by_name[name, 2]
+        assert row["ok"] and row["wrong"] == [] and row["token_loss_error"] < 1e-3
+        assert row["losses"][0] == pytest.approx(np.log(256) + 0.2, abs=0.35) and row["losses"][-1] < row["losses"][0]
+        assert set(row["tflops"]) == {"palm", "matmul", "palm_causal", "matmul_causal"} == set(row["percent_of_matmul"])
+        assert row["losses"] == pytest.approx(by_name["jax", 2]["losses"], abs=1e-4)
+        assert row["tflops"]["palm"] * 1e12 == pytest.approx(row["tokens_per_second"] * report["flops_per_token"]["palm"])
+    assert report["compared"]["2, torch"]["of"] == ["jax", 2, "torch.chunk.remat", 2]
+    assert "0 rows are wrong" in said
+    np.save(tmp_path / "reference.npy", np.zeros(32))
+    cell = {"row": "transformers", "model": "tiny", "seq_len": 32, "seqs": 2, "steps": 4, "seconds": 9}
+    row = bench_train.run(cell | {"reference": str(tmp_path / "reference.npy")}, 100)
+    assert row["losses"] == pytest.approx(by_name["jax", 2]["losses"], abs=1e-4)
+
+
+def test_a_wrong_row_is_named():
+    args = type("", (), {"model": "tiny", "seq_len": 32})
+    device = {"dtype": "float32", "peak_flops": 1e12, "matmul_flops": 1e11}
+    right = {"row": "jax", "seqs": 8, "losses": [5.75, 5.5], "token_loss_error": 1e-5, "grad_norm": 2.0, "seconds": [1.0]}
+    ours = bench_train.judge(dict(right), None, args, device)
+    assert ours["ok"] and ours["percent_of_peak"]["palm"] == pytest.approx(100 * ours["tflops"]["palm"])
+    for changed, wrong in (
+        ({"token_loss_error": 0.1}, ["token losses"]),
+        ({"token_loss_error": float("nan")}, ["token losses"]),
+        ({"losses": [5.75, 5.76]}, ["loss falls", "losses as jax"]),
+        ({"losses": [7.0, 5.5]}, ["first loss", "losses as jax"]),
+        ({"losses": [5.75, float("nan")]}, ["loss falls", "losses as jax"]),
+        ({"grad_norm": 2.1}, ["gradient as jax"]),
+    ):
+        assert bench_train.judge(right | changed, ours, args, device)["wrong"] == wrong
+
+
+def test_bench_kernels(tmp_path):
+    said = tool("bench_kernels.py", "--size", "tiny", "--json", tmp_path / "kernels.json")
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    rows = report["rows"]
+    assert report["whole"] and not [row for row in rows if row["ok"] is False] and "0 rows are wrong" in said
+    first = bench_kernels.shapes("tiny")[0]
+    here = {row["impl"]: row for row in rows if row["kind"] == "attention" and row["shape"] == first}
+    assert set(here) >= set(c.ATTENTION) - {"auto"} | {"torch flash"}
+    assert here["reference"]["ok"] and here["xla"]["ok"] and "GPU" in here["cudnn"]["left_out"]
+    assert set(here["xla"]["errors"]) == {"out", "dq", "dk", "dv"} and here["xla"]["bytes"] > 0
+    assert here["torch flash"]["ok"] and report["matmul_flops"] > 0
+    assert sorted(row["tokens"] for row in rows if row["kind"] == "loss" and row["ok"]) == [0, 2, 4, 8, 16, 32]
+    assert [row["name"] for row in rows if row["kind"] == "memory" and row["ok"]] == ["rms_norm", "swiglu"]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Times are not what is tested here."""
+    monkeypatch.setattr(bench_kernels, "seconds_of", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize("fault", ["none", "one position ahead", "scores a tenth too large", "a key head too far"])
+def test_wrong_attention_is_noticed(at_once, monkeypatch, fault):
+    right = kernels.attention
+
+    def planted(q, k, v, *segments, impl):
+        if fault == "one position ahead":
+            return right(q, k, v, *segments, impl=impl, start=1)
+        if fault == "a key head too far":
+            return right(q, jnp.roll(k, 1, 2), v, *segments, impl=impl)
+        return right(q * (1.1 if fault == "scores a tenth too large" else 1.0), k, v, *segments, impl=impl)
+
+    monkeypatch.setattr(kernels, "attention", planted)
+    row = bench_kernels.attention("reference", bench_kernels.shapes("tiny")[0])
+    assert row["ok"] == (fault == "none")
+    assert all((error["relative"] < 1e-5) == row["ok"] for error in row["errors"].values())
+
+
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_a_wrong_loss_is_noticed(at_once, monkeypatch, tokens):
+    assert bench_kernels.loss(tokens, 2, 16, 8, 32)["ok"]
+    nll = cross_entropy._nll
+    monkeypatch.setattr(cross_entropy, "_nll", lambda *args: tuple(1.01 * x for x in nll(*args)))
+    assert not bench_kernels.loss(tokens, 2, 16, 8, 32)["ok"]
+
+
+def test_flops_of_attention_are_those_of_what_is_seen():
+    shape = {"B": 2, "S": 4, "N": 3, "K": 1, "H": 5, "documents": 0}
+    assert common.visible_pairs(shape) == 2 * (1 + 2 + 3 + 4)
+    row = {"kind": "attention", "shape": shape, "forward_seconds": 1.0, "forward_backward_seconds": 2.0}
+    row = bench_kernels.derive(row, {}, 1e3)
+    assert row["forward_tflops"] * 1e12 == pytest.approx(2 * 2 * 20 * 3 * 5)  # two matmuls of 2 FLOPs a pair, head and H
+    assert row["tflops"] * 1e12 == pytest.approx(3.5 * 1_200 / 2) and row["percent_of_matmul"] == pytest.approx(210)
+    packed = shape | {"S": 8, "documents": 3}
+    ids = common.segments(packed)
+    assert common.visible_pairs(packed) == sum((a == b) for row in ids for i, a in enumerate(row) for b in row[: i + 1])
+    assert [list(np.unique(row)) for row in ids] == [[1, 2, 3]] * 2
+
+
+def test_a_cell_without_memory_leaves_the_others():
+    todo = [(0, "matmul", {"M": 10**8, "K": 10**8, "N": 8}), (1, "matmul", {"M": 8, "K": 8, "N": 8}), (2, "loss", {})]
+    device, *rows = bench_kernels.rows(todo, time.monotonic() + 60)
+    assert device["device"]["platform"] == "cpu"
+    assert rows[0]["left_out"].startswith("out of memory") and rows[1]["ok"] and rows[2]["left_out"].startswith("TypeError")
+
+
+def test_rows_without_time_are_named():
+    rows = list(bench_kernels.rows([(0, "matmul", {"M": 8, "K": 8, "N": 8})], time.monotonic()))
+    assert [row["left_out"] for row in rows] == ["no time left"]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("raise SystemExit('no such thing')", "no such thing"),
+        ("raise RuntimeError('RESOURCE_EXHAUSTED: 5 GiB')", "out of memory (RuntimeError: RESOURCE_EXHAUSTED: 5 GiB)"),
+        ("import os; os.kill(os.getpid(), 9)", "out of memory (ended with -9)"),
+        ("import time; time.sleep(600)", "not done in time"),
+    ],
+)
+def test_a_worker_that_ends_badly_keeps_its_rows(script, reason):
+    path = f"print('noise'); print('{{\"a\": 1}}', flush=True); {script}"
+    rows = []
+    with pytest.raises(common.Ended) as ended:
+        for row in common.stream(["-c", path], 60, quiet=2):
+            rows.append(row)
+    assert str(ended.value) == reason and rows == [{"a": 1}]
+
+
+def test_profile_step(tmp_path):
+    said = tool("profile_step.py", "--model", "tiny", "--seq-len", 64, "--seqs", 2, "--steps", 3, "--out", tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    matmuls = [row for row in table["rows"] if row["kind"] == "matmul"]
+    assert any("bsd,df->bsf" in row["scope"] for row in matmuls), "the model's MLP"
+    assert any(row["scope"].startswith("backward ") for row in matmuls)
+    assert sum(row["percent"] for row in table["rows"]) == pytest.approx(100) == sum(table["kinds"].values())
+    looped = [row for row in matmuls if "bsd,df->bsf" in row["scope"] and not row["scope"].startswith("backward")]
+    assert {row["times"] for row in looped} == {2}, "once a layer"
+    assert Path(table["trace"]).is_file() and "HloModule" in (tmp_path / "step.hlo.txt").read_text()
+    assert "matmul" in said
+
+
+def test_own_times_and_union():
+    events = [(0, 10, "while"), (1, 4, "a"), (2, 3, "b"), (5, 9, "a"), (12, 13, "c")]
+    assert profile_step.own_times(events) == [("while", 3), ("a", 2), ("b", 1), ("a", 4), ("c", 1)]
+    assert profile_step.union([(0, 2), (1, 3), (5, 6), (5, 6)]) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "kernel"),
+    [
+        ("matmul", '  %custom-call.3 = (bf16[8]) custom-call(%a), custom_call_target="__cublas$lt$matmul"', "nvjet_hsh_128"),
+        ("attention", '  %custom-call.9 = (bf16[8]) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"', "cudnn_sm90"),
+        (
+            "attention",
+            '  %c = bf16[8] custom-call(%a), custom_call_target="mosaic_gpu", metadata={op_name="x/attention/k"}',
+            "",
+        ),
+        ("kernel", '  %c = bf16[8] custom-call(%a), custom_call_target="mosaic_gpu", metadata={op_name="x/norm/k"}', ""),
+        ("collective", "  %all-reduce.1 = f32[8] all-reduce(%x)", "ncclDevKernel_AllReduce"),
+        ("copy", "", "MemcpyD2D"),
+        ("copy", "  %f = f32[8] fusion(%x), calls=%g\n  ROOT %t = f32[8] transpose(%p)", "f"),
+        ("fusion", "  %f = f32[8] fusion(%x), calls=%g\n  ROOT %t = f32[8] exponential(%p)", "f"),
+        ("matmul", "  %f = f32[8] fusion(%x), calls=%g\n  %d = f32[8] dot(%p, %q)", "gemm_fusion_dot_1"),
+    ],
+)
+def test_kinds_of_operations(kind, text, kernel):
+    assert profile_step.kind_of(text, kernel) == kind
+
+
+def test_benchmarks_need_neither_grain_nor_tfds_nor_beam(tmp_path):
+    script = """
+import sys; sys.path.insert(0, "tools")
+import bench_common, bench_kernels, bench_train, profile_step, numpy
+bench_kernels.attention("xla", bench_kernels.shapes("tiny")[0])
+cell = {"model": "tiny", "seq_len": 8, "seqs": 1, "remat": "full", "attention": "auto", "loss_chunk": 8, "steps": 1,
+        "seconds": 1, "row": "jax", "reference": sys.argv[1]}
+numpy.save(sys.argv[1], numpy.zeros(8))
+assert bench_train.time_jax(cell)["losses"]
+bad = [m for m in ("grain", "tensorflow_datasets", "apache_beam", "array_record", "tensorboard", "orbax") if m in sys.modules]
+assert not bad, bad
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "x.npy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
