@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import model, optim, sharding
+from tinyllama_jax import model, optim, sharding, xla
 from tinyllama_jax.config import Config
 from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
@@ -204,7 +204,7 @@ def weight_of(place: jax.Array) -> jax.Array:
 
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
-    """Jit everything for `mesh`: the one place where shardings and donation are put on. Raises UserError."""
+    """Jit everything for `mesh`: the one place where shardings, donation and XLA's options are put on. Raises UserError."""
     impl, _ = attention.choose(config.model.attention, config.model.compute_dtype, mesh.devices.flat[0])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl))
     n_devices = sharding.batch_devices(mesh)
@@ -232,17 +232,18 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Program:
     def losses(params: dict, micro: Batch) -> jax.Array:
         return token_losses(params, micro, config, config.train.seqs_per_device)
 
+    jit = partial(jax.jit, compiler_options=xla.compiler_options(config, mesh))
     return Program(
-        init=jax.jit(fresh, out_shardings=state),
-        start=jax.jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
-        train=jax.jit(
+        init=jit(fresh, out_shardings=state),
+        start=jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
+        train=jit(
             lambda s, b: train_step(s, b, config),
             in_shardings=(state, batch),
             out_shardings=(state, replicated),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
-        token_losses=jax.jit(losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        evaluate=jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        token_losses=jit(losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
         batch=batch,
         eval_batch=eval_batch,
