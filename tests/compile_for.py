@@ -1,8 +1,9 @@
 """Compiles train steps for a machine that is not here: `compile_for.py ON CASE ...` -> JSON.
 
 A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for;
-"3t:SEQUENCES,REMAT" (with data=2) or "3t:SEQUENCES,REMAT,ATTENTION,DATA": configs/3t.py; or "attention:IMPL": that alone,
-forward and backward, at the 1.1B's shape, with documents and without, and with heads of 128. A process of its own, since
+"3t:SEQUENCES,REMAT" (with data=2) or "3t:SEQUENCES,REMAT,ATTENTION,DATA": configs/3t.py; "beside": what its layers send while
+they compute; or "attention:IMPL": that alone, forward and backward, at the 1.1B's shape, with documents and without, and with
+heads of 128. A process of its own, since
 compilers keep what they know of one GPU for the next.
 """
 
@@ -126,11 +127,47 @@ def state_of(config: c.Config, machine: targets.Machine) -> list:
     return [(jax.tree_util.keystr(p), leaf.size, math.prod(leaf.sharding.shard_shape(leaf.shape))) for p, leaf in leaves]
 
 
+def beside(machine: targets.Machine) -> list[list[tuple[str, int, int]]]:
+    """configs/3t.py: of each loop over layers that sends anything large, (what, operands' bytes, matmuls before it is done)."""
+    config = config_of("3t:8,save_matmuls_and_attention")
+    mesh = sharding.make_mesh(config.mesh, machine.devices)
+    with jax.set_mesh(mesh):
+        program = step.build(config, mesh)
+        batch = step.shape_of_batch(program, config.model.seq_len)
+        text = program.train.lower(program.state, batch).compile().as_text()
+    computations = {part.split(" ")[0]: part for part in re.split(r"\n(?:ENTRY )?%(?=\S+ \()", text)}
+    types = dict(re.findall(r"^\s+(?:ROOT )?%(\S+) = (.+?) [\w-]+\(", text, re.M))
+
+    def size(kind: str) -> int:
+        arrays = re.findall(r"[a-z](\d+)\[([\d,]*)\]", kind)
+        return sum(math.prod(int(n) for n in dims.split(",") if n) * int(bits) // 8 for bits, dims in arrays)
+
+    instruction = re.compile(r"^\s+(?:ROOT )?%(\S+) = .+? ([\w-]+)\(([^)]*)\)(.*)$", re.M)
+    out = []
+    for body in re.findall(r"body=%([\w.-]+)", text):
+        running, done = {}, []
+        for name, op, operands, rest in instruction.findall(computations[body]):
+            called = "".join(computations[c] for c in re.findall(r"calls=%([\w.-]+)", rest))
+            names = re.findall(r"%([\w.-]+)", operands)
+            if " dot(" in called or "gemm" in called or "fmha" in rest:
+                running = {key: (what, n, matmuls + 1) for key, (what, n, matmuls) in running.items()}
+            elif op.endswith("-start"):
+                running[name] = op.removesuffix("-start"), sum(size(types[n]) for n in names), 0
+            elif op.endswith("-done"):
+                done.append(running.pop(names[0]))
+        if {"all-gather", "reduce-scatter"} & {what for what, n, _ in done if n > 2**20} and "while(" not in computations[body]:
+            out.append(done)
+    return out
+
+
 def main(on: str, cases: list[str]) -> dict:
     """What the tests ask of each case."""
     jax.config.update("jax_enable_compilation_cache", False)
     machine, out, collectives = targets.machine(on), {}, compiled.hlo.collectives
     for case in cases:
+        if case == "beside":
+            out[case] = beside(machine)
+            continue
         if case == "overflow":
             attention.attention = overflowing(on)
             try:

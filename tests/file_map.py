@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "dims",
     "config",
+    "xla",
     "sharding",
     "targets",
     "kernels/",

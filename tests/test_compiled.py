@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ ENV = os.environ | {
 LAYER = sorted([256 * 256] * 2 + [256 * 128] * 2 + [256 * 768] * 3)
 TABLE, NORM = 32_000 * 256, 256
 LAYERS, ACCUMULATION = 3, 2
+LAYERS_MOVES = Counter({n: LAYERS * ACCUMULATION * LAYER.count(n) for n in LAYER})  # in a step, once a micro-batch
+MOVES = LAYERS_MOVES + Counter({TABLE: 2 * ACCUMULATION})
 A100 = ("2,8,float32", "1,16,float32", "2,8,bfloat16")
 
 
@@ -64,6 +67,14 @@ def v5e_4x4():
     return compile_for("v5e:4x4", "1,16,float32")
 
 
+def times(found: list[hlo.Collective]) -> dict[int, int]:
+    """Elements -> how often a step sends an array of as many. Pipelining takes rounds out of loops: only the sums are known."""
+    out = Counter()
+    for r in found:
+        out[r.bytes // {"bf16": 2, "f32": 4}[r.dtype]] += r.trips
+    return out
+
+
 def elements(found: list[hlo.Collective]) -> list[int]:
     """How many elements each has, in all devices' order of size."""
     return sorted(r.bytes // {"bf16": 2, "f32": 4}[r.dtype] for r in found)
@@ -90,26 +101,14 @@ def no_leaf_is_whole(result: dict, fsdp: int) -> None:
 @pytest.mark.xdist_group("a100")
 @pytest.mark.parametrize("case", A100)
 def test_a100_gathers_a_layer_at_a_time_and_scatters_its_gradient(a100, case):
+    """And embedding and head once a micro-batch, not in each of the 2 chunks of the loss."""
     result, (_, fsdp, reduce_dtype) = a100[case], case.split(",")
-    wire = {"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]
-    gathers = weights(result, "all-gather", layers=True)
-    assert elements(gathers) == sorted(2 * LAYER)  # forward and backward
+    gathers, scatters = weights(result, "all-gather"), weights(result, "reduce-scatter")
+    assert times(gathers) == MOVES + LAYERS_MOVES  # the layers' forward and backward
+    assert times(scatters) == MOVES
     assert {r.dtype for r in gathers} == {"bf16"}  # the compute dtype, not the parameters' fp32
-    scatters = weights(result, "reduce-scatter", layers=True)
-    assert elements(scatters) == LAYER
-    assert {r.dtype for r in scatters} == {wire}
-    for r in gathers + scatters:
-        assert (r.axes, r.size, r.trips) == (("fsdp",), int(fsdp), LAYERS * ACCUMULATION)
-
-
-@pytest.mark.xdist_group("a100")
-@pytest.mark.parametrize("case", A100)
-def test_a100_moves_embedding_and_head_once_a_micro_batch(a100, case):
-    result, wire = a100[case], {"float32": "f32", "bfloat16": "bf16"}[case.split(",")[2]]
-    for kind, dtype in (("all-gather", "bf16"), ("reduce-scatter", wire)):
-        found = weights(result, kind, layers=False)
-        assert elements(found) == [TABLE, TABLE]  # not in each of the 2 chunks of the loss
-        assert {(r.dtype, r.axes, r.trips) for r in found} == {(dtype, ("fsdp",), ACCUMULATION)}
+    assert {r.dtype for r in scatters} == {{"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]}
+    assert {(r.axes, r.size) for r in gathers + scatters} == {(("fsdp",), int(fsdp))}
 
 
 @pytest.mark.xdist_group("a100")
@@ -122,8 +121,8 @@ def test_a100_all_reduces_no_whole_gradient(a100, case):
         assert not all_reduces
         return
     assert {r.dtype for r in all_reduces} == {{"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]}
-    assert sum(elements([r for r in all_reduces if r.layers])) == pytest.approx(sum(LAYER) // int(fsdp), rel=0.01)
-    assert sum(elements([r for r in all_reduces if not r.layers])) == pytest.approx(2 * TABLE // int(fsdp), rel=0.01)
+    sent, shard = sum(n * trips for n, trips in times(all_reduces).items()), sum(LAYER) // int(fsdp)
+    assert sent == pytest.approx(LAYERS * ACCUMULATION * shard + 2 * TABLE // int(fsdp), rel=0.01)
 
 
 @pytest.mark.xdist_group("a100")
@@ -134,8 +133,9 @@ def test_a100_leaves_nothing_large_on_every_device(a100, case):
     kinds = {r.kind for r in result["collectives"] if r.bytes > 4 * NORM}
     assert kinds <= {"all-gather", "reduce-scatter", "all-reduce"}  # no activation changes hands
     assert all(r.dtype in ("bf16", "f32") for r in result["collectives"] if r.kind == "all-gather")  # no tokens
-    # the embedding's gradient and the head's copy, gradient and its conversion in fp32, and less than that for all else
-    assert result["peak"] < 5 * 4 * TABLE
+    # the embedding's gradient and the head's copy, gradient and its conversion in fp32, the head in bf16, gathered while
+    # something else is computed, and less than that for all else
+    assert result["peak"] < 5.75 * 4 * TABLE
 
 
 @pytest.mark.xdist_group("a100")
@@ -201,6 +201,19 @@ def test_3t_on_a100_needs_no_more_memory_than_it_did():
 
 
 @pytest.mark.xdist_group("3t")
+def test_3t_on_a100_sends_while_it_computes():
+    """A layer's weights in two gathers, its gradients in one reduce-scatter and one all-reduce: xla.options at work."""
+    found = compile_for("a100-40g:2x8", "beside")["beside"]
+    forward, backward = sorted(found, key=len)
+    matmuls = lambda kind, body: [n for what, size, n in body if what == kind and size > 2**20]
+    assert [len(matmuls("all-gather", body)) for body in (forward, backward)] == [2, 2]
+    assert sum(size for what, size, _ in forward if what == "all-gather") == pytest.approx(88.1e6 / 8, rel=0.01)  # a shard
+    assert matmuls("all-gather", forward)[1] >= 2
+    (scattered,), (reduced,) = matmuls("reduce-scatter", backward), matmuls("all-reduce", backward)
+    assert scattered >= 3 and reduced >= 5
+
+
+@pytest.mark.xdist_group("3t")
 def test_the_command_for_3t_on_a100(tmp_path):
     if not installed("a100-40g"):
         pytest.skip("no compiler for a100-40g here: pip install '.[plan]'")
@@ -209,18 +222,18 @@ def test_the_command_for_3t_on_a100(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENV, timeout=600)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
-    assert out["fits"] and out["largest_seqs_per_device"] == 16 and out["budget_bytes"] == int(0.9 * 42_298_834_944)
+    assert out["fits"] and out["largest_seqs_per_device"] == 16 and out["budget_bytes"] == int(0.92 * 42_298_834_944)
     assert 22_000 < out["tokens_per_second"] / 16 < 24_000  # the original's 24,000 are at this part of the peak, with no remat
     assert out["days"] == pytest.approx(1_430_512 * 2_097_152 / out["tokens_per_second"] / 86_400)
     assert out["cost"] == pytest.approx(out["days"] * 24 * 16 * 2.745)
-    assert "24,000 tokens/s a GPU" in done.stderr and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in done.stderr
+    assert "24,000 tokens/s a GPU" in done.stderr
 
 
 @pytest.mark.xdist_group("h100")
 def test_h100_gathers_and_scatters_within_its_node():
     (result,) = compile_for("h100:1x8", "1,8,float32").values()
-    assert elements(weights(result, "all-gather", layers=True)) == sorted(2 * LAYER)
-    assert elements(weights(result, "reduce-scatter", layers=True)) == LAYER
+    assert times(weights(result, "all-gather")) == MOVES + LAYERS_MOVES
+    assert times(weights(result, "reduce-scatter")) == MOVES
     assert not weights(result, "all-reduce") and result["notes"] == []
 
 

@@ -17,6 +17,7 @@ RANK = {
     "dims": 0,
     "config": 0,
     "processes": 0.5,
+    "xla": 0.5,
     "sharding": 1,
     "targets": 1,
     "hlo": 1,
@@ -110,8 +111,9 @@ def test_config_keys():
 
 def test_sizes_stay_within_budget():
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
-    # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each)
-    assert sum(lines.values()) <= 8_250 and lines["train"] <= 220
+    # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each);
+    # XLA's settings (100), attention's kernels (400)
+    assert sum(lines.values()) <= 8_300 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

@@ -41,8 +41,11 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             called_by.setdefault(callee, (computation, op, rest))
         kind = op.removesuffix("-start")
         if kind in KINDS:
-            # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name
-            part = (kind, re.search(r"channel_id=\d+|$", rest)[0] or name, types[name].split("{")[0], _op_name(rest))
+            # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name.
+            # A GPU's, which begins and ends, is one line; what pipelining takes out of a loop keeps the channel of the rest
+            channel = re.search(r"channel_id=\d+|$", rest)[0]
+            one = name if op != kind and kind != "collective-permute" else channel or name
+            part = (kind, one, types[name].split("{")[0], _op_name(rest))
             found.setdefault(part, (operands, rest, computation))
 
     def loops(inner: str) -> list[tuple[int, str]]:  # (trips, op_name) of each loop around a computation

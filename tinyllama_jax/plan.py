@@ -227,8 +227,7 @@ def show(out: dict, say: Callable) -> None:
         _say_prediction(change, out, say)
         return
     say(f"the largest train.seqs_per_device that fits: {out['largest_seqs_per_device']}")
-    most = out["peak_bytes_per_device"] > 0.75 * target.get("memory", math.inf) and "TPU" not in target["kind"]
-    say(f"fits: {needs}" + (", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: jax takes 0.75 unless told" if most else ""))
+    say(f"fits: {needs}")
 
 
 def _say_prediction(found: dict, out: dict, say: Callable) -> None:

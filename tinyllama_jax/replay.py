@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import checkpoint, processes, report, sharding, weights
+from tinyllama_jax import checkpoint, processes, report, sharding, weights, xla
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config, UserError
 from tinyllama_jax.data import feed
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     """Replays, compares, prints; returns the exit code."""
     args, overrides = _arguments(argv)
     config, written = recorded(args.run, args.step, overrides)
+    xla.reserve_memory()
     processes.join(config.train.wait)
     first = jax.process_index() == 0
     say = lambda line: print(line, flush=True, file=sys.stderr if args.json else sys.stdout) if first else None
@@ -225,7 +226,7 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
         step, tensor, devices = own
         lines.append(f"this machine does not agree with itself: step {step:,}, {devices}, {tensor}")
         if jax.default_backend() == "gpu":
-            lines.append("(nor does a sound GPU, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true)")
+            lines.append("(nor does a sound GPU, unless its run has train.deterministic)")
         return lines
     lines.append(f"this machine agrees with itself: three times the same bits up to step {until:,}")
     if after and not apart:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import model, optim, sharding
+from tinyllama_jax import model, optim, sharding, xla
 from tinyllama_jax.config import Config
 from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import NONE, Sums, chunk_of, cross_entropy
@@ -229,7 +229,7 @@ def choose_attention(config: Config, device: jax.Device) -> tuple[str, str]:
 
 
 def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) -> Program:
-    """Jit everything for `mesh`: the one place where shardings and donation are put on. Raises UserError.
+    """Jit everything for `mesh`: the one place where shardings, donation and XLA's options are put on. Raises UserError.
 
     `eos_id`: what ends a document, for `data.document_mask`.
     """
@@ -261,17 +261,18 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
     def losses(params: dict, micro: Batch) -> jax.Array:
         return token_losses(params, micro, config, config.train.seqs_per_device, eos_id)
 
+    jit = partial(jax.jit, compiler_options=xla.compiler_options(config, mesh))
     return Program(
-        init=jax.jit(fresh, out_shardings=state),
-        start=jax.jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
-        train=jax.jit(
+        init=jit(fresh, out_shardings=state),
+        start=jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
+        train=jit(
             lambda s, b: train_step(s, b, config, eos_id),
             in_shardings=(state, batch),
             out_shardings=(state, replicated),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
-        token_losses=jax.jit(losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        evaluate=jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
+        token_losses=jit(losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
         batch=batch,
         eval_batch=eval_batch,

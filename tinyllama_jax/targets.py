@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from tinyllama_jax import xla
 from tinyllama_jax.config import UserError
 
 PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
@@ -51,9 +52,8 @@ class Target(NamedTuple):
         return "cuda" if self.sm else "tpu"
 
 
-# Of a GPU's memory a program gets XLA_PYTHON_CLIENT_MEM_FRACTION (0.75 unless set), and outside of the compiler's count lie
-# NCCL's buffers, cuBLAS's workspace and fragmentation. TPU compilers count everything, and refuse what does not fit.
-GPU, TPU = 0.90, 1.0
+# Of a GPU's memory a run takes this part at its start. TPU compilers count everything, and refuse what does not fit.
+GPU, TPU = xla.memory_fraction(), 1.0
 _A100 = "NVIDIA A100 datasheet and architecture whitepaper; CUDA programming guide, compute capability 8.0; "
 _H100 = "NVIDIA Hopper whitepaper; CUDA programming guide, compute capability 9.0; "
 _EFA = "400 Gb/s of EFA a node"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, dims, metrics, sharding, weights
+from tinyllama_jax import checkpoint, dims, metrics, sharding, weights, xla
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
@@ -30,10 +29,9 @@ def main(argv: list[str]) -> int:
         stop = at_end.enter_context(processes.stop_on_signal())
         phases = [("imports", time.perf_counter())]
         config = config_lib.load(argv, __doc__)
-        if config.train.deterministic:  # JAX reads it when it first looks for devices
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+        xla.reserve_memory()
         processes.join(config.train.wait)
-        keep_compiled(config)
+        xla.keep_compiled(config)
         sources = feed.open_sources(config)
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
@@ -105,16 +103,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def keep_compiled(config: Config) -> None:
-    """Has compiled programs kept in RUN/compiled, but for a CPU's; to be called once the devices are known.
-
-    With them a run keeps the kernels that XLA chose by timing them, and so its bits, and starts without choosing again.
-    """
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
-
-
 def describe(
     config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks], held_out: dict[str, Blocks]
 ) -> list[str]:
@@ -131,6 +119,7 @@ def describe(
         f"data: {data}",
         "validation: "
         + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"),
+        *xla.lines(config, mesh),
     ]
 
 
