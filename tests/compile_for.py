@@ -88,35 +88,52 @@ def attention_alone(impl: str, device: jax.Device) -> dict:
 
 
 def kernels(text: str) -> list[str]:
-    """The names of the attention kernels in a program, one for each time that it stands there."""
+    """The names of the attention kernels in a program or a part of it, one for each time that it stands there."""
     calls = [line for line in text.splitlines() if " custom-call(" in line]
     names = (re.search(r"__cudnn\$\w+|attention_(?:forward|dq|dkv)|splash_\w+", line) for line in calls)
     return sorted(name[0] for name in names if name)
 
 
 def of_layers(text: str) -> dict:
-    """What a program of configs/3t.py does in its two loops over layers, in a line each.
+    """What the program of a step does in its two loops over layers, forward and backward.
 
-    `products`: matmuls forward and backward. `moved`: elements of operations that do nothing but copy, cast or turn them.
+    `products`: matmuls. `moved`: operations that do nothing but copy, cast or turn something: (elements, line). What a compiler
+    does for one layer before or after a loop, to send beside the next, is not in it.
     """
-    products, moved, computations, fused = [0, 0], [], {}, set()
+    computations = {}
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
             name = header[1]
-        elif m := re.match(r"\s+(?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\][^=]*? ([\w-]+)\(", line):
-            size = math.prod(int(n) for n in m[2].split(",") if n)
-            computations.setdefault(name, []).append((m[3], size, line))
-            if m[3] == "fusion":
-                fused.add(re.search(r"calls=%([\w.-]+)", line)[1])
-            if m[3] in ("dot", "convolution") and "/layers/" in line:
-                products["transpose(jvp" in line] += 1
-    only_moves = {"parameter", "bitcast", "copy", "convert", "transpose", "reshape"}
-    for name, lines in computations.items():
-        for op, size, line in lines if name not in fused else ():
-            inside = computations.get((re.search(r"calls=%([\w.-]+)", line) or [0, ""])[1], [])
-            if op in ("copy", "convert", "transpose") or (op == "fusion" and {o for o, *_ in inside} <= only_moves):
+        elif m := re.match(r"\s+(?:ROOT )?%\S+ = \(?\w+\[([\d,]*)\].*? ([\w-]+)\(", line):
+            size = math.prod(int(n) for n in m[1].split(",") if n)
+            called = re.findall(r"%([\w.-]+)", " ".join(re.findall(r"(?:calls|called_computations)=\{?([^,}\s]+)", line)))
+            computations.setdefault(name, []).append((m[2], size, line, called))
+
+    def within(name: str):
+        for entry in computations.get(name, ()):
+            yield entry
+            for callee in entry[3]:
+                yield from within(callee)
+
+    moves = {"parameter", "bitcast", "copy", "convert", "transpose", "reshape"}
+    products, moved, found = [0, 0], [], []
+    own = {
+        body: kernels("\n".join(line for *_, line, _ in computations[body])) for body in re.findall(r"body=%([\w.-]+)", text)
+    }
+    for body, names in own.items():
+        loops = [
+            inner for op, _, line, _ in computations[body] if op == "while" for inner in re.findall(r"body=%([\w.-]+)", line)
+        ]
+        if not names or any(own[inner] for inner in loops):  # not a layer's; or around the loop over layers
+            continue
+        found += names
+        dots = [line for op, _, line, _ in within(body) if op in ("dot", "convolution") and "/layers/" in line]
+        products["transpose(jvp" in "".join(dots)] += len(dots)
+        for op, size, line, called in computations[body]:
+            parts = {o for callee in called for o, *_ in within(callee)}
+            if op in ("copy", "convert", "transpose") or (op == "fusion" and parts and parts <= moves):
                 moved.append((size, line.strip()[:150]))
-    return {"products": products, "moved": moved, "kernels": kernels(text)}
+    return {"products": products, "moved": moved, "kernels": sorted(found)}
 
 
 def state_of(config: c.Config, machine: targets.Machine) -> list:

@@ -238,8 +238,8 @@ def test_remat_does_again_what_it_says_and_changes_nothing(remat):
 
 KEPT = {  # a layer's: letters of each array that it keeps
     "full": ["BSD"],
-    "save_matmuls": ["BSD", "BSNH", "BSKH", "BSKH", "BSD", "BSF", "BSF"],
-    "save_matmuls_and_attention": ["BSD", "BSNH", "BSKH", "BSKH", "BSNH", "BSD", "BSF", "BSF"],
+    "save_matmuls": ["BSD", "BSq", "BSk", "BSk", "BSD", "BSF", "BSF"],
+    "save_matmuls_and_attention": ["BSD", "BSq", "BSk", "BSk", "BSNH", "BSD", "BSF", "BSF"],
 }
 
 
@@ -249,7 +249,7 @@ def test_remat_keeps_what_it_says(remat, capsys):
     params, tokens = some_params(cfg), some_tokens(cfg)
     jax.ad_checkpoint.print_saved_residuals(lambda params: model.hidden(params, tokens, cfg).sum(), params)
     kept = re.findall(r"^float32\[(3,2,[\d,]+)\] output of scan", capsys.readouterr().out.replace("f32", "float32"), re.M)
-    size = dims.sizes(cfg) | {"B": 2}
+    size = dims.sizes(cfg) | {"B": 2, "q": cfg.n_heads * cfg.d_head, "k": cfg.n_kv_heads * cfg.d_head}
     assert sorted(kept) == sorted(",".join(str(size[letter]) for letter in "L" + letters) for letters in KEPT[remat])
 
 

@@ -188,7 +188,12 @@ def executed_flops(jaxpr) -> float:
         elif name == "pallas_call":
             if read.isdisjoint(map(id, eqn.outvars)):  # JAX leaves in what backward need not do again, and XLA takes it out
                 continue
-            total += getattr(eqn.params.get("cost_estimate"), "flops", 0)
+            if cost := eqn.params.get("cost_estimate"):
+                total += cost.flops
+            elif "splash" in str(eqn.params.get("name")):  # says nothing of its cost
+                B, N, S, H = next(v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
+                matmuls = next(n for part, n in (("fwd", 2), ("dkv", 4), ("dq", 3)) if part in eqn.params["name"])
+                total += matmuls * 2 * B * N * H * S * S / 2
         else:
             times = eqn.params["length"] if name == "scan" else eqn.params["mesh"].size if name == "shard_map" else 1
             total += times * sum(executed_flops(inner) for inner in _inner(eqn))

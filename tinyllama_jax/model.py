@@ -83,11 +83,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def down(reduce_dtype: str, gate_BSF: jax.Array, up_BSF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """SwiGLU's second half: (silu(gate) * up) kernel [B, S, D], its gradients as in `linear`.
-
-    Backward computes silu(gate) * up once for the kernel's gradient and lets it go before it begins with those of gate and up.
-    At one time, as XLA would, the three take 0.5 GiB of a layer of 8 x 2,048 tokens; so it is 0.34 (benchmarks/plan.md).
-    """
+    """SwiGLU's second half, (silu(gate) * up) kernel, [B, S, D]. Of it backward keeps gate and up alone; else as `linear`."""
     return jnp.einsum("bsf,fd->bsd", _swiglu(gate_BSF, up_BSF), kernel_FD.astype(gate_BSF.dtype))
 
 
@@ -101,9 +97,8 @@ def _down_forward(reduce_dtype, gate_BSF, up_BSF, kernel_FD):
 
 def _down_backward(reduce_dtype, residuals, dy_BSD):
     gate_BSF, up_BSF, kernel_FD = residuals
-    dkernel_FD = jnp.einsum("bsf,bsd->fd", _swiglu(gate_BSF, up_BSF), dy_BSD, preferred_element_type=reduce_dtype)
-    gate_BSF, up_BSF, dy_BSD, dkernel_FD = jax.lax.optimization_barrier((gate_BSF, up_BSF, dy_BSD, dkernel_FD))
-    _, vjp = jax.vjp(_swiglu, gate_BSF, up_BSF)
+    h_BSF, vjp = jax.vjp(_swiglu, gate_BSF, up_BSF)
+    dkernel_FD = jnp.einsum("bsf,bsd->fd", h_BSF, dy_BSD, preferred_element_type=reduce_dtype)
     dgate_BSF, dup_BSF = vjp(jnp.einsum("bsd,fd->bsf", dy_BSD, kernel_FD.astype(dy_BSD.dtype)))
     return dgate_BSF, dup_BSF, dkernel_FD.astype(kernel_FD.dtype)
 
@@ -169,7 +164,9 @@ class Block(nn.Module):
             return Weight(f"layers/{name}/{kind}", model, name=name)()
 
         def project(name: str, einsum: str, x: jax.Array) -> jax.Array:
-            return checkpoint_name(linear(einsum, model.reduce_dtype, x, weight(name)), name)
+            y = linear(einsum, model.reduce_dtype, x, weight(name))
+            # kept without H as a dimension of its own: a TPU's memory has it in 128s, twice what 64 need
+            return checkpoint_name(y.reshape(*y.shape[:2], -1), name).reshape(y.shape)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return policy.cast_to_compute(rms_norm(x, weight(name), model.norm_eps))

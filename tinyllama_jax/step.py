@@ -152,11 +152,8 @@ def gradients(state: TrainState, batch: Batch, config: Config, eos_id: int | Non
         return sums, grads
 
     def add(total, micro):
-        sums, grads = total
-        loss, vjp, more = jax.vjp(lambda params: micro_batch(params, *micro), state.params, has_aux=True)
-        refs = jax.tree.map(jax.new_ref, grads)  # backward adds a layer's gradient to the sum in place: no second copy of them
-        vjp.with_refs(refs)(jnp.ones_like(loss))
-        return (jax.tree.map(jnp.add, sums, more), jax.tree.map(jax.freeze, refs)), None
+        (_, sums), grads = differentiate(state.params, *micro)
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (NONE, state.params))
     return lax.scan(add, zeros, batch)[0]

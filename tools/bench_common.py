@@ -142,7 +142,8 @@ def stream(command: list[str], seconds: float, quiet: float = math.inf) -> Itera
     GPU memory goes with a process, so that one framework's is free when the next one starts. JAX may take 0.9 of it, for torch
     takes what it needs.
     """
-    env, late = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} | os.environ, threading.Event()
+    ours = {} if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ else {"XLA_CLIENT_MEM_FRACTION": "0.9"}
+    env, late = ours | os.environ, threading.Event()
     end = time.monotonic() + max(seconds, 1)
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(

@@ -79,15 +79,15 @@ def matmul(M: int, K: int, N: int) -> dict:
 
 def attend(q, k, v, segments, impl: str):
     """The one place that calls the package's attention."""
-    return kernels.attention(q, k, v, *([] if segments is None else [segments]), impl=impl)
+    return kernels.attention(q, k, v, segments, impl=impl)
 
 
 def attention(impl: str, shape: dict) -> dict:
     """One implementation: errors of output and gradients, forward alone, forward and backward."""
     dtype = dtype_here()
-    kernels.choose(impl, dtype)
-    q, k, v, do = (jnp.asarray(a, dtype) for a in common.qkv(shape))
     segments = None if (ids := common.segments(shape)) is None else jnp.asarray(ids)
+    kernels.choose(impl, dtype, seq_len=shape["S"], head_dim=shape["H"], segments=segments is not None)
+    q, k, v, do = (jnp.asarray(a, dtype) for a in common.qkv(shape))
     forward, _ = compiled(lambda q, k, v: attend(q, k, v, segments, impl), q, k, v)
 
     def both(q, k, v, do):  # the output too, or it need not be computed

@@ -93,7 +93,8 @@ def float64(q, k, v, cotangent, start, ids=None):
 @partial(jax.jit, static_argnames=("impl", "start"))
 def ours(impl, q, k, v, cotangent, start, ids=None):
     run = lambda q, k, v: attention(q, k, v, ids, impl=impl, start=start, interpret=impl in KERNELS)
-    out, vjp = jax.vjp(run, q, k, v)
+    with jax.numpy_dtype_promotion("strict"):
+        out, vjp = jax.vjp(run, q, k, v)
     return out, *vjp(cotangent)
 
 

@@ -80,8 +80,9 @@ def splash(
         interpret=interpret,
     )
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    q_BNSH = heads_first((q_BSNH * jnp.float32(1 / math.sqrt(H))).astype(q_BSNH.dtype))  # exact for H = 64: 1/8
-    arrays = q_BNSH, heads_first(k_BSKH), heads_first(v_BSKH)
-    if ids_BS is None:
-        return heads_first(jax.vmap(kernel)(*arrays))
-    return heads_first(jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(*arrays, ids_BS))
+    scaled_BSNH = q_BSNH.astype(jnp.float32) * jnp.float32(1 / math.sqrt(H))  # 1/8 for H = 64: exact in q's dtype too
+    arrays = heads_first(scaled_BSNH.astype(q_BSNH.dtype)), heads_first(k_BSKH), heads_first(v_BSKH)
+    with jax.numpy_dtype_promotion("standard"):  # its own code counts on it
+        if ids_BS is None:
+            return heads_first(jax.vmap(kernel)(*arrays))
+        return heads_first(jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(*arrays, ids_BS))
