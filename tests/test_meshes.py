@@ -4,7 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -13,13 +13,14 @@ import pytest
 
 from tinyllama_jax import config as c
 from tinyllama_jax import model, sharding, step
+from tinyllama_jax.kernels import attention
 
 FP32 = "params=float32,compute=float32,output=float32"
 # every dimension that is split divides by 8 (fsdp) or 4 (tensor); 32 sequences in 2 micro-batches, the loss in chunks
 MODEL = c.Model(2, 64, 8, 4, 96, 104, 16, precision=FP32, residual="float32", loss_chunk=8)
 
 
-def gradients(mesh: tuple[int, int, int], model_config: c.Model = MODEL) -> dict[str, np.ndarray]:
+def gradients(mesh: tuple[int, int, int], model_config: c.Model = MODEL, eos_id: int | None = None) -> dict[str, np.ndarray]:
     """Loss and gradients of one step by (data, fsdp, tensor) on as many of the devices here."""
     data, fsdp, _ = mesh
     train = c.Train(10, 32 * MODEL.seq_len, 16 // (data * fsdp))
@@ -35,7 +36,7 @@ def gradients(mesh: tuple[int, int, int], model_config: c.Model = MODEL) -> dict
         program = step.build(config, devices)
         assert program.shape == (2, 16)
         where = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-        f = jax.jit(lambda s, b: step.gradients(s, b, config), in_shardings=(where, program.batch))
+        f = jax.jit(lambda s, b: step.gradients(s, b, config, eos_id), in_shardings=(where, program.batch))
         state = program.init()
         sums, grads = f(state, batch)
     return {k: np.asarray(v) for k, v in {"loss": sums.loss, **model.flatten(grads)}.items()}
@@ -60,6 +61,21 @@ def test_what_the_others_are_compared_with_is_not_nothing():
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)])
 def test_loss_and_gradients_are_those_of_one_device(mesh):
     assert_same(gradients(mesh))
+
+
+@pytest.mark.parametrize("remat", ["none", "save_matmuls_and_attention"])
+def test_a_kernel_runs_on_each_devices_part(remat, monkeypatch):
+    """No compiler splits a kernel: heads over tensor, sequences over data and fsdp, documents along with them."""
+    interpreted = partial(attention.attention, interpret=True)
+    monkeypatch.setattr(attention, "attention", lambda *a, impl, **k: interpreted(*a, impl="pallas_triton", **k))
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: ("pallas_triton", "for the test"))
+    cfg = dataclasses.replace(MODEL, attention="pallas_triton", remat=remat)
+    assert_same(gradients((2, 2, 2), cfg))
+    within = gradients((2, 2, 2), cfg, eos_id=7)
+    assert abs(within["loss"] - on_one_device()["loss"]) > 1e-3  # 7 is every third token
+    monkeypatch.undo()
+    for name, want in gradients((1, 1, 1), MODEL, eos_id=7).items():
+        assert np.linalg.norm(within[name] - want) / np.linalg.norm(want) < 2e-6, name
 
 
 @pytest.mark.parametrize("mesh", [(2, 8, 1)])

@@ -263,10 +263,13 @@ def test_a_named_one_that_cannot_run_is_an_error_that_says_why(impl, device, dty
         choose(impl, dtype, device, **shape)
 
 
-def test_mosaic_without_tokamax(monkeypatch):
+def test_without_tokamax_or_a_jax_that_has_triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs tokamax: pip install tokamax"):
         choose("pallas_mosaic_gpu", "bfloat16", H100)
+    with pytest.raises(UserError, match="needs a JAX that still has Pallas' Triton language; cudnn is its successor"):
+        choose("pallas_triton", "bfloat16", A100)
+    assert choose("auto", "bfloat16", A100)[0] == "cudnn"
 
 
 def test_every_implementation_has_a_name_in_the_config():

@@ -8,7 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.kernels.attention import library, plain, triton
+from tinyllama_jax.kernels.attention import library, plain
 
 KERNELS = ("pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")  # of whole arrays: no compiler splits one over devices
 LANES = 128  # of a TPU
@@ -35,6 +35,8 @@ def attention(
         return checkpoint_name(f(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, start), "attention")
     arrays = q_BSNH, k_BTKH, v_BTKH, segment_ids_BS
     if impl == "pallas_triton":
+        from tinyllama_jax.kernels.attention import triton  # here, for a JAX will come that has no such language
+
         return triton.flash(*arrays, interpret)
     if impl == "pallas_tpu":
         return library.splash(*arrays, interpret)
@@ -93,6 +95,8 @@ def _lacks(impl: str, dtype: str, device: jax.Device, seq_len: int, head_dim: in
         return f"needs bf16 or fp16 on an NVIDIA GPU of compute capability {lowest} or more; this is {dtype} on {here}"
     if head_dim > 128 or (impl != "pallas_triton" and head_dim % 8):
         return f"needs heads of at most 128{'' if impl == 'pallas_triton' else ', a multiple of 8'}; these are {head_dim} wide"
+    if impl == "pallas_triton" and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "needs a JAX that still has Pallas' Triton language; cudnn is its successor"
     if impl == "pallas_mosaic_gpu" and importlib.util.find_spec("tokamax") is None:
         return "needs tokamax: pip install tokamax"
     return ""
