@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.config import UserError
 
-SPLASH_BLOCK = 512  # queries and keys of a block in splash attention: scores of 1 MiB in fp32
+SPLASH_BLOCK = 512  # queries and keys of a block in splash attention, as MaxText has it by default for v4 to v6e (`sa_block_q`)
 
 
 def cudnn(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None) -> jax.Array:
