@@ -214,3 +214,22 @@ assert not bad, bad
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "x.npy"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["bench_kernels.py", "--only", "attention,los"], "no such one: 'los'; choose of matmul, attention, loss, memory"),
+        (["bench_kernels.py", "--minutes", "-1"], "must be above 0"),
+        (["bench_kernels.py", "--json", "tools"], "cannot write a file tools"),
+        (["bench_train.py", "--rows", "jaxx,jax"], "no such one: 'jaxx'; choose of jax, torch, torch.remat"),
+        (["bench_train.py", "--attention", "cudn"], "no such one: 'cudn'"),
+        (["bench_train.py", "--remat", ""], "choose of none, save_matmuls_and_attention"),
+        (["bench_train.py", "--seqs", "0"], "whole numbers above 0"),
+        (["profile_step.py", "--steps", "0"], "whole numbers above 0"),
+        (["profile_step.py", "--out", "/proc/x"], "cannot write a file"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(command, words):
+    done = subprocess.run([sys.executable, ROOT / "tools" / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]

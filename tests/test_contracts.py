@@ -1,6 +1,9 @@
 """What holds the structure up: import direction, one home a library, the README's file map, the config keys, every config."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import file_map
@@ -107,6 +110,15 @@ def test_readme_file_map_is_the_docstrings():
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
     assert len(c.keys()) <= 72  # the budget: raise it only by a diff that someone has to defend
+
+
+def test_imports_leave_jax_its_devices():
+    """Processes join, and flags are set, before JAX looks for devices: no module may compute anything when it is imported."""
+    modules = ", ".join(f"tinyllama_jax.{name_of(p)}" for p in PACKAGE if p.name != "__init__.py")
+    code = f"import {modules}, jax; jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices()) == 3"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2_000:]
 
 
 def test_sizes_stay_within_budget():

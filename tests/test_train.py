@@ -167,10 +167,12 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny_config_file, tmp_path):
 
 
 def test_a_finished_run_has_nothing_to_do(quiet, tiny_config_file, capsys):
-    before = (quiet[0] / "metrics.jsonl").read_text()
-    assert train.main(command(tiny_config_file, quiet[0], mesh__fsdp=8, train__seqs_per_device=1)) == 0
-    assert (quiet[0] / "metrics.jsonl").read_text() == before
-    assert "nothing to do" in capsys.readouterr().out
+    before = [(quiet[0] / name).read_text() for name in ("metrics.jsonl", "config.json")]
+    keys = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "train__z_loss": 0.1}
+    assert train.main(command(tiny_config_file, quiet[0], **keys)) == 0
+    assert [(quiet[0] / name).read_text() for name in ("metrics.jsonl", "config.json")] == before  # what trained it, not this
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "changed since this run was last started: train.z_loss from 0.0 to 0.1" in said
 
 
 def test_start_from_another_run(quiet, tiny_config_file, tmp_path, capsys):

@@ -31,7 +31,7 @@ from tinyllama_jax.config import Config, UserError
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.step import Program, TrainState, build, choose_attention, on_devices, weight_of
+from tinyllama_jax.step import Program, TrainState, build, choose_attention, on_devices, weight_of, within
 
 COMPARED = "loss", "grad_norm", "checksum"
 REACH = 10  # steps that it goes on, at least, to a checkpoint after step N that can say more
@@ -67,7 +67,10 @@ def main(argv: list[str]) -> int:
         run = Run(args.run, config, sources, written, mesh, program, checksums(program, mesh), base)
         state, origin = begin(run)
         impl, reason = choose_attention(config, mesh.devices.flat[0])
-        say(f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}; attention: {impl} ({reason})")
+        say(
+            f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}; "
+            f"attention: {impl} ({reason}), {within(config)} documents"
+        )
         say(f"{args.run}: steps {base + 1:,} to {args.step:,} again, from {origin.removeprefix('from ')}")
         differences, seen = [], {}
         for start, end in ((base, args.step - 1), (args.step - 1, args.step)):
@@ -232,7 +235,9 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
     if after and not apart:
         lines.append(f"and with the run's checkpoint of step {after:,}, bit for bit: only what was written down differs")
     else:
-        lines.append("the recorded run differed: a fault then, another mesh, or what it ran on" + ran_on(run))
+        lines.append(
+            "the recorded run differed: a fault then, another mesh, a setting changed since, or what it ran on" + ran_on(run)
+        )
     if any(d["name"] == "checksum" for d in differences):
         lines.append("its batches too: the data files changed, or --data.skip did")
     return lines

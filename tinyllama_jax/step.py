@@ -225,6 +225,11 @@ def choose_attention(config: Config, device: jax.Device) -> tuple[str, str]:
     return attention.choose(model.attention, model.compute_dtype, device, **shape, segments=config.data.document_mask)
 
 
+def within(config: Config) -> str:
+    """How attention stands to documents, for a line that says so."""
+    return "within" if config.data.document_mask else "across"
+
+
 def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) -> Program:
     """Jit everything for `mesh`: the one place where shardings, donation and XLA's options are put on. Raises UserError.
 

@@ -20,7 +20,7 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.step import Program, build, choose_attention, on_devices
+from tinyllama_jax.step import Program, build, choose_attention, on_devices, within
 
 
 def main(argv: list[str]) -> int:
@@ -109,11 +109,10 @@ def describe(
     """What is about to run, in a few lines: nothing falls back silently."""
     model, (accumulation, batch) = config.model, program.shape
     impl, reason = choose_attention(config, mesh.devices.flat[0])
-    within = "within" if config.data.document_mask else "across"
     data = ", ".join(f"{w:g} x {p} ({len(s):,} blocks)" for (p, w), s in zip(config.data.sources.items(), sources, strict=True))
     return [
         f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
-        f"attention: {impl} ({reason}), {within} documents; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
+        f"attention: {impl} ({reason}), {within(config)} documents; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
         f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
         f"data: {data}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import json
@@ -206,13 +207,52 @@ def header(args) -> dict:
 
 
 def end_on_sigterm() -> None:
-    """Makes a request to end an exception, so that workers end with the run."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Makes a request to end, Ctrl-C too, an exception without a traceback, so that workers end with the run."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def parts(text: str) -> list[str]:
     """The items of a list as an option gives it."""
     return [part for part in text.split(",") if part]
+
+
+def some_of(*known: str) -> Callable[[str], str]:
+    """An option's type: a list of `known`."""
+
+    def check(text: str) -> str:
+        if wrong := [part for part in parts(text) or [text] if part not in known]:
+            raise argparse.ArgumentTypeError(f"no such one: {', '.join(wrong)!r}; choose of {', '.join(known)}")
+        return text
+
+    return check
+
+
+def positive(text: str) -> float:
+    """An option's type: a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def counts(text: str) -> str:
+    """An option's type: a list of whole numbers from 1 on."""
+    if not parts(text) or not all(part.isdigit() and int(part) > 0 for part in parts(text)):
+        raise argparse.ArgumentTypeError(f"must be whole numbers above 0, such as 8,16, not {text}")
+    return text
+
+
+def output(text: str) -> Path:
+    """An option's type: a file that can be written."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError
+    except OSError:
+        raise argparse.ArgumentTypeError(f"cannot write a file {text}") from None
+    return path
 
 
 def steps_of(cell: dict, seconds: float) -> int:

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 import bench_common as common
 import jax
@@ -257,7 +256,8 @@ def line(row: dict) -> str:
         return f"  -- {name} {row['left_out']}"
     worst = max(e["relative"] for e in row["errors"].values()) if row["kind"] == "attention" else None
     worst = worst or row.get("error") or max(row["errors"].values())
-    rate = f"{row['tflops']:8.2f} TFLOP/s {row.get('percent_of_matmul', 100):5.1f}%" if "tflops" in row else ""
+    of_matmul = f"{row['percent_of_matmul']:5.1f}%" if "percent_of_matmul" in row else "      "
+    rate = f"{row['tflops']:8.2f} TFLOP/s {of_matmul}" if "tflops" in row else ""
     rate = rate or f"{row['bytes_per_second'] / 1e9:8.1f} GB/s    {row.get('percent_of_bandwidth', 0):5.1f}%"
     forward = f"  forward {row['forward_seconds'] * 1e3:8.3f} ms" if "forward_seconds" in row else ""
     size = f"  {row['bytes'] / 2**20:9.1f} MiB" if row.get("bytes") else ""
@@ -288,10 +288,11 @@ def first_size() -> str:
 def main() -> None:
     """Runs the workers one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="matmul,attention,loss,memory")
+    what = ("matmul", "attention", "loss", "memory")
+    parser.add_argument("--only", type=common.some_of(*what), default=",".join(what))
     parser.add_argument("--size", choices=LOSS, help="unless said: 1b, and small without an accelerator")
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--json", type=Path, default=Path("runs/bench_kernels.json"))
+    parser.add_argument("--minutes", type=common.positive, default=8)
+    parser.add_argument("--json", type=common.output, default="runs/bench_kernels.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

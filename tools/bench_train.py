@@ -24,7 +24,6 @@ import resource
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import bench_common as common
 import numpy as np
@@ -33,6 +32,8 @@ from tinyllama_jax import config as c
 from tinyllama_jax import dims
 
 ROWS = "jax,torch.compile,torch,transformers,torch.compile.chunk"
+_HOW = [how + chunk + remat for how in ("", ".compile", ".max") for chunk in ("", ".chunk") for remat in ("", ".remat")]
+KNOWN_ROWS = ("jax", *(family + how for family in ("torch", "transformers") for how in _HOW))  # bench_torch.py explains them
 SEQS = (
     (100e9, "16,8,32"),
     (60e9, "8,16"),
@@ -196,7 +197,8 @@ def judge(row: dict, ours: dict | None, args: argparse.Namespace, device: dict) 
 
 def line(row: dict) -> str:
     """A row as it is printed; MFU as percent of the published peak | of the measured matmul rate."""
-    name = " ".join(filter(None, (f"{row['row']:20} {row['seqs']:4}", row["remat"], row["attention"])))
+    live = (row.get("live") or [row["attention"]])[0]  # what "auto" came to
+    name = " ".join(filter(None, (f"{row['row']:20} {row['seqs']:4}", row["remat"], live)))
     if "left_out" in row:
         return f"  -- {name:44} {row['left_out']}"
     peak, matmul = row["percent_of_peak"] or {}, row["percent_of_matmul"] or {}
@@ -245,14 +247,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=common.SHAPES)
     parser.add_argument("--seq-len", type=int, help="2048 unless said; 256 for the small models")
-    parser.add_argument("--seqs", help="sequences per device, in the order in which they are tried")
+    parser.add_argument("--seqs", type=common.counts, help="sequences per device, in the order in which they are tried")
     parser.add_argument("--steps", type=int, default=20, help="at most, timed; fewer if they would take more than 30 s")
-    parser.add_argument("--remat", default="none", help=f"for jax, of {', '.join(c.REMAT)}")
-    parser.add_argument("--attention", default="auto", help=f"for jax, of {', '.join(c.ATTENTION)}")
+    parser.add_argument("--remat", type=common.some_of(*c.REMAT), default="none", help=f"for jax, of {', '.join(c.REMAT)}")
+    parser.add_argument(
+        "--attention", type=common.some_of(*c.ATTENTION), default="auto", help=f"for jax, of {', '.join(c.ATTENTION)}"
+    )
     parser.add_argument("--loss-chunk", type=int, default=2048, help="tokens whose logits exist at one time")
-    parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--json", type=Path, default=Path("runs/bench_train.json"))
+    parser.add_argument("--rows", type=common.some_of(*KNOWN_ROWS), default=ROWS, help=f"of {', '.join(KNOWN_ROWS)}")
+    parser.add_argument("--minutes", type=common.positive, default=8)
+    parser.add_argument("--json", type=common.output, default="runs/bench_train.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -271,7 +275,7 @@ def main() -> None:
     report = common.header(args) | {"device": device, "parameters": dims.n_parameters(model), "rows": [], "whole": False}
     report["flops_per_token"] = dims.flops_per_token(model)
     common.save(args.json, report)
-    say = lambda flops: f"{flops / 1e12:.2f}" if flops else "no"
+    say = lambda flops: f"{flops / 1e12:.2f}" if flops else "none"
     print(f"{report['parameters']:,} parameters, S = {args.seq_len}, {device['dtype']}, {device['kind']}: "
           f"{say(device['matmul_flops'])} TFLOP/s of matmuls measured, {say(device['peak_flops'])} published")  # fmt: skip
     print(f"     {'row, sequences, remat, attention':44} {'loss':16} {'tokens/s':>10} {'ms':>9}  "

@@ -171,7 +171,11 @@ def trace(cell: dict, out: Path) -> dict:
     """Runs the steps, warm, under the profiler; writes OUT; returns the table."""
     import jax
 
-    program, compiled, batch, params, _ = bench_train.prepare(bench_train.config_of(cell), cell)
+    from tinyllama_jax import step
+
+    config = bench_train.config_of(cell)
+    program, compiled, batch, params, _ = bench_train.prepare(config, cell)
+    impl, reason = step.choose_attention(config, jax.devices()[0])
     state = program.start(params)
     del params
     for _ in range(common.WARM_UP):
@@ -192,6 +196,7 @@ def trace(cell: dict, out: Path) -> dict:
     newest = max(out.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     result = table(jax.profiler.ProfileData.from_file(str(newest)).planes, hlo, cell["steps"], seconds)
     result |= {"trace": str(newest), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "cell": cell}
+    result["attention"] = f"{impl} ({reason})"
     common.save(out / "table.json", result)
     return result
 
@@ -201,13 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=common.SHAPES, default="1b")
     parser.add_argument("--seq-len", type=int, help="2048 unless said; 256 for the small models")
-    parser.add_argument("--seqs", type=int, default=8, help="sequences on the device")
+    parser.add_argument("--seqs", type=lambda text: int(common.counts(text)), default=8, help="sequences on the device")
     parser.add_argument("--remat", choices=c.REMAT, default="none")
     parser.add_argument("--attention", choices=c.ATTENTION, default="auto")
     parser.add_argument("--loss-chunk", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=lambda text: int(common.counts(text)), default=5)
     parser.add_argument("--top", type=int, default=25)
-    parser.add_argument("--out", type=Path, default=Path("runs/profile"))
+    parser.add_argument("--out", type=lambda text: common.output(text + "/table.json").parent, default="runs/profile")
     args = parser.parse_args()
     args.seq_len = args.seq_len or (2048 if args.model == "1b" else 256)
     try:
@@ -217,6 +222,7 @@ def main() -> None:
         sys.exit(e.code)
     print(f"{result['device']}, {result['step_ms']:.1f} ms a step with the profiler on; busy {result['busy_percent']:.1f}%, "
           f"idle {result['idle_percent']:.1f}%. Of the operations' time:")  # fmt: skip
+    print(f"  attention: {result['attention']}")
     print("  " + ", ".join(f"{kind} {percent:.1f}%" for kind, percent in result["kinds"].items()))
     for row in result["rows"][: args.top]:
         what = f"{row['kind']:15} {row['name'][:36]:36} {row['scope'] or row['kernel']}"

@@ -175,6 +175,35 @@ def test_the_triton_kernel_visits_no_block_of_another_document():
     assert triton._end(jnp.zeros_like(ids), 128, 64, last=False).tolist() == [[0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+def test_the_triton_kernel_adds_up_in_fp32(dtype):
+    """Every matmul, forward and backward. (A CPU keeps more bits than it is told to, so that values alone do not show it.)"""
+    arrays, _, ids = inputs("no whole block for a kernel", dtype)
+    f = partial(ours, "pallas_triton")
+    products = [
+        e for e in equations(jax.make_jaxpr(lambda *a: f(*a, 0, ids))(*arrays).jaxpr) if e.primitive.name == "dot_general"
+    ]
+    assert len(products) == 2 * 2 + 2 * 3 + 2 * 4 + 1  # on the diagonal and off it, and the rows' sums of out dout
+    assert {e.outvars[0].aval.dtype for e in products} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_kernel_refuses_a_cache(impl):
+    q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 8, 1, 8))
+    with pytest.raises(ValueError, match="it is for S = T and start = 0"):
+        attention(q, k, k, impl=impl)
+    with pytest.raises(ValueError, match="it is for S = T and start = 0"):
+        attention(q, k[:, :4], k[:, :4], impl=impl, start=4)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those within it."""
+    for e in jaxpr.eqns:
+        yield e
+        for inner in jaxprs_in_params(e.params):
+            yield from equations(inner)
+
+
 def kernels(jaxpr):
     """How many kernels a jaxpr runs whose output it reads: JAX leaves in those that it need not run, for XLA to take out."""
     read = {id(v) for v in (*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars))}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -18,7 +19,7 @@ class Sums(NamedTuple):
     z: jax.Array  # z_loss x logsumexp^2: what is minimised is loss + z (PaLM, arXiv:2204.02311, section 5, has 1e-4)
 
 
-NONE = Sums(*(jnp.float32(0),) * 3)
+NONE = Sums(*(np.float32(0),) * 3)  # numpy: jax must not look for devices when it is imported
 
 
 def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float = 0.0) -> Sums:

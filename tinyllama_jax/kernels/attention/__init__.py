@@ -28,12 +28,17 @@ def attention(
 
     With `segment_ids_BS` (int32) it sees those of its own segment alone. Returns [B, S, N, H] in q's dtype. `impl`:
     "reference", "xla" or one of KERNELS; those, and segments, want start = 0 and S = T. `interpret` has "pallas_triton" and
-    "pallas_tpu" run anywhere, slowly. What backward keeps of it besides q, k and v is named "attention".
+    "pallas_tpu" run anywhere, slowly. What backward keeps of it besides q, k and v is named "attention". Kernels have no
+    forward-mode and no second derivative. A NaN spreads farther than its document: 0 x NaN is NaN.
     """
     if impl in ("reference", "xla"):
         f = plain.reference if impl == "reference" else plain.in_query_blocks
         return checkpoint_name(f(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, start), "attention")
     arrays = q_BSNH, k_BTKH, v_BTKH, segment_ids_BS
+    if q_BSNH.shape[1] != k_BTKH.shape[1] or (isinstance(start, int) and start):
+        raise ValueError(
+            f"{impl}: S = {q_BSNH.shape[1]}, T = {k_BTKH.shape[1]}, start = {start}; it is for S = T and start = 0"
+        )
     if impl == "pallas_triton":
         from tinyllama_jax.kernels.attention import triton  # here, for a JAX will come that has no such language
 
