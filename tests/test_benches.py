@@ -108,6 +108,23 @@ def test_wrong_attention_is_noticed(at_once, monkeypatch, fault):
     assert all((error["relative"] < 1e-5) == row["ok"] for error in row["errors"].values())
 
 
+def test_tuning_times_the_kernel_as_it_is_cut(at_once, monkeypatch):
+    """In interpret mode, which is the kernel itself: the cut reaches it, its errors are checked, and it is put back."""
+    from tinyllama_jax.kernels.attention import triton
+
+    seen, right, as_it_is = [], kernels.attention, triton.TUNINGS
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: ("pallas_triton", ""))
+
+    def interpreted(*arrays, impl):
+        seen.append(triton.TUNINGS[64]["dkv"])
+        return right(*arrays, impl=impl, interpret=True)
+
+    monkeypatch.setattr(kernels, "attention", interpreted)
+    row = bench_kernels.tune("", "dkv", [32, 16, 4, 1], bench_kernels.shapes("tiny")[0])
+    assert row["ok"] and set(seen) == {(32, 16, 4, 1)} and triton.TUNINGS is as_it_is
+    assert len(bench_kernels.cells("1b", ["tune"])) == 3 * len(bench_kernels.CUTS)
+
+
 @pytest.mark.parametrize("tokens", [0, 8])
 def test_a_wrong_loss_is_noticed(at_once, monkeypatch, tokens):
     assert bench_kernels.loss(tokens, 2, 16, 8, 32)["ok"]
@@ -219,7 +236,10 @@ assert not bad, bad
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["bench_kernels.py", "--only", "attention,los"], "no such one: 'los'; choose of matmul, attention, loss, memory"),
+        (
+            ["bench_kernels.py", "--only", "attention,los"],
+            "no such one: 'los'; choose of matmul, attention, loss, memory, tune",
+        ),
         (["bench_kernels.py", "--minutes", "-1"], "must be above 0"),
         (["bench_kernels.py", "--json", "tools"], "cannot write a file tools"),
         (["bench_train.py", "--rows", "jaxx,jax"], "no such one: 'jaxx'; choose of jax, torch, torch.remat"),

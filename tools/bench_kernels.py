@@ -5,7 +5,8 @@
 For each: whether it is right, then time, TFLOP/s, percent of the matmul rate measured first, bytes beside its arguments.
 Attention is checked against fp64, output and gradients, at the very shape that is timed; PyTorch's fused attention runs at the
 same shapes. bf16 on an accelerator, fp32 on a CPU. Needs neither grain nor tensorflow-datasets nor Beam; without torch its rows
-are left out. Always ends within --minutes (8 unless said), and writes each row as it comes.
+are left out. Always ends within --minutes (8 unless said), and writes each row as it comes. `--only matmul,tune` times our
+Triton kernel cut in other ways, for its TUNINGS.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ ATTENTION = {  # B, S, N, K, H of causal self-attention, and documents packed in
     "small": [(2, 512, 8, 2, 64, 0), (2, 512, 8, 2, 64, 4), (1, 1024, 4, 4, 64, 0)],
     "tiny": [(2, 48, 4, 2, 8, 0), (2, 48, 4, 2, 8, 3)],
 }  # fmt: skip
+KERNELS = ("forward", "dq", "dkv")
+CUTS = [  # triton.Tuning: own rows, other rows, warps, stages
+    (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3), (64, 64, 4, 3),
+    (64, 64, 4, 2), (64, 32, 4, 3),
+]  # fmt: skip
 QUIET = 90  # seconds after which a cell hangs
 LOSS = {"1b": (8, 2048, 2048, 32000), "small": (2, 512, 256, 8192), "tiny": (2, 32, 16, 64)}  # B, S, D, V
 CHUNKS = (32, 16, 8, 4, 2)  # parts of the tokens, of one of which the logits exist at one time: 512 to 8,192 tokens at 1b
@@ -105,6 +111,18 @@ def attention(impl: str, shape: dict) -> dict:
     }
 
 
+def tune(impl: str, kernel: str, cut: list[int], shape: dict) -> dict:
+    """`attention` by our Triton kernel with one of its three parts cut as `cut` says."""
+    from tinyllama_jax.kernels.attention import triton
+
+    as_it_is = triton.TUNINGS
+    triton.TUNINGS = {width: of | {kernel: triton.Tuning(*cut)} for width, of in as_it_is.items()}
+    try:
+        return attention("pallas_triton", shape)
+    finally:
+        triton.TUNINGS = as_it_is
+
+
 def loss(tokens: int, B: int, S: int, D: int, V: int) -> dict:
     """The loss head with `tokens` tokens' logits at one time (0: all, by the definition): errors of loss and gradients, time.
 
@@ -169,6 +187,9 @@ def cells(size: str, only: list[str]) -> list[tuple[str, dict]]:
     B, S, D, V = LOSS[size]
     out = [("matmul", dict(zip("MKN", shape, strict=True))) for shape in MATMULS[size]] + first
     out += [("loss", {"tokens": n, "B": B, "S": S, "D": D, "V": V}) for n in (0, *(B * S // part for part in CHUNKS))]
+    named = lambda kernel, cut: f"{kernel} {' '.join(map(str, cut))}"
+    out += [("tune", {"impl": named(kernel, cut), "kernel": kernel, "cut": cut, "shape": shapes(size)[0]})
+            for kernel in KERNELS for cut in CUTS]  # fmt: skip
     out += [("memory", {"name": name, **dict(zip("BSDF", MEMORY[size], strict=True))}) for name in ("rms_norm", "swiglu")]
     return [cell for cell in out + [cell for shape in rest for cell in shape] if cell[0] in only]
 
@@ -231,7 +252,7 @@ def rows(todo: list, deadline: float):
 
 def derive(row: dict, device: dict, best: float | None) -> dict:
     """Rates, for a row that has times."""
-    if row["kind"] == "attention" and "forward_seconds" in row:
+    if row["kind"] in ("attention", "tune") and "forward_seconds" in row:
         s = row["shape"]
         flops = 4 * s["N"] * s["H"] * common.visible_pairs(s)  # two matmuls; backward has five
         for name, times in (("forward", 1), ("forward_backward", 3.5)):
@@ -254,7 +275,7 @@ def line(row: dict) -> str:
     name = f"{row['kind']:9} {name if row['kind'] != 'matmul' else '':18} {shape:40}"
     if "left_out" in row:
         return f"  -- {name} {row['left_out']}"
-    worst = max(e["relative"] for e in row["errors"].values()) if row["kind"] == "attention" else None
+    worst = max(e["relative"] for e in row["errors"].values()) if row["kind"] in ("attention", "tune") else None
     worst = worst or row.get("error") or max(row["errors"].values())
     of_matmul = f"{row['percent_of_matmul']:5.1f}%" if "percent_of_matmul" in row else "      "
     rate = f"{row['tflops']:8.2f} TFLOP/s {of_matmul}" if "tflops" in row else ""
@@ -289,7 +310,7 @@ def main() -> None:
     """Runs the workers one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = ("matmul", "attention", "loss", "memory")
-    parser.add_argument("--only", type=common.some_of(*what), default=",".join(what))
+    parser.add_argument("--only", type=common.some_of(*what, "tune"), default=",".join(what))
     parser.add_argument("--size", choices=LOSS, help="unless said: 1b, and small without an accelerator")
     parser.add_argument("--minutes", type=common.positive, default=8)
     parser.add_argument("--json", type=common.output, default="runs/bench_kernels.json")
