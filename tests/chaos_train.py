@@ -14,8 +14,8 @@ from tinyllama_jax import step, train
 gradients = step.gradients
 
 
-def poisoned(state, batch, cfg):
-    sums, grads = gradients(state, batch, cfg)
+def poisoned(state, batch, cfg, eos_id):
+    sums, grads = gradients(state, batch, cfg, eos_id)
     bad = jnp.isin(state.step + 1, jnp.array([int(s) for s in os.environ["CHAOS_NONFINITE"].split(",")]))
     return sums._replace(loss=jnp.where(bad, jnp.nan, sums.loss)), grads
 

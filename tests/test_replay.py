@@ -206,8 +206,8 @@ def err(monkeypatch, where, at, device):
     """Makes `device` err after step `at`, the first time that the program built in module `where` comes there."""
     left = [1]
 
-    def build(config, mesh):
-        program = step.build(config, mesh)
+    def build(config, mesh, eos_id):
+        program = step.build(config, mesh, eos_id)
 
         def trained(state, batch):
             state, now = program.train(state, batch)

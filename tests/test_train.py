@@ -72,7 +72,7 @@ def test_a_run_writes_what_it_should(quiet, tiny_config_file):
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [15, 20, 24]  # every 5, 3 kept, the last always
     assert list((workdir / "tensorboard").iterdir())
     for words in (
-        "attention: xla (no fused kernel here for float32",
+        "attention: xla (no kernel for float32",
         "from scratch",
         "1 micro-batches",
         "validation loss",

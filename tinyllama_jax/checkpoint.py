@@ -425,8 +425,8 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours
         shutil.rmtree(run / "tokenizer", ignore_errors=True)
         shutil.copytree(tokenizer, run / "tokenizer")
-    if steps and steps[-1] >= config.train.steps:  # nothing to do: what describes the run is what trained it
-        return notes
+    if steps and steps[-1] >= config.train.steps and load_config(run).data.skip == config.data.skip:
+        return notes  # nothing to do: what describes the run is what trained it
     write(run / "data.json", json.dumps(data, indent=2) + "\n")
     write(run / "versions.json", json.dumps(versions(), indent=2) + "\n")
     write(run / "config.json", config_lib.to_json(config))
