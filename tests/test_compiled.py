@@ -240,6 +240,10 @@ def test_a_layer_on_a100_computes_no_more_than_its_policy_says(on_a100, remat):
     again = 6 if remat == "full" else 0  # q k v o gate up: not what comes last
     if remat != "none":
         assert layers["products"] == [7, 14 + again]
+
+
+@pytest.mark.xdist_group("3t")
+def test_with_cudnn_a_layer_on_a100_does_nothing_again(on_a100):
     cudnn = on_a100["8,save_matmuls_and_attention,cudnn,2"]["layers"]
     assert (cudnn["products"], cudnn["kernels"]) == ([7, 14], ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"])
     # 2 of [B, S, V] and 6 of every weight for each token; a kernel's dq and dk, dv both compute scores and dp

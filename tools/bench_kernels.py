@@ -201,8 +201,6 @@ def shapes(size: str) -> list[dict]:
 
 def work(todo: list) -> None:
     """A worker: a row for each cell. It ends at an error that may have spoilt the device for those after it."""
-    from tinyllama_jax.kernels import attention as kernels
-
     device = jax.devices()[0]
     target = targets.of(device.device_kind)
     about = {"platform": device.platform, "kind": device.device_kind, "dtype": dtype_here(), "jax": jax.__version__}

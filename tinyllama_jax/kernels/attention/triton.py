@@ -71,9 +71,7 @@ def _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
     (B, S, N, H), K = q_BSNH.shape, k_BSKH.shape[2]
     cut = _cut("forward", S, H)
     kernel = partial(_forward_kernel, cut=cut, scale=scale)
-    own = pl.BlockSpec((None, cut.own, None, H), lambda i, n, b: (b, S // cut.own - 1 - i, n, 0))
-    own_row = pl.BlockSpec((None, None, cut.own), lambda i, n, b: (b, n, S // cut.own - 1 - i))
-    every = pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, n * K // N, 0))
+    own, own_row, every = _by_queries(cut, S, H, N // K)
     outputs = q_BSNH, jax.ShapeDtypeStruct((B, N, S), jnp.float32)
     call = _call(kernel, "attention_forward", (S // cut.own, N, B), cut, [own, every, every], [own, own_row], outputs, ids_BS,
                  2 * S * S * H * N * B, interpret)  # fmt: skip
@@ -95,9 +93,7 @@ def _flash_backward(scale, interpret, kept, do_BSNH):
     rest = do_BSNH, lse_BNS, delta_BNS
 
     cut = _cut("dq", S, H)
-    own = pl.BlockSpec((None, cut.own, None, H), lambda i, n, b: (b, S // cut.own - 1 - i, n, 0))
-    own_row = pl.BlockSpec((None, None, cut.own), lambda i, n, b: (b, n, S // cut.own - 1 - i))
-    every = pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, n * K // N, 0))
+    own, own_row, every = _by_queries(cut, S, H, N // K)
     kernel = partial(_dq_kernel, cut=cut, scale=scale)
     call = _call(kernel, "attention_dq", (S // cut.own, N, B), cut, [own, every, every, own, own_row, own_row], [own],
                  (q_BSNH,), ids_BS, 3 * S * S * H * N * B, interpret)  # fmt: skip
@@ -116,14 +112,23 @@ def _flash_backward(scale, interpret, kept, do_BSNH):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
+def _by_queries(cut: Tuning, S: int, H: int, group: int) -> tuple[pl.BlockSpec, ...]:
+    """What a program (i, n, b) sees: its block of queries, the last first, a number for each, and all keys of its head."""
+    block = lambda i: S // cut.own - 1 - i
+    return (
+        pl.BlockSpec((None, cut.own, None, H), lambda i, n, b: (b, block(i), n, 0)),
+        pl.BlockSpec((None, None, cut.own), lambda i, n, b: (b, n, block(i))),
+        pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, n // group, 0)),
+    )
+
+
 def _call(kernel: Callable, name, grid, cut, in_specs, out_specs, outputs, ids_BS, flops, interpret) -> Callable:
     """`kernel` as a function of its arrays, but for the segments, which it gets behind them, or None and None."""
     segments, specs = (None, None), [None, None]
     if ids_BS is not None:
         segments = ids_BS, _end(ids_BS, cut.own, cut.other, last=name.endswith("dkv"))
         specs = [pl.BlockSpec((None, *a.shape[1:]), lambda i, n, b, rest=a.ndim - 1: (b, *(0,) * rest)) for a in segments]
-    # half of the pairs of blocks are hidden
-    cost = pl.CostEstimate(flops=flops, transcendentals=grid[1] * grid[2] * outputs[0].shape[1] ** 2 // 2, bytes_accessed=0)
+    cost = pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=0)  # `plan` reads the first alone
     call = pl.pallas_call(
         kernel,
         grid=grid,
