@@ -103,7 +103,7 @@ def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
     params, read, step = checkpoint.load_params(config.workdir)
     assert step == 7 and read == config and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(params))
     same(jax.device_get(state.params), params)
-    restored, _ = checkpoint.restore_params(config.workdir, program.state.params)
+    restored = checkpoint.restore_params(config.workdir, checkpoint.find_step(config.workdir), program.state.params)
     same(state.params, restored)
 
 
@@ -178,7 +178,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
         file.unlink()
     else:
         file.write_bytes(b"" if how == "empty seal" else file.read_bytes()[:100])
-    for reads in (checkpoint.load_params, lambda run: checkpoint.restore_params(run, program.state.params)):
+    for reads in (
+        checkpoint.load_params,
+        lambda run: checkpoint.restore_params(run, checkpoint.find_step(run), program.state.params),
+    ):
         if "params" in file.parts or how.endswith("seal"):
             with pytest.raises(c.UserError, match="30: is damaged: .*; step 20 is whole"):
                 reads(run)

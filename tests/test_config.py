@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(config, arguments, word
 
 
 def test_accumulation_is_derived_or_refused_with_what_would_do(config):
-    assert config.accumulation(4) == 1 and config.accumulation(1) == 4  # 8 sequences a step, 2 a device
+    assert config.accumulation(4) == [1] and config.accumulation(1) == [4]  # 8 sequences a step, 2 a device
     with pytest.raises(c.UserError, match=r"choose train.tokens_per_step as a multiple of 48"):
         config.accumulation(3)
     uneven = dataclasses.replace(config, train=dataclasses.replace(config.train, seqs_per_device=3))
@@ -156,3 +157,20 @@ def test_errors_end_with_exit_code_2_and_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --config=configs/nope.py: no such file")
     assert done.stderr.count("\n") == 1
+
+
+def test_stages_of_a_batch_ramp():
+    """1,000 tokens are reached by the 10th step of 100 tokens, 1,050 only by the 11th: a step is never cut."""
+    train = c.Train(steps=20, tokens_per_step=100, seqs_per_device=1, batch_ramp="1050:400,2e3:1600")
+    assert train.stages == [(0, 0, 100), (11, 1_100, 400), (14, 2_300, 1_600)]
+    assert [train.tokens_after(step) for step in (0, 1, 11, 12, 14, 15, 20)] == [0, 100, 1_100, 1_500, 2_300, 3_900, 11_900]
+    assert train.tokens == 11_900
+
+
+def test_weights_over_the_run_are_read_written_and_checked(config):
+    text = "a:1@1.5e12..0.75@1.506e12,b:0@1.5e12..0.25@1.506e12,c:2"
+    mixed = c.override(config, {"data.sources": text})
+    assert mixed.data.sources["a"] == ((1.5e12, 1.0), (1.506e12, 0.75)) and mixed.data.sources["c"] == 2.0
+    assert c.from_json(c.to_json(mixed)) == mixed
+    assert c.override(config, {"data.sources": c.sources_text(mixed.data.sources)}) == mixed
+    assert [c.weight_at(mixed.data.sources["b"], t) for t in (0, 1.503e12, 2e12)] == [0, Fraction(1, 8), Fraction(1, 4)]

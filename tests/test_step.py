@@ -79,7 +79,7 @@ def test_neither_a_loss_nor_a_gradient_that_is_not_finite_moves_anything(monkeyp
     grads = jax.tree.map(jnp.ones_like, state.params)
     if bad_gradient:
         grads["layers"]["q"]["kernel"] = grads["layers"]["q"]["kernel"].at[1, 2, 3, 4].set(jnp.nan)
-    sums = Sums(jnp.float32(jnp.inf if bad_loss else 1.0), jnp.float32(0), jnp.float32(0))
+    sums = Sums(jnp.float32(jnp.inf if bad_loss else 1.0), jnp.float32(0), jnp.float32(0), None)
     monkeypatch.setattr(step, "gradients", lambda *_: (sums, grads))
     new, metrics = step.train_step(state, batch_of((1, 1)), config)
     good = not (bad_loss or bad_gradient)

@@ -34,6 +34,7 @@ from tinyllama_jax import dims, model, optim, processes
 from tinyllama_jax.config import Config, Model, UserError
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.step import TrainState, new_state
 
 PACKAGES = (
@@ -311,12 +312,11 @@ def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config,
         return reader.restore(path, restore_args=model.unflatten(as_numpy)), config, step
 
 
-def restore_params(run: str | Path, abstract: dict) -> tuple[dict, int]:
-    """(the latest parameters of a run folder, straight into the shardings of `abstract`; their step)."""
-    step = find_step(run)
+def restore_params(run: str | Path, step: int, abstract: dict) -> dict:
+    """The parameters of a run folder after `step`, straight into the shardings of `abstract`."""
     path = _undamaged(run, step, "params")
     with ocp.StandardCheckpointer() as reader, _read_errors(path.parent):
-        return reader.restore(path, abstract), step
+        return reader.restore(path, abstract)
 
 
 def restore_state(run: str | Path, step: int, abstract: TrainState) -> TrainState:
@@ -401,15 +401,16 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     if steps := steps_in(run):  # before its first checkpoint a run has nothing to lose
         if not (run / "checkpoints" / str(steps[-1]) / "train").is_dir():  # an import
             raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
-        notes = _compare(load_config(run), config)
+        notes = _compare(load_config(run), config, steps[-1])
         described = run / "data.json"
         there = config_lib.read_json(described, *data[0], kind=list) if described.is_file() else data
-        content = lambda sources: [(s["weight"], s["manifest_sha256"]) for s in sources]
         ours = [tokenizer_lib.load(folder).sha256 for folder in (run / "tokenizer", tokenizer)]
         if ours[0] != ours[1]:
             raise UserError(f"--data.sources: were not prepared with the tokenizer of the run in {run}, {run / 'tokenizer'}")
-        if content(there) != content(data):
-            was = ",".join(f"{s['path']}:{s['weight']}" for s in there)
+        was = config_lib.sources_text({s["path"]: config_lib.as_weight(s["weight"]) for s in there})
+        if was != config_lib.sources_text(config.data.sources):
+            notes.append(f"changed since this run was last started: data.sources from {was}")
+        if not _same_until(there, data, config, steps[-1]):
             raise UserError(
                 f"--data.sources: the run in {run} was trained on {was}, and these are other weights or other contents "
                 f"(see {run / 'data.json'}); give it its own data, or start another run with --workdir=NEW --init.from={run}"
@@ -433,11 +434,23 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     return notes
 
 
-def _compare(old: Config, new: Config) -> list[str]:
+def _same_until(there: list[dict], data: list[dict], config: Config, step: int) -> bool:
+    """Whether the batches until `step` are the same of two sets of sources, of which the second may have more to come."""
+    contents = [[source["manifest_sha256"] for source in sources] for sources in (there, data)]
+    old, new = (Mixture([config_lib.as_weight(s["weight"]) for s in side], config.model.seq_len) for side in (there, data))
+    batches = int(feed.batch_of(np.int64(step), feed.left_out(config.data)))
+    samples = config.train.tokens_after(batches) // config.model.seq_len
+    return contents[1][: len(there)] == contents[0] and old.same_until(new, samples)
+
+
+def _compare(old: Config, new: Config, step: int) -> list[str]:
+    """What has changed since `step`, in lines. Raises UserError if it would change what was done until then."""
     before, after = config_lib.flat(old), config_lib.flat(new)
     changed = [k for k in before if before[k] != after[k] and not k.startswith(FREE)]
+    until = lambda config: [stage for stage in config.train.stages if stage[0] < step]
+    fixed = FIXED if until(old) == until(new) else (*FIXED, "train.batch_ramp")
     for key in changed:
-        if key in FIXED:
+        if key in fixed:
             raise UserError(
                 f"--{key}={after[key]}: the run in {new.workdir} has {before[key]}; give it back that value, "
                 f"or start another run with --workdir=NEW (and --init.from={new.workdir} for its weights)"

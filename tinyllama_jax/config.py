@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
+import itertools
 import json
 import math
 import runpy
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
 
@@ -40,7 +43,7 @@ class _Typed:
         for name, kind in typing.get_type_hints(type(self)).items():
             key, value = section + name.rstrip("_"), getattr(self, name)
             if typing.get_origin(kind) is dict:
-                fits = isinstance(value, dict) and all(isinstance(k, str) and _is_a(v, float) for k, v in value.items())
+                fits = isinstance(value, dict) and all(isinstance(k, str) and _is_a_weight(v) for k, v in value.items())
             else:
                 fits = _is_a(value, kind)
             _check(fits, key, repr(value), f"must be {_KINDS.get(kind, 'of the type ' + getattr(kind, '__name__', str(kind)))}")
@@ -52,6 +55,16 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def _is_a(value: object, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+Weight = float | tuple[tuple[float, float], ...]  # constant, or knots (tokens, weight): linear between them, constant outside
+
+
+def _is_a_weight(value: object) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return _is_a(value, float)
+    knots = [knot for knot in value if isinstance(knot, (list, tuple)) and len(knot) == 2]
+    return len(knots) == len(value) > 0 and all(_is_a(number, float) for knot in knots for number in knot)
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,9 @@ class Model(_Typed):
 class Data(_Typed):
     """Where the blocks come from. With `train.seed` and the step it determines every batch."""
 
-    sources: dict[str, float]  # folder written by `data.prepare` -> its share of the sequences; the shares are normalised
+    # folder written by `data.prepare` -> its share of the sequences, or its shares over the run: ((tokens, share), ...), linear
+    # between these and constant outside. The shares are normalised.
+    sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
     document_mask: bool = False  # attention within each document alone (they end with eos); the original had none
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out, each in the numbers that those before it gave
@@ -129,8 +144,19 @@ class Data(_Typed):
     def __post_init__(self):
         super().__post_init__()
         _check(len(self.sources) > 0, "data.sources", "", "needs at least one folder: --data.sources=DIR:WEIGHT,DIR:WEIGHT")
+        object.__setattr__(self, "sources", {path: as_weight(weight) for path, weight in self.sources.items()})
         for path, weight in self.sources.items():
-            _check(0 < weight < math.inf, "data.sources", f"{path}:{weight}", "weights must be positive numbers")
+            said, knots = f"{path}:{weight_text(weight)}", knots_of(weight)
+            tokens, weights = zip(*knots, strict=True)
+            fits = 0 <= min(weights) and 0 < max(weights) < math.inf
+            _check(
+                fits, "data.sources", said, "weights must be positive numbers" + (", or 0 for a time" if len(knots) > 1 else "")
+            )
+            rising = 0 <= tokens[0] and tokens[-1] < math.inf and all(a < b for a, b in itertools.pairwise(tokens))
+            _check(rising, "data.sources", said, "the tokens must rise from one weight to the next")
+        for at in sorted({tokens for weight in self.sources.values() for tokens, _ in knots_of(weight)}):
+            there = any(weight_at(weight, at) > 0 for weight in self.sources.values())
+            _check(there, "data.sources", sources_text(self.sources), f"at {at:,.0f} tokens no source has a weight")
         for first, last in self.skipped:
             _check(
                 1 <= first <= last < first + 10**6, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST"
@@ -148,12 +174,45 @@ class Data(_Typed):
             raise UserError(f"--data.skip={self.skip}: must be STEP:STEP or STEP:STEP,STEP:STEP") from None
 
 
+def as_weight(value: float | list) -> Weight:
+    """A weight as JSON has it, with tuples for lists."""
+    return tuple(map(tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def knots_of(weight: Weight) -> tuple[tuple[float, float], ...]:
+    """A weight over the run as (tokens, weight)."""
+    return weight if isinstance(weight, tuple) else ((0, weight),)
+
+
+def weight_at(weight: Weight, tokens: float) -> Fraction:
+    """What a weight is after so many tokens, exactly: 0.7 means 7/10, not the nearest binary fraction."""
+    knots = [(Fraction(str(t)), Fraction(str(w))) for t, w in knots_of(weight)]
+    at = min(max(Fraction(tokens), knots[0][0]), knots[-1][0])
+    for (t0, w0), (t1, w1) in itertools.pairwise(knots):
+        if at <= t1:
+            return w0 + (w1 - w0) * (at - t0) / (t1 - t0)
+    return knots[-1][1]
+
+
+def weight_text(weight: Weight) -> str:
+    """A weight as the command line has it: 0.7, or WEIGHT@TOKENS..WEIGHT@TOKENS."""
+    return "..".join(f"{w:g}@{t:.10g}" for t, w in weight) if isinstance(weight, tuple) else f"{weight}"
+
+
+def sources_text(sources: dict[str, Weight]) -> str:
+    """`data.sources` as the command line has it."""
+    return ",".join(f"{path}:{weight_text(weight)}" for path, weight in sources.items())
+
+
 @dataclass(frozen=True)
 class Optim(_Typed):
-    """AdamW with warm-up and cosine."""
+    """AdamW, and its learning rate: warm-up, then a schedule, then a cool-down if one is asked for.
+
+    Steps are of train.tokens_per_step tokens: when train.batch_ramp makes them larger, one counts for as many.
+    """
 
     peak_lr: float
-    min_lr: float
+    min_lr: float  # where the schedule ends
     warmup_steps: int
     weight_decay: float
     clip_norm: float
@@ -161,9 +220,21 @@ class Optim(_Typed):
     b2: float = 0.95
     eps: float = 1e-8
     decay: str = "all"  # which parameters decay: "all", as the original did, or "matrices" (no norms, no embedding)
+    schedule: str = "cosine"  # from the peak to the minimum: "cosine", "linear" or "constant" (with a cool-down: WSD)
+    decay_steps: int = 0  # where the schedule reaches the minimum, where it stays; 0: at the end of the run
+    cooldown_steps: int = 0  # the last so many steps leave the schedule; 0: none do
+    cooldown: str = "linear"  # from what the rate is then: "linear" to cooldown_lr, or "constant"
+    cooldown_lr: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
+        _one_of("optim.schedule", self.schedule, SCHEDULES)
+        _one_of("optim.cooldown", self.cooldown, SCHEDULES[1:])
+        for name in ("decay_steps", "cooldown_steps"):
+            _check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be 0 or more")
+        late = not self.decay_steps or self.decay_steps > self.warmup_steps
+        _check(late, "optim.decay_steps", self.decay_steps, f"must be more than optim.warmup_steps={self.warmup_steps}, or 0")
+        _check(0 <= self.cooldown_lr <= self.peak_lr, "optim.cooldown_lr", self.cooldown_lr, "must lie in [0, optim.peak_lr]")
         _check(self.peak_lr > 0, "optim.peak_lr", self.peak_lr, "must be positive")
         _check(0 <= self.min_lr <= self.peak_lr, "optim.min_lr", self.min_lr, f"must lie in [0, optim.peak_lr={self.peak_lr}]")
         _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be 0 or more")
@@ -182,6 +253,7 @@ class Train(_Typed):
     steps: int
     tokens_per_step: int  # tokens of one optimizer step over all devices
     seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
+    batch_ramp: str = ""  # TOKENS:TOKENS_PER_STEP,...: from the first step on that begins at or after so many tokens
     seed: int = 0
     deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
     z_loss: float = 0.0  # times the mean square of the logits' logsumexp, added to what is minimised (not to the loss shown)
@@ -192,10 +264,40 @@ class Train(_Typed):
         super().__post_init__()
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        for (_, before, _), (first, tokens, _) in itertools.pairwise(self.stages):
+            _check(
+                tokens > before, "train.batch_ramp", self.batch_ramp, f"its tokens must rise, by a step at least ({first:,})"
+            )
         _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
         _check(0 <= self.z_loss < 1, "train.z_loss", self.z_loss, "must be 0 (off) or more, and less than 1; 1e-4 is usual")
         _check(self.spike >= 0, "train.spike", self.spike, "must be 0 (off) or more")
         _check(self.wait > 0, "train.wait", self.wait, "must be positive")
+
+    @functools.cached_property
+    def stages(self) -> list[tuple[int, int, int]]:
+        """(steps before it, tokens before it, tokens of each of its steps), for each size that steps have."""
+        stages = [(0, 0, self.tokens_per_step)]
+        for part in filter(None, self.batch_ramp.split(",")):
+            try:
+                at, size = (Fraction(number) for number in part.split(":"))
+                if size < 1 or size.denominator != 1:
+                    raise ValueError
+            except ValueError:
+                raise UserError(f"--train.batch_ramp={self.batch_ramp}: must be TOKENS:TOKENS_PER_STEP,...") from None
+            first, tokens, each = stages[-1]
+            n = max(math.ceil((at - tokens) / each), 0)
+            stages.append((first + n, tokens + n * each, int(size)))
+        return stages
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the steps 1 to `step`."""
+        first, tokens, each = next(stage for stage in reversed(self.stages) if stage[0] <= step)
+        return tokens + (step - first) * each
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.tokens_after(self.steps)
 
 
 @dataclass(frozen=True)
@@ -262,7 +364,20 @@ class Log(_Typed):
 class Init(_Typed):
     """Where the weights of a new run come from."""
 
-    from_: str = ""  # a run folder or a Hugging Face folder, weights only; empty: from scratch. Said as --init.from
+    from_: str = ""  # a run folder or a Hugging Face folder; empty: from scratch. Said as --init.from
+    step: int = 0  # which checkpoint of the run folder; 0: the newest
+    state: str = "weights"  # or "moments": AdamW's too; or "all": the step too, so that this run is a branch of that one
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self.step >= 0, "init.step", self.step, "must be 0 (the newest) or more")
+        _one_of("init.state", self.state, ("weights", "moments", "all"))
+        _check(
+            bool(self.from_) or (self.step, self.state) == (0, "weights"),
+            "init.from",
+            "",
+            "is needed with --init.step and --init.state",
+        )
 
 
 @dataclass(frozen=True)
@@ -282,40 +397,42 @@ class Config(_Typed):
     def __post_init__(self):
         super().__post_init__()
         _check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
-        _check(
-            self.train.tokens_per_step % self.model.seq_len == 0,
-            "train.tokens_per_step",
-            self.train.tokens_per_step,
-            f"must be a multiple of model.seq_len={self.model.seq_len}",
-        )
-        _check(
-            self.optim.warmup_steps <= self.train.steps,
-            "optim.warmup_steps",
-            self.optim.warmup_steps,
-            f"is more than train.steps={self.train.steps}",
-        )
+        for i, (_, _, tokens) in enumerate(self.train.stages):
+            key = "batch_ramp" if i else "tokens_per_step"
+            remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"
+            _check(tokens % self.model.seq_len == 0, f"train.{key}", getattr(self.train, key), remedy)
+        steps = self.train.tokens / self.train.tokens_per_step
+        for name, most in (("warmup_steps", steps), ("cooldown_steps", steps - self.optim.warmup_steps)):
+            less = f" less optim.warmup_steps={self.optim.warmup_steps}" if name == "cooldown_steps" else ""
+            said, value = f"is more than train.steps={self.train.steps}{less}", getattr(self.optim, name)
+            _check(value <= most, f"optim.{name}", value, said)
 
     @property
     def seqs_per_step(self) -> int:
-        """Sequences of one optimizer step over all devices."""
+        """Sequences of one optimizer step over all devices, before any `train.batch_ramp`."""
         return self.train.tokens_per_step // self.model.seq_len
 
-    def accumulation(self, n_batch_devices: int) -> int:
-        """Micro-batches of one step on `n_batch_devices` = mesh data x fsdp. Raises UserError if they do not come out even."""
+    def accumulation(self, n_batch_devices: int) -> list[int]:
+        """Micro-batches of a step on `n_batch_devices` = mesh data x fsdp, for each of `train.stages`.
+
+        Raises UserError if they do not come out even.
+        """
         at_once = self.train.seqs_per_device * n_batch_devices
-        if self.seqs_per_step % at_once:
-            per_device = self.seqs_per_step // n_batch_devices
-            fits = [n for n in range(1, per_device + 1) if self.seqs_per_step % (n * n_batch_devices) == 0]
-            remedy = (
-                f"choose train.seqs_per_device among {fits}"
-                if fits
-                else f"choose train.tokens_per_step as a multiple of {n_batch_devices * self.model.seq_len}"
-            )
-            raise UserError(
-                f"--train.seqs_per_device={self.train.seqs_per_device}: {self.seqs_per_step} sequences a step do not "
-                f"divide into {n_batch_devices} devices x {self.train.seqs_per_device}; {remedy}"
-            )
-        return self.seqs_per_step // at_once
+        per_step = [tokens // self.model.seq_len for _, _, tokens in self.train.stages]
+        for sequences in per_step:
+            if sequences % at_once:
+                common = math.gcd(*per_step)
+                fits = [n for n in range(1, common // n_batch_devices + 1) if common % (n * n_batch_devices) == 0]
+                remedy = (
+                    f"choose train.seqs_per_device among {fits}"
+                    if fits
+                    else f"choose train.tokens_per_step as a multiple of {n_batch_devices * self.model.seq_len}"
+                )
+                raise UserError(
+                    f"--train.seqs_per_device={self.train.seqs_per_device}: {sequences} sequences a step do not "
+                    f"divide into {n_batch_devices} devices x {self.train.seqs_per_device}; {remedy}"
+                )
+        return [sequences // at_once for sequences in per_step]
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
@@ -338,7 +455,7 @@ def keys(config_type: type = Config, prefix: str = "") -> dict[str, type]:
 def flat(config: Config) -> dict[str, object]:
     """`section.key` -> value, for every key."""
     values = dataclasses.asdict(config)
-    values["init"] = {"from": config.init.from_}
+    values["init"]["from"] = values["init"].pop("from_")
     return {k: values[k] if k in values else values[k.partition(".")[0]][k.partition(".")[2]] for k in keys()}
 
 
@@ -350,13 +467,21 @@ def _parse(key: str, text: str, kind: type) -> object:
             parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
             paths = [path for path, _, _ in parts]
             _check(len(set(paths)) == len(paths), key, text, "names a folder twice; add up its weights")
-            return {path: float(Fraction(weight)) for path, _, weight in parts}  # a Fraction is finite
+            return {path: _parse_weight(weight) for path, _, weight in parts}
         value = kind(text)
         if kind is float and not math.isfinite(value) and key != "optim.clip_norm":
             raise ValueError
         return value
     except (ValueError, KeyError):
-        raise UserError(f"--{key}={text}: must be {_KINDS.get(kind, 'DIR:WEIGHT,DIR:WEIGHT')}") from None
+        wanted = _KINDS.get(kind, "DIR:WEIGHT,DIR:WEIGHT (or WEIGHT@TOKENS..WEIGHT@TOKENS)")
+        raise UserError(f"--{key}={text}: must be {wanted}") from None
+
+
+def _parse_weight(text: str) -> Weight:
+    number = lambda text: float(Fraction(text))  # a Fraction is finite
+    if "@" not in text:
+        return number(text)
+    return tuple((number(tokens), number(weight)) for weight, tokens in (knot.split("@") for knot in text.split("..")))
 
 
 def override(config: Config, arguments: dict[str, str]) -> Config:
@@ -366,7 +491,8 @@ def override(config: Config, arguments: dict[str, str]) -> Config:
     for key, text in arguments.items():
         if key not in known:
             tail = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-            near = (tail or difflib.get_close_matches(key, known, 1, 0.5) or [""])[0]
+            close = [difflib.get_close_matches(key, known, 1, cutoff) for cutoff in (0.95, 0.5)]
+            near = (close[0] or tail or close[1] or [""])[0]
             raise UserError(f"--{key}={text}: no such key" + (f"; did you mean --{near}?" if near else "; see --help"))
         section, _, name = key.rpartition(".")
         field_name = name + "_" if (section, name) == ("init", "from") else name

@@ -32,7 +32,7 @@ class Clock:
     """Time of the steps between two reports, with evaluation left out and waits counted apart."""
 
     def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
-        self._tokens_per_step, self._devices = config.train.tokens_per_step, mesh_size
+        self._tokens_after, self._devices = config.train.tokens_after, mesh_size
         self._flops, target = dims.flops_per_token(config.model), targets.of(device_kind)
         self._peak = target.flops if target else None
         self._since, self._step = time.perf_counter(), start
@@ -50,7 +50,7 @@ class Clock:
         now = time.perf_counter()
         steps = max(step - self._step, 1)
         seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
-        rate = steps * self._tokens_per_step / seconds
+        rate = (self._tokens_after(step) - self._tokens_after(self._step)) / seconds
         out = {
             "tokens_per_second": rate,
             "step_seconds": seconds / steps,
@@ -204,13 +204,13 @@ class Spike(UserError):
 class Reporter:
     """Fetches the numbers of a finished step and writes them down."""
 
-    def __init__(self, config, sources, writer, progress, clock, shape, start: int, argv: list[str]):
+    def __init__(self, config, sources, writer, progress, clock, start: int, argv: list[str]):
         """`start`: the step before the first one here. `argv`: what the run was started with."""
         self.argv, self.losses = argv, collections.deque(maxlen=BEFORE)
         if config.train.spike:
             self.losses.extend(losses_before(Path(config.workdir), start))
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
-        self.order, self.seqs = feed.order(config, sources), shape[0] * shape[1]
+        self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
         self.pending: tuple[int, dict] | None = None
         self.in_a_row = 0  # steps that were not finite
 
@@ -219,7 +219,8 @@ class Reporter:
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None
-        values = {name: np.asarray(value).item() for name, value in jax.device_get(on_device).items()}
+        on_host = jax.device_get(on_device)
+        values = {name: np.asarray(value).item() for name, value in on_host.items() if not name.startswith("source_")}
         self.in_a_row = 0 if values["finite"] else self.in_a_row + 1
         mean = math.fsum(self.losses) / len(self.losses) if len(self.losses) >= LEAST else math.inf  # exact: alike everywhere
         above = values["loss"] - mean if values["finite"] else 0.0
@@ -228,9 +229,13 @@ class Reporter:
             self.losses.append(values["loss"])
         if step % self.config.log.every and values["finite"] and not spike:
             return
-        values |= self.clock.lap(step) | {"tokens": step * self.config.train.tokens_per_step}
+        values |= self.clock.lap(step) | {"tokens": self.config.train.tokens_after(step)}
+        values |= {f"epochs/{name}": epochs for name, epochs in zip(self.names, self.order.epochs(step).tolist(), strict=True)}
+        if "source_loss" in on_host:
+            losses = zip(self.names, on_host["source_loss"].tolist(), on_host["source_tokens"], strict=True)
+            values |= {f"loss/{name}": loss for name, loss, tokens in losses if tokens}
         if not values["finite"] or spike:
-            source, block = self.order.locate(np.arange((step - 1) * self.seqs, step * self.seqs))
+            source, block = self.order.at(step)
             values["blocks"] = json.dumps([source.tolist(), block.tolist()])
         if not values["finite"]:
             self.progress.say(

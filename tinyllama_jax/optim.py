@@ -8,18 +8,40 @@ import numpy as np
 import optax
 
 from tinyllama_jax import dims, model
-from tinyllama_jax.config import Config, Optim
+from tinyllama_jax.config import Config, Optim, Train
 
 
-def schedule(optim: Optim, steps: int) -> optax.Schedule:
-    """Learning rate of optimizer step s = 1 .. `steps`: linear from 0 to the peak at s = warmup_steps, cosine to the minimum.
+def schedule(optim: Optim, train: Train) -> optax.Schedule:
+    """Learning rate of optimizer step s = 1 .. `train.steps`: linear from 0 to the peak at s = warmup_steps, then as told.
 
-    The original evaluates its formula once per micro-batch and the last of a step counts: within 1/8 of a step of this.
+    A function of the tokens that are seen after the step, in steps of `train.tokens_per_step`: `train.batch_ramp` does not bend
+    it. The original evaluates its formula once per micro-batch and the last of a step counts: within 1/8 of a step of this.
     """
-    warmup = optax.linear_schedule(0.0, optim.peak_lr, max(optim.warmup_steps, 1))
-    decay_steps = max(steps - optim.warmup_steps, 1)
-    cosine = optax.cosine_decay_schedule(optim.peak_lr, decay_steps, optim.min_lr / optim.peak_lr)
-    return optax.join_schedules([warmup, cosine], [optim.warmup_steps])
+    end = train.tokens / train.tokens_per_step
+    warmup, cooldown = optim.warmup_steps, end - optim.cooldown_steps
+    decay_steps = max((optim.decay_steps or end) - warmup, 1)
+    body = {
+        "cosine": lambda: optax.cosine_decay_schedule(optim.peak_lr, decay_steps, optim.min_lr / optim.peak_lr),
+        "linear": lambda: optax.linear_schedule(optim.peak_lr, optim.min_lr, decay_steps),
+        "constant": lambda: optax.constant_schedule(optim.peak_lr),
+    }[optim.schedule]()
+    parts, ends = [optax.linear_schedule(0.0, optim.peak_lr, max(warmup, 1)), body], [warmup]
+    if optim.cooldown_steps:
+        with jax.ensure_compile_time_eval():
+            begins = float(body(cooldown - warmup))
+        last = optim.cooldown_lr if optim.cooldown == "linear" else begins
+        parts, ends = [*parts, optax.linear_schedule(begins, last, optim.cooldown_steps)], [*ends, cooldown]
+    whole = optax.join_schedules(parts, ends)
+    return lambda step: whole(_clock(train, step))
+
+
+def _clock(train: Train, step: jax.Array | int) -> jax.Array | int:
+    """`step` in steps of `train.tokens_per_step`."""
+    out = step
+    for first, tokens, each in train.stages[1:]:
+        later = tokens / train.tokens_per_step + (step - first) * (each / train.tokens_per_step)
+        out = jnp.where(step > first, later, out)
+    return out
 
 
 def decays(params: dict, which: str) -> dict:
@@ -53,6 +75,6 @@ def update(
     clip = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
     grads = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
     direction, opt_state = adamw(config).update(grads, opt_state, params)
-    lr = schedule(config.optim, config.train.steps)(step)
+    lr = schedule(config.optim, config.train)(step)
     direction = optax.tree.scale(-lr, direction)
     return optax.apply_updates(params, direction), opt_state, {"grad_norm": grad_norm, "lr": jnp.float32(lr)}

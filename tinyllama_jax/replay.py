@@ -102,7 +102,7 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
     """(the run's config with `overrides`, the lines of its training steps up to `step`). Raises UserError."""
     config = checkpoint.load_config(run)
     for key in overrides:
-        if key in (*checkpoint.FIXED, "data.skip", "workdir", "init.from"):
+        if key in (*checkpoint.FIXED, "data.skip", "workdir") or key.startswith("init."):
             raise UserError(f"--{key}={overrides[key]}: is part of what the run was; it is replayed as it was")
     config = config_lib.override(config, {**overrides, "workdir": str(run)})
     if not (run / "data.json").is_file():
@@ -141,20 +141,21 @@ def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.shardin
 
 
 def base_of(run: Path, config: Config, step: int, first: int) -> int:
-    """The newest checkpoint before `step` that is whole and of these batches; 0 if there is none. Raises UserError."""
+    """The newest checkpoint before `step` that is whole and of these batches; else the one that the run began after."""
     for at in reversed([s for s in checkpoint.steps_in(run) if s < step]):
         if not checkpoint.unusable(run / "checkpoints" / str(at), config):
             return at
-    if first > config.log.every:
+    begun = weights.first_step(config)
+    if first > begun + config.log.every:
         raise UserError(
-            f"--step {step}: {run} has no whole checkpoint before it, and its first step was not 1 but about {first}"
+            f"--step {step}: {run} has no whole checkpoint before it, and its first step was not {begun + 1} but about {first}"
         )
-    return 0
+    return begun
 
 
 def begin(run: Run) -> tuple[TrainState, str]:
     """The state after step `base`, and where it is from."""
-    if run.base:
+    if run.base in checkpoint.steps_in(run.folder):
         return checkpoint.restore_state(run.folder, run.base, run.program.state), f"its checkpoint of step {run.base:,}"
     origin, _ = weights.check_origin(run.config, run.sources)
     return weights.initial_state(run.config, run.program, origin)
@@ -167,9 +168,9 @@ def execute(run: Run, state: TrainState, start: int, end: int) -> Iterator[tuple
     """Steps `start` + 1 to `end`: (step, state after it, its numbers as metrics.jsonl has them, checksums [tensor, device])."""
     program = run.program
     rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
-    batches = feed.training(run.config, run.sources, program.shape, rows, start)
+    batches = feed.training(run.config, run.sources, program.shape[1], rows, start)
     for step in range(start + 1, end + 1):
-        state, now = program.train(state, on_devices(next(batches), program.batch, program.shape))
+        state, now = program.train(state, on_devices(next(batches), program.batch, program.shape[1]))
         values = {name: np.asarray(now[name]).item() for name in COMPARED}
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         yield step, state, values, np.asarray(run.checksums(state))
@@ -304,14 +305,14 @@ def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], in
 
     One micro-batch of sequences on the devices at a time, of which only a loss for each token comes back.
     """
-    n, batch = run.config.seqs_per_step, run.program.shape[1]
-    source, block = feed.order(run.config, run.sources).locate(np.arange((step - 1) * n, step * n))
+    batch = run.program.shape[1]
+    source, block = feed.order(run.config, run.sources).at(step)
     tokens, length = feed.gather(run.sources, source, block)
     tokenizer = tokenizer_lib.load(run.folder / "tokenizer")
     rows = feed.rows_here(run.program.eval_batch.length, (batch,), axis=0)
     found = []
-    for first in range(0, n, batch):
-        micro = on_devices((tokens[first + rows], length[first + rows]), run.program.eval_batch, (batch,))
+    for first in range(0, len(block), batch):
+        micro = on_devices((tokens[first + rows], length[first + rows]), run.program.eval_batch, batch)
         losses = np.asarray(run.program.token_losses(params, micro), np.float64)
         for row in range(first, first + batch):
             for start, end in spans(tokens[row, : length[row]], tokenizer.bos_id, tokenizer.eos_id):
@@ -341,7 +342,8 @@ def one_line(text: str, width: int = 80) -> str:
 
 def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
     """The command that goes on from before `step` without its batch; into a new folder if no checkpoint is from before it."""
-    begun = run.base or not checkpoint.steps_in(run.folder)
+    steps = checkpoint.steps_in(run.folder)
+    begun = run.base in steps or not steps
     options = [f"--workdir={run.folder}" if begun else f"--workdir={run.folder}-without-{step}"]
     options += [f"--{key}={value}" for key, value in overrides.items()]
     command = ["--config", str(run.folder / "config.json"), *options]

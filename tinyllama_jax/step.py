@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax import model, optim, sharding, xla
 from tinyllama_jax.config import Config
 from tinyllama_jax.kernels import attention
-from tinyllama_jax.kernels.cross_entropy import NONE, Sums, chunk_of, cross_entropy
+from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, none
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
 
 FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
@@ -44,24 +45,30 @@ class Batch(NamedTuple):
 
     tokens: jax.Array
     length: jax.Array
+    source: jax.Array | None = None  # [A, B] int32: which source each is of, if there are several in training
 
 
-def shape_of_batch(program: Program, seq_len: int) -> Batch:
-    """What `program.train` takes, to compile it without data. Tokens are uint16, as those of up to 65,536 pieces are stored."""
-    tokens, length = program.batch
-    return Batch(
-        jax.ShapeDtypeStruct((*program.shape, seq_len + 1), jnp.uint16, sharding=tokens),
-        jax.ShapeDtypeStruct(program.shape, jnp.int32, sharding=length),
-    )
+def shape_of_batch(program: Program, seq_len: int, accumulation: int = 0, dtype: jnp.dtype = jnp.uint16) -> Batch:
+    """What `program.train` takes, to compile it without data.
+
+    `accumulation`: A; 0: of the first steps. `dtype` of tokens: uint16, as those of up to 65,536 pieces are stored, or int32.
+    """
+    shape = (accumulation or program.shape[0], program.shape[1])
+    kinds = Batch(((*shape, seq_len + 1), dtype), (shape, jnp.int32), (shape, jnp.int32))
+    make = lambda sharding, kind: jax.ShapeDtypeStruct(*kind, sharding=sharding) if sharding else None
+    return Batch(*map(make, program.batch, kinds))
 
 
-def on_devices(local: tuple[np.ndarray, np.ndarray], shardings: Batch, shape: tuple[int, ...]) -> Batch:
-    """This process's rows (tokens, lengths) as its part of the global batch, whose leading dimensions are `shape`."""
-    tokens, length = local
-    return Batch(
-        jax.make_array_from_process_local_data(shardings.tokens, tokens, (*shape, tokens.shape[-1])),
-        jax.make_array_from_process_local_data(shardings.length, length, shape),
-    )
+def on_devices(local: tuple[np.ndarray | None, ...], shardings: Batch, batch: int) -> Batch:
+    """This process's rows (tokens, lengths, sources) as its part of the global (micro-)batch of `batch` sequences."""
+
+    def place(sharding: NamedSharding | None, part: np.ndarray | None) -> jax.Array | None:
+        if sharding is None:
+            return None
+        b = len(sharding.spec) - 1  # the axis of sequences
+        return jax.make_array_from_process_local_data(sharding, part, (*part.shape[:b], batch, *part.shape[b + 1 :]))
+
+    return Batch(*map(place, shardings, (*local, None)))
 
 
 class Program(NamedTuple):
@@ -75,7 +82,35 @@ class Program(NamedTuple):
     state: TrainState  # of ShapeDtypeStructs with their shardings
     batch: Batch  # of shardings
     eval_batch: Batch
-    shape: tuple[int, int]  # (A, B) of a training batch
+    shape: tuple[int, int]  # (A, B) of a training batch; A of the first steps
+    accumulations: tuple[int, ...]  # A in each of `train.stages`
+
+
+class Ahead:
+    """The train step for each number of micro-batches that a run comes to (`train.batch_ramp`), compiled before it does."""
+
+    NOTICE = 200  # steps before it is needed that one is compiled, in the background
+
+    def __init__(self, program: Program, config: Config, mesh: jax.sharding.Mesh, dtype: np.dtype, size: Callable[[int], int]):
+        """`dtype`: of the tokens. `size`: step -> sequences in it."""
+        self._program, self._config, self._mesh, self._dtype, self._size = program, config, mesh, dtype, size
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)  # at its end Python waits for a compilation: a minute at most
+        self._steps: dict[int, Callable | concurrent.futures.Future] = {}
+
+    def train(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+        """What does `step`, as `Program.train`; what a step soon will need is begun."""
+        now, soon = (self._size(s) // self._program.shape[1] for s in (step, min(step + self.NOTICE, self._config.train.steps)))
+        self._steps.setdefault(now, self._program.train)  # the first: compiled when it is called
+        if soon not in self._steps:
+            self._steps[soon] = self._pool.submit(self._compile, soon)
+        if isinstance(self._steps[now], concurrent.futures.Future):
+            self._steps[now] = self._steps[now].result()
+        return self._steps[now]
+
+    def _compile(self, accumulation: int) -> Callable:
+        with jax.set_mesh(self._mesh):  # of each thread its own
+            batch = shape_of_batch(self._program, self._config.model.seq_len, accumulation, self._dtype)
+            return self._program.train.lower(self._program.state, batch).compile()
 
 
 def new_state(params: dict, config: Config) -> TrainState:
@@ -100,7 +135,7 @@ def scaler(state: TrainState) -> jmp.LossScale:
 def loss_sums(
     params: dict, batch: Batch, config: Config, sequences_per_device: int, eos_id: int | None = None
 ) -> tuple[Sums, jax.Array]:
-    """Summed next-token loss (nats, fp32) and hits of `batch` [B, S + 1], and the number of tokens predicted.
+    """Summed next-token loss (nats, fp32; as `rows`, of each source) and hits of `batch` [B, S + 1], and the tokens predicted.
 
     Padding is neither counted nor trained on: position s counts if token s + 1 is real.
     """
@@ -115,7 +150,15 @@ def loss_sums(
         split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
         head = partial(cross_entropy, chunk=chunk, z_loss=config.train.z_loss)
         losses = jax.vmap(head)(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
-        return jax.tree.map(jnp.sum, losses), real_BS.sum()
+        by_source = sum_by_source(losses.rows.reshape(-1), batch.source, len(config.data.sources))
+        return Sums(*map(jnp.sum, losses[:3]), by_source), real_BS.sum()
+
+
+def sum_by_source(values: jax.Array, source: jax.Array | None, n_sources: int) -> jax.Array | None:
+    """`values` of sequences added up for each source [n_sources], if it is known of which they are."""
+    if source is None:
+        return None
+    return jnp.stack([jnp.where(source == j, values, 0).sum() for j in range(n_sources)])
 
 
 def token_losses(params: dict, batch: Batch, config: Config, sequences_per_device: int, eos_id: int | None = None) -> jax.Array:
@@ -142,20 +185,21 @@ def gradients(state: TrainState, batch: Batch, config: Config, eos_id: int | Non
     """
     n_tokens = count_tokens(batch)
 
-    def micro_batch(params: dict, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Sums]:
-        sums, _ = loss_sums(params, Batch(tokens, length), config, config.train.seqs_per_device, eos_id)
+    def micro_batch(params: dict, micro: Batch) -> tuple[jax.Array, Sums]:
+        sums, _ = loss_sums(params, micro, config, config.train.seqs_per_device, eos_id)
         return scaler(state).scale((sums.loss + sums.z) / n_tokens), sums
 
     differentiate = jax.value_and_grad(micro_batch, has_aux=True)
     if batch.tokens.shape[0] == 1:
-        (_, sums), grads = differentiate(state.params, batch.tokens[0], batch.length[0])
+        (_, sums), grads = differentiate(state.params, jax.tree.map(lambda a: a[0], batch))
         return sums, grads
 
     def add(total, micro):
-        (_, sums), grads = differentiate(state.params, *micro)
+        (_, sums), grads = differentiate(state.params, micro)
         return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (NONE, state.params))
+    no_sums = none(len(config.data.sources))
+    zeros = jax.tree.map(jnp.zeros_like, (no_sums if batch.source is not None else no_sums._replace(rows=None), state.params))
     return lax.scan(add, zeros, batch)[0]
 
 
@@ -190,9 +234,17 @@ def train_step(
         "loss_scale": jnp.float32(scale.loss_scale),
         "real_tokens": count_tokens(batch),
         **({"z_loss": sums.z / count_tokens(batch)} if config.train.z_loss else {}),
+        **({} if batch.source is None else by_source(sums.rows, batch)),
         "checksum": checksum(batch),
     }
     return new, metrics
+
+
+def by_source(losses: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """Mean loss and tokens predicted of each source [n_sources]; NaN where there are none."""
+    predicted = jnp.maximum(batch.length - 1, 0).astype(jnp.float32)
+    tokens = sum_by_source(predicted, batch.source, len(losses))
+    return {"source_loss": losses / tokens, "source_tokens": tokens}
 
 
 def count_tokens(batch: Batch) -> jax.Array:
@@ -239,7 +291,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
     eos_id = eos_id if config.data.document_mask else None
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl))
     n_devices = sharding.batch_devices(mesh)
-    accumulation = config.accumulation(n_devices)
+    accumulations = config.accumulation(n_devices)
     by_name = sharding.parameter_shardings(mesh, config.model)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -252,10 +304,9 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
 
     shapes = jax.eval_shape(fresh)
     state = jax.tree_util.tree_map_with_path(place, shapes)
-    batch = Batch(
-        NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)), NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    )
-    eval_batch = Batch(NamedSharding(mesh, PartitionSpec(sharding.BATCH)), NamedSharding(mesh, PartitionSpec(sharding.BATCH)))
+    rows, eval_rows = (NamedSharding(mesh, PartitionSpec(*axes, sharding.BATCH)) for axes in ((None,), ()))
+    batch = Batch(rows, rows, rows if len(config.data.sources) > 1 else None)
+    eval_batch = Batch(eval_rows, eval_rows)
 
     def evaluate(params: dict, micro: Batch) -> tuple[Sums, jax.Array]:
         return loss_sums(params, micro, config, config.train.seqs_per_device, eos_id)
@@ -278,5 +329,6 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
         batch=batch,
         eval_batch=eval_batch,
-        shape=(accumulation, config.train.seqs_per_device * n_devices),
+        shape=(accumulations[0], config.train.seqs_per_device * n_devices),
+        accumulations=tuple(accumulations),
     )

@@ -20,7 +20,7 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.step import Program, build, choose_attention, on_devices, within
+from tinyllama_jax.step import Ahead, Program, build, choose_attention, on_devices, within
 
 
 def main(argv: list[str]) -> int:
@@ -62,9 +62,10 @@ def main(argv: list[str]) -> int:
             progress.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps goes on")
 
         rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
-        batches = feed.training(config, sources, program.shape, rows, start)
+        batches = feed.training(config, sources, program.shape[1], rows, start)
         clock = metrics.Clock(config, start, mesh.size, jax.devices()[0].device_kind)
-        reporter = metrics.Reporter(config, sources, writer, progress, clock, program.shape, start, argv)
+        reporter = metrics.Reporter(config, sources, writer, progress, clock, start, argv)
+        ahead = Ahead(program, config, mesh, np.result_type(*(s.dtype for s in sources)), reporter.order.size)
         if stop and jax.process_count() == 1:  # several agree on a step first
             progress.say(f"stopped by {stop[0].name} before its first step")
             return 128 + stop[0]
@@ -73,9 +74,9 @@ def main(argv: list[str]) -> int:
             doing = "starting" if step <= start + 2 else "training"  # the first step is done when the second is under way
             processes.at(step, doing)
             with clock.spent_on("data_wait"):
-                batch = on_devices(next(batches), program.batch, program.shape)
+                batch = on_devices(next(batches), program.batch, program.shape[1])
             processes.at(step, doing)  # a second time: who waits for its data is behind those that wait for it
-            state, now = program.train(state, batch)
+            state, now = ahead.train(step)(state, batch)
             reporter.report()  # of the step before: fetching its numbers does not hold this one up
             reporter.pending = (step, now)
             if step == start + 2:
@@ -127,16 +128,15 @@ def evaluate(program: Program, config: Config, params: dict, held_out: dict[str,
     batch = program.shape[1]
     rows = feed.rows_here(program.eval_batch.length, (batch,), axis=0)
     totals, out = np.zeros(3), {}
-    for path, blocks in held_out.items():
+    for name, blocks in zip(feed.names(held_out), held_out.values(), strict=True):
         local = feed.validation(blocks, config.data.eval_blocks, batch, rows)
         parts = []
         for part in local:
-            parts.append(program.evaluate(params, on_devices(part, program.eval_batch, (batch,))))
+            parts.append(program.evaluate(params, on_devices(part, program.eval_batch, batch)))
             processes.at(step, "validating")
         loss, correct, tokens = np.sum([[s.loss, s.correct, n] for s, n in jax.device_get(parts)], axis=0, dtype=np.float64)
         totals += loss, correct, tokens
-        same_name = [p for p in held_out if Path(p).name == Path(path).name]
-        out[f"val_loss/{Path(path).name if len(same_name) == 1 else path}"] = loss / tokens if tokens else math.nan
+        out[f"val_loss/{name}"] = loss / tokens if tokens else math.nan
     loss, correct, tokens = totals
     if not tokens:  # blocks of a single token
         return {"val_loss": math.nan, "val_perplexity": math.nan, "val_accuracy": math.nan, "val_tokens": 0}

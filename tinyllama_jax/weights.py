@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -18,22 +19,50 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
     """The folder of `init.from`, or None if there is none; and what to say of it. Raises UserError if it does not fit."""
     if not config.init.from_:
         return None, []
-    origin = Path(config.init.from_)
+    origin, init = Path(config.init.from_), config.init
     is_run = (origin / "checkpoints").is_dir()
+    if not is_run and (init.step or init.state != "weights"):
+        key, value = ("step", init.step) if init.step else ("state", init.state)
+        raise UserError(f"--init.{key}={value}: {origin} is no run folder, and has weights only")
     theirs = checkpoint.load_config(origin).model if is_run else hf.load_model(origin)
     notes = checkpoint.check_same_model(config.model, theirs, str(origin))
     if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
+    if init.state != "weights":
+        step = _step(config)
+        if not (origin / "checkpoints" / str(step) / "train").is_dir():
+            raise UserError(
+                f"--init.state={init.state}: {origin} was imported without AdamW's moments; take --init.state=weights"
+            )
+        if init.state == "all":
+            then, now = checkpoint.load_config(origin).train.tokens_after(step), config.train.tokens_after(step)
+            notes += [f"step {step:,} was after {then:,} tokens there, and is after {now:,} here"] if then != now else []
     return origin, notes
 
 
+def first_step(config: Config) -> int:
+    """The step that a run without a checkpoint of its own begins after: 0, or that of which it is a branch."""
+    return _step(config) if config.init.state == "all" else 0
+
+
+def _step(config: Config) -> int:
+    return checkpoint.find_step(config.init.from_, config.init.step or None)
+
+
 def initial_state(config: Config, program: Program, origin: Path | None) -> tuple[TrainState, str]:
-    """The state before step 1, and where it is from: `origin`, of which it has the weights only, or scratch."""
+    """The state that a run begins with, and where it is from: scratch, or what `init.state` says of `origin`."""
     if origin is None:
         return program.init(), f"from scratch (init {config.model.init}, seed {config.train.seed})"
     if (origin / "checkpoints").is_dir():
-        params, step = checkpoint.restore_params(origin, program.state.params)
-        return program.start(params), f"step {step:,} of {origin}, weights only"
+        step = _step(config)
+        said = f"step {step:,} of {origin}"
+        if config.init.state == "weights":
+            return program.start(checkpoint.restore_params(origin, step, program.state.params)), f"{said}, weights only"
+        state = checkpoint.restore_state(origin, step, program.state)
+        if config.init.state == "all":
+            return state, f"{said}, which goes on here"
+        first = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (state.step, state.skipped))
+        return dataclasses.replace(state, step=first[0], skipped=first[1]), f"{said}, weights and moments"
     params, _ = hf.load_folder(origin)
     params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
     return program.start(params), f"{origin} (Hugging Face)"

@@ -62,8 +62,8 @@ def losses(data: str, steps: int, compute: str, residual: str, seed: int) -> lis
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         state = jax.jit(lambda: new_state(model.init(jax.random.key(seed), shape), config))()
-        for batch in feed.training(config, sources, program.shape, np.arange(program.shape[1]), 0):
-            state, metrics = program.train(state, on_devices(batch, program.batch, program.shape))
+        for batch in feed.training(config, sources, program.shape[1], np.arange(program.shape[1]), 0):
+            state, metrics = program.train(state, on_devices(batch, program.batch, program.shape[1]))
             out.append(metrics["loss"])
     return [float(x) for x in out]
 

@@ -9,11 +9,13 @@ import pytest
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.data.mixture import Mixture
 
 
 def batches(config, sources, shape, rows, start=0):
-    endless = c.override(config, {"train.steps": "100_000"})
-    return feed.training(endless, sources, shape, np.asarray(rows), start)
+    size = {"train.tokens_per_step": str(shape[0] * shape[1] * config.model.seq_len)}
+    endless = c.override(config, {"train.steps": "100_000", **size})
+    return feed.training(endless, sources, shape[1], np.asarray(rows), start)
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 8, 16])
@@ -28,7 +30,7 @@ def test_each_block_exactly_once_an_epoch_over_all_readers(tiny_config, readers)
     seen = [[] for _ in range(readers)]
     for _ in range(steps):
         for r in range(readers):
-            tokens, length = next(read[r])
+            tokens, length, _ = next(read[r])
             assert tokens.shape[:2] == length.shape == (1, batch // readers)
             seen[r] += [(t.tobytes(), int(n)) for t, n in zip(tokens[0], length[0], strict=True)]
     # the readers' rows, put back into the order of the global batch
@@ -45,7 +47,7 @@ def test_the_batch_is_a_function_of_the_step_alone(tiny_config):
     sources = feed.open_sources(tiny_config)
     whole = list(itertools.islice(batches(tiny_config, sources, (4, 2), [0, 1]), 30))
     for start in (0, 1, 17, 29):  # a resume reads nothing of what came before
-        tokens, length = next(batches(tiny_config, sources, (4, 2), [0, 1], start))
+        tokens, length, _ = next(batches(tiny_config, sources, (4, 2), [0, 1], start))
         np.testing.assert_array_equal(tokens, whole[start][0])
         np.testing.assert_array_equal(length, whole[start][1])
     for shape in ((1, 8), (2, 4), (8, 1)):  # other micro-batches: the same rows in the same order
@@ -70,14 +72,14 @@ def test_mixed_sources_have_exact_counts_and_no_block_twice_in_an_epoch(tiny_con
 
 def test_the_order_is_the_same_for_ever(tiny_config):
     """Golden values: whoever changes them breaks the resume of every run that exists."""
-    order = feed.Order([1_000_003, 17], [0.7, 0.3], seed=3407)
+    order = feed.Order([1_000_003, 17], Mixture([0.7, 0.3]), 3407, [(0, 0, 4)])
     source, block = order.locate(np.array([0, 1, 2, 3, 1_000_000, 1_464_844_287]))
     assert source.tolist() == [0, 1, 0, 0, 0, 0]
     assert block.tolist() == [426114, 16, 252334, 303746, 488899, 948678]
 
 
 def test_a_run_of_1_464_844_288_samples_is_addressed_at_once():
-    order = feed.Order([900_000_000, 400_000_000], [0.693584, 0.306416], seed=1)
+    order = feed.Order([900_000_000, 400_000_000], Mixture([0.693584, 0.306416]), 1, [(0, 0, 1_024)])
     source, block = order.locate(np.arange(1_464_843_264, 1_464_844_288))
     assert block.min() >= 0 and (block < np.asarray(order.sizes)[source]).all()
     assert len(set(zip(source.tolist(), block.tolist(), strict=True))) == 1_024
@@ -87,7 +89,7 @@ def test_one_block_is_a_data_set(tiny_config, tiny_data):
     config = c.override(tiny_config, {"data.sources": str(tiny_data / "one")})
     sources = feed.open_sources(config)
     assert len(sources[0]) == 1
-    tokens, length = next(batches(config, sources, (2, 4), np.arange(4)))
+    tokens, length, _ = next(batches(config, sources, (2, 4), np.arange(4)))
     assert (tokens == tokens[0, 0]).all() and (length == length[0, 0]).all() and length[0, 0] > 1
 
 

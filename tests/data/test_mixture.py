@@ -56,6 +56,87 @@ def test_random_access_equals_the_sequence_far_out():
         np.testing.assert_array_equal(k[source == j], np.arange(mixture.counts(far - 1_000)[j], mixture.counts(far)[j]))
 
 
+V1_1 = [((1_500, 1), (1_506, 0.75)), ((1_500, 0), (1_506, 0.15)), ((1_500, 0), (1_506, 0.1))]
+OVER_TIME = {
+    "v1.1": [tuple((4 * tokens, share) for tokens, share in knots) for knots in V1_1],
+    "one gives way to the other": [((0, 1), (9_000, 0)), ((0, 0), (9_000, 1))],
+    "each at its own time": [1.0, ((2_000, 0.1), (5_000, 0.5)), ((1_000, 0), (8_000, 2))],
+    "a jump, and an end": [1.0, ((3_000, 0), (3_001, 1)), ((6_000, 1), (6_001, 0))],
+    "four": [((0, 1), (7_000, 3)), 1.0, ((500, 0), (9_000, 4)), ((0, 0.02), (10_000, 0))],
+    "seven": [
+        ((0, 5), (9_000, 1)),
+        ((0, 1), (9_000, 4)),
+        0.3,
+        ((100, 0), (200, 2), (300, 0)),
+        2.0,
+        0.01,
+        ((0, 0), (9_000, 0.5)),
+    ],
+}
+
+
+def integral(weights, n):
+    """Of each normalised weight over the first 1 .. n samples [n, sources], by trapezia of floats."""
+    knots = sorted({0, n} | {at for w in weights if isinstance(w, tuple) for at, _ in w})
+    flat = lambda w: np.interp(knots, *zip(*w, strict=True)) if isinstance(w, tuple) else np.full(len(knots), w)
+    shares = np.stack([flat(w) for w in weights])
+    shares = np.stack([np.interp(np.arange(n + 1), knots, row) for row in shares / shares.sum(0)], 1)
+    return np.cumsum((shares[1:] + shares[:-1]) / 2, 0)
+
+
+@pytest.mark.parametrize("weights", OVER_TIME.values(), ids=OVER_TIME)
+def test_weights_over_time_have_their_integral_and_no_gap(weights):
+    n = 12_000
+    mixture = Mixture(weights)
+    source, k = mixture.locate(np.arange(n))
+    counts = np.stack([np.cumsum(source == j) for j in range(len(weights))], 1)
+    for j in range(len(weights)):
+        np.testing.assert_array_equal(k[source == j], np.arange(counts[-1, j]))
+    for i in (1, 777, 6_001, n):
+        assert mixture.counts(i).tolist() == counts[i - 1].tolist()
+        assert mixture.locate(np.array([i - 1])) == (source[i - 1], k[i - 1])
+    bound = {2: 0.5, 3: 1.0, 4: 1.0}.get(len(weights), 1.5)
+    assert np.abs(counts - integral(weights, n)).max() <= bound + 1e-6
+
+
+def test_a_ramp_by_hand():
+    """From all a to all b over 8 samples of 2 tokens: of the first n, b's share is n^2 / 16, rounded half up."""
+    source, _ = Mixture([((0, 1), (16, 0)), ((0, 0), (16, 1))], tokens_per_sample=2).locate(np.arange(10))
+    # n^2 / 16 for n = 0 .. 8: 0, .06, .25, .56, 1, 1.56, 2.25, 3.06, 4; a's, the left child's, is n less that: its halves go up
+    assert np.cumsum(source == 1).tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6]
+
+
+def test_v1_1_at_its_size():
+    """2T tokens: the counts at the end, by hand, and the sample far out that random access gives."""
+    weights = [tuple((tokens * 1e9, share) for tokens, share in knots) for knots in V1_1]
+    mixture, S = Mixture(weights, 2_048), 2_048
+    n = 2 * 10**12 // S
+    # the ramp is 2,929,687.5 samples long, to a whole one, from sample 732,421,875 on; on average a share is half of its last
+    ramp, after = 2_929_688, n - 732_421_875 - 2_929_688
+    for j, share in ((1, Fraction("0.15")), (2, Fraction("0.1"))):
+        assert abs(mixture.counts(n)[j] - share * (Fraction(ramp, 2) + after)) <= 1
+    source, k = mixture.locate(np.arange(n - 5_000, n))
+    for j in range(3):
+        np.testing.assert_array_equal(k[source == j], np.arange(mixture.counts(n - 5_000)[j], mixture.counts(n)[j]))
+
+
+@pytest.mark.parametrize(
+    ("other", "until"),
+    [
+        ([1.0], 1_500),  # before the ramp there was one source
+        ([((1_500, 1), (1_506, 0.5)), ((1_500, 0), (1_506, 0.5))], 1_500),
+        ([*V1_1[:2], ((1_500, 0), (1_506, 0.1), (2_000, 0.1), (2_001, 1))], 2_000),
+        (V1_1, 10_000),
+    ],
+    ids=["one", "two", "later", "the same"],
+)
+def test_until_when_two_mixtures_are_one(other, until):
+    ours, theirs = Mixture(V1_1), Mixture(other)
+    same = [np.array_equal(*(m.locate(np.arange(n)) for m in (ours, theirs))) for n in (until, until + 50)]
+    assert same == [True, other is V1_1]
+    assert [ours.same_until(theirs, n) for n in (0, until, until + 50)] == [True, True, other is V1_1]
+
+
 def test_no_weight_is_no_mixture():
     with pytest.raises(UserError, match="must be positive"):
         Mixture([1.0, 0.0])

@@ -34,11 +34,15 @@ def float64(x, kernel, labels, weights):
     return loss, correct, dlogits @ kernel.T, np.einsum("bsd,bsv->dv", x, dlogits)
 
 
+def cotangents(scale, batch):
+    return Sums(jnp.float32(scale), jnp.float32(0), jnp.float32(scale), jnp.zeros(batch))
+
+
 @partial(jax.jit, static_argnames="chunk")
 def ours(x, kernel, labels, weights, chunk, cotangent=1.0):
     loss_of = reference if chunk is None else partial(cross_entropy, chunk=chunk)
     sums, vjp = jax.vjp(lambda x, kernel: loss_of(x, kernel, labels, weights), x, kernel)
-    return *sums[:2], *vjp(Sums(jnp.float32(cotangent), jnp.float32(0), jnp.float32(cotangent)))
+    return *sums[:2], *vjp(cotangents(cotangent, len(x)))
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, S], ids=["reference", "one position", "four", "all"])
@@ -74,9 +78,9 @@ def test_z_loss(chunk):
     logits = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     lse = np.log(np.exp(logits).sum(-1))
     dlogits = 0.6 * (lse * weights)[..., None] * np.exp(logits - lse[..., None])
-    np.testing.assert_allclose(sums, (loss, correct, 0.3 * (lse**2 * weights).sum()), rtol=1e-6)
+    np.testing.assert_allclose(sums[:3], (loss, correct, 0.3 * (lse**2 * weights).sum()), rtol=1e-6)
     want = dx + dlogits @ np.asarray(kernel).T, dkernel + np.einsum("bsd,bsv->dv", x, dlogits)
-    for a, b in zip(vjp(Sums(jnp.float32(2), jnp.float32(0), jnp.float32(2))), want, strict=True):
+    for a, b in zip(vjp(cotangents(2, B)), want, strict=True):
         np.testing.assert_allclose(a, 2 * b, atol=2e-6 * np.abs(b).max(), rtol=0)
 
 
@@ -127,6 +131,14 @@ def test_never_holds_all_logits():
     arrays = inputs()
     assert largest(reference, *arrays) == B * S * V  # the check can see it
     assert largest(partial(cross_entropy, chunk=2), *arrays) == max(B * 2 * V, D * V, B * S * D)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_the_loss_of_each_sequence(chunk):
+    x, kernel, labels, weights = inputs()
+    loss_of = reference if chunk is None else partial(cross_entropy, chunk=chunk)
+    for i, row in enumerate(loss_of(x, kernel, labels, weights).rows):
+        np.testing.assert_allclose(row, reference(x[i][None], kernel, labels[i][None], weights[i][None]).loss, rtol=1e-5)
 
 
 def test_losses_of_single_tokens():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import grain
 import jax
@@ -58,35 +59,70 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
 class Order:
     """Which block of which source each sample of the run is."""
 
-    def __init__(self, sizes: list[int], weights: list[float], seed: int, seqs_per_step: int = 1, left_out: np.ndarray = NONE):
+    def __init__(
+        self, sizes: list[int], mixture: Mixture, seed: int, stages: Sequence[tuple[int, int, int]], left_out: np.ndarray = NONE
+    ):
         """`sizes`: blocks a source. Each epoch of a source is its own permutation, drawn from (seed, source, epoch).
 
-        `left_out`: as `left_out` gives.
+        `stages`: (batches before it, samples before it, samples of each of its batches). `left_out`: as `left_out` gives.
         """
-        self.sizes, self.mixture, self.seed = sizes, Mixture(weights), seed
-        self.seqs_per_step, self.left_out = seqs_per_step, left_out
+        self.sizes, self.mixture, self.seed, self.left_out = sizes, mixture, seed, left_out
+        self._batches, self._samples, self._each = np.asarray(stages, np.int64).T
+
+    def size(self, step: int) -> int:
+        """Samples of a step (from 1)."""
+        return int(self._each[self._stage(self._batch(step))])
+
+    def at(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(source [n], block of it [n]) of the samples `rows` [n] (from 0) of a step (from 1); of all of them by default."""
+        rows = np.arange(self.size(step)) if rows is None else rows
+        return self.locate(self.samples(self._batch(step)) + rows)
+
+    def samples(self, batches: int) -> int:
+        """How many samples there are in the batches before batch `batches` (from 0)."""
+        stage = self._stage(batches)
+        return int(self._samples[stage] + (batches - self._batches[stage]) * self._each[stage])
+
+    def epochs(self, step: int) -> np.ndarray:
+        """How many times each source has been read over by the end of a step, in epochs of it [n_sources]."""
+        return self.mixture.counts(self.samples(self._batch(step) + 1)) / np.asarray(self.sizes)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Global sample indices of the run [n] -> (source [n], block of it [n])."""
-        step, row = np.divmod(np.asarray(samples, np.int64), self.seqs_per_step)
-        source, k = self.mixture.locate((batch_of(step + 1, self.left_out) - 1) * self.seqs_per_step + row)
+        """Samples [n], counted over all batches, none left out -> (source [n], block of it [n])."""
+        source, k = self.mixture.locate(samples)
+        epoch, position = np.divmod(k, np.asarray(self.sizes, np.int64)[source])
         block = np.empty_like(k)
-        for i, (j, epoch, position) in enumerate(zip(source, *self._epochs(source, k), strict=True)):
-            block[i] = self._permuted(int(j), int(epoch), int(position))
+        for i, (j, e, p) in enumerate(zip(source, epoch, position, strict=True)):
+            block[i] = self._permuted(int(j), int(e), int(p))
         return source, block
 
-    def _epochs(self, source: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.divmod(k, np.asarray(self.sizes, np.int64)[source])
+    def _batch(self, step: int) -> int:
+        return int(batch_of(np.int64(step), self.left_out)) - 1
+
+    def _stage(self, batch: int) -> int:
+        return int(np.searchsorted(self._batches, batch, side="right")) - 1
 
     def _permuted(self, source: int, epoch: int, position: int) -> int:
         seed = int(np.random.SeedSequence((self.seed, source, epoch)).generate_state(1)[0])
         return grain.experimental.index_shuffle(position, max_index=self.sizes[source] - 1, seed=seed, rounds=4)
 
 
+def mixture(config: Config) -> Mixture:
+    """How the sources of `config` are mixed."""
+    return Mixture(list(config.data.sources.values()), config.model.seq_len)
+
+
 def order(config: Config, sources: list[Blocks]) -> Order:
     """The order of the run that `config` describes."""
-    weights, skip = list(config.data.sources.values()), left_out(config.data)
-    return Order([len(s) for s in sources], weights, config.train.seed, config.seqs_per_step, skip)
+    stages = [(batches, *(n // config.model.seq_len for n in tokens)) for batches, *tokens in config.train.stages]
+    return Order([len(s) for s in sources], mixture(config), config.train.seed, stages, left_out(config.data))
+
+
+def names(paths: Iterable[str]) -> list[str]:
+    """What sources are called in metrics: the last part of the path, or all of it where two have the same."""
+    paths = list(paths)
+    last = [Path(path).name for path in paths]
+    return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
 
 
 def left_out(data: Data) -> np.ndarray:
@@ -110,21 +146,25 @@ def same_batches(ours: Data, theirs: Data, steps: int) -> bool:
 
 
 class Steps(grain.sources.RandomAccessDataSource):
-    """Element s is the part that this process reads of step s + 1: `tokens` [A, rows, S + 1] and `length` [A, rows]."""
+    """Element s is the part that this process reads of step s + 1, micro-batches A of so many rows.
 
-    def __init__(self, sources: list[Blocks], order: Order, steps: int, shape: tuple[int, int], rows: np.ndarray):
-        """`shape`: (A, B) of the global batch. `rows`: which of each micro-batch's B sequences this process reads."""
-        self._sources, self._order, self._steps, self._shape, self._rows = sources, order, steps, shape, rows
+    `tokens` [A, rows, S + 1], `length` [A, rows] and, if there are several, `source` [A, rows] (else None).
+    """
+
+    def __init__(self, sources: list[Blocks], order: Order, steps: int, batch: int, rows: np.ndarray):
+        """`batch`: B of the global micro-batch. `rows`: which of its sequences this process reads."""
+        self._sources, self._order, self._steps, self._batch, self._rows = sources, order, steps, batch, rows
 
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        accumulation, batch = self._shape
-        in_step = np.arange(accumulation)[:, None] * batch + self._rows[None, :]
-        source, block = self._order.locate(step * accumulation * batch + in_step.ravel())
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        accumulation = self._order.size(step + 1) // self._batch
+        in_step = np.arange(accumulation)[:, None] * self._batch + self._rows[None, :]
+        source, block = self._order.at(step + 1, in_step.ravel())
         tokens, length = gather(self._sources, source, block)
-        return tokens.reshape(*in_step.shape, -1), length.reshape(in_step.shape)
+        here = source.astype(np.int32).reshape(in_step.shape) if len(self._sources) > 1 else None
+        return tokens.reshape(*in_step.shape, -1), length.reshape(in_step.shape), here
 
 
 def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,9 +183,9 @@ def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int
     return np.unique(np.concatenate([np.arange(shape[axis])[s] for s in slices]))
 
 
-def training(config: Config, sources: list[Blocks], shape: tuple[int, int], rows: np.ndarray, start: int) -> Iterator:
-    """(tokens, length) of steps `start` + 1, `start` + 2, ... as `Steps` describes; `start` costs nothing."""
-    steps = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, shape, rows))
+def training(config: Config, sources: list[Blocks], batch: int, rows: np.ndarray, start: int) -> Iterator:
+    """(tokens, length, source) of steps `start` + 1, `start` + 2, ... as `Steps` describes; `start` costs nothing."""
+    steps = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, batch, rows))
     # a few steps ahead, whatever the number of threads: a step of 2 M tokens is 4 MB
     ahead = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
     return iter(steps[start:].to_iter_dataset(ahead))

@@ -2,44 +2,81 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.config import UserError, Weight, knots_of, weight_at
+
+
+class _Curve(NamedTuple):
+    """The integral of a share over samples: from knot i on it is values[i] + starts[i] k + bends[i] k^2, k samples later."""
+
+    knots: list[int]
+    values: list[Fraction]
+    starts: list[Fraction]
+    bends: list[Fraction]
+
+    def __add__(self, other: _Curve) -> _Curve:
+        add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+        return _Curve(self.knots, *map(add, self[1:], other[1:]))
+
+
+class _Piece(NamedTuple):
+    """Of the first n samples at a node, floor(c0 + c1 n + c2 n^2 +- sqrt(d0 + d1 n)) go left, for n >= `begin`."""
+
+    begin: int
+    c: tuple[int, int, int]  # all times `over`
+    d: tuple[int, int]  # all times `over`^2
+    sign: int
+    over: int
 
 
 class _Split(NamedTuple):
     """A node: of the first n samples that reach it, `left(n)` go to one side, the others to the other."""
 
-    left: Callable[[np.ndarray], np.ndarray]  # non-decreasing, never by more than 1 a sample
+    pieces: list[_Piece]
     children: tuple[_Split | int, _Split | int]  # an int is a source
+
+    def left(self, n: np.ndarray) -> np.ndarray:
+        """Non-decreasing, never by more than 1 a sample: the rounded exact value of a function that is so."""
+        n = np.asarray(n, np.int64)
+        which = np.searchsorted([piece.begin for piece in self.pieces], n, side="right") - 1
+        out = np.empty_like(n)
+        for i in np.unique(which):
+            here = which == i
+            out[here] = _floor(self.pieces[i], n[here])
+        return out
 
 
 class Mixture:
-    """Which source each sample of the run comes from, for sources with constant weights.
+    """Which source each sample of the run comes from.
 
     A binary tree of two-way splits, each an integer count function, so that any index is answered at once and nothing is
-    carried along. Of the first n samples a source with weight w (weights normalised) gets w n rounded: for two sources
-    always within 1/2, for up to four within 1 (tests/data/test_mixture.py measures it).
+    carried along. Of the first n samples a source gets the integral of its weight (weights normalised), rounded once at each
+    level: for two sources always within 1/2, for up to four within 1, for up to eight within 1 1/2. All arithmetic is exact.
     """
 
-    def __init__(self, weights: list[float]):
-        """`weights`: one positive number a source. Raises UserError otherwise."""
-        if not weights or min(weights) <= 0:
+    def __init__(self, weights: list[Weight], tokens_per_sample: int = 1):
+        """`weights`: a positive number a source, or its weights over the run's tokens. Raises UserError otherwise.
+
+        Where they change, they do so from whole samples on, and it is the normalised weights that go in straight lines.
+        """
+        if not weights or min(max(w for _, w in knots_of(weight)) for weight in weights) <= 0:
             raise UserError(f"mixture weights must be positive: {weights}")
         self.n_sources = len(weights)
-        exact = [Fraction(str(w)) for w in weights]  # 0.7 means 7/10, not the nearest binary fraction
-        # lightest first, as in Huffman's code: the heavy sources end near the root, where rounding adds up least
-        heap = [(w, j, j) for j, w in enumerate(exact)]
-        heapq.heapify(heap)
-        while len(heap) > 1:
-            (w_a, order, a), (w_b, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-            heapq.heappush(heap, (w_a + w_b, order, _Split(_rounded_share(w_a / (w_a + w_b)), (a, b))))
-        self._root: _Split | int = heap[0][2]
+        # as low a tree as can be, the lightest lowest; by the shares in the order of time: what comes has no say in what was
+        nodes = [(curve.starts, j, (curve, j)) for j, curve in enumerate(_curves(weights, tokens_per_sample))]
+        while len(nodes) > 1:
+            nodes.sort(key=lambda item: item[:2])
+            pairs = len(nodes) - (1 << (len(nodes) - 1).bit_length() - 1)  # so many leave a power of two
+            joined = [(nodes[i][1], _joined(nodes[i][2], nodes[2 * pairs - 1 - i][2])) for i in range(pairs)]
+            nodes = [*((node[0].starts, order, node) for order, node in joined), *nodes[2 * pairs :]]
+        self._root: _Split | int = nodes[0][2][1]
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Global sample indices [n] -> (source [n], k [n]): sample `index` is the k-th (from 0) that its source gives."""
@@ -57,9 +94,13 @@ class Mixture:
             if isinstance(node, int):
                 out[node] = count
             else:
-                left = int(node.left(np.int64(count)))
+                left = int(node.left(np.array([count]))[0])
                 waiting += [(node.children[0], left), (node.children[1], count - left)]
         return out
+
+    def same_until(self, other: Mixture, n: int) -> bool:
+        """Whether the first `n` samples are those of `other`, sources with the same number being the same."""
+        return _until(self._root, n) == _until(other._root, n)
 
     def _descend(self, node: _Split | int, n: np.ndarray, where: np.ndarray, source: np.ndarray, k: np.ndarray) -> None:
         if isinstance(node, int):
@@ -71,6 +112,79 @@ class Mixture:
         self._descend(node.children[1], (n - before)[~goes_left], where[~goes_left], source, k)
 
 
-def _rounded_share(share: Fraction) -> Callable[[np.ndarray], np.ndarray]:
-    share = share.limit_denominator(10**8)  # 2 x 10^8 x n stays below 2^63 for n < 4.6 x 10^10 samples
-    return lambda n: (2 * share.numerator * n + share.denominator) // (2 * share.denominator)
+def _until(node: _Split | int, n: int) -> object:
+    """What decides about the first `n` samples of a node, and nothing else."""
+    if isinstance(node, int) or not n:
+        return node if n else None
+    left = int(node.left(np.array([n]))[0])
+    parts = [_until(child, count) for child, count in zip(node.children, (left, n - left), strict=True)]
+    alive = [part for part in parts if part is not None]
+    if len(alive) == 1:  # all went to one side
+        return alive[0]
+    return [piece for piece in node.pieces if piece.begin < n], parts
+
+
+def _curves(weights: list[Weight], tokens_per_sample: int) -> list[_Curve]:
+    """The integral of each normalised weight over samples."""
+    in_samples = [_in_samples(weight, tokens_per_sample) for weight in weights]
+    knots = sorted({0}.union(at for weight in in_samples for at, _ in weight))
+    at_knots = [[weight_at(weight, at) for at in knots] for weight in in_samples]
+    sums = [sum(column) for column in zip(*at_knots, strict=True)]
+    curves = []
+    for row in at_knots:
+        shares = [weight / total for weight, total in zip(row, sums, strict=True)]
+        bends, values = [], [Fraction(0)]
+        for (n0, n1), (s0, s1) in zip(itertools.pairwise(knots), itertools.pairwise(shares), strict=True):
+            bends.append((s1 - s0) / (2 * (n1 - n0)))
+            values.append(values[-1] + (s0 + s1) / 2 * (n1 - n0))
+        curves.append(_Curve(knots, values, shares, [*bends, Fraction(0)]))
+    return curves
+
+
+def _in_samples(weight: Weight, tokens_per_sample: int) -> tuple[tuple[int, float], ...]:
+    """Knots at whole samples, no two at one: a jump takes one sample."""
+    out: list[tuple[int, float]] = []
+    for tokens, value in knots_of(weight):
+        at = math.ceil(Fraction(str(tokens)) / tokens_per_sample)
+        out.append((max(at, out[-1][0] + 1) if out else at, value))
+    return tuple(out)
+
+
+def _pieces(node: _Curve, left: _Curve) -> Iterator[_Piece]:
+    """The integral of the left child's share, as a function of how many samples have reached the node."""
+    # k samples of the run after a knot: n = at + p k + q k^2 have reached the node, and value + pl k + ql k^2 go left
+    for at, p, q, value, pl, ql in zip(*node[1:], *left[1:], strict=True):
+        c, d, sign = [value, Fraction(0), Fraction(0)], [Fraction(0), Fraction(0)], 0
+        if q:  # k^2 = (n - at - p k) / q, and k = (sqrt(p^2 + 4 q (n - at)) - p) / 2 q
+            c[0], c[1] = value - ql / q * at, ql / q
+            if of_k := (pl - ql * p / q) / (2 * q):
+                c[0] -= of_k * p
+                d = [of_k**2 * (p**2 - 4 * q * at), of_k**2 * 4 * q]
+                sign = 1 if of_k > 0 else -1
+        elif p:  # k = (n - at) / p
+            square = ql / p**2
+            c = [value - pl / p * at + square * at**2, pl / p - 2 * square * at, square]
+        c[0] += Fraction(1, 2)  # rounded by the floor
+        over = math.lcm(*(number.denominator for number in (*c, *d)))
+        yield _Piece(math.ceil(at), tuple(int(x * over) for x in c), tuple(int(x * over**2) for x in d), sign, over)
+
+
+def _floor(piece: _Piece, n: np.ndarray) -> np.ndarray:
+    (c0, c1, c2), (d0, d1) = piece.c, piece.d
+    if piece.sign:
+        roots = (max(d0 + d1 * i, 0) for i in n.tolist())
+        root = [math.isqrt(d) if piece.sign > 0 else -math.isqrt(d - 1) - 1 if d else 0 for d in roots]
+        return np.array([(c0 + c1 * i + c2 * i * i + r) // piece.over for i, r in zip(n.tolist(), root, strict=True)], np.int64)
+    most = int(n.max())
+    if abs(c0) + abs(c1) * most + abs(c2) * most**2 >= 1 << 62:
+        n = n.astype(object)  # Python's integers
+    return ((c0 + (c1 + c2 * n) * n) // piece.over).astype(np.int64)
+
+
+_Node = tuple[_Curve, "_Split | int"]
+
+
+def _joined(a: _Node, b: _Node) -> _Node:
+    """One node of two, the first to the left."""
+    curve = a[0] + b[0]
+    return curve, _Split(list(_pieces(curve, a[0])), (a[1], b[1]))

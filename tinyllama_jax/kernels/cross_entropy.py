@@ -12,14 +12,17 @@ from jax import lax
 
 
 class Sums(NamedTuple):
-    """Sums over positions, fp32 scalars: divide by the weights' sum for means."""
+    """Sums over positions, fp32 scalars but for `rows`: divide by the weights' sum for means."""
 
     loss: jax.Array  # negative log-likelihood, nats
     correct: jax.Array  # positions where no token is likelier than the label
     z: jax.Array  # z_loss x logsumexp^2: what is minimised is loss + z (PaLM, arXiv:2204.02311, section 5, has 1e-4)
+    rows: jax.Array  # [B]: the loss of each sequence, to be looked at; nothing flows back through it
 
 
-NONE = Sums(*(np.float32(0),) * 3)  # numpy: jax must not look for devices when it is imported
+def none(batch: int) -> Sums:
+    """Zeros, for `batch` sequences."""
+    return Sums(*(np.float32(0),) * 3, np.zeros(batch, np.float32))
 
 
 def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float = 0.0) -> Sums:
@@ -43,7 +46,7 @@ def cross_entropy(
         x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
         return jax.tree.map(jnp.add, sums, _sums(_logits(x, kernel_DV), labels, weights, z_loss)), None
 
-    return lax.scan(body, NONE, jnp.arange(n_chunks))[0]
+    return lax.scan(body, none(len(x_BSD)), jnp.arange(n_chunks))[0]
 
 
 def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
@@ -72,7 +75,8 @@ def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_
     # the row's maximum is at hand from logsumexp; an argmax would be another pass (and 6 times slower on a CPU)
     correct_BS = (chosen_BS >= jnp.max(logits_BSV, axis=-1)).astype(jnp.float32)
     z = z_loss * jnp.sum(jnp.square(lse_BS) * weights_BS) if z_loss else jnp.float32(0)
-    return Sums(jnp.sum((lse_BS - chosen_BS) * weights_BS), jnp.sum(correct_BS * weights_BS), z)
+    rows_B = jnp.sum((lse_BS - chosen_BS) * weights_BS, axis=1)
+    return Sums(jnp.sum(rows_B), jnp.sum(correct_BS * weights_BS), z, rows_B)
 
 
 def _slice(a: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
@@ -94,7 +98,7 @@ def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
         dkernel_DV += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
         return (sums, dx_BSD, dkernel_DV), None
 
-    zeros = (NONE, jnp.zeros_like(x_BSD), jnp.zeros(kernel_DV.shape, jnp.float32))
+    zeros = (none(len(x_BSD)), jnp.zeros_like(x_BSD), jnp.zeros(kernel_DV.shape, jnp.float32))
     (sums, dx_BSD, dkernel_DV), _ = lax.scan(body, zeros, jnp.arange(x_BSD.shape[1] // chunk))
     return sums, (dx_BSD, dkernel_DV)
 
