@@ -33,6 +33,7 @@ RANK = {
     "hf_tokenizer": 2,
     "lit": 2.5,
     "step": 3,
+    "stages": 3,
     "checkpoint": 4,
     "metrics": 4,
     "weights": 4.5,

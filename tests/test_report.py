@@ -32,7 +32,7 @@ def curves(run, monkeypatch):
     plot, axhline = matplotlib.axes.Axes.plot, matplotlib.axes.Axes.axhline
 
     def record_plot(self, x, y, *args, **kwargs):
-        seen[kwargs.get("label", "lr")] = (list(x), list(y))
+        seen[kwargs["label"]] = (list(x), list(y))
         return plot(self, x, y, *args, **kwargs)
 
     def record_line(self, y, **kwargs):
@@ -53,7 +53,7 @@ def test_draws_training_validation_baseline_and_learning_rate(tmp_path, monkeypa
     assert seen["training"] == ([1, 2, 4], [5.0, 4.0, 3.0])  # a skipped step has no place on the curve
     assert seen["validation, 3.250 at the end"] == ([2, 4], [4.5, 3.25])
     assert seen["unigram model, 6.500"] == 6.5
-    assert seen["lr"] == ([1, 2, 4], [0.1, 0.2, 0.25])
+    assert seen["learning rate"] == ([1, 2, 4], [0.1, 0.2, 0.25])
     picture = matplotlib.image.imread(path)
     assert path == run / "loss.png" and picture.shape[0] > 300 and picture.min() < picture.max()
     assert sorted(p.name for p in run.iterdir()) == ["loss.png", "metrics.jsonl", report.UNIGRAM]
@@ -62,7 +62,7 @@ def test_draws_training_validation_baseline_and_learning_rate(tmp_path, monkeypa
 def test_a_run_without_validation_or_baseline(tmp_path, monkeypatch):
     write(tmp_path, ROWS[:2])
     seen, _ = curves(tmp_path, monkeypatch)
-    assert set(seen) == {"training", "training, mean of 1", "lr"}
+    assert set(seen) == {"training", "training, mean of 1", "learning rate"}
 
 
 def test_mean_of_the_steps_up_to_each(tmp_path, monkeypatch):

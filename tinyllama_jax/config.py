@@ -196,7 +196,8 @@ def weight_at(weight: Weight, tokens: float) -> Fraction:
 
 def weight_text(weight: Weight) -> str:
     """A weight as the command line has it: 0.7, or WEIGHT@TOKENS..WEIGHT@TOKENS."""
-    return "..".join(f"{w:g}@{t:.10g}" for t, w in weight) if isinstance(weight, tuple) else f"{weight}"
+    exact = lambda x: f"{x:.6g}" if float(f"{x:.6g}") == x else repr(float(x))
+    return "..".join(f"{exact(w)}@{exact(t)}" for t, w in weight) if isinstance(weight, tuple) else exact(weight)
 
 
 def sources_text(sources: dict[str, Weight]) -> str:

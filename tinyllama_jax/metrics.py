@@ -211,6 +211,7 @@ class Reporter:
             self.losses.extend(losses_before(Path(config.workdir), start))
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
+        self.counts = self.order.counts(start)  # samples of each source
         self.pending: tuple[int, dict] | None = None
         self.in_a_row = 0  # steps that were not finite
 
@@ -230,10 +231,12 @@ class Reporter:
         if step % self.config.log.every and values["finite"] and not spike:
             return
         values |= self.clock.lap(step) | {"tokens": self.config.train.tokens_after(step)}
-        values |= {f"epochs/{name}": epochs for name, epochs in zip(self.names, self.order.epochs(step).tolist(), strict=True)}
-        if "source_loss" in on_host:
-            losses = zip(self.names, on_host["source_loss"].tolist(), on_host["source_tokens"], strict=True)
-            values |= {f"loss/{name}": loss for name, loss, tokens in losses if tokens}
+        before, self.counts = self.counts, self.order.counts(step)
+        named = lambda what, numbers: {f"{what}/{name}": n for name, n in zip(self.names, numbers.tolist(), strict=True)}
+        values |= named("epochs", self.counts / np.array(self.order.sizes))
+        if "source_loss" in on_host:  # NaN: none in this step
+            since = self.counts - before  # the last such line
+            values |= named("share", since / since.sum()) | named("loss", on_host["source_loss"])
         if not values["finite"] or spike:
             source, block = self.order.at(step)
             values["blocks"] = json.dumps([source.tolist(), block.tolist()])

@@ -32,9 +32,10 @@ import jax
 import numpy as np
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, laws, sharding, targets
+from tinyllama_jax import dims, laws, sharding, stages, targets
 from tinyllama_jax.compiled import LARGE, Compiled, compile_step, gib, messages, step_seconds
 from tinyllama_jax.config import REMAT, Config, UserError
+from tinyllama_jax.data import feed
 
 DOES_NOT_FIT = 3
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
@@ -144,6 +145,23 @@ def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Call
     return sorted(rows, key=lambda row: (not row["fits"], -rate(row), row["peak_bytes_per_device"]))
 
 
+def whole_run(compiled: Compiled) -> Compiled:
+    """`compiled` with the peak of a later stage, if only that has more than one micro-batch, and so a sum of gradients."""
+    config = compiled.config
+    more = [tokens for _, _, tokens in config.train.stages if tokens > config.train.tokens_per_step]
+    if compiled.accumulation > 1 or not more:
+        return compiled
+    later = compile_step(_with(config, train__tokens_per_step=more[0], train__batch_ramp=""), compiled.machine)
+    return compiled._replace(peak=later.peak, live=later.live, memory=later.memory, expected=later.expected)
+
+
+def over_and_over(config: Config) -> list[str]:
+    """`stages.epochs`, where the data are here."""
+    with contextlib.suppress(UserError):
+        return stages.epochs(config, feed.open_sources(config))
+    return []
+
+
 # -- reports --------------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +181,7 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         "flops_per_token": dims.flops_per_token(config.model)
         | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
         "collectives": [c._asdict() for c in compiled.collectives],
+        "stages": stages.stages(config),
         **prediction(compiled, args),
         "memory": {"measured": compiled.memory, "expected": compiled.expected, "live": compiled.live},
         "attention": compiled.attention,
@@ -180,7 +199,7 @@ def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
     if not (seconds := step_seconds(compiled, args.mfu)):
         return dict.fromkeys(("tokens_per_second", "days", "cost", "seconds_per_step"))
     rate = config.train.tokens_per_step / max(seconds.values())
-    days = config.train.steps * config.train.tokens_per_step / rate / 86_400
+    days = config.train.tokens / rate / 86_400
     cost = days * 24 * len(compiled.machine.devices) * (args.price or target.price)
     return {"tokens_per_second": rate, "days": days, "cost": cost, "seconds_per_step": seconds}
 
@@ -310,7 +329,7 @@ def law(args: argparse.Namespace, rest: list[str]) -> int:
     own = laws.TINYLLAMA
     if args.config:
         config = config_lib.read(args.config)
-        own = laws.Run(dims.n_parameters(config.model), config.train.steps * config.train.tokens_per_step)
+        own = laws.Run(dims.n_parameters(config.model), config.train.tokens)
     fit, tokens = laws.LAWS[args.fit], args.inference_tokens if args.law == "inference" else 0.0
     flops, picture = args.flops or own.flops(), args.picture or Path("plan-law.png")
     best, past = laws.compute_optimal(fit, flops), laws.overtrained(fit, *own)
@@ -377,7 +396,7 @@ def main(argv: list[str]) -> int:
     say = lambda what: console.print(what, markup=False) if isinstance(what, str) else console.print(what)
     if args.sweep:
         return _swept(args, config, machine, say)
-    compiled = compile_step(config, machine)
+    compiled = whole_run(compile_step(config, machine))
     out = report(compiled, args)
     if compiled.fits:
         out["largest_seqs_per_device"] = most_sequences(compiled)[0]
@@ -387,6 +406,8 @@ def main(argv: list[str]) -> int:
         if found:
             out["nearest"] = {"change": found[0], "peak_bytes_per_device": found[1].peak, **prediction(found[1], args)}
     show(out, say)
+    for line in [*stages.lines(config), *over_and_over(config)]:
+        say(line)
     if args.json:
         print(json.dumps(out, indent=1))
     return 0 if compiled.fits else DOES_NOT_FIT

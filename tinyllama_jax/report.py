@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, from its metrics.jsonl.
+"""A run as a picture, from its metrics.jsonl: its losses, its learning rate, and the batch and mixture if they change.
 
 python -m tinyllama_jax.report RUN      writes RUN/loss.png
 """
@@ -34,6 +34,8 @@ def rows(run: str | Path) -> list[dict]:
 def draw(run: str | Path) -> Path:
     """Writes RUN/loss.png: training and validation loss by step, the unigram model's line, and the learning rate.
 
+    Tokens a step and the sources' shares too, where there is more than one of them.
+
     Returns its path. The old picture stays until the new one is whole. Raises UserError if there is nothing to draw.
     """
     run = Path(run)
@@ -45,9 +47,15 @@ def draw(run: str | Path) -> Path:
 
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     steps, train_losses = np.array([(r["step"], r["loss"]) for r in train]).T
+    curves = {"learning rate": {"": [r["lr"] for r in train]}}
+    if "tokens" in train[0]:  # of the steps since the line before
+        sizes = np.diff([r["tokens"] for r in train]) / np.diff(steps)
+        curves |= {"tokens a step": {"": [*sizes[:1], *sizes]}} if len(set(sizes)) > 1 else {}
+    if names := dict.fromkeys(key for r in train for key in r if key.startswith("share/")):
+        curves["share"] = {name.removeprefix("share/"): [r.get(name, np.nan) for r in train] for name in names}
+    figure = Figure(figsize=(8, 4 + 1.5 * len(curves)), layout="constrained")
+    losses, *others = figure.subplots(1 + len(curves), 1, sharex=True, height_ratios=(4, *[1] * len(curves)))
     window = max(1, len(steps) // 50)  # a step of few tokens says little by itself
     means = np.convolve(train_losses, np.full(window, 1 / window), "valid")
     losses.plot(steps, train_losses, color="C0", alpha=0.25, linewidth=0.5, label="training")
@@ -60,9 +68,14 @@ def draw(run: str | Path) -> Path:
         losses.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=f"unigram model, {baseline:.3f}")
     losses.set(ylabel="loss, nats a token", title=str(run))
     losses.legend()
-    rates.plot([r["step"] for r in train], [r["lr"] for r in train], color="C2", linewidth=1)
-    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    for axes in (losses, rates):
+    for axes, (what, lines) in zip(others, curves.items(), strict=True):
+        for i, (name, values) in enumerate(lines.items()):
+            axes.plot(steps, values, color=f"C{2 + i}", linewidth=1, label=name or what)
+        axes.set(ylabel=what, ylim=(0, None))
+        if len(lines) > 1:
+            axes.legend(fontsize=7)
+    others[-1].set(xlabel="step")
+    for axes in (losses, *others):
         axes.grid(alpha=0.3)
 
     path, partial = run / "loss.png", run / ".loss.partial.png"

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, dims, metrics, sharding, weights, xla
+from tinyllama_jax import checkpoint, dims, metrics, sharding, stages, weights, xla
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
@@ -110,7 +110,8 @@ def describe(
     """What is about to run, in a few lines: nothing falls back silently."""
     model, (accumulation, batch) = config.model, program.shape
     impl, reason = choose_attention(config, mesh.devices.flat[0])
-    data = ", ".join(f"{w:g} x {p} ({len(s):,} blocks)" for (p, w), s in zip(config.data.sources.items(), sources, strict=True))
+    said = zip(config.data.sources.items(), sources, strict=True)
+    data = ", ".join(f"{config_lib.weight_text(w)} x {p} ({len(s):,} blocks)" for (p, w), s in said)
     return [
         f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
         f"attention: {impl} ({reason}), {within(config)} documents; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
@@ -119,6 +120,8 @@ def describe(
         f"data: {data}",
         "validation: "
         + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"),
+        *stages.lines(config),
+        *stages.epochs(config, sources),
         *xla.lines(config, mesh),
     ]
 

@@ -83,9 +83,9 @@ class Order:
         stage = self._stage(batches)
         return int(self._samples[stage] + (batches - self._batches[stage]) * self._each[stage])
 
-    def epochs(self, step: int) -> np.ndarray:
-        """How many times each source has been read over by the end of a step, in epochs of it [n_sources]."""
-        return self.mixture.counts(self.samples(self._batch(step) + 1)) / np.asarray(self.sizes)
+    def counts(self, step: int) -> np.ndarray:
+        """How many samples have come from each source by the end of a step [n_sources]."""
+        return self.mixture.counts(self.samples(self._batch(step) + 1) if step else 0)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Samples [n], counted over all batches, none left out -> (source [n], block of it [n])."""
