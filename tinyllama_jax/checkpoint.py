@@ -277,15 +277,15 @@ def steps_in(run: str | Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def find_step(run: str | Path, step: int | None = None) -> int:
-    """`step` if RUN has that checkpoint, else the latest one. Raises UserError naming those that there are."""
+def find_step(run: str | Path, step: int | None = None, option: str = "--step ") -> int:
+    """`step`, or the latest one if it is None. Raises UserError naming `option` and those that there are."""
     if not (Path(run) / "config.json").is_file():
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
     steps = steps_in(run)
     if not steps:
         raise UserError(f"{run}: has no checkpoint yet")
     if step is not None and step not in steps:
-        raise UserError(f"--step {step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}")
+        raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}")
     return steps[-1] if step is None else step
 
 

@@ -34,6 +34,8 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
             raise UserError(
                 f"--init.state={init.state}: {origin} was imported without AdamW's moments; take --init.state=weights"
             )
+        if init.state == "all" and step > config.train.steps:
+            raise UserError(f"--init.state=all: step {step:,} of {origin} is more than train.steps={config.train.steps:,}")
         if init.state == "all":
             then, now = checkpoint.load_config(origin).train.tokens_after(step), config.train.tokens_after(step)
             notes += [f"step {step:,} was after {then:,} tokens there, and is after {now:,} here"] if then != now else []
@@ -46,7 +48,7 @@ def first_step(config: Config) -> int:
 
 
 def _step(config: Config) -> int:
-    return checkpoint.find_step(config.init.from_, config.init.step or None)
+    return checkpoint.find_step(config.init.from_, config.init.step or None, "--init.step=")
 
 
 def initial_state(config: Config, program: Program, origin: Path | None) -> tuple[TrainState, str]:
