@@ -4,7 +4,7 @@
 
 The time from the command to its first step, resumed at steps 10, 10^4 and 10^6, over that of a fresh start; where that time
 goes, with and without compiled programs kept; the time that the loop stands still for a checkpoint, over that of saving it
-synchronously. `make demo` makes the default data.
+synchronously; what the first steps of a larger batch (`train.batch_ramp`) cost. `make demo` makes the default data.
 """
 
 from __future__ import annotations
@@ -134,8 +134,26 @@ def stall(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
     return out
 
 
+def boundary(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
+    """Seconds that the first steps of a larger batch take beyond those after them, and that a checkpoint holds the loop."""
+    out: dict[str, list[float]] = {"boundary": [], "checkpoint": []}
+    for i in range(2):
+        config = config_of(folder / f"boundary{i}", data, shape)
+        seq_len = config.model.seq_len
+        train = dataclasses.replace(config.train, steps=60, batch_ramp=f"{40 * seq_len}:{4 * seq_len}")
+        config = dataclasses.replace(config, train=train, checkpoint=c.Checkpoint(20))
+        with training(config, stdout=subprocess.DEVNULL) as process:
+            process.wait()
+        rows = [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
+        seconds = {row["step"]: row["step_seconds"] for row in rows if "loss" in row}
+        usual = sorted(seconds[step] for step in range(44, 59))[7]
+        out["boundary"].append(sum(seconds[step] - usual for step in (41, 42, 43)))
+        out["checkpoint"].append(max(row["checkpoint_seconds"] for row in rows if "loss" in row))
+    return out
+
+
 def main() -> None:
-    """Prints the three figures."""
+    """Prints the four figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="15m")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data/text").resolve(), help="a prepared folder")
@@ -154,6 +172,9 @@ def main() -> None:
         out["checkpoint seconds"] = stall(Path(name), args.data, SHAPES[args.model])
         blocks, whole = (median(v) for v in out["checkpoint seconds"].values())
         print(f"checkpoint: the loop stands still for {blocks:.3f} s of {whole:.3f} s, {blocks / whole:.3f}")
+        out["batch four times as large"] = boundary(Path(name), args.data, SHAPES[args.model])
+        stalls = [median(v) for v in out["batch four times as large"].values()]
+        print(f"a batch four times as large: {stalls[0]:.3f} s beyond a usual step; a checkpoint there {stalls[1]:.3f} s")
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
 
