@@ -25,6 +25,7 @@ RANK = {
     "targets": 1,
     "hlo": 1,
     "laws": 1,
+    "law_report": 1.5,
     "kernels": 1,
     "data": 2,
     "model": 2,
@@ -59,7 +60,7 @@ HOME = {
     "jmp": {"model", "step"},
     "chex": {"step"},
     "tensorboard": {"metrics"},
-    "matplotlib": {"report", "plan"},
+    "matplotlib": {"report", "plan", "law_report"},
 }
 
 
