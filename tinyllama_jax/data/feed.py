@@ -9,15 +9,21 @@ import jax
 import numpy as np
 
 from tinyllama_jax.config import Config, Data, UserError
+from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
 
 NONE = np.empty(0, np.int64)
 
 
+def open_source(path: str, split: str, seq_len: int) -> Blocks:
+    """One split of a source: a folder that `data.prepare` wrote, or DIR/PREFIX of LITPKDS files, which have any S."""
+    return litpkds.Packed(path, split, seq_len) if litpkds.files_of(path, split) else Blocks(path, split)
+
+
 def open_sources(config: Config) -> list[Blocks]:
     """The training split of each source of `config`. Raises UserError where they do not fit the model or one another."""
-    opened = [Blocks(path, "train") for path in config.data.sources]
+    opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
     for path, blocks in zip(config.data.sources, opened, strict=True):
         if blocks.seq_len != config.model.seq_len:
             raise UserError(
@@ -52,7 +58,8 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     """Source -> its validation split, of those sources that have one."""
     named = zip(config.data.sources, sources, strict=True)
-    return {path: Blocks(path, "validation") for path, blocks in named if "validation" in blocks.manifest["splits"]}
+    has = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
+    return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in has}
 
 
 class Order:
