@@ -31,12 +31,12 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", [0, 1, 12_345, 2**32 - 1])
 def test_as_grain_does_one_by_one(size, seed):
-    position = np.random.default_rng(seed).integers(0, size, 50)
+    position = np.random.default_rng(seed).integers(0, size, 30)
     one = lambda p: grain.experimental.index_shuffle(int(p), max_index=size - 1, seed=seed, rounds=4)
     assert permuted(position, size, seed).tolist() == [one(p) for p in position]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 100, 65_535, 65_536, 65_537, 65_538, 262_145])
+@pytest.mark.parametrize("size", [1, 2, 3, 100, 16_384, 16_385, 65_535, 65_536, 65_537, 65_538, 262_145])
 def test_every_position_once(size):
     out = permuted(np.arange(size), size, 5)
     assert out.dtype == np.int64 and np.array_equal(np.sort(out), np.arange(size))

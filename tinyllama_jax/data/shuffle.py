@@ -19,14 +19,25 @@ def permuted(position: np.ndarray, size: int, seed: int) -> np.ndarray:
     position = np.asarray(position, np.int64)
     if position.size and not 0 <= position.min() <= position.max() < size:
         raise IndexError(f"positions {position.min()} to {position.max()} of {size}")
+    if size <= 1 << LEAST - 2:
+        return _table(size, seed)[position]
     bits = (max((size - 1).bit_length(), LEAST) + 1) // 2
     keys = _keys(seed)
-    out = _encrypted(position, bits, keys) if size > 1 else position.copy()
+    out = _encrypted(position, bits, keys)
     outside = np.flatnonzero(out >= size)
     while outside.size:  # less than four times on average
         out[outside] = _encrypted(out[outside], bits, keys)
         outside = outside[out[outside] >= size]
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _table(size: int, seed: int) -> np.ndarray:
+    """All of a small permutation, whose positions are far apart among the cipher's: each round doubles how far is walked."""
+    out = _encrypted(np.arange(1 << LEAST), LEAST // 2, _keys(seed)) if size > 1 else np.zeros(1, np.int64)
+    while ((outside := out >= size)[:size]).any():
+        out = np.where(outside, out[out], out)
+    return out[:size]
 
 
 def _encrypted(value: np.ndarray, bits: int, keys: tuple[int, ...]) -> np.ndarray:
