@@ -58,7 +58,7 @@ HOME = {
     "jmp": {"model", "step"},
     "chex": {"step"},
     "tensorboard": {"metrics"},
-    "matplotlib": {"report", "plan"},
+    "matplotlib": {"report", "plan", "data.audit"},
 }
 
 
