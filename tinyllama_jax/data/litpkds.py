@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import mmap
 import os
 import resource
 import shutil
@@ -84,18 +85,22 @@ class Packed(Blocks):
         self._open()
 
     def _open(self) -> None:
-        self._readers: dict[int, np.ndarray] = {}
+        self._readers: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `Blocks.read`."""
         indices, width = self._checked(indices), self.seq_len + 1
-        file, start = np.divmod(indices, self._per_file)
-        start *= width
+        file, block = np.divmod(indices, self._per_file)
         tokens, length = np.empty((len(indices), width), self.dtype), self.stored(indices)
-        for row, (f, at) in enumerate(zip(file.tolist(), start.tolist(), strict=True)):
-            mapped = self._readers.get(f)
-            part = (self._reader(f) if mapped is None else mapped)[at : at + width]
+        begin = HEADER.size + block * (width * self.dtype.itemsize)
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        readers = [self._readers.get(f) or self._reader(f) for f in file.tolist()]
+        need = (begin + width * self.dtype.itemsize - page).tolist()
+        for (mapped, _), at, size in zip(readers, page.tolist(), need, strict=True):
+            mapped.madvise(mmap.MADV_WILLNEED, at, size)  # from a disk all at once: three times as fast as one after another
+        for row, ((_, stored), at) in enumerate(zip(readers, (block * width).tolist(), strict=True)):
+            part = stored[at : at + width]
             if len(part) == width:
                 tokens[row] = part
             else:
@@ -120,16 +125,18 @@ class Packed(Blocks):
         end = int(others[-1]) + 1 if others.size else 0
         return end + int(end and tokens[-1] == self.manifest["tokenizer"]["eos_id"])
 
-    def _reader(self, file: int) -> np.ndarray:
+    def _reader(self, file: int) -> tuple[mmap.mmap, np.ndarray]:
         with self._lock:
             if file not in self._readers:
                 if len(self._readers) >= _may_map(len(self._files)):
                     self._readers.pop(next(iter(self._readers)))  # it stays mapped while another thread copies from it
                 try:
-                    mapped = np.memmap(self._files[file], self._stored, "r", HEADER.size, (self._chunk,))
+                    with open(self._files[file], "rb") as opened:
+                        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                    mapped.madvise(mmap.MADV_RANDOM)  # else each fault reads 128 KiB
+                    self._readers[file] = mapped, np.frombuffer(mapped, self._stored, self._chunk, HEADER.size)
                 except (OSError, ValueError) as error:
                     raise self._damaged(file, 0, error) from None
-                self._readers[file] = mapped.view(np.ndarray)  # without what np.memmap does at each slice, ten times the copy
             return self._readers[file]
 
 
