@@ -147,7 +147,8 @@ def test_no_token_is_lost_and_no_filling_read(tiny_data, tmp_path, stream, chunk
     tokens, length = blocks.read(np.arange(len(blocks)))
     assert tokens.shape == (len(blocks), seq_len + 1) and length.dtype == np.int32 and tokens.flags.writeable
     assert np.concatenate([row[:n] for row, n in zip(tokens, length, strict=True)]).tolist() == stream.tolist()
-    assert blocks.stored(np.arange(len(blocks))).sum() == n_files * chunk
+    stored = blocks.stored(np.arange(len(blocks)))
+    assert stored.sum() == n_files * chunk and not tokens[np.arange(seq_len + 1) >= stored[:, None]].any()
     order = np.random.default_rng(0).permutation(len(blocks))
     np.testing.assert_array_equal(blocks.read(order)[0], tokens[order])
     np.testing.assert_array_equal(blocks.read(order)[1], length[order])
@@ -222,7 +223,9 @@ def test_what_identifies_a_source_is_its_names_sizes_and_headers(folder, stream)
     (folder / "train_x_0000000007.bin").unlink()
     third = Packed(path, "train", S).manifest_sha256
     put(folder, stream[:50], stream[50:100])
-    assert len({first, second, third, Packed(path, "train", S).manifest_sha256}) == 4
+    fourth = Packed(path, "train", S).manifest_sha256
+    put(folder, [5] * 25, [5] * 25, dtype="int32")  # of the same sizes
+    assert len({first, second, third, fourth, Packed(path, "train", S).manifest_sha256}) == 5
 
 
 def test_pickled_threads_and_few_files_at_once(folder, stream, monkeypatch):
