@@ -17,8 +17,8 @@ from tinyllama_jax.kernels import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-common, bench_kernels, bench_train, profile_step = map(
-    importlib.import_module, ("bench_common", "bench_kernels", "bench_train", "profile_step")
+common, bench_kernels, bench_loading, bench_train, profile_step = map(
+    importlib.import_module, ("bench_common", "bench_kernels", "bench_loading", "bench_train", "profile_step")
 )
 MUCH = 10**12  # sequences
 
@@ -253,3 +253,22 @@ assert not bad, bad
 def test_a_mistake_is_one_line_before_anything_runs(command, words):
     done = subprocess.run([sys.executable, ROOT / "tools" / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+
+
+def test_bench_loading(tmp_path, tiny_data, monkeypatch):
+    """Both formats hold as many tokens, and what stands for the original's loader reads the blocks that ours does."""
+    monkeypatch.setattr(bench_loading, "SECONDS", 0.05)
+    monkeypatch.setattr(bench_loading, "BATCH", 16)
+    monkeypatch.setattr(bench_loading, "WINDOW", 4)
+    paths = bench_loading.make(tmp_path, 8, 6, tiny_data / "512.model")
+    for name, path in paths.items():
+        for what in (*bench_loading.in_cache(path).values(), bench_loading.cold(path)):
+            assert what["tokens/s"] > 0 and what["tokens/cpu s"] > 0
+        opened = bench_loading.many(path)
+        assert opened["files"] == 8 and opened["first batch, s"] > opened["open, s"] > 0, name
+    (source,) = bench_loading.feed.open_sources(bench_loading.config_of(paths["LITPKDS"]))
+    theirs = bench_loading.window([str(file) for file, _, _ in source.files()])
+    windows = [{next(theirs).tobytes() for _ in range(24)} for _ in range(3)]
+    ours = [row.astype(np.int64).tobytes() for row in source.read(np.arange(48))[0]]
+    assert windows[0] == windows[2] == set(ours[:24]) and windows[1] == set(ours[24:])
+    assert bench_loading.as_the_original(paths["LITPKDS"], None)["tokens/s"] > 0

@@ -264,7 +264,8 @@ def test_the_run_describes_itself(config, tokenizer):
     }
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert set(checkpoint.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])
-    assert checkpoint.open_run(config, XY, tokenizer) == []
+    assert checkpoint.open_run(config, XY, tokenizer / "tokenizer.model") == []  # a file, as LITPKDS files have it
+    assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ HOME = {
     "jmp": {"model", "step"},
     "chex": {"step"},
     "tensorboard": {"metrics"},
-    "matplotlib": {"report", "plan", "law_report"},
+    "matplotlib": {"report", "plan", "law_report", "data.audit"},
 }
 
 

@@ -392,7 +392,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     """Makes the run folder, or checks that the one there is of this run; returns lines to print about what changed.
 
     `sources`: for each, in order, {"manifest_sha256", "bos"}; what data.json says besides path and weight. `tokenizer`: the
-    folder that the data carry. Raises UserError if the run in that folder has another model, other data or other batches.
+    folder or file that the data carry. Raises UserError if the run there has another model, other data or other batches.
     """
     run = Path(config.workdir)
     notes = []
@@ -425,7 +425,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
             raise UserError(f"--workdir={run}: is not a run folder, and holds other folders; name a new one")
         write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours
         shutil.rmtree(run / "tokenizer", ignore_errors=True)
-        shutil.copytree(tokenizer, run / "tokenizer")
+        tokenizer_lib.load(tokenizer).save(run / "tokenizer")
     if steps and steps[-1] >= config.train.steps and load_config(run).data.skip == config.data.skip:
         return notes  # nothing to do: what describes the run is what trained it
     write(run / "data.json", json.dumps(data, indent=2) + "\n")

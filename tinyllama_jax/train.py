@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from pathlib import Path
 
 from tinyllama_jax import processes
 
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
         if first := jax.process_index() == 0:  # who writes what is written once
             at_end.enter_context(checkpoint.locked(config.workdir))
-            notes += checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
+            notes += checkpoint.open_run(config, described, sources[0].tokenizer)
             notes += checkpoint.recover(config)
         processes.barrier("run folder")
         phases.append(("data and devices", time.perf_counter()))

@@ -89,7 +89,7 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
     with jax.set_mesh(mesh):
         state = build(config, mesh).init()
         described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
-        checkpoint.open_run(config, described, Path(next(iter(config.data.sources))) / "tokenizer")
+        checkpoint.open_run(config, described, sources[0].tokenizer)
         checkpoints = checkpoint.Checkpoints(config)
         checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
         checkpoints.close()

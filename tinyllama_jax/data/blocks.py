@@ -17,6 +17,10 @@ FORMAT = 1  # of the manifest; raised when an older reader would misunderstand i
 MANIFEST = "manifest.json"
 
 
+class Damaged(UserError):
+    """A file of a data set is not as it was written."""
+
+
 class Record:
     """How a block lies in an ArrayRecord: `tokens` [S + 1] and `length`, how many of them are real, as TFDS serialises them."""
 
@@ -65,6 +69,8 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
         if directory.with_name(directory.name + ".partial").is_dir():
             raise UserError(f"{directory}: is half prepared; run `python -m tinyllama_jax.data.prepare` again to finish it")
         raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.data.prepare` makes it")
+    if not path.is_file() and (packed := sorted(directory.glob("*.bin"))):
+        raise UserError(f"{directory}: is named by what its .bin files begin with, such as {packed[0].with_name('train')}")
     if not path.is_file():
         raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.data.prepare`")
     again = "copy or prepare the data again"
@@ -79,6 +85,7 @@ class Blocks:
     """The blocks of one split of a folder that `data.prepare` wrote. Files are opened when first read; can be pickled.
 
     manifest, manifest_sha256, tokenizer_sha256: what the folder says of itself      seq_len: S      dtype: of the tokens
+    tokenizer: the folder or file that it is in
     """
 
     def __init__(self, directory: str | Path, split: str):
@@ -89,7 +96,7 @@ class Blocks:
         if split not in splits:
             raise UserError(f"{directory}: has no split {split!r}, only {', '.join(splits)}; prepare it again with --{split}")
         self.seq_len, self.dtype = self.manifest["seq_len"], np.dtype(self.manifest["dtype"])
-        self.tokenizer_sha256 = self.manifest["tokenizer"]["sha256"]
+        self.tokenizer, self.tokenizer_sha256 = self.directory / "tokenizer", self.manifest["tokenizer"]["sha256"]
         shards = splits[split]["shards"]
         self._files = [self.directory / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["blocks"] for shard in shards])
@@ -97,7 +104,7 @@ class Blocks:
             size = file.stat().st_size if file.is_file() else None
             if size != shard["bytes"]:
                 there = "is missing" if size is None else f"has {size:,} bytes"
-                raise UserError(f"{file}: {there}, and should have {shard['bytes']:,}; copy or prepare the data again")
+                raise Damaged(f"{file}: {there}, and should have {shard['bytes']:,}; copy or prepare the data again")
         self._open()
 
     def __len__(self) -> int:
@@ -120,9 +127,7 @@ class Blocks:
 
         Can be called from several threads. Raises IndexError, and UserError naming file and record if one is damaged.
         """
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"blocks {indices.min()} to {indices.max()} of {len(self)} in {self.directory}, {self.split}")
+        indices = self._checked(indices)
         tokens = np.empty((len(indices), self.seq_len + 1), self.dtype)
         length = np.empty(len(indices), np.int32)
         files = np.searchsorted(self._ends, indices, side="right")
@@ -137,6 +142,21 @@ class Blocks:
                     raise self._damaged(file, position, error) from None
         return tokens, length
 
+    def _checked(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"blocks {indices.min()} to {indices.max()} of {len(self)} in {self.directory}, {self.split}")
+        return indices
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The file that a block is in, and which record of it."""
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return self._files[file], int(index - (self._ends[file - 1] if file else 0))
+
+    def files(self) -> list[tuple[Path, int, int]]:
+        """(file, its first block, one more than its last) of each file, in order."""
+        return list(zip(self._files, (self._ends - np.diff(self._ends, prepend=0)).tolist(), self._ends.tolist(), strict=True))
+
     def _records(self, file: int, positions: list[int]) -> list[bytes]:
         reader = self._readers[file] or self._reader(file)
         try:
@@ -149,9 +169,9 @@ class Blocks:
                     raise self._damaged(file, position, one) from None
             raise self._damaged(file, positions[0], error) from None
 
-    def _damaged(self, file: int, position: int, error: Exception) -> UserError:
+    def _damaged(self, file: int, position: int, error: Exception) -> Damaged:
         reason = str(error).split("\n")[0]
-        return UserError(f"{self._files[file]}, record {position}: is damaged; copy or prepare the data again ({reason})")
+        return Damaged(f"{self._files[file]}, record {position}: is damaged; copy or prepare the data again ({reason})")
 
     def _reader(self, file: int) -> array_record_module.ArrayRecordReader:
         with self._lock:

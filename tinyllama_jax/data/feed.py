@@ -10,15 +10,22 @@ import jax
 import numpy as np
 
 from tinyllama_jax.config import Config, Data, UserError
+from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.data.shuffle import permuted
 
 NONE = np.empty(0, np.int64)
 
 
+def open_source(path: str, split: str, seq_len: int) -> Blocks:
+    """One split of a source: a folder that `data.prepare` wrote, or DIR/PREFIX of LITPKDS files, which have any S."""
+    return litpkds.Packed(path, split, seq_len) if litpkds.files_of(path, split) else Blocks(path, split)
+
+
 def open_sources(config: Config) -> list[Blocks]:
     """The training split of each source of `config`. Raises UserError where they do not fit the model or one another."""
-    opened = [Blocks(path, "train") for path in config.data.sources]
+    opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
     for path, blocks in zip(config.data.sources, opened, strict=True):
         if blocks.seq_len != config.model.seq_len:
             raise UserError(
@@ -53,7 +60,8 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     """Source -> its validation split, of those sources that have one."""
     named = zip(config.data.sources, sources, strict=True)
-    return {path: Blocks(path, "validation") for path, blocks in named if "validation" in blocks.manifest["splits"]}
+    has = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
+    return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in has}
 
 
 class Order:
@@ -92,8 +100,10 @@ class Order:
         source, k = self.mixture.locate(samples)
         epoch, position = np.divmod(k, np.asarray(self.sizes, np.int64)[source])
         block = np.empty_like(k)
-        for i, (j, e, p) in enumerate(zip(source, epoch, position, strict=True)):
-            block[i] = self._permuted(int(j), int(e), int(p))
+        for j, e in np.unique(np.stack([source, epoch]), axis=1).T.tolist():
+            here = (source == j) & (epoch == e)
+            seed = int(np.random.SeedSequence((self.seed, j, e)).generate_state(1)[0])
+            block[here] = permuted(position[here], self.sizes[j], seed)
         return source, block
 
     def _batch(self, step: int) -> int:
@@ -101,10 +111,6 @@ class Order:
 
     def _stage(self, batch: int) -> int:
         return int(np.searchsorted(self._batches, batch, side="right")) - 1
-
-    def _permuted(self, source: int, epoch: int, position: int) -> int:
-        seed = int(np.random.SeedSequence((self.seed, source, epoch)).generate_state(1)[0])
-        return grain.experimental.index_shuffle(position, max_index=self.sizes[source] - 1, seed=seed, rounds=4)
 
 
 def mixture(config: Config) -> Mixture:

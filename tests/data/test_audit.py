@@ -1,0 +1,408 @@
+"""The audit: each fault that is planted in a real data set is found and named, and a clean one is said to be clean."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from tiny import stdlib_texts
+
+from tinyllama_jax import config as c
+from tinyllama_jax.config import UserError
+from tinyllama_jax.data import audit, feed, litpkds, shards
+from tinyllama_jax.data import prepare as prepare_lib
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import Blocks, Record
+
+S = 16
+BOS, EOS = 1, 2
+
+
+def words(n: int, seed: int) -> str:
+    """A text of `n` words at random, of which no two blocks are alike."""
+    rng = random.Random(seed)
+    known = sorted(set(re.findall(r"[A-Za-z]{4,}", stdlib_texts(1)[0])))
+    return " ".join(f"{rng.choice(known)} {rng.randrange(10**6)}" for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_data) -> Path:
+    """A data set in several files: 40 documents and 5 to validate on."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for split, seeds in {"train": range(40), "validation": range(40, 45)}.items():
+        lines = (json.dumps({"text": words(seed % 7 * 20 + 10, seed)}) + "\n" for seed in seeds)
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_lib, "SHARD", (1 << 13, 1 << 30))
+        files = {split: [folder / f"{split}.jsonl"] for split in ("train", "validation")}
+        prepare_lib.prepare(**files, tokenizer=tiny_data / "512.model", output=folder / "data", seq_len=S, workers=1)
+    assert len(Blocks(folder / "data", "train").files()) > 2
+    return folder / "data"
+
+
+@pytest.fixture
+def data(prepared, tmp_path, monkeypatch) -> Path:
+    """A copy to do harm to; the page is written beside it."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(prepared, tmp_path / "data")
+
+
+def rewrite(folder: Path, change, split: str = "train", **says) -> str:
+    """Writes the first file again with `change(tokens, length)` done to its blocks, and the manifest to fit; its name."""
+    file, first, last = Blocks(folder, split).files()[0]
+    tokens, length = Blocks(folder, split).read(np.arange(first, last))
+    change(tokens, length)
+    writer, record = array_record_module.ArrayRecordWriter(str(file), "group_size:1"), Record(S, "uint16")
+    for row, n in zip(tokens, length.tolist(), strict=True):
+        writer.write(record.encode(row, n))
+    writer.close()
+
+    def fits(manifest):
+        entry = manifest["splits"][split]["shards"][0]
+        entry |= {"bytes": file.stat().st_size, "sha256": shards.sha256(file)}
+        manifest["splits"][split] |= says
+
+    edit(folder, fits)
+    return file.name
+
+
+def edit(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def findings(capsys, monkeypatch):
+    """`findings(*arguments)`: what the command prints of what is wrong; its exit code fits it."""
+    monkeypatch.setattr(audit, "draw", lambda _: b"")  # half a second, and looked at in the test of clean data
+
+    def run(*arguments) -> list[str]:
+        code = audit.main([str(argument) for argument in arguments])
+        said = capsys.readouterr().out.splitlines()
+        found = [line.removeprefix("wrong: ") for line in said if line.startswith("wrong: ")]
+        assert code == (4 if found else 0)
+        assert said[-1].endswith(" findings (audit.html)") if found else said[-1] == "nothing wrong found (audit.html)"
+        return found
+
+    return run
+
+
+def packed(data: Path, chunk: int = 40 * (S + 1), tail: str = "drop") -> str:
+    """The training split as LITPKDS files; what names them."""
+    litpkds.export(data, "train", data.parent / "packed", "train_x", chunk, tail)
+    return str(data.parent / "packed" / "train_x")
+
+
+def test_clean_data_are_said_to_be(data, findings, capsys, tmp_path, monkeypatch):
+    path = packed(data)
+    capsys.readouterr()
+    assert findings(path, "--seq-len", S) == []
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert audit.main([str(data)]) == 0
+    said = capsys.readouterr().out
+    manifest = Blocks(data, "train").manifest["splits"]
+    for split in ("train", "validation"):
+        counts = manifest[split]
+        assert f"({split}): {counts['blocks']:,} blocks, {counts['tokens']:,} tokens" in said
+        assert f"{counts['documents']:,} documents" in said
+    page = (tmp_path / "audit.html").read_text()
+    assert "nothing wrong found" in page and page.count("<img src='data:image/png;base64,iVBOR") == 2
+    shown = re.findall("<pre>(.*?)</pre>", page, re.S)
+    assert len(shown) == 6
+    documents = [words(seed % 7 * 20 + 10, seed) for seed in range(45)]
+    for part in (part for text in shown for part in text.split("\n---\n")):
+        assert any(part.strip() in document for document in documents)
+    assert not re.search("src='http|href=", page)
+
+
+def test_counts_are_those_of_the_documents(data):
+    found = audit.survey(Blocks(data, "train"), audit.Findings(), lambda _: None)
+    spm = tokenizer_lib.load(data / "tokenizer")
+    lengths = [len(spm.encode(words(seed % 7 * 20 + 10, seed))) + 1 for seed in range(40)]
+    assert found.n_documents() == 40 and found.tokens == sum(lengths)
+    bins = np.bincount((np.log2(lengths) * audit.OCTAVE).astype(int), minlength=len(found.documents))
+    np.testing.assert_array_equal(found.documents, bins)
+    blocks = Blocks(data, "train")
+    tokens, length = blocks.read(np.arange(len(blocks)))
+    real = tokens[np.arange(S + 1) < length[:, None]]
+    np.testing.assert_array_equal(found.counts_V, np.bincount(real, minlength=512))
+    np.testing.assert_array_equal(found.lengths, np.bincount(length, minlength=S + 2))
+
+
+# -- faults of what `prepare` wrote -------------------------------------------------------------------------------------
+
+
+def test_ids_out_of_the_vocabulary(data, findings):
+    def plant(tokens, _):
+        tokens[5, 7], tokens[5, 8], tokens[11, 0] = 600, 512, 65_535
+
+    file = rewrite(data, plant)
+    assert findings(data) == [
+        f"{data} (train): {file}, record 5: 2 ids out of the vocabulary of 512: 600",
+        f"{data} (train): {file}, record 11: 1 ids out of the vocabulary of 512: 65535",
+    ]
+
+
+def test_duplicate_blocks_within_and_across(data, findings):
+    file = rewrite(data, lambda tokens, _: tokens.__setitem__(slice(8, 10), tokens[3]), documents=0)
+    (stolen,), _ = Blocks(data, "train").read([1])
+    other = rewrite(data, lambda tokens, _: tokens.__setitem__(2, stolen), "validation")
+    said = [line for line in findings(data) if "has the same tokens" in line]
+    assert said == [
+        f"{data} (train): {file}, record 8: has the same tokens as {file}, record 3",
+        f"{data} (train): {file}, record 9: has the same tokens as {file}, record 3",
+        f"{data} (validation): {other}, record 2: has the same tokens as {data} (train), {file}, record 1",
+    ]
+
+
+def test_many_findings_are_counted(data, findings):
+    rewrite(data, lambda tokens, _: tokens.__setitem__(slice(0, 31), tokens[3]))
+    said = findings(data)
+    assert sum("has the same tokens" in line for line in said) == audit.MOST
+    assert f"{data} (train): duplicate blocks: 20 more" in said
+
+
+@pytest.mark.parametrize(("id_", "name"), [(BOS, "bos"), (EOS, "eos"), (0, "0")])
+def test_padding_that_is_trained_on(data, findings, id_, name):
+    file = rewrite(data, lambda tokens, _: tokens[6].__setitem__(slice(12, None), id_))
+    assert f"{data} (train): {file}, record 6: {name} ({id_}) after {name}, 4 times: padding?" in findings(data)
+
+
+def test_a_padded_block_that_calls_itself_full(data, findings):
+    last = Blocks(data, "train").files()[0][2] - 1
+    (length,) = Blocks(data, "train").read([last])[1]
+    assert length < S
+    rewrite(data, lambda _, length: length.__setitem__(-1, S + 1))
+    said = findings(data)
+    assert any(f"record {last}: 0 (0) after 0, {S - length} times: padding?" in line for line in said)
+    assert any("manifest.json: speaks of " in line and " tokens; there are " in line for line in said)
+
+
+def test_eos_that_is_not_there(data, findings):
+    def plant(tokens, _):
+        tokens[tokens == EOS] = 300
+
+    rewrite(data, plant)
+    (line,) = findings(data)
+    assert re.fullmatch(
+        rf"{data} \(train\): manifest.json: speaks of 40 documents, each with eos \(2\); there are [1-3]?\d", line
+    )
+
+
+def test_what_the_data_should_not_have(data, findings):
+    blocks = Blocks(data, "train")
+    tokens, _ = blocks.read(np.arange(len(blocks)))
+    row = int(np.flatnonzero((tokens == EOS).any(axis=1))[0])
+    file, record = blocks.place(row)
+    edit(data, lambda manifest: manifest.update(eos=False))
+    said = findings(data)
+    line = f"{data} (train): {file.name}, record {record}: is the first of 40 eos (2); there should be none"
+    assert line in said and len(said) == 2  # of validation too
+    edit(data, lambda manifest: manifest.update(eos=True))
+    file = rewrite(data, lambda tokens, _: tokens[4].__setitem__(0, BOS))
+    assert f"{data} (train): {file}, record 4: is the first of 1 bos (1); there should be none" in findings(data)
+
+
+def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": words(30, seed)}) + "\n" for seed in range(5)))
+    made = {"train": [tmp_path / "x.jsonl"], "tokenizer": tiny_data / "512.model", "seq_len": S, "workers": 1, "bos": True}
+    for eos in (False, True):
+        prepare_lib.prepare(**made, eos=eos, output=tmp_path / f"data{eos}")
+        assert findings(tmp_path / f"data{eos}") == []
+        found = audit.survey(Blocks(tmp_path / f"data{eos}", "train"), audit.Findings(), lambda _: None)
+        assert found.n_documents() == 5 and found.documents.sum() == 5 - (not eos)  # where the last one ends nothing says
+    edit(tmp_path / "dataTrue", lambda manifest: manifest["splits"]["train"].update(documents=6))
+    assert len(findings(tmp_path / "dataTrue")) == 2
+
+
+def test_damage_is_named_and_the_rest_is_read(data, findings):
+    file, first, last = Blocks(data, "train").files()[1]
+    whole = file.read_bytes()
+    at = len(whole.rstrip(b"\0")) // 4
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    said = findings(data)
+    assert said[0] == f"{data} (train): {file.name}: is not the file that was written (sha256)"
+    assert len(said) == 2 and re.search(rf"{file}, record \d+: is damaged; copy or prepare", said[1])
+    file.write_bytes(bytes(len(whole)))
+    said = findings(data)
+    assert (
+        sum("is damaged" in line for line in said) == audit.MOST and f"{data} (train): damage: {last - first - 10} more" in said
+    )
+
+
+def test_other_bytes_that_are_as_good(data, findings):
+    manifest = (data / "manifest.json").read_bytes()
+    size = Blocks(data, "train").files()[0][0].stat().st_size
+    file = rewrite(data, lambda tokens, _: tokens.__setitem__((3, 3), tokens[3, 3] ^ 1))
+    assert (data / file).stat().st_size == size
+    (data / "manifest.json").write_bytes(manifest)
+    assert findings(data) == [f"{data} (train): {file}: is not the file that was written (sha256)"]
+
+
+def test_a_split_that_does_not_open(data, findings):
+    file = Blocks(data, "train").files()[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    (line,) = findings(data)
+    assert line.startswith(f"{data} (train): {file}: has ") and " bytes, and should have " in line
+    (data / "manifest.json").write_text("{")
+    (line,) = findings(data)
+    assert line.startswith(f"{data}: {data}/manifest.json: is damaged")
+
+
+def test_another_tokenizer(data, tiny_data, findings):
+    shutil.copy(tiny_data / "400.model", data / "tokenizer" / "tokenizer.model")
+    assert f"{data} (train): {data}/tokenizer: is another tokenizer than the manifest's" in findings(data)
+
+
+def test_counts_that_are_not_the_manifests(data, findings):
+    n = Blocks(data, "train").manifest["splits"]["train"]["tokens"]
+    edit(data, lambda manifest: manifest["splits"]["train"].update(tokens=n + 1))
+    assert findings(data) == [f"{data} (train): manifest.json: speaks of {n + 1:,} tokens; there are {n:,}"]
+
+
+# -- faults of the original's files ---------------------------------------------------------------------------------------
+
+
+def test_a_tail_filled_up(data, findings, capsys):
+    path = packed(data, 100 * (S + 1), "fill")
+    n = Blocks(data, "train").manifest["splits"]["train"]["tokens"]
+    filling = -n % (100 * (S + 1))
+    assert filling > 2 * S
+    capsys.readouterr()
+    said = findings(path, "--seq-len", S)
+    file = litpkds.files_of(path)[-1].name
+    record = n % (100 * (S + 1)) // (S + 1)
+    first = (
+        f"{path} (train): {file}, record {record}: is the first of {100 - record} blocks that end in bos or eos over and over"
+    )
+    assert said == [f"{first}, {filling:,} in all, left out when they are read"]
+    assert audit.main([path, "--seq-len", str(S)]) == 4
+    assert f"{n:,} tokens" in (out := capsys.readouterr().out) and f"; {filling:,} tokens of filling left out" in out
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        ({70: BOS}, "record 4: is the first of 1 bos (1); there should be none"),
+        ({70: BOS, 71: BOS}, "record 4: bos (1) after bos, 1 times: padding?"),
+        ({5: 600}, "record 0: 1 ids out of the vocabulary of 512: 600"),
+        ("no eos", "all files: have no eos (2), which should stand at each document's end"),
+        ("twice", "record 1: has the same tokens as {file}, record 0"),
+    ],
+)
+def test_what_is_in_packed_files(data, findings, plant, words, capsys):
+    path = packed(data)
+    file = litpkds.files_of(path)[0]
+    for one in litpkds.files_of(path) if plant == "no eos" else [file]:
+        tokens = np.memmap(one, "<u2", "r+", 24)
+        if plant == "no eos":
+            tokens[tokens == EOS] = 300
+        elif plant == "twice":
+            tokens[S + 1 : 2 * (S + 1)] = tokens[: S + 1]
+        else:
+            tokens[list(plant)] = list(plant.values())
+        tokens.flush()
+    capsys.readouterr()
+    where = "" if plant == "no eos" else f"{file.name}, "
+    assert f"{path} (train): {where}{words.format(file=file.name)}" in findings(path, "--seq-len", S)
+
+
+def test_packed_files_that_do_not_open(data, findings, capsys):
+    path = packed(data)
+    file = litpkds.files_of(path)[1]
+    file.write_bytes(file.read_bytes()[:-2])
+    capsys.readouterr()
+    (line,) = findings(path, "--seq-len", S)
+    assert line.startswith(f"{path} (train): {file}: has ") and "its header says" in line
+
+
+# -- what a run would read ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(data, tiny_config_file) -> Path:
+    """A run on that data set, once and a half over it, and a second one."""
+    other = shutil.copytree(tiny_config_file.parent / "b", data.parent / "b")
+    text = tiny_config_file.read_text().replace(str(tiny_config_file.parent / "a"), str(data)).replace("/b", "/b")
+    text = text.replace(str(tiny_config_file.parent / "b"), str(other)).replace("seqs_per_device=8", "seqs_per_device=2")
+    path = data.parent / "run.py"
+    path.write_text(text)
+    return path
+
+
+def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings, capsys):
+    arguments = [str(data), "--config", str(config_file), "--train.steps", "900", "--processes", "4", "--data.skip=3:4"]
+    assert findings(*arguments) == []
+    audit.main(arguments)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order: ")]
+    assert said[0] == "order: all 7,200 samples of the run, those that data.skip=3:4 leaves out among them"
+    n = len(Blocks(data, "train"))
+    assert said[1] == f"order: 5,040 from {data}, {5_040 / n:.2f} epochs" and n < 2_520
+    config = c.override(c.read(str(config_file)), {"train.steps": "900"})
+    sources = feed.open_sources(config)
+    source, block = feed.order(config, sources).locate(np.arange(7_200))
+    for p in range(4):
+        mine = np.flatnonzero(np.arange(7_200) % 8 // 2 == p)
+        first = ", ".join(f"{['data', 'b'][source[i]]} {block[i]:,}" for i in mine[:4])
+        counts = np.bincount(source[mine])
+        assert said[3 + p] == f"order: process {p} of 4 reads {counts[0]:,} of data, {counts[1]:,} of b; first {first}"
+
+
+def test_a_part_of_a_large_run(data, config_file, findings, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "SAMPLES", 1_000)
+    assert findings("--config", config_file, "--data.sources", data, "--train.steps=9000") == []
+    audit.main([str(data), "--config", str(config_file), "--train.steps=9000"])
+    assert "order: the first 1,000 of 72,000 samples of the run\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["ranks that overlap", "files left out", "blocks that are not there"])
+def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault):
+    """The original's bugs, planted in the order that training itself asks."""
+    right = feed.Order.locate
+    n = len(Blocks(data, "train"))
+
+    def wrong(self, samples):
+        source, block = right(self, samples)
+        if fault == "ranks that overlap":
+            return source, np.where(block == 7, 8, block)
+        return source, np.where(block == 7, n if fault == "blocks that are not there" else 9, block)
+
+    monkeypatch.setattr(feed.Order, "locate", wrong)
+    said = findings(data, "--config", config_file, "--data.sources", data, "--train.steps", -(-n // 8))
+    file = Blocks(data, "train").files()[0][0].name
+    if fault == "blocks that are not there":
+        assert f"{data} (train): epoch 1: block {n:,} of {n:,} is asked for" in said
+    else:
+        twice = 8 if fault == "ranks that overlap" else 9
+        assert f"{data} (train): {file}, record {twice}: is read more than once in epoch 1" in said
+    assert f"{data} (train): {file}, record 7: is not read in epoch 1" in said
+
+
+# -- a user's mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name a data set: "),
+        (["gone"], "gone: no such folder"),
+        (["data", "--train.steps=5"], "--train.steps=5: is about a training run; give its --config too"),
+        (["data", "--processes=2"], "--processes: is about a training run"),
+        (["data", "--config=gone.py"], "--config=gone.py: no such file"),
+        (["data", "--config=run.py", "--processes=3"], "do not divide into 3 devices"),
+        (["data", "--config=run.py", "--processes=0"], "--processes 0: must be positive"),
+        (["data", "--seq-len=0"], "--seq-len 0: must be positive"),
+        (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
+        (["."], "has no manifest.json"),
+    ],
+)
+def test_mistakes(data, config_file, arguments, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        audit.main(arguments)

@@ -1,0 +1,303 @@
+"""LITPKDS files: read without losing a token or training on filling, written byte for byte, refused when they are not whole."""
+
+import concurrent.futures
+import dataclasses
+import json
+import pickle
+import resource
+import shutil
+import struct
+
+import numpy as np
+import pytest
+
+from tinyllama_jax import config as c
+from tinyllama_jax.config import UserError
+from tinyllama_jax.data import feed, litpkds
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import Blocks, Damaged
+from tinyllama_jax.data.litpkds import Packed
+
+S = 16
+BOS, EOS = 1, 2
+
+
+def header(chunk: int, magic: bytes = b"LITPKDS", version: int = 1, code: int = 8) -> bytes:
+    """From the format's description, field by field."""
+    return magic + version.to_bytes(8, "little") + bytes([code]) + chunk.to_bytes(8, "little")
+
+
+def as_the_builder_would(tokens: list[int], chunk: int, tail: str) -> list[bytes]:
+    """The files of these tokens: each as full as the tokens allow, the last one filled up with bos, or not there at all."""
+    files, rest = [], list(tokens)
+    while len(rest) > chunk:
+        files.append(rest[:chunk])
+        rest = rest[chunk:]
+    if tail == "fill":
+        files.append(rest + [BOS] * (chunk - len(rest)))
+    return [header(chunk) + b"".join(t.to_bytes(2, "little") for t in file) for file in files]
+
+
+@pytest.fixture(scope="module")
+def stream(tiny_data) -> np.ndarray:
+    """All tokens of the source a's training split, one after another."""
+    return np.concatenate(list(litpkds.stream(Blocks(tiny_data / "a", "train"))))
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_data):
+    """A folder with a tokenizer beside whatever files a test puts there."""
+    shutil.copy(tiny_data / "512.model", tmp_path / "tokenizer.model")
+    return tmp_path
+
+
+def put(folder, *chunks, prefix="train_x", dtype="uint16"):
+    """Files of these tokens, alike in size."""
+    for i, chunk in enumerate(chunks):
+        data = header(len(chunk), code=litpkds.WRITTEN[dtype]) + np.asarray(chunk, dtype).tobytes()
+        (folder / f"{prefix}_{i:010d}.bin").write_bytes(data)
+    return folder / prefix
+
+
+def everything(blocks) -> list[list[int]]:
+    tokens, length = blocks.read(np.arange(len(blocks)))
+    return [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)]
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", ["fill", "drop"])
+@pytest.mark.parametrize("chunk", ["7", "8 blocks", "half", "all", "all and one"])
+def test_files_are_those_of_the_builder(tiny_data, tmp_path, stream, chunk, tail, capsys):
+    n = len(stream)
+    chunk = {"7": 7, "8 blocks": 8 * (S + 1), "half": n // 2, "all": n, "all and one": n + 1}[chunk]
+    want = as_the_builder_would(stream.tolist(), chunk, tail)
+    arguments = ["--input", str(tiny_data / "a"), "--prefix", "train_slim", "--output", str(tmp_path / "out")]
+    arguments += ["--chunk-size", str(chunk), "--tail", tail]
+    if not want:
+        with pytest.raises(UserError, match=f"--tail drop: there is one file of {n:,} tokens; say --tail fill, or a --chunk"):
+            litpkds.main(arguments)
+        return
+    litpkds.main(arguments)
+    files = sorted((tmp_path / "out").glob("*.bin"))
+    assert [file.name for file in files] == [f"train_slim_{i:010d}.bin" for i in range(len(want))]
+    assert [file.read_bytes() for file in files] == want
+    left = len(want) * chunk - n
+    assert (f"{left:,} bos fill up" if tail == "fill" else f"the last {-left:,} tokens are dropped") in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".bin") == ["tokenizer"]
+
+
+def test_a_file_by_hand(tmp_path):
+    parts = [np.array([5, 2]), np.array([], int), np.array([260, 7, 2])]
+    assert litpkds.write(parts, tmp_path, "x", 4, "uint16", 1) == (2, 5)
+    start = "4c495450 4b4453" + "01 00000000000000" + "08" + "04 00000000000000"
+    assert (tmp_path / "x_0000000000.bin").read_bytes() == bytes.fromhex(start + "0500 0200 0401 0700")
+    assert (tmp_path / "x_0000000001.bin").read_bytes() == bytes.fromhex(start + "0200 0100 0100 0100")
+    assert litpkds.write(parts, tmp_path, "y", 4, "int32", None) == (1, 5)
+    assert (tmp_path / "y_0000000000.bin").read_bytes()[15:] == struct.pack("<BQiiii", 4, 4, 5, 2, 260, 7)
+
+
+def test_the_files_appear_when_all_are_written(tiny_data, tmp_path, monkeypatch):
+    out, right = tmp_path / "out", litpkds.write
+    litpkds.export(tiny_data / "a", "validation", out, "validation_x", 100)
+
+    def killed(tokens, folder, *rest):
+        right(tokens, folder, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(litpkds, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        litpkds.export(tiny_data / "a", "train", out, "train_x", 100)
+    assert not litpkds.files_of(out / "train_x")
+    monkeypatch.undo()
+    files = litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
+    assert litpkds.files_of(out / "train_x") == files and not (out / "train_x.partial").exists()
+    with pytest.raises(UserError, match="train_x_0000000000.bin: exists already; choose another --prefix"):
+        litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
+    with pytest.raises(UserError, match="has the tokenizer of other data"):
+        litpkds.export(tiny_data / "other", "train", out, "train_y", 1_000)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"chunk": 0}, "--chunk-size 0: must be positive"),
+        ({"prefix": "a/b"}, "--prefix a/b: must be what the files' names begin with"),
+        ({"source": "nowhere"}, "nowhere: no such folder"),
+        ({"split": "test"}, "has no split 'test'"),
+    ],
+)
+def test_what_cannot_be_written(tiny_data, tmp_path, changed, words):
+    asked = {"source": tiny_data / "a", "split": "train", "output": tmp_path / "out", "prefix": "x"} | changed
+    with pytest.raises(UserError, match=words):
+        litpkds.export(**asked)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [S + 1, 8 * (S + 1), 100, 1_003])
+@pytest.mark.parametrize("seq_len", [S, 31])
+def test_no_token_is_lost_and_no_filling_read(tiny_data, tmp_path, stream, chunk, seq_len):
+    litpkds.export(tiny_data / "a", "train", tmp_path, "train_x", chunk)
+    blocks = Packed(tmp_path / "train_x", "train", seq_len)
+    n_files = -(-len(stream) // chunk)
+    assert len(blocks) == n_files * -(-chunk // (seq_len + 1)) and blocks.dtype == np.uint16
+    tokens, length = blocks.read(np.arange(len(blocks)))
+    assert tokens.shape == (len(blocks), seq_len + 1) and length.dtype == np.int32 and tokens.flags.writeable
+    assert np.concatenate([row[:n] for row, n in zip(tokens, length, strict=True)]).tolist() == stream.tolist()
+    stored = blocks.stored(np.arange(len(blocks)))
+    assert stored.sum() == n_files * chunk and not tokens[np.arange(seq_len + 1) >= stored[:, None]].any()
+    order = np.random.default_rng(0).permutation(len(blocks))
+    np.testing.assert_array_equal(blocks.read(order)[0], tokens[order])
+    np.testing.assert_array_equal(blocks.read(order)[1], length[order])
+    assert blocks.read([])[0].shape == (0, seq_len + 1)
+    with pytest.raises(IndexError):
+        blocks.read([len(blocks)])
+
+
+def test_filling_is_cut_by_hand(folder):
+    path = put(
+        folder,
+        [7, 8, 9, 2, 5, 6, 7, 8, 3, 3],  # repeats of what is no separator stay
+        [7, 8, 9, 2, 1, 1, 1, 1, 1, 1],  # a run over a block's edge, and a last one with nothing else
+        [7, 8, 9, 1, 5, 6, 7, 2, 2, 2],  # one bos stays, and the eos that ends a text does
+        [1, 1, 9, 8, 2, 2, 2, 2, 2, 2],  # bos twice where a block begins is none of it
+    )
+    want = [
+        [[7, 8, 9, 2], [5, 6, 7, 8], [3, 3]],
+        [[7, 8, 9, 2], [], []],
+        [[7, 8, 9, 1], [5, 6, 7, 2], []],
+        [[1, 1, 9, 8], [], []],
+    ]
+    assert everything(Packed(path, "train", 3)) == [block for file in want for block in file]
+    assert everything(Packed(path, "train", 9)) == [
+        [7, 8, 9, 2, 5, 6, 7, 8, 3, 3], [7, 8, 9, 2], [7, 8, 9, 1, 5, 6, 7, 2], [1, 1, 9, 8, 2]
+    ]  # fmt: skip
+
+
+def test_a_source_like_any_other(tiny_config, tiny_data, tmp_path):
+    """The same order and batches whatever reads them, beside a prepared source, with its validation split."""
+    for split in ("train", "validation"):
+        litpkds.export(tiny_data / "a", split, tmp_path, f"{split}_a", 40 * (S + 1))
+    both = {f"{tmp_path}/train_a*": 0.7, str(tiny_data / "b"): 0.3}
+    config = dataclasses.replace(tiny_config, data=c.Data(both))
+    sources = feed.open_sources(config)
+    assert [type(s) for s in sources] == [Packed, Blocks] and feed.eos_id(config, sources) == EOS
+    assert tokenizer_lib.load(sources[0].tokenizer).sha256 == sources[0].tokenizer_sha256 == sources[1].tokenizer_sha256
+    held_out = feed.open_held_out(config, sources)
+    assert list(held_out) == list(both)
+    want = np.concatenate(list(litpkds.stream(Blocks(tiny_data / "a", "validation")))).tolist()
+    assert [t for block in everything(held_out[f"{tmp_path}/train_a*"]) for t in block] == want
+    tokens, length = next(feed.training(config, sources, (1, 8), np.arange(8), 17))
+    source, block = feed.order(config, sources).locate(np.arange(17 * 8, 18 * 8))
+    for row, (j, index) in enumerate(zip(source, block, strict=True)):
+        (one,), (n,) = sources[j].read([index])
+        assert one.tolist() == tokens[0, row].tolist() and n == length[0, row]
+    assert set(source) == {0, 1}
+
+
+def test_the_folder_is_not_the_name(folder, stream):
+    put(folder, stream[:100], prefix="train_slim")
+    put(folder, stream[:100], prefix="validation_slim")
+    put(folder, stream[:100], prefix="other")
+    (folder / "train_slim.partial").mkdir()
+    (folder / "train_slim_notes.txt").touch()
+    names = lambda *args: [file.name for file in litpkds.files_of(*args)]
+    for path in (folder / "train_slim", f"{folder}/train_slim*", f"{folder}/train_slim_0000000000.bin", f"{folder}/train*.bin"):
+        assert names(path) == ["train_slim_0000000000.bin"] and names(path, "validation") == ["validation_slim_0000000000.bin"]
+    assert names(folder / "other", "validation") == names(folder / "gone") == names(folder) == names(folder / "no" / "x") == []
+    with pytest.raises(UserError, match=f"is named by what its .bin files begin with, such as {folder / 'train'}"):
+        feed.open_source(str(folder), "train", S)
+    with pytest.raises(UserError, match="other: has no split 'validation'"):
+        Packed(folder / "other", "validation", S)
+
+
+def test_what_identifies_a_source_is_its_names_sizes_and_headers(folder, stream):
+    path = put(folder, stream[:100], stream[100:200])
+    first = Packed(path, "train", S).manifest_sha256
+    assert Packed(path, "train", 31).manifest_sha256 == first
+    (folder / "train_x_0000000001.bin").rename(folder / "train_x_0000000007.bin")
+    second = Packed(path, "train", S).manifest_sha256
+    (folder / "train_x_0000000007.bin").unlink()
+    third = Packed(path, "train", S).manifest_sha256
+    put(folder, stream[:50], stream[50:100])
+    fourth = Packed(path, "train", S).manifest_sha256
+    put(folder, [5] * 25, [5] * 25, dtype="int32")  # of the same sizes
+    assert len({first, second, third, fourth, Packed(path, "train", S).manifest_sha256}) == 5
+
+
+def test_pickled_threads_and_few_files_at_once(folder, stream, monkeypatch):
+    path = put(folder, *(stream[i * 100 : (i + 1) * 100] for i in range(20)))
+    want = Packed(path, "train", S).read(np.arange(120))
+    again = pickle.loads(pickle.dumps(Packed(path, "train", S)))
+    np.testing.assert_array_equal(again.read(np.arange(120))[0], want[0])
+    monkeypatch.setattr(litpkds, "MAPPED", 3)
+    blocks = Packed(path, "train", S)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        orders = [np.random.default_rng(i).permutation(120) for i in range(32)]
+        for order, (tokens, length) in zip(orders, pool.map(blocks.read, orders), strict=True):
+            np.testing.assert_array_equal(tokens, want[0][order])
+            np.testing.assert_array_equal(length, want[1][order])
+    assert len(blocks._readers) == 3
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        assert litpkds._may_map(2) == 2 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 258
+        monkeypatch.setattr(litpkds, "MAPPED", 1 << 40)
+        assert litpkds._may_map(10**9) == hard - 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- what is not whole --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (header(100)[:-1], "is truncated: 23 bytes, and its header alone takes 24"),
+        (b"", "is truncated: 0 bytes"),
+        (header(100) + bytes(199), "has 223 bytes, and its header says 224 \\(100 tokens\\)"),
+        (header(100) + bytes(201), "has 225 bytes, and its header says 224"),
+        (header(0), "has 24 bytes, and its header says 24 \\(0 tokens\\)"),
+        (header(100, magic=b"LITPKDX") + bytes(200), "begins with b'LITPKDX', not b'LITPKDS'"),
+        (header(100, version=2) + bytes(200), "is of version 2; only version 1 is known"),
+        (header(100, code=9) + bytes(900), "holds dtype 9; tokens are uint16 or int32"),
+        (header(100, code=6) + bytes(400), "holds float32; tokens are uint16 or int32"),
+        (header(50) + bytes(100), "has 50 tokens of uint16, and .*_0000000000.bin has 100 of uint16"),
+        (header(100, code=4) + bytes(400), "has 100 tokens of int32, and .*_0000000000.bin has 100 of uint16"),
+    ],
+)
+def test_one_bad_header_is_one_line_that_names_the_file(folder, content, words):
+    path = put(folder, *[[5] * 100] * 600)  # more than one thread reads
+    bad = folder / "train_x_0000000555.bin"
+    bad.write_bytes(content)
+    with pytest.raises(Damaged, match=f"^{bad}: {words}[^\n]*$"):
+        Packed(path, "train", S)
+
+
+def test_int32(folder):
+    blocks = Packed(put(folder, [5, 70_000, 2, 1, 1], dtype="int32"), "train", 1)
+    assert blocks.dtype == np.int32 and everything(blocks) == [[5, 70_000], [2, 1], [1]]
+
+
+def test_a_file_that_goes_while_it_is_read(folder, stream):
+    blocks = Packed(put(folder, stream[:100], stream[:100]), "train", S)
+    (folder / "train_x_0000000001.bin").write_bytes(header(100))
+    with pytest.raises(Damaged, match=r"train_x_0000000001.bin, record 0: is damaged"):
+        blocks.read([0, len(blocks) - 1])
+
+
+def test_the_tokenizer_lies_beside_them(folder, tiny_data):
+    path = put(folder, [5] * 100)
+    shutil.copytree(tiny_data / "other" / "tokenizer", folder / "tokenizer")  # before the file
+    vocabulary = Packed(path, "train", S).manifest["tokenizer"]
+    assert vocabulary == json.loads((tiny_data / "other" / "manifest.json").read_text())["tokenizer"]
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(
+        UserError, match=f"has no tokenizer beside its LITPKDS files; put theirs there, as {folder}/tokenizer.model"
+    ):
+        Packed(path, "train", S)

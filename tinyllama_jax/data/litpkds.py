@@ -1,0 +1,296 @@
+"""LITPKDS .bin shards, the original's packed files: read as they lie on the disk, and written from a prepared data set.
+
+    python -m tinyllama_jax.data.litpkds --input DIR --split train --prefix train_slim --output DIR2
+
+A file is a header of 24 bytes (b"LITPKDS", version 1 as u64, code of the dtype as u8, tokens in the file as u64, little-endian)
+and the tokens. A source is named by what its files' names begin with, DIR/train_slim; a tokenizer lies beside them in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import mmap
+import os
+import resource
+import shutil
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from tinyllama_jax.config import UserError, run_main
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import Blocks, Damaged
+
+HEADER = struct.Struct("<7sQBQ")
+MAGIC, VERSION = b"LITPKDS", 1
+CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32", 7: "float64", 8: "uint16"}
+WRITTEN = {"uint16": 8, "int32": 4}  # what the original's builder takes for tokens
+CHUNK = 2049 * 1024  # tokens in a file
+MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
+AHEAD = 256  # files whose headers a thread reads at once
+
+
+def files_of(path: str | Path, split: str = "train") -> list[Path]:
+    """The .bin files of `split` whose names begin with that of `path` (a * at its end is left off), in order.
+
+    Those of another split have its name where these have "train". None where `path` is a folder.
+    """
+    folder, prefix = os.path.split(os.fspath(path).removesuffix(".bin").removesuffix("*"))
+    if split != "train":
+        if "train" not in prefix:
+            return []
+        prefix = prefix.replace("train", split, 1)
+    folder = folder or "."
+    if not prefix or os.path.isdir(path) or not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".bin")]
+    return [Path(folder, name) for name in sorted(names)]
+
+
+class Packed(Blocks):
+    """The blocks of one split of LITPKDS files. A source like any other; files are mapped when first read; can be pickled.
+
+    A block is the next S + 1 tokens of a file, and the last one of a file is what is left: no token is dropped. What fills up a
+    file at its end (the original's builder did so with bos) is left out when it is read: a block that ends in bos twice or more
+    is cut there, in eos twice or more after the first. Nothing that says anything is lost: two in a row begin or end a document
+    without a text. A block that is all filling has length 0.
+    """
+
+    def __init__(self, path: str | Path, split: str, seq_len: int):
+        """`path`: as `files_of` takes. Raises UserError if a file's header or size is wrong, or there is no tokenizer."""
+        files = {name: files_of(path, name) for name in ("train", "validation")}
+        if not files.get(split):
+            raise UserError(f"{path}: has no split {split!r}: there is no file of that name in {os.path.dirname(path) or '.'}")
+        self.directory, self.split, self.seq_len = Path(path), split, seq_len
+        self._files = files[split]
+        self._stored, self._chunk, headers = _headers(self._files)
+        self.dtype = np.dtype(self._stored.name)
+        identity = hashlib.sha256()
+        for file, header in zip(self._files, headers, strict=True):
+            identity.update(f"{file.name} {HEADER.size + self._chunk * self._stored.itemsize} ".encode() + header)
+        self.manifest_sha256 = identity.hexdigest()
+        spm = _tokenizer(self._files[0].parent)
+        self.tokenizer, self.tokenizer_sha256 = spm.path, spm.sha256
+        vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
+        self.manifest = {"seq_len": seq_len, "dtype": self.dtype.name, "bos": False, "eos": True, "tokenizer": vocabulary}
+        self.manifest["splits"] = {name: {"files": len(found)} for name, found in files.items() if found}
+        self._per_file = -(-self._chunk // (seq_len + 1))
+        self._ends = np.arange(1, len(self._files) + 1) * self._per_file
+        self._open()
+
+    def _open(self) -> None:
+        self._readers: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Blocks.read`."""
+        indices, width = self._checked(indices), self.seq_len + 1
+        file, block = np.divmod(indices, self._per_file)
+        tokens, length = np.empty((len(indices), width), self.dtype), self.stored(indices)
+        begin = HEADER.size + block * (width * self.dtype.itemsize)
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        readers = [self._readers.get(f) or self._reader(f) for f in file.tolist()]
+        need = (begin + width * self.dtype.itemsize - page).tolist()
+        for (mapped, _), at, size in zip(readers, page.tolist(), need, strict=True):
+            mapped.madvise(mmap.MADV_WILLNEED, at, size)  # from a disk all at once: three times as fast as one after another
+        for row, ((_, stored), at) in enumerate(zip(readers, (block * width).tolist(), strict=True)):
+            part = stored[at : at + width]
+            if len(part) == width:
+                tokens[row] = part
+            else:
+                tokens[row, : len(part)], tokens[row, len(part) :] = part, 0
+        for row in np.flatnonzero(self._filled(tokens, length)):
+            length[row] = self._without_filling(tokens[row, : length[row]])
+        return tokens, length
+
+    def stored(self, indices: np.ndarray) -> np.ndarray:
+        """How many tokens the blocks [n] have on the disk [n] int32, filling counted."""
+        left = self._chunk - np.asarray(indices, np.int64) % self._per_file * (self.seq_len + 1)
+        return np.minimum(self.seq_len + 1, left).astype(np.int32)
+
+    def _filled(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+        rows = np.arange(len(tokens))
+        last, before = (tokens[rows, np.maximum(length - back, 0)] for back in (1, 2))
+        vocabulary = self.manifest["tokenizer"]
+        return (length > 1) & (last == before) & ((last == vocabulary["bos_id"]) | (last == vocabulary["eos_id"]))
+
+    def _without_filling(self, tokens: np.ndarray) -> int:
+        others = np.flatnonzero(tokens != tokens[-1])
+        end = int(others[-1]) + 1 if others.size else 0
+        return end + int(end and tokens[-1] == self.manifest["tokenizer"]["eos_id"])
+
+    def _reader(self, file: int) -> tuple[mmap.mmap, np.ndarray]:
+        with self._lock:
+            if file not in self._readers:
+                if len(self._readers) >= _may_map(len(self._files)):
+                    self._readers.pop(next(iter(self._readers)))  # it stays mapped while another thread copies from it
+                try:
+                    with open(self._files[file], "rb") as opened:
+                        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                    mapped.madvise(mmap.MADV_RANDOM)  # else each fault reads 128 KiB
+                    self._readers[file] = mapped, np.frombuffer(mapped, self._stored, self._chunk, HEADER.size)
+                except (OSError, ValueError) as error:
+                    raise self._damaged(file, 0, error) from None
+            return self._readers[file]
+
+
+def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
+    """(dtype, tokens in a file, the header of each). Raises UserError naming the first file that is not whole or not alike."""
+    with ThreadPoolExecutor(16) as pool:  # who reads over a network waits for 16 at once
+        found = pool.map(lambda i: [_begin(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
+        begins = [begin for part in found for begin in part]
+    right = None
+    for file, (header, size) in zip(files, begins, strict=True):
+        if (header, size) == right:
+            continue
+        if len(header) < HEADER.size:
+            raise Damaged(f"{file}: is truncated: {size} bytes, and its header alone takes {HEADER.size}; copy it again")
+        magic, version, code, chunk = HEADER.unpack(header)
+        if magic != MAGIC:
+            raise Damaged(f"{file}: begins with {magic!r}, not {MAGIC!r}: is not a LITPKDS file, or damaged; move or copy it")
+        if version != VERSION:
+            raise Damaged(f"{file}: is of version {version}; only version {VERSION} is known")
+        if CODES.get(code) not in WRITTEN:
+            raise Damaged(f"{file}: holds {CODES.get(code, f'dtype {code}')}; tokens are {' or '.join(WRITTEN)}")
+        dtype = np.dtype(CODES[code]).newbyteorder("<")
+        if size != (whole := HEADER.size + chunk * dtype.itemsize) or not chunk:
+            raise Damaged(f"{file}: has {size:,} bytes, and its header says {whole:,} ({chunk:,} tokens); copy it again")
+        if right is not None:
+            of = HEADER.unpack(right[0])
+            raise Damaged(
+                f"{file}: has {chunk:,} tokens of {CODES[code]}, and {files[0]} has {of[3]:,} of {CODES[of[2]]}; "
+                "all files of a source are alike: move those of another one away"
+            )
+        right = header, size
+    return dtype, chunk, [header for header, _ in begins]
+
+
+def _begin(path: Path) -> tuple[bytes, int]:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(HEADER.size), os.fstat(file.fileno()).st_size
+
+
+def _tokenizer(folder: Path) -> tokenizer_lib.Tokenizer:
+    for place in (folder / "tokenizer", folder):
+        if any((place / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+            return tokenizer_lib.load(place)
+    put = f"put theirs there, as {folder / 'tokenizer.model'}"
+    raise UserError(f"{folder}: has no tokenizer beside its LITPKDS files; {put}")
+
+
+def _may_map(n: int) -> int:
+    """How many of `n` files can be mapped at once; each takes a file descriptor, of which 256 are left for others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(n, MAPPED) + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(n, MAPPED) if soft == resource.RLIM_INFINITY else max(min(n, MAPPED, soft - 256), 1)
+
+
+# -- writing --------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    tokens: Iterable[np.ndarray], folder: str | Path, prefix: str, chunk: int, dtype: str, fill: int | None
+) -> tuple[int, int]:
+    """Writes FOLDER/PREFIX_0000000000.bin, ... of `chunk` tokens each, from arrays of any length one after another.
+
+    `fill`: what the last file is filled up with; None: the last one is not written, be it full, as the original's last version
+    leaves it out. Returns (files written, tokens that were in them or would have been in the last one).
+    """
+    folder, buffer, at, files, n = Path(folder), np.empty(chunk, f"<{np.dtype(dtype).str[1:]}"), 0, 0, 0
+    header = HEADER.pack(MAGIC, VERSION, WRITTEN[dtype], chunk)
+    for part in tokens:
+        n += len(part)
+        while len(part) > chunk - at:  # a full one is written when there is a token after it
+            buffer[at:], part, at = part[: chunk - at], part[chunk - at :], 0
+            (folder / f"{prefix}_{files:010d}.bin").write_bytes(header + buffer.tobytes())
+            files += 1
+        buffer[at : at + len(part)] = part
+        at += len(part)
+    if fill is not None:
+        buffer[at:] = fill
+        (folder / f"{prefix}_{files:010d}.bin").write_bytes(header + buffer.tobytes())
+        files += 1
+    return files, n
+
+
+def stream(blocks: Blocks) -> Iterator[np.ndarray]:
+    """All tokens of a source in order, without its padding."""
+    for first in range(0, len(blocks), 1024):
+        tokens, length = blocks.read(np.arange(first, min(first + 1024, len(blocks))))
+        yield tokens[np.arange(tokens.shape[1]) < length[:, None]]
+
+
+def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHUNK, tail: str = "fill") -> list[Path]:
+    """Writes one split of a prepared data set as LITPKDS files, and its tokenizer beside them. Returns the files.
+
+    They appear when all are written. `tail`: what becomes of the last file: "fill" or "drop". Raises UserError.
+    """
+    blocks = Blocks(source, split)
+    vocabulary = blocks.manifest["tokenizer"]
+    if chunk < 1:
+        raise UserError(f"--chunk-size {chunk}: must be positive; the original has {CHUNK} (2049 x 1024)")
+    if not prefix or Path(prefix).name != prefix:
+        raise UserError(f"--prefix {prefix}: must be what the files' names begin with, such as train_slim")
+    if tail == "fill" and vocabulary["bos_id"] < 0:
+        raise UserError("--tail fill: fills up with bos, which this tokenizer does not have; say --tail drop")
+    partial = output / f"{prefix}.partial"
+    if (there := files_of(output / f"{prefix}_")) and not partial.is_dir():
+        raise UserError(f"{there[0]}: exists already; choose another --prefix or --output, or delete what begins with it")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if not (output / "tokenizer").is_dir():
+        tokenizer_lib.load(blocks.tokenizer).save(output / "tokenizer")
+    elif _tokenizer(output).sha256 != blocks.tokenizer_sha256:
+        raise UserError(f"--output {output}: has the tokenizer of other data; choose another folder")
+    dtype = "uint16" if vocabulary["vocab_size"] < 65_500 else "int32"  # as the original's builder chooses
+    n_files, n = write(stream(blocks), partial, prefix, chunk, dtype, vocabulary["bos_id"] if tail == "fill" else None)
+    if not n_files:
+        raise UserError(f"--tail drop: there is one file of {n:,} tokens; say --tail fill, or a --chunk-size below {n:,}")
+    for file in there:
+        file.unlink()  # of a call that was killed while it moved them
+    files = sorted(partial.iterdir())
+    for file in files:
+        os.replace(file, output / file.name)
+    partial.rmdir()
+    apart = n_files * chunk - n
+    said = (
+        f"{apart:,} bos fill up the last one"
+        if apart >= 0
+        else f"the last {-apart:,} tokens are dropped (--tail fill keeps them)"
+    )
+    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {said}")
+    return [output / file.name for file in files]
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.data.litpkds",
+        description="Writes a prepared data set as the original's packed files, byte for byte as its builder does.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input", required=True, type=Path, metavar="DIR", help="made by `python -m tinyllama_jax.data.prepare`"
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="of the input (train)")
+    parser.add_argument("--prefix", required=True, metavar="NAME", help="what the files' names begin with: train_slim")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the files")
+    parser.add_argument("--chunk-size", type=int, default=CHUNK, metavar="N", help=f"tokens in a file ({CHUNK} = 2049 x 1024)")
+    parser.add_argument(
+        "--tail", choices=("fill", "drop"), default="fill", help="the last file: fill it up with bos, or drop it (fill)"
+    )
+    args = parser.parse_args(argv)
+    export(args.input, args.split, args.output, args.prefix, args.chunk_size, args.tail)
+
+
+if __name__ == "__main__":
+    run_main(main)
