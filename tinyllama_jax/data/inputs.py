@@ -254,12 +254,28 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def text_feature(folder: str, name: str):
-    """What decodes the feature `name` of the TensorFlow data set in `folder`. Raises UserError if it is no text."""
+def _described(folder: str) -> tuple[dict, dict[str, int]]:
+    """What the TensorFlow data set in `folder` says of itself: name -> feature, file -> number of records."""
     import tensorflow_datasets as tfds
 
-    features = tfds.builder_from_directory(folder, file_format="array_record").info.features
-    if not isinstance(features.get(name), tfds.features.Text):
-        texts = ", ".join(key for key, feature in features.items() if isinstance(feature, tfds.features.Text)) or "none"
-        raise UserError(f"{folder}: {name!r} is no text feature of it; those are {texts}: choose one with --text-key")
+    info = tfds.builder_from_directory(folder, file_format="array_record").info
+    splits = [zip(split.filepaths, split.shard_lengths, strict=True) for split in info.splits.values()]
+    return dict(info.features), {os.fspath(file): length for split in splits for file, length in split}
+
+
+def records(source: Source) -> int:
+    """How many records a file of a TensorFlow data set should have."""
+    return _described(os.path.dirname(source.path))[1][source.path]
+
+
+def text_feature(source: Source, name: str):
+    """What decodes the feature `name` in a file of a TensorFlow data set. Raises UserError if it is no text."""
+    import tensorflow_datasets as tfds
+
+    folder = os.path.dirname(source.path)
+    features, _ = _described(folder)
+    texts = sorted(key for key, feature in features.items() if isinstance(feature, tfds.features.Text))
+    if name not in texts:
+        those = ", ".join(texts) or "none"
+        raise UserError(f"{folder}: {name!r} is no text feature of it; those are {those}: choose one with --text-key")
     return tfds.features.FeaturesDict({name: features[name]})
