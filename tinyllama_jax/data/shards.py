@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import documents, tokenizer
+from tinyllama_jax.data import documents, store, tokenizer
 from tinyllama_jax.data.blocks import Record
 from tinyllama_jax.data.documents import Piece, Source
+from tinyllama_jax.data.store import Place, sha256
 
 BATCH = 1 << 18  # characters tokenised at once
 
@@ -43,7 +43,9 @@ class Shard(NamedTuple):
 class Job:
     """What all shards have in common."""
 
-    folder: Path  # DIR.partial
+    folder: Place  # DIR.partial
+    whole: Place  # where the output files go
+    run: str  # name of this run of the main process: what is left of an earlier one elsewhere must not stop it
     tokenizer_sha256: str
     seq_len: int
     dtype: str
@@ -52,6 +54,10 @@ class Job:
     text_key: str
     main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
 
+    @property
+    def failed(self) -> Place:
+        return self.folder / "failed" / self.run
+
 
 def make(job: Job, pickled: bytes) -> None:
     """Makes one output file and the record of what is in it. Does nothing if another shard has failed.
@@ -59,8 +65,8 @@ def make(job: Job, pickled: bytes) -> None:
     A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
     """
     shard: Shard = pickle.loads(pickled)
-    failed = job.folder / "failed"
-    if any(failed.iterdir()):
+    # a runner gives work again that a lost worker had finished
+    if store.names(job.failed) or made(job.folder, shard):
         return
     _check_awaited(job)
     try:
@@ -68,8 +74,19 @@ def make(job: Job, pickled: bytes) -> None:
     except ProcessLookupError:  # nobody waits for this any more
         raise
     except (UserError, OSError) as error:
-        write(failed / shard.file, " ".join(str(error).split()))
+        store.write(job.failed / shard.file, " ".join(str(error).split()))
         raise
+
+
+def made(folder: Place, shard: Shard) -> dict:
+    """The record of this very shard in DIR.partial; empty if it has not been made yet."""
+    keys = ("identity", "shard", "counts", "sources")
+    try:
+        record = json.loads(store.read(folder / "done" / f"{shard.file}.json"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    found = isinstance(record, dict) and all(key in record for key in keys) and record["identity"] == shard.identity()
+    return record if found else {}
 
 
 def _check_awaited(job: Job) -> None:
@@ -79,7 +96,7 @@ def _check_awaited(job: Job) -> None:
 
 
 def _make(job: Job, shard: Shard) -> None:
-    final, temporary = job.folder / "whole" / shard.file, _beside(job.folder / shard.file)
+    temporary = store.beside(store.room(job.folder) / shard.file)
     record = Record(job.seq_len, job.dtype)
     counts = {"documents": 0, "empty_documents": 0}
     tokens = blocks = 0
@@ -96,16 +113,16 @@ def _make(job: Job, shard: Shard) -> None:
                 raise UserError(f"{source.path}: changed while it was read")
         entry = {"file": shard.file, "blocks": blocks, "tokens": tokens}
         entry |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-        os.replace(temporary, final)
+        store.put(temporary, job.whole / shard.file)
     finally:
         temporary.unlink(missing_ok=True)
-    made = {"identity": shard.identity(), "shard": entry, "counts": counts, "sources": checksums}
-    write(job.folder / "done" / f"{shard.file}.json", json.dumps(made))
+    done = {"identity": shard.identity(), "shard": entry, "counts": counts, "sources": checksums}
+    store.write(job.folder / "done" / f"{shard.file}.json", json.dumps(done))
 
 
 def _tokens(texts: Iterable[Iterable[str]], job: Job, counts: dict[str, int]) -> Iterator[np.ndarray]:
     """Ids of the documents one after another, with bos and eos as the job says, in arrays of any length; counts documents."""
-    spm = _tokenizer(job.folder / "whole" / "tokenizer", job.tokenizer_sha256)
+    spm = _tokenizer(job.whole / "tokenizer", job.tokenizer_sha256)
     parts: list[str] = []
     begins: list[int] = []  # which parts begin a document, and which end one
     ends: list[int] = []
@@ -139,8 +156,9 @@ def _tokens(texts: Iterable[Iterable[str]], job: Job, counts: dict[str, int]) ->
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
-    return tokenizer.load(folder)
+def _tokenizer(folder: Place, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
+    with store.here(folder) as local:
+        return tokenizer.load(local)
 
 
 def _blocks(arrays: Iterable[np.ndarray], width: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -161,19 +179,3 @@ def _written(path: Path, call: Callable, *args: object) -> object:
         return call(*args)
     except Exception as error:  # ArrayRecord's own, of no common type
         raise UserError(f"{path}: cannot be written: {error}") from None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # a runner may give the same work to two workers
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file that appears when it is whole."""
-    temporary = _beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
