@@ -3,13 +3,14 @@
 import gzip
 import json
 import random
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import documents
+from tinyllama_jax.data import documents, inputs
 
 
 def jsonl(texts, key="text"):
@@ -27,9 +28,9 @@ def parquet(path, texts, rows=7, **columns):
 
 def read(path, target=1 << 40, key="text"):
     """All documents of all pieces."""
-    (source,), _ = documents.find([path], "--train")
+    (source,), _ = inputs.find([path], "--train")
     pieces = documents.pieces(source, documents.units(source, key), target)
-    return ["".join(parts) for piece in pieces for parts in documents.read(piece, key)], pieces
+    return ["".join(parts) for piece in pieces for parts in documents.read(piece, key, {}, Counter())], pieces
 
 
 def test_every_type_gives_the_same_documents(tmp_path, texts):
@@ -95,15 +96,15 @@ def test_folders_are_searched_and_sorted_and_names_do_not_depend_on_the_place(tm
         for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b/c/x.parquet", ".git/x.txt", "b/.hidden.txt", "b/readme.md"):
             (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place / name).write_bytes(b"")
-    sources, others = documents.find([tmp_path / "here"], "--train")
+    sources, others = inputs.find([tmp_path / "here"], "--train")
     assert [s.name for s in sources] == ["a.jsonl", "b/10.txt", "b/2.txt", "b/c/x.parquet"]
     assert others == [str(tmp_path / "here/b/readme.md")]
     deep = tmp_path / "there/deep"
-    again, _ = documents.find([deep / "b", deep / "a.jsonl"], "--train")
+    again, _ = inputs.find([deep / "b", deep / "a.jsonl"], "--train")
     assert [s.name for s in again] == [s.name for s in sources]
     (tmp_path / "links").mkdir()
     (tmp_path / "links/link").symlink_to(deep)
-    linked, _ = documents.find([tmp_path / "links"], "--train")
+    linked, _ = inputs.find([tmp_path / "links"], "--train")
     assert [s.name for s in linked] == [s.name for s in sources]
 
 
@@ -123,7 +124,7 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch, paths, says):
     for name in ("a.csv", "a.txt"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=says):
-        documents.find(paths, "--train")
+        inputs.find(paths, "--train")
 
 
 GOOD = b'{"text": "good"}\n'
@@ -183,5 +184,5 @@ def test_parquet_that_cannot_be_read(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"xx") + 1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path}, after row [0-9]+: is damaged: "):
+    with pytest.raises(UserError, match=f"{path}, row [0-9]+: what follows is damaged: "):
         read(path)

@@ -1,6 +1,6 @@
 """Raw text to blocks of S+1 tokens: one Apache Beam pipeline that can be stopped and run again.
 
-    python -m tinyllama_jax.data.prepare --train FILES --validation FILES --tokenizer FILE --output DIR --seq-len 2048
+    python -m tinyllama_jax.data.prepare --train FILES --tokenizer FILE --output DIR --seq-len 2048
 
 The unit of work is a shard: a list of pieces of the input files, planned from their names and sizes before anything runs, so
 that the output does not depend on who does the work. Everything is made in DIR.partial, which becomes DIR when it is whole:
@@ -17,42 +17,65 @@ import argparse
 import concurrent.futures
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from tinyllama_jax.config import UserError, read_json, run_main
-from tinyllama_jax.data import documents, runners, shards, store
+from tinyllama_jax.data import corpora, documents, inputs, runners, shards, store
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import FORMAT, MANIFEST, Record, read_manifest
-from tinyllama_jax.data.documents import Source
-from tinyllama_jax.data.shards import Job, Shard
+from tinyllama_jax.data.inputs import Source
+from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
 
 SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
 
 
-def plan(sources: dict[str, list[Source]], text_key: str, shard_mb: int) -> list[Shard]:
-    """The shards. A function of the arguments and of the files' names and sizes alone."""
-    units = {source: documents.units(source, text_key) for files in sources.values() for source in files}
+def plan(
+    sources: dict[str, list[Source]], text_key: str, shard_mb: int, held_out: bool = False, bad: dict | None = None
+) -> list[Shard]:
+    """The shards. A function of the arguments and of the files' names, sizes and row groups alone.
+
+    `held_out`: whether each has a file for what is held out too. `bad`: if it is given, a file that cannot be planned for is
+    put there, (split, name) -> why, and is in no shard.
+    """
+
+    def weights(split_and_source: tuple[str, Source]) -> list[int] | None:
+        split, source = split_and_source
+        try:
+            return documents.units(source, text_key)
+        except documents.BadFile as error:
+            if bad is None:
+                raise
+            bad[split, source.name] = str(error).replace(source.path, source.name)
+            return None
+
+    every = [(split, source) for split, files in sources.items() for source in files]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # parquet files far away take a while to answer
+        units = {each: found for each, found in zip(every, pool.map(weights, every), strict=True) if found is not None}
     total = sum(map(sum, units.values()))
     # a power of two, so that it stays when a file is mended
     target = shard_mb << 20 if shard_mb else min(max(1 << (total // 1024).bit_length(), SHARD[0]), SHARD[1])
     planned = []
-    for split, files in sources.items():
-        pieces = [piece for source in files for piece in documents.pieces(source, units[source], target)]
+    for split in sources:
+        mine = {source: weights for (of, source), weights in units.items() if of == split}
+        pieces = [piece for source, weights in mine.items() for piece in documents.pieces(source, weights, target)]
         spans = documents.spans([piece.weight for piece in pieces], target)
         hashed = set()
         for i, span in enumerate(spans):
-            mine = pieces[slice(*span)]
-            first = [s for s in dict.fromkeys(piece.source for piece in mine) if s not in hashed]
+            these = pieces[slice(*span)]
+            first = [s for s in dict.fromkeys(piece.source for piece in these) if s not in hashed]
             hashed.update(first)
-            planned.append(Shard(split, f"blocks-{split}.array_record-{i:05d}-of-{len(spans):05d}", mine, first))
+            name, other = (f"blocks-{of}.array_record-{i:05d}-of-{len(spans):05d}" for of in (split, HELD_OUT))
+            planned.append(Shard(split, name, these, first, other if held_out else "", None if bad is None else {}))
     return planned
 
 
@@ -63,7 +86,12 @@ def prepare(
     tokenizer: str | Path,
     output: str | Path,
     seq_len: int,
-    text_key: str = "text",
+    corpus: str = "",
+    languages: list[str] = (),
+    data_dir: str | Path | None = None,
+    held_out: float | None = None,
+    bad_files: str = "stop",
+    text_key: str = "",
     bos: bool = False,
     eos: bool = True,
     shard_mb: int = 0,
@@ -73,9 +101,12 @@ def prepare(
 ) -> dict:
     """Makes the folder `output`, here or in an object store, as the command line of this module does; returns its manifest.
 
+    `corpus`: one of `corpora.CORPORA`, which says what `text_key` is and what is left out; `languages`: of it, these folders.
+    `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
+    `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: of `runners.RUNNERS`, or Beam's name of one, with `beam_options`; its machines must all see the
-    same files. Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
+    for each processor. `runner`: of `runners.RUNNERS`, or Beam's name of one, with `beam_options`; its machines must all see
+    the same files. Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
     """
     output = store.place(output, "--output")
     partial = _partial(output)
@@ -89,11 +120,24 @@ def prepare(
     for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
         if on and id_ < 0:
             raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
+    held_out = (0.0 if validation else 0.01) if held_out is None else float(held_out)
+    if not 0 <= held_out < 1:
+        raise UserError(f"--held-out {held_out:g}: is a fraction of the documents, at least 0 and less than 1; 0.01 is 1%")
+    if held_out and validation:
+        raise UserError(f"--held-out {held_out:g}: documents are held out of --train if there is no --validation; give one")
+    if bad_files not in ("stop", "skip"):
+        raise UserError(f"--bad-files {bad_files}: must be stop or skip")
+    preset = corpora.known(corpus) if corpus else None
+    text_key = text_key or (preset.text_key if preset else "text")
     for path in (*train, *validation):
         if isinstance(partial, Path) and partial.is_relative_to(os.path.abspath(path)):
             raise UserError(f"--output {output}: lies within the input {path}; choose a folder outside")
-    sources = _find(train, validation)
+    sources = _find({"train": train, "validation": validation}, preset, languages, data_dir)
+    for source in itertools.chain(*sources.values()) if isinstance(output, Path) else ():
+        if any(Path(source.path).is_relative_to(folder) for folder in (os.path.abspath(output), partial)):
+            raise UserError(f"--output {output}: the input {source.path} lies in it; choose a folder outside")
     settings = {"seq_len": seq_len, "dtype": dtype, "bos": bos, "eos": eos, "text_key": text_key, "shard_mb": shard_mb}
+    settings |= {"corpus": corpus, "held_out": held_out}
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
     if store.holds_something(output) and not _is_half(output, partial):
@@ -104,22 +148,31 @@ def prepare(
         return manifest
     started = time.monotonic()
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
-    planned = plan(sources, text_key, shard_mb)
+    bad = {} if bad_files == "skip" else None
+    planned = plan(sources, text_key, shard_mb, held_out > 0, bad)
     store.make_folder(partial)
     whole = output if isinstance(output, Remote) else partial / "whole"
-    main = 0 if beam_options else os.getpid()
-    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, main)
+    drop, main = dict(preset.drop) if preset else {}, 0 if beam_options else os.getpid()
+    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, main)
     with _lock(partial):
         left = _begin(job, wanted, planned, spm)
-        with runners.progress(partial, planned):
-            if left:
+        n_before = len(planned) - len(left)
+        left = left or _again(partial, planned)
+        while left:
+            with runners.progress(partial, planned):
                 runners.run(job, left, min(workers or n_cpus, len(left)), beam_options)
-        manifest = _finish(output, job, wanted, sources, planned)
+            left = _again(partial, planned)
+        manifest = _finish(output, job, wanted, sources, planned, bad or {})
     seconds = time.monotonic() - started
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
-    before = f" ({len(planned) - len(left)} before)" if len(left) < len(planned) else ""
-    print(f"{output}: {len(left)} shards in {seconds:.1f} s{before}")
+        for reason, n in counts["dropped"].items():
+            print(f"{output}: {split}: {n:,} documents left out: {reason}")
+        for file in counts["bad_files"][:3]:
+            print(f"{output}: {split}: left out, one of {len(counts['bad_files'])} bad files: {file['reason']}")
+    if held_out and HELD_OUT not in manifest["splits"]:
+        print(f"{output}: no validation split: none of the few documents falls to the {held_out:g} that are held out")
+    print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
     return manifest
 
 
@@ -138,13 +191,20 @@ def _is_half(output: Place, partial: Place) -> bool:
     return isinstance(output, Remote) and MANIFEST not in store.names(output) and "settings.json" in store.names(partial)
 
 
-def _find(train: list[str | Path], validation: list[str | Path]) -> dict[str, list[Source]]:
-    sources = {}
-    for split, paths in {"train": train, "validation": validation}.items():
-        if paths or split == "train":
-            sources[split], others = documents.find(paths, f"--{split}")
-            if others:
-                print(f"--{split}: left out {len(others)} files of other types, such as {others[0]}", file=sys.stderr)
+def _find(
+    paths: dict[str, list[str | Path]], preset: corpora.Corpus | None, languages: list[str], data_dir: str | Path | None
+) -> dict[str, list[Source]]:
+    """The files of each split that is given."""
+    if languages and not (preset and preset.languages):
+        raise UserError(f"--languages {' '.join(languages)}: only --corpus starcoder has a folder for each language")
+    kinds = preset.kinds if preset else inputs.KINDS
+    sources: dict[str, list[Source]] = {}
+    for split in ("train", *(["validation"] if paths["validation"] else [])):
+        sources[split], others = inputs.find(paths[split], f"--{split}", kinds, data_dir)
+        if others:
+            print(f"--{split}: left out {len(others)} files of other types, such as {others[0]}", file=sys.stderr)
+        if languages:
+            sources[split] = corpora.in_languages(sources[split], languages)
     train_files = {os.path.realpath(source.path) for source in sources["train"]}
     for source in sources.get("validation", ()):
         if os.path.realpath(source.path) in train_files:
@@ -159,13 +219,14 @@ def _complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> 
     with store.here(output, MANIFEST) as folder:
         manifest, _ = read_manifest(folder)
     made = store.modified_ns(output / MANIFEST)
-    there = {split: {s["file"]: s["bytes"] for s in counts["sources"]} for split, counts in manifest["splits"].items()}
-    here = {split: {source.name: source.size for source in files} for split, files in sources.items()}
-    _same(output, {**{k: manifest[k] for k in wanted}, **there}, {**wanted, **here})
-    for split, files in sources.items():
-        checksums = {s["file"]: s["sha256"] for s in manifest["splits"][split]["sources"]}
-        for source in files:
-            if source.mtime_ns > made and store.sha256(source.path) != checksums[source.name]:
+    files = {split: counts["sources"] + counts.get("bad_files", []) for split, counts in manifest["splits"].items()}
+    there = {split: {file["file"]: file["bytes"] for file in named} for split, named in files.items() if named}
+    here = {split: {source.name: source.size for source in found} for split, found in sources.items()}
+    _same(output, {**{k: manifest.get(k) for k in wanted}, **there}, {**wanted, **here})
+    for split, found in sources.items():
+        checksums = {file["file"]: file.get("sha256") for file in files[split]}  # a bad file has none
+        for source in found:
+            if source.mtime_ns > made and source.sha256() != checksums[source.name]:
                 raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
     return manifest
 
@@ -219,8 +280,8 @@ def _begin(job: Job, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Toke
         spm.save(Path(folder, "tokenizer"))
         store.copy(Path(folder, "tokenizer"), whole / "tokenizer")
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        made = pool.map(lambda shard: _is_made(job, shard), planned)
-        kept = {name for shard, is_ in zip(planned, made, strict=True) if is_ for name in (shard.file, f"{shard.file}.json")}
+        made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
+    kept = {name for shard in made for name in (*shard.files().values(), f"{shard.file}.json")}
     for folder in (partial / "done", whole):
         for name in store.names(folder) - kept:
             store.remove(folder / name)
@@ -229,8 +290,42 @@ def _begin(job: Job, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Toke
 
 def _is_made(job: Job, shard: Shard) -> bool:
     """Whether an earlier run made this very shard, and all of it is there."""
-    entry = shards.made(job.folder, shard).get("shard")
-    return bool(entry) and store.is_whole(job.whole / shard.file, entry["bytes"], entry["sha256"])
+    files = shards.made(job.folder, shard).get("files", {}).values()
+    return bool(files) and all(store.is_whole(job.whole / file["file"], file["bytes"], file["sha256"]) for file in files)
+
+
+def _records(partial: Place, planned: list[Shard]) -> dict[str, dict]:
+    """What there is in DIR.partial/done of each shard."""
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        found = pool.map(lambda shard: shards.made(partial, shard), planned)
+        return {shard.file: record for shard, record in zip(planned, found, strict=True)}
+
+
+def _again(partial: Place, planned: list[Shard]) -> list[Shard]:
+    """The shards that hold parts of files which turned out bad in other shards; they are to be made again without.
+
+    So a bad file is left out wholly, whatever the shards; and of what is wrong with it, the first is told.
+    """
+    if not planned or planned[0].bad is None:
+        return []
+    records = _records(partial, planned)
+    bad = _bad_files(planned, records)
+    left = []
+    for shard in planned:
+        mine = {p.source.name: bad[shard.split, p.source.name] for p in shard.pieces if (shard.split, p.source.name) in bad}
+        if mine.keys() != records[shard.file]["bad"].keys():
+            store.remove(partial / "done" / f"{shard.file}.json")
+            left.append(shard._replace(bad=mine))
+    return left
+
+
+def _bad_files(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[str, str], list]:
+    """(split, name) -> [where the first bad piece begins, why] of all files that could not be read."""
+    bad: dict[tuple[str, str], list] = {}
+    for shard in planned:
+        for name, found in records[shard.file]["bad"].items():
+            bad[shard.split, name] = min(found, bad.get((shard.split, name), found))
+    return bad
 
 
 @contextlib.contextmanager
@@ -250,29 +345,43 @@ def _lock(partial: Place) -> Iterator[None]:
         yield
 
 
-def _finish(output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard]) -> dict:
-    """Writes what describes the data, and moves all to its place."""
+def _finish(
+    output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
+) -> dict:
+    """Writes what describes the data, and moves all to its place. `unplanned`: bad files that are in no shard."""
     import tensorflow_datasets as tfds  # see `Record`
 
     whole, splits, infos = job.whole, {}, []
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        records = {r["shard"]["file"]: r for r in pool.map(lambda shard: shards.made(job.folder, shard), planned)}
-    for split, files in sources.items():
-        made = [records[s.file] for s in planned if s.split == split]
-        entries = [m["shard"] for m in made]
-        counts = {key: sum(m["counts"][key] for m in made) for key in ("documents", "empty_documents")}
-        counts |= {key: sum(entry[key] for entry in entries) for key in ("tokens", "blocks")}
+    records = _records(job.folder, planned)
+    bad = unplanned | {key: why for key, (_, why) in _bad_files(planned, records).items()}
+    for split in dict.fromkeys([*sources, *([HELD_OUT] if wanted["held_out"] else [])]):
+        files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
+        made = [records[shard.file] for shard in planned if shard.split == split]
+        counts = {key: sum(file[key] for file in files) for key in ("documents", "empty_documents", "tokens", "blocks")}
+        if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
+            for file in files:
+                store.remove(whole / file["file"])
+            continue
         if not counts["blocks"]:
-            raise UserError(f"--{split}: there is no text in its {len(files)} files")
-        checksums = {name: checksum for m in made for name, checksum in m["sources"].items()}
-        named = [{"file": source.name, "bytes": source.size, "sha256": checksums[source.name]} for source in files]
-        splits[split] = {**counts, "shards": entries, "sources": named}
+            n = sum(file["documents"] for record in made for file in record["files"].values())
+            took = f"; all {n} documents were held out: give --held-out 0" if n else ""
+            raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
+        checksums = {name: checksum for record in made for name, checksum in record["sources"].items()}
+        named, left_out = [], []
+        for source in sources.get(split, ()):
+            if why := bad.get((split, source.name)):
+                left_out.append({"file": source.name, "bytes": source.size, "reason": why})
+            else:
+                named.append({"file": source.name, "bytes": source.size, "sha256": checksums[source.name]})
+        entries = [{key: file[key] for key in ("file", "blocks", "tokens", "bytes", "sha256")} for file in files]
+        dropped = dict(sorted(sum((Counter(record["dropped"]) for record in made), Counter()).items()))
+        splits[split] = {**counts, "dropped": dropped, "shards": entries, "sources": named, "bad_files": left_out}
         size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
     manifest = {**wanted, "splits": splits}
     features = Record(wanted["seq_len"], wanted["dtype"]).features
     with tempfile.TemporaryDirectory() as folder:
-        data = [Path(folder, shard.file) for shard in planned]
+        data = [Path(folder, file["file"]) for counts in splits.values() for file in counts["shards"]]
         for file in data:
             file.touch()  # it looks at their names
         tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
@@ -297,16 +406,22 @@ def main(argv: list[str]) -> None:
     """The command line. Options that are not its own go to Beam, if --runner says that it runs elsewhere."""
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.data.prepare",
-        description=f"Files: {' '.join(documents.KINDS)}; folders are searched to the bottom. With --runner, options of Apache "
-        "Beam can follow: see docs/runners.md.",
+        description=f"PATH: a file ({' '.join(inputs.KINDS)}), a folder, which is searched to the bottom, a pattern in "
+        "quotes ('data/**/*.txt'), any of these in gs:// or s3://, or tfds:NAME[/CONFIG][:VERSION][:SPLIT]. With --runner, "
+        "options of Apache Beam can follow: see docs/runners.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="files or folders")
-    parser.add_argument("--validation", nargs="+", default=[], metavar="PATH", help="held out; none by default")
+    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="what to train on")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="PATH", help="what is held out, if it lies apart")
+    parser.add_argument("--held-out", type=float, metavar="F", help="else: fraction held out by a hash of each document (0.01)")
+    parser.add_argument("--corpus", default="", metavar="NAME", help=f"how it is stored: {', '.join(corpora.CORPORA)}")
+    parser.add_argument("--languages", nargs="+", default=[], metavar="NAME", help="of starcoder: exact names of folders (all)")
+    parser.add_argument("--bad-files", default="stop", metavar="stop|skip", help="skip: leave out what cannot be read (stop)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where tfds: data sets lie (~/tensorflow_datasets)")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece file, or a folder with a tokenizer")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder, here or s3://... gs://...")
     parser.add_argument("--seq-len", type=int, required=True, metavar="S", help="positions of a training sequence")
-    parser.add_argument("--text-key", default="text", metavar="NAME", help="key or column that holds the text (text)")
+    parser.add_argument("--text-key", default="", metavar="NAME", help="key or column that holds the text (by --corpus; text)")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")

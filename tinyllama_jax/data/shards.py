@@ -8,7 +8,8 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,23 +20,32 @@ from array_record.python import array_record_module
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import documents, store, tokenizer
 from tinyllama_jax.data.blocks import Record
-from tinyllama_jax.data.documents import Piece, Source
+from tinyllama_jax.data.documents import Piece
+from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.store import Place, sha256
 
 BATCH = 1 << 18  # characters tokenised at once
+HELD_OUT = "validation"
 
 
 class Shard(NamedTuple):
-    """What becomes one output file."""
+    """What becomes one output file, or one and another of what is held out of it."""
 
     split: str
     file: str
     pieces: list[Piece]
     first: list[Source]  # the sources whose first piece is here: their checksums are computed here
+    held_out: str = ""  # the other file, of the split "validation"
+    # files left out because they cannot be read: name -> [where the first bad piece begins, why]; None: they are errors
+    bad: dict[str, list] | None = None
+
+    def files(self) -> dict[str, str]:
+        """Split -> file of it."""
+        return {self.split: self.file} | ({HELD_OUT: self.held_out} if self.held_out else {})
 
     def identity(self) -> str:
         """Hash of what it is made of: a shard made earlier is good for as long as this is the same."""
-        made_of = [(p.source.name, p.source.size, p.source.mtime_ns, *p[1:]) for p in self.pieces]
+        made_of = [(p.source[1:], *p[1:]) for p in self.pieces]
         return hashlib.sha256(json.dumps([made_of, [source.name for source in self.first]]).encode()).hexdigest()
 
 
@@ -52,6 +62,8 @@ class Job:
     bos: bool
     eos: bool
     text_key: str
+    drop: dict[str, str]  # see `documents.read`
+    held_out: float  # fraction of the documents
     main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
 
     @property
@@ -70,7 +82,8 @@ def make(job: Job, pickled: bytes) -> None:
         return
     _check_awaited(job)
     try:
-        _make(job, shard)
+        while (bad := _make(job, shard)) is not None:  # once more, without a file that cannot be read
+            shard = shard._replace(bad=shard.bad | bad)
     except ProcessLookupError:  # nobody waits for this any more
         raise
     except (UserError, OSError) as error:
@@ -80,13 +93,14 @@ def make(job: Job, pickled: bytes) -> None:
 
 def made(folder: Place, shard: Shard) -> dict:
     """The record of this very shard in DIR.partial; empty if it has not been made yet."""
-    keys = ("identity", "shard", "counts", "sources")
+    keys = ("identity", "files", "dropped", "sources", "bad")
     try:
         record = json.loads(store.read(folder / "done" / f"{shard.file}.json"))
     except (FileNotFoundError, ValueError):
         return {}
-    found = isinstance(record, dict) and all(key in record for key in keys) and record["identity"] == shard.identity()
-    return record if found else {}
+    if not isinstance(record, dict) or any(key not in record for key in keys) or record["identity"] != shard.identity():
+        return {}
+    return {} if record["bad"] and shard.bad is None else record
 
 
 def _check_awaited(job: Job) -> None:
@@ -95,83 +109,102 @@ def _check_awaited(job: Job) -> None:
         os.kill(job.main, 0)
 
 
-def _make(job: Job, shard: Shard) -> None:
-    temporary = store.beside(store.room(job.folder) / shard.file)
-    record = Record(job.seq_len, job.dtype)
-    counts = {"documents": 0, "empty_documents": 0}
-    tokens = blocks = 0
+def _make(job: Job, shard: Shard) -> dict[str, list] | None:
+    """Makes the files of a shard. Returns what is to be added to `shard.bad` for it to succeed, None if it has succeeded."""
+    files: dict[str, _File] = {}
+    dropped: Counter[str] = Counter()
     try:
-        writer = _written(temporary, array_record_module.ArrayRecordWriter, str(temporary), "group_size:1")
-        texts = itertools.chain.from_iterable(documents.read(piece, job.text_key) for piece in shard.pieces)
-        for block, length in _blocks(_tokens(texts, job, counts), job.seq_len + 1):
-            _written(temporary, writer.write, record.encode(block, length))
-            tokens, blocks = tokens + length, blocks + 1
-        _written(temporary, writer.close)
-        checksums = {source.name: sha256(source.path) for source in shard.first}
-        for source in {piece.source for piece in shard.pieces}:
+        files |= {split: _File(job, name) for split, name in shard.files().items()}
+        for piece in (piece for piece in shard.pieces if piece.source.name not in (shard.bad or ())):
+            for document in documents.read(piece, job.text_key, job.drop, dropped):
+                held_out = False
+                if shard.held_out:
+                    held_out, document = documents.held_out(document, job.held_out)
+                files[HELD_OUT if held_out else shard.split].add(document)
+        entries = {split: file.close() for split, file in files.items()}
+        checksums = {source.name: source.sha256() for source in shard.first if source.name not in (shard.bad or ())}
+        for source in {piece.source for piece in shard.pieces if piece.source.name not in (shard.bad or ())}:
             if not source.unchanged():
                 raise UserError(f"{source.path}: changed while it was read")
-        entry = {"file": shard.file, "blocks": blocks, "tokens": tokens}
-        entry |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-        store.put(temporary, job.whole / shard.file)
+        for file in files.values():
+            store.put(file.temporary, job.whole / file.name)
+    except documents.BadFile as error:
+        if shard.bad is None:
+            raise
+        source = error.source
+        return {source.name: [piece.start, str(error).replace(source.path, source.name)]}
     finally:
-        temporary.unlink(missing_ok=True)
-    done = {"identity": shard.identity(), "shard": entry, "counts": counts, "sources": checksums}
+        for file in files.values():
+            file.temporary.unlink(missing_ok=True)
+    done = {"identity": shard.identity(), "files": entries, "dropped": dropped, "sources": checksums, "bad": shard.bad or {}}
     store.write(job.folder / "done" / f"{shard.file}.json", json.dumps(done))
+    return None
 
 
-def _tokens(texts: Iterable[Iterable[str]], job: Job, counts: dict[str, int]) -> Iterator[np.ndarray]:
-    """Ids of the documents one after another, with bos and eos as the job says, in arrays of any length; counts documents."""
-    spm = _tokenizer(job.whole / "tokenizer", job.tokenizer_sha256)
-    parts: list[str] = []
-    begins: list[int] = []  # which parts begin a document, and which end one
-    ends: list[int] = []
-    size = 0
+class _File:
+    """An output file: documents go in, blocks of their ids come out, in batches of about `BATCH` characters."""
 
-    def encoded() -> np.ndarray:
-        ids = spm.encode_batch(parts)
-        for i in begins if job.bos else ():
-            ids[i].insert(0, spm.bos_id)
-        for i in ends if job.eos else ():
-            ids[i].append(spm.eos_id)
-        return np.fromiter(itertools.chain.from_iterable(ids), job.dtype, sum(map(len, ids)))
+    def __init__(self, job: Job, name: str):
+        self.name, self.temporary = name, store.beside(store.room(job.folder) / name)
+        self._job, self._record = job, Record(job.seq_len, job.dtype)
+        self._spm = _tokenizer(job.whole / "tokenizer", job.tokenizer_sha256)
+        self._counts = {"blocks": 0, "tokens": 0, "documents": 0, "empty_documents": 0}
+        self._rest = np.empty(0, job.dtype)  # ids that do not fill a block yet
+        self._parts: list[str] = []
+        self._begins: list[int] = []  # which parts begin a document, and which end one
+        self._ends: list[int] = []
+        self._size = 0  # characters
+        self._writer = _written(self.temporary, array_record_module.ArrayRecordWriter, str(self.temporary), "group_size:1")
 
-    for text in texts:
+    def add(self, document: Iterable[str]) -> None:
+        """A document, in parts: its ids, with bos and eos as the job says."""
         new = True
-        for part in spm.parts(text):
-            if size >= BATCH:
-                _check_awaited(job)
-                yield encoded()
-                parts, begins, ends, size = [], [], [], 0
+        for part in self._spm.parts(document):
+            if self._size >= BATCH:
+                self._flush()
             if new:
-                begins.append(len(parts))
-            parts.append(part)
-            size, new = size + len(part), False
+                self._begins.append(len(self._parts))
+            self._parts.append(part)
+            self._size, new = self._size + len(part), False
         if new:
-            counts["empty_documents"] += 1
+            self._counts["empty_documents"] += 1
         else:
-            counts["documents"] += 1
-            ends.append(len(parts) - 1)
-    yield encoded()
+            self._counts["documents"] += 1
+            self._ends.append(len(self._parts) - 1)
+
+    def close(self) -> dict:
+        """What is in the file; its last block is filled up with zeros, and its length says where they begin."""
+        self._flush()
+        if n := len(self._rest):
+            self._write(np.pad(self._rest, (0, self._job.seq_len + 1 - n)), n)
+        _written(self.temporary, self._writer.close)
+        return {"file": self.name, **self._counts, "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
+
+    def _flush(self) -> None:
+        _check_awaited(self._job)
+        ids = self._spm.encode_batch(self._parts)
+        for i in self._begins if self._job.bos else ():
+            ids[i].insert(0, self._spm.bos_id)
+        for i in self._ends if self._job.eos else ():
+            ids[i].append(self._spm.eos_id)
+        new = np.fromiter(itertools.chain.from_iterable(ids), self._job.dtype, sum(map(len, ids)))
+        ids, width = np.concatenate([self._rest, new]), self._job.seq_len + 1
+        whole = len(ids) // width
+        for block in ids[: whole * width].reshape(whole, width):
+            self._write(block, width)
+        self._rest = ids[whole * width :]
+        self._parts, self._begins, self._ends, self._size = [], [], [], 0
+
+    def _write(self, block: np.ndarray, length: int) -> None:
+        _written(self.temporary, self._writer.write, self._record.encode(block, length))
+        self._counts["tokens"] += length
+        self._counts["blocks"] += 1
 
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Place, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
     with store.here(folder) as local:
         return tokenizer.load(local)
-
-
-def _blocks(arrays: Iterable[np.ndarray], width: int) -> Iterator[tuple[np.ndarray, int]]:
-    """All ids in blocks [width]; the last one is filled up with zeros, and its length says where they begin."""
-    rest = None
-    for ids in arrays:
-        rest = ids if rest is None else np.concatenate([rest, ids])
-        whole = len(rest) // width
-        for block in rest[: whole * width].reshape(whole, width):
-            yield block, width
-        rest = rest[whole * width :]
-    if len(rest):
-        yield np.pad(rest, (0, width - len(rest))), len(rest)
 
 
 def _written(path: Path, call: Callable, *args: object) -> object:
