@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import documents, tokenizer
+from tinyllama_jax.data import documents, store, tokenizer
 from tinyllama_jax.data.blocks import Record
 from tinyllama_jax.data.documents import Piece
 from tinyllama_jax.data.inputs import Source
+from tinyllama_jax.data.store import Place, sha256
 
 BATCH = 1 << 18  # characters tokenised at once
 HELD_OUT = "validation"
@@ -53,7 +53,9 @@ class Shard(NamedTuple):
 class Job:
     """What all shards have in common."""
 
-    folder: Path  # DIR.partial
+    folder: Place  # DIR.partial
+    whole: Place  # where the output files go
+    run: str  # name of this run of the main process: what is left of an earlier one elsewhere must not stop it
     tokenizer_sha256: str
     seq_len: int
     dtype: str
@@ -64,6 +66,10 @@ class Job:
     held_out: float  # fraction of the documents
     main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
 
+    @property
+    def failed(self) -> Place:
+        return self.folder / "failed" / self.run
+
 
 def make(job: Job, pickled: bytes) -> None:
     """Makes one output file and the record of what is in it. Does nothing if another shard has failed.
@@ -71,8 +77,8 @@ def make(job: Job, pickled: bytes) -> None:
     A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
     """
     shard: Shard = pickle.loads(pickled)
-    failed = job.folder / "failed"
-    if any(failed.iterdir()):
+    # a runner gives work again that a lost worker had finished
+    if store.names(job.failed) or made(job.folder, shard):
         return
     _check_awaited(job)
     try:
@@ -81,8 +87,20 @@ def make(job: Job, pickled: bytes) -> None:
     except ProcessLookupError:  # nobody waits for this any more
         raise
     except (UserError, OSError) as error:
-        write(failed / shard.file, " ".join(str(error).split()))
+        store.write(job.failed / shard.file, " ".join(str(error).split()))
         raise
+
+
+def made(folder: Place, shard: Shard) -> dict:
+    """The record of this very shard in DIR.partial; empty if it has not been made yet."""
+    keys = ("identity", "files", "dropped", "sources", "bad")
+    try:
+        record = json.loads(store.read(folder / "done" / f"{shard.file}.json"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(record, dict) or any(key not in record for key in keys) or record["identity"] != shard.identity():
+        return {}
+    return {} if record["bad"] and shard.bad is None else record
 
 
 def _check_awaited(job: Job) -> None:
@@ -109,7 +127,7 @@ def _make(job: Job, shard: Shard) -> dict[str, list] | None:
             if not source.unchanged():
                 raise UserError(f"{source.path}: changed while it was read")
         for file in files.values():
-            os.replace(file.temporary, job.folder / "whole" / file.name)
+            store.put(file.temporary, job.whole / file.name)
     except documents.BadFile as error:
         if shard.bad is None:
             raise
@@ -118,8 +136,8 @@ def _make(job: Job, shard: Shard) -> dict[str, list] | None:
     finally:
         for file in files.values():
             file.temporary.unlink(missing_ok=True)
-    made = {"identity": shard.identity(), "files": entries, "dropped": dropped, "sources": checksums, "bad": shard.bad or {}}
-    write(job.folder / "done" / f"{shard.file}.json", json.dumps(made))
+    done = {"identity": shard.identity(), "files": entries, "dropped": dropped, "sources": checksums, "bad": shard.bad or {}}
+    store.write(job.folder / "done" / f"{shard.file}.json", json.dumps(done))
     return None
 
 
@@ -127,9 +145,9 @@ class _File:
     """An output file: documents go in, blocks of their ids come out, in batches of about `BATCH` characters."""
 
     def __init__(self, job: Job, name: str):
-        self.name, self.temporary = name, _beside(job.folder / name)
+        self.name, self.temporary = name, store.beside(store.room(job.folder) / name)
         self._job, self._record = job, Record(job.seq_len, job.dtype)
-        self._spm = _tokenizer(job.folder / "whole" / "tokenizer", job.tokenizer_sha256)
+        self._spm = _tokenizer(job.whole / "tokenizer", job.tokenizer_sha256)
         self._counts = {"blocks": 0, "tokens": 0, "documents": 0, "empty_documents": 0}
         self._rest = np.empty(0, job.dtype)  # ids that do not fill a block yet
         self._parts: list[str] = []
@@ -184,8 +202,9 @@ class _File:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
-    return tokenizer.load(folder)
+def _tokenizer(folder: Place, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
+    with store.here(folder) as local:
+        return tokenizer.load(local)
 
 
 def _written(path: Path, call: Callable, *args: object) -> object:
@@ -193,19 +212,3 @@ def _written(path: Path, call: Callable, *args: object) -> object:
         return call(*args)
     except Exception as error:  # ArrayRecord's own, of no common type
         raise UserError(f"{path}: cannot be written: {error}") from None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # a runner may give the same work to two workers
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file that appears when it is whole."""
-    temporary = _beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
