@@ -122,7 +122,7 @@ def test_proof_pile_and_skypile_as_they_are_published(tmp_path, model, run):
         ({"train": ["*.parquet"]}, r"--train \*.parquet: no file or folder matches"),
         ({"train": ["**/*.csv"]}, r"--train \*\*/\*.csv: there is no file of a known type"),
         ({"train": ["*.jsonl", "a.jsonl"]}, "a.jsonl is given 2 times"),
-        ({"train": ["hdfs://x/y"]}, "hdfs://x/y: hdfs:// cannot be read; known are gs:// s3://"),
+        ({"train": ["hdfs://x/y"]}, "hdfs://x/y: hdfs:// cannot be read; known are s3:// gs://"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tinyllama_jax.config import UserError
+from tinyllama_jax.data.store import SCHEMES
 
 # type of a file -> how it is read, and bytes of text in a byte of it, roughly
 KINDS = {
@@ -29,7 +30,6 @@ KINDS = {
     ".parquet": ("parquet", 1),
 }
 ARRAY_RECORD = "array_record", 2  # what `tfds:` stands for
-STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 READ = 1 << 20  # bytes read at once
 FETCH = 8 << 20  # bytes of an object fetched at once
 
@@ -113,8 +113,8 @@ def _type_of(path: str, kinds: tuple[str, ...]) -> str:
 def _scheme(path: str) -> str:
     """ "gs" or "s3"; "" for a path on this machine. Raises UserError on another scheme."""
     scheme, there, _ = path.partition("://")
-    if there and scheme not in STORES:
-        raise UserError(f"{path}: {scheme}:// cannot be read; known are {' '.join(f'{s}://' for s in STORES)}")
+    if there and scheme not in SCHEMES:
+        raise UserError(f"{path}: {scheme}:// cannot be read; known are {' '.join(f'{s}://' for s in SCHEMES)}")
     return scheme if there else ""
 
 
@@ -154,7 +154,7 @@ def _store(scheme: str):
 
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError:
-        raise UserError(f"{scheme}:// takes `pip install {STORES[scheme]}`") from None
+        raise UserError(f"{scheme}:// takes `pip install {SCHEMES[scheme]}`") from None
 
 
 @contextlib.contextmanager
@@ -235,7 +235,9 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
     if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
         name = f"{name}:{rest.pop(0)}"
     split = rest[0] if rest else "train"
-    where = data_dir or tfds.core.constants.DATA_DIR
+    where = os.fspath(data_dir or tfds.core.constants.DATA_DIR)
+    if _scheme(where):
+        raise UserError(f"--data-dir {where}: ArrayRecord files are read from this machine alone; copy the data set here")
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where, file_format="array_record")
         return [os.fspath(file) for file in builder.info.splits[split].filepaths]
