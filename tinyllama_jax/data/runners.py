@@ -25,7 +25,7 @@ import rich.console
 import rich.progress
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import shards, store
+from tinyllama_jax.data import duplicates, shards, store
 from tinyllama_jax.data.shards import Job, Shard
 from tinyllama_jax.data.store import Place
 
@@ -37,6 +37,7 @@ RUNNERS = {  # what is said -> what Beam calls it, the module it needs, and what
     "flink": ("FlinkRunner", "apache_beam", ""),
     "spark": ("SparkRunner", "apache_beam", ""),
 }
+TITLES = {"looked": "looking for copies", "copies": "comparing", "done": "tokenising"}  # of the stages of a job
 LINES = 10, 60  # seconds between lines where there is no terminal: in the first minute, and after it
 ALONE = 60  # seconds that Dask may be without any worker
 LATE = 90  # seconds until a file that was written on another machine is seen on this one, at the most
@@ -87,7 +88,7 @@ def _check(runner: str, name: str, rest: list[str]) -> None:
 
 
 def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> None:
-    """Makes the shards. Raises UserError with what stopped a worker."""
+    """Makes the shards, or does what comes before that (`job.stage`). Raises UserError with what stopped a worker."""
     work = [pickle.dumps(shard) for shard in left]
     try:
         if workers > 1 or beam_options:
@@ -122,7 +123,13 @@ def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str],
         # not "DirectRunner", which first tries to download another one
         runner, parsed = FnApiRunner(environment), PipelineOptions([], direct_num_workers=workers)
     p = beam.Pipeline(runner, parsed)
-    _ = p | beam.Create(work) | beam.Reshuffle() | beam.Map(functools.partial(shards.make, job))
+    work = p | beam.Create(work) | beam.Reshuffle()
+    if job.stage == "copies":
+        rows = work | "rows" >> beam.FlatMap(functools.partial(duplicates.rows_of, job)) | "keys" >> beam.GroupByKey()
+        pairs = rows | "pairs" >> beam.FlatMap(functools.partial(duplicates.pairs_of, job)) | "shards" >> beam.GroupByKey()
+        _ = pairs | beam.Map(functools.partial(duplicates.settle, job))
+    else:
+        _ = work | beam.Map(functools.partial(duplicates.make if job.stage == "looked" else shards.make, job))
     result = p.run()
     if f"--runner={RUNNERS['dask'][0]}" in beam_options:
         _wait_for_dask(result)
@@ -147,7 +154,7 @@ def _wait_for_dask(result: object) -> None:
 def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], awaited: set[str]) -> None:
     """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C.
 
-    Ends when all files of the names `awaited` are in DIR.partial/done.
+    Ends when all files of the names `awaited` are in the folder of records.
     """
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     start = "import pickle, sys, tinyllama_jax.data.runners as m; m.pipeline(*pickle.load(sys.stdin.buffer))"
@@ -170,7 +177,7 @@ def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], a
             import tensorflow_datasets  # noqa: F401  `_finish` wants it: now, while there is nothing to do but wait
 
             ended = None
-            while not awaited.issubset(store.names(job.folder / "done")):
+            while not awaited.issubset(store.names(job.records)):
                 if died.is_file() or store.names(job.failed):
                     raise UserError(died.read_text().strip() if died.is_file() else "see DIR.partial/failed")
                 if ended and (child.returncode or not beam_options or time.monotonic() > ended + LATE):
@@ -220,13 +227,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(partial: Place, planned: list[Shard]) -> Iterator[None]:
+def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
     """Counts finished shards by the text in them: a bar on the terminal, or now and then a line where there is none."""
     weights = {f"{shard.file}.json": sum(piece.weight for piece in shard.pieces) for shard in planned}
     console = rich.console.Console(stderr=True)
     stop = threading.Event()
     with rich.progress.Progress(
-        "tokenising",
+        TITLES[job.stage],
         rich.progress.BarColumn(),
         rich.progress.DownloadColumn(),
         rich.progress.TransferSpeedColumn(),
@@ -239,17 +246,17 @@ def progress(partial: Place, planned: list[Shard]) -> Iterator[None]:
         task = bar.add_task("", total=total)
 
         def done() -> int:
-            return sum(weights.get(name, 0) for name in store.names(partial / "done"))
+            return sum(weights.get(name, 0) for name in store.names(job.records))
 
         def watch() -> None:
             began = time.monotonic()
             before, line = done(), began + LINES[0]
-            while not stop.wait(_interval(partial, 0.5)):
+            while not stop.wait(_interval(job.folder, 0.5)):
                 now = time.monotonic()
                 if console.is_terminal:
                     bar.update(task, completed=done())
                 elif now >= line:
-                    print(_line(done(), total, before, now - began), file=sys.stderr, flush=True)
+                    print(_line(TITLES[job.stage], done(), total, before, now - began), file=sys.stderr, flush=True)
                     line = now + LINES[now > began + LINES[1]]
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -261,9 +268,9 @@ def progress(partial: Place, planned: list[Shard]) -> Iterator[None]:
             thread.join()
 
 
-def _line(done: int, total: int, before: int, seconds: float) -> str:
+def _line(title: str, done: int, total: int, before: int, seconds: float) -> str:
     """`done` of `total` bytes of text, of which `before` were there `seconds` ago, for a person who reads a log."""
-    said = f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
+    said = f"{title}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
     if done == before:
         return f"{said}, no shard finished yet"
     rate = (done - before) / seconds

@@ -95,12 +95,14 @@ def holds_something(folder: Place) -> bool:
         return system.exists(folder.url)
 
 
-def read(file: Place) -> bytes:
-    """Raises FileNotFoundError."""
+def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a file. Raises FileNotFoundError."""
     if isinstance(file, Path):
-        return file.read_bytes()
+        with open(file, "rb") as local:
+            local.seek(start)
+            return local.read(-1 if end is None else end - start)
     with _system(file) as system:
-        return system.cat_file(file.url)
+        return system.cat_file(file.url, start or None, end)
 
 
 def write(file: Place, content: str | bytes) -> None:
