@@ -30,7 +30,6 @@ import numpy as np
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import clean, shards, store
 from tinyllama_jax.data.shards import Job, Shard
-from tinyllama_jax.data.store import Place
 
 METHODS = ("exact", "minhash")
 THRESHOLD = 0.8
@@ -291,15 +290,16 @@ def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
         dropped = [[n, reason, None] for n, reason in filtered]
         where = json.loads(store.read(job.folder / NUMBERS)) if same and job.cleaning.keep else None
         dropped += [[doc & LOW, why, where and _place(where[of >> 32], of & LOW)] for doc, of in same.items()]
-        store.write(job.records / f"{name}.json", json.dumps({"of": job.plan, "dropped": sorted(dropped)}))
+        store.write(job.records / f"{name}.json", json.dumps({"plan": job.plan, "dropped": sorted(dropped)}))
 
 
-def is_of(plan: str, file: Place) -> bool:
-    """Whether `settle` has written this file, for this plan."""
+def dropped_of(job: Job, shard: Shard) -> list | None:
+    """What `settle` wrote of a shard; None if it has not, for this plan."""
     try:
-        return json.loads(store.read(file))["of"] == plan
-    except FileNotFoundError:
-        return False
+        record = json.loads(store.read(job.records / f"{shard.file}.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record["dropped"] if record["plan"] == job.plan else None
 
 
 def numbers(planned: list[Shard], records: dict[str, dict]) -> list[list]:

@@ -347,12 +347,12 @@ def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]
     plan = hashlib.sha256(json.dumps([[shard.identity(), sorted(shard.bad or ())] for shard in planned]).encode()).hexdigest()
     store.write(job.folder / duplicates.NUMBERS, json.dumps(duplicates.numbers(planned, records)))
     comparing = dataclasses.replace(job, stage="copies", shards=tuple(shard.file for shard in planned), plan=plan)
-    lists = [comparing.records / f"{shard.file}.json" for shard in planned]
-    if not all(duplicates.is_of(plan, file) for file in lists):
+    if not all(duplicates.dropped_of(comparing, shard) is not None for shard in planned):
         store.remove(comparing.records)
         store.make_folder(comparing.records)
         run(comparing, planned)
-    return [s._replace(copies=hashlib.sha256(store.read(file)).hexdigest()) for s, file in zip(planned, lists, strict=True)]
+    lists = [json.dumps(duplicates.dropped_of(comparing, shard)).encode() for shard in planned]
+    return [s._replace(copies=hashlib.sha256(list_).hexdigest()) for s, list_ in zip(planned, lists, strict=True)]
 
 
 def _records(job: Job, planned: list[Shard]) -> dict[str, dict]:
