@@ -74,8 +74,8 @@ def prepare(
     """Makes the folder `output`, here or in an object store, as the command line of this module does; returns its manifest.
 
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: of `runners.RUNNERS`, or Beam's name of one, with `beam_options`; its machines must all see the
-    same files. Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
+    for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
+    `beam_options`: its options. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
     output = store.place(output, "--output")
     partial = _partial(output)
