@@ -112,8 +112,8 @@ def prepare(
     `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
     `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: of `runners.RUNNERS`, or Beam's name of one, with `beam_options`; its machines must all see
-    the same files. Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
+    for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
+    `beam_options`: its options. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
     output = store.place(output, "--output")
     partial = _partial(output)

@@ -95,17 +95,17 @@ def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> N
             _apart(job, work, workers, beam_options, {f"{shard.file}.json" for shard in left})
         else:
             with _quiet():
-                pipeline(job, work, workers, [], "")
+                pipeline(job, work, workers, [])
     except Exception:
         for name in sorted(store.names(job.failed)):
             raise UserError(store.read(job.failed / name).decode().strip()) from None
         raise
 
 
-def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str], died: str) -> None:
+def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str], died: str = "", alone: float = ALONE) -> None:
     """The Beam pipeline: on this machine in `workers` processes, or where `beam_options` say. Raises whatever Beam does.
 
-    `died`: file that is written if one of those processes ends.
+    `died`: file that is written if one of those processes ends. `alone`: seconds that Dask may be without any worker.
     """
     import apache_beam as beam  # takes a second, and warns of what is not installed
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -132,23 +132,23 @@ def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str],
         _ = work | beam.Map(functools.partial(duplicates.make if job.stage == "looked" else shards.make, job))
     result = p.run()
     if f"--runner={RUNNERS['dask'][0]}" in beam_options:
-        _wait_for_dask(result)
+        _wait_for_dask(result, alone)
     else:
         result.wait_until_finish()
 
 
-def _wait_for_dask(result: object) -> None:
+def _wait_for_dask(result: object, alone: float) -> None:
     """Dask gives a lost worker's shards to the others, and would wait for ever if there are none."""
     seen = time.monotonic()
     while True:
         try:
-            result.wait_until_finish(duration=min(5_000, ALONE * 500))
+            result.wait_until_finish(duration=min(5_000, alone * 500))
             return
         except TimeoutError:
             if result.client.scheduler_info(n_workers=1)["workers"]:
                 seen = time.monotonic()
-            elif time.monotonic() > seen + ALONE:
-                raise UserError(f"the cluster has had no worker for {ALONE} s: start some and run this again") from None
+            elif time.monotonic() > seen + alone:
+                raise UserError(f"the cluster has had no worker for {alone:g} s: start some") from None
 
 
 def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], awaited: set[str]) -> None:
@@ -173,7 +173,7 @@ def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], a
             )
         try:
             with child.stdin:
-                pickle.dump((job, work, workers, beam_options, str(died)), child.stdin)
+                pickle.dump((job, work, workers, beam_options, str(died), ALONE), child.stdin)
             import tensorflow_datasets  # noqa: F401  `_finish` wants it: now, while there is nothing to do but wait
 
             ended = None
@@ -204,7 +204,11 @@ def _failure(job: Job, log: str, code: int, beam_options: list[str]) -> Exceptio
     said = [line for line in log.splitlines() if line.strip() and not line[0].isspace()] or [f"exit code {code}"]
     if not code:
         said = [f"it ended well, and shards are missing: do all its workers see {job.folder}?"]
-    return UserError(f"{beam_options[0]}: {said[-1]} (more in {where}; run this again to go on)")
+    runner = next(
+        (short for short, (name, *_) in RUNNERS.items() if f"--runner={name}" == beam_options[0]), beam_options[0][9:]
+    )
+    reason = said[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    return UserError(f"--runner {runner}: {reason} (more in {where}; run this again to go on)")
 
 
 def _interval(folder: Place, local: float) -> float:
