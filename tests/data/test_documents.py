@@ -78,6 +78,9 @@ def test_row_groups_are_read_once_however_they_are_grouped(tmp_path):
         assert [p.start for p in pieces] == [0, *(p.end for p in pieces[:-1])] and pieces[-1].end == -(-300 // 7)
     assert len(read(tmp_path / "a.parquet", 1)[1]) == -(-300 // 7)
     assert len(read(tmp_path / "a.parquet", 50_000)[1]) == 1  # the other column is not counted
+    pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", pyarrow.schema([("text", pyarrow.string())])).close()
+    found, pieces = read(tmp_path / "b.parquet")
+    assert found == [] and len(pieces) == 1  # somebody has to compute its checksum
 
 
 def test_spans_weigh_about_the_target():

@@ -8,7 +8,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
@@ -33,7 +32,7 @@ class BadFile(UserError):
 
 
 class Piece(NamedTuple):
-    """A part [start, end) of a file: bytes of plain jsonl, row groups of parquet, records of ArrayRecord; of others all."""
+    """A part [start, end) of a file: bytes of plain jsonl, row groups of parquet, `ROWS` records of ArrayRecord; else all."""
 
     source: Source
     start: int
@@ -42,12 +41,12 @@ class Piece(NamedTuple):
 
 
 def units(source: Source, text_key: str) -> list[int]:
-    """Weight of each part that a file can be cut into: row groups of parquet; the others are cut anywhere, or not at all.
-
-    Raises BadFile, and UserError on what no other try mends.
-    """
+    """Weight of each part that a file can be cut into (see `Piece`); plain jsonl is cut anywhere. Raises BadFile, UserError."""
     if source.kind == "array_record":
-        inputs.text_feature(os.path.dirname(source.path), text_key)
+        inputs.text_feature(source, text_key)
+        with _reading(source):
+            n = -(-_array_record_reader(source).num_records() // ROWS)
+        return [source.size * source.factor // max(n, 1)] * n
     if source.kind != "parquet":
         return [source.size * source.factor]
     with _reading(source, damaged="is not a whole parquet file: "), _parquet_file(source) as file:
@@ -66,15 +65,10 @@ def units(source: Source, text_key: str) -> list[int]:
 
 def pieces(source: Source, weights: list[int], target: int) -> list[Piece]:
     """`source` in pieces of about `target` bytes of text, where its type can be cut. `weights`: of its `units`."""
-    if source.kind == "parquet":
-        return [Piece(source, *span, sum(weights[slice(*span)])) for span in spans(weights, target)]
-    length, n = source.size, 1
-    if source.kind == "array_record":
-        with _reading(source):
-            length = _array_record_reader(source).num_records()
-    if source.kind in ("jsonl", "array_record"):
-        n = max(-(-sum(weights) // target), 1)
-    ends = itertools.pairwise(length * i // n for i in range(n + 1))
+    if source.kind in ("parquet", "array_record"):
+        return [Piece(source, *span, sum(weights[slice(*span)])) for span in spans(weights, target) or [(0, 0)]]
+    n = max(-(-source.size // target), 1) if source.kind == "jsonl" else 1
+    ends = itertools.pairwise(source.size * i // n for i in range(n + 1))
     return [Piece(source, start, end, sum(weights) // n) for start, end in ends]
 
 
@@ -272,20 +266,24 @@ def _parquet(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
 
 def _array_record_reader(source: Source) -> array_record_module.ArrayRecordReader:
     try:
-        return array_record_module.ArrayRecordReader(source.path, "readahead_buffer_size:0,max_parallelism:0")
+        reader = array_record_module.ArrayRecordReader(source.path, "readahead_buffer_size:0,max_parallelism:0")
     except Exception as error:  # ArrayRecord's own, of no common type
         raise _BadDocument(f"is not a whole ArrayRecord file: {str(error).splitlines()[0]}") from None
+    if (n := reader.num_records()) != (
+        written := inputs.records(source)
+    ):  # of the beginning of a file it says that it has none
+        raise _BadDocument(f"is not a whole ArrayRecord file: it has {n} records of {written}")
+    return reader
 
 
 def _array_record(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
-    source, record = piece.source, piece.start
-    feature = inputs.text_feature(os.path.dirname(source.path), text_key)
+    source, record = piece.source, piece.start * ROWS
+    feature = inputs.text_feature(source, text_key)
     with _reading(source, lambda: f", record {record}"):
         reader = _array_record_reader(source)
-        for start in range(piece.start, piece.end, ROWS):
-            record = start
+        for _ in range(piece.start, piece.end):
             try:
-                rows = reader.read(range(start, min(start + ROWS, piece.end)))
+                rows = reader.read(range(record, min(record + ROWS, reader.num_records())))
             except Exception as error:
                 raise _BadDocument(f"is damaged, or one of the next {ROWS}: {str(error).splitlines()[0]}") from None
             for row in rows:

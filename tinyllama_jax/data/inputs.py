@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tinyllama_jax.config import UserError
+from tinyllama_jax.data.store import SCHEMES
 
 # type of a file -> how it is read, and bytes of text in a byte of it, roughly
 KINDS = {
@@ -29,7 +30,6 @@ KINDS = {
     ".parquet": ("parquet", 1),
 }
 ARRAY_RECORD = "array_record", 2  # what `tfds:` stands for
-STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 READ = 1 << 20  # bytes read at once
 FETCH = 8 << 20  # bytes of an object fetched at once
 
@@ -113,8 +113,8 @@ def _type_of(path: str, kinds: tuple[str, ...]) -> str:
 def _scheme(path: str) -> str:
     """ "gs" or "s3"; "" for a path on this machine. Raises UserError on another scheme."""
     scheme, there, _ = path.partition("://")
-    if there and scheme not in STORES:
-        raise UserError(f"{path}: {scheme}:// cannot be read; known are {' '.join(f'{s}://' for s in STORES)}")
+    if there and scheme not in SCHEMES:
+        raise UserError(f"{path}: {scheme}:// cannot be read; known are {' '.join(f'{s}://' for s in SCHEMES)}")
     return scheme if there else ""
 
 
@@ -154,7 +154,7 @@ def _store(scheme: str):
 
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError:
-        raise UserError(f"{scheme}:// takes `pip install {STORES[scheme]}`") from None
+        raise UserError(f"{scheme}:// takes `pip install {SCHEMES[scheme]}`") from None
 
 
 @contextlib.contextmanager
@@ -235,7 +235,9 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
     if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
         name = f"{name}:{rest.pop(0)}"
     split = rest[0] if rest else "train"
-    where = data_dir or tfds.core.constants.DATA_DIR
+    where = os.fspath(data_dir or tfds.core.constants.DATA_DIR)
+    if _scheme(where):
+        raise UserError(f"--data-dir {where}: ArrayRecord files are read from this machine alone; copy the data set here")
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where, file_format="array_record")
         return [os.fspath(file) for file in builder.info.splits[split].filepaths]
@@ -254,12 +256,28 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def text_feature(folder: str, name: str):
-    """What decodes the feature `name` of the TensorFlow data set in `folder`. Raises UserError if it is no text."""
+def _described(folder: str) -> tuple[dict, dict[str, int]]:
+    """What the TensorFlow data set in `folder` says of itself: name -> feature, file -> number of records."""
     import tensorflow_datasets as tfds
 
-    features = tfds.builder_from_directory(folder, file_format="array_record").info.features
-    if not isinstance(features.get(name), tfds.features.Text):
-        texts = ", ".join(key for key, feature in features.items() if isinstance(feature, tfds.features.Text)) or "none"
-        raise UserError(f"{folder}: {name!r} is no text feature of it; those are {texts}: choose one with --text-key")
+    info = tfds.builder_from_directory(folder, file_format="array_record").info
+    splits = [zip(split.filepaths, split.shard_lengths, strict=True) for split in info.splits.values()]
+    return dict(info.features), {os.fspath(file): length for split in splits for file, length in split}
+
+
+def records(source: Source) -> int:
+    """How many records a file of a TensorFlow data set should have."""
+    return _described(os.path.dirname(source.path))[1][source.path]
+
+
+def text_feature(source: Source, name: str):
+    """What decodes the feature `name` in a file of a TensorFlow data set. Raises UserError if it is no text."""
+    import tensorflow_datasets as tfds
+
+    folder = os.path.dirname(source.path)
+    features, _ = _described(folder)
+    texts = sorted(key for key, feature in features.items() if isinstance(feature, tfds.features.Text))
+    if name not in texts:
+        those = ", ".join(texts) or "none"
+        raise UserError(f"{folder}: {name!r} is no text feature of it; those are {those}: choose one with --text-key")
     return tfds.features.FeaturesDict({name: features[name]})
