@@ -260,7 +260,7 @@ def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
                 if console.is_terminal:
                     bar.update(task, completed=done())
                 elif now >= line:
-                    print(_line(TITLES[job.stage], done(), total, before, now - began), file=sys.stderr, flush=True)
+                    print(_line(done(), total, before, now - began, TITLES[job.stage]), file=sys.stderr, flush=True)
                     line = now + LINES[now > began + LINES[1]]
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -272,7 +272,7 @@ def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
             thread.join()
 
 
-def _line(title: str, done: int, total: int, before: int, seconds: float) -> str:
+def _line(done: int, total: int, before: int, seconds: float, title: str = TITLES["done"]) -> str:
     """`done` of `total` bytes of text, of which `before` were there `seconds` ago, for a person who reads a log."""
     said = f"{title}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
     if done == before:
