@@ -269,9 +269,8 @@ def _array_record_reader(source: Source) -> array_record_module.ArrayRecordReade
         reader = array_record_module.ArrayRecordReader(source.path, "readahead_buffer_size:0,max_parallelism:0")
     except Exception as error:  # ArrayRecord's own, of no common type
         raise _BadDocument(f"is not a whole ArrayRecord file: {str(error).splitlines()[0]}") from None
-    if (n := reader.num_records()) != (
-        written := inputs.records(source)
-    ):  # of the beginning of a file it says that it has none
+    n, written = reader.num_records(), inputs.records(source)
+    if n != written:  # of the beginning of a file it says that it has none
         raise _BadDocument(f"is not a whole ArrayRecord file: it has {n} records of {written}")
     return reader
 
