@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def make(job: Job, pickled: bytes) -> None:
 
     A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
     """
-    shard: Shard = pickle.loads(pickled)
+    shard: Shard = pickle.loads(zlib.decompress(pickled))
     # a runner gives work again that a lost worker had finished
     if store.names(job.failed) or made(job.folder, shard):
         return
