@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import fsspec
 import pytest
 from test_prepare import ROOT, children, command, digests, finished, gone, lines, wait_until
 
@@ -34,7 +35,7 @@ def corpus(tmp_path_factory, texts) -> Path:
 
 
 def arguments(corpus, model, out, *more):
-    return ["--train", corpus / "a.jsonl", "--tokenizer", model, "--output", out, "--seq-len", 128, *more]
+    return ["--train", corpus / "a.jsonl", "--tokenizer", model, "--output", out, "--seq-len", 128, "--held-out", 0, *more]
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +74,31 @@ def process(log: Path, *words, **env):
 # -- Dask ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cluster(tmp_path):
-    """(address, function that starts a worker and gives its process): Dask's scheduler, and processes of one thread."""
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory) -> str:
+    """Address of Dask's scheduler."""
     pytest.importorskip("distributed")
-    file = tmp_path / "scheduler.json"
+    folder = tmp_path_factory.mktemp("scheduler")
+    file = folder / "scheduler.json"
+    words = "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file
+    with process(folder / "log", "distributed.cli.dask_scheduler", *words) as child:
+        wait_until(file.is_file, child)
+        yield json.loads(file.read_text())["address"]
+
+
+@pytest.fixture
+def start(scheduler, tmp_path):
+    """Starts a worker of one thread and gives its process."""
     with contextlib.ExitStack() as stack:
-        words = "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file
-        scheduler = stack.enter_context(process(tmp_path / "scheduler.log", *words))
-        wait_until(file.is_file, scheduler)
-        address = json.loads(file.read_text())["address"]
 
         def start():
             log = tmp_path / f"worker{time.monotonic_ns()}.log"
-            words = (
-                "distributed.cli.dask_worker",
-                address,
-                "--host",
-                "127.0.0.1",
-                "--nthreads",
-                1,
-                "--no-nanny",
-                "--no-dashboard",
-            )
-            worker = stack.enter_context(process(log, *words))
+            words = scheduler, "--host", "127.0.0.1", "--nthreads", 1, "--no-nanny", "--no-dashboard"
+            worker = stack.enter_context(process(log, "distributed.cli.dask_worker", *words))
             wait_until(lambda: "Registered to" in log.read_text(), worker)
             return worker
 
-        yield address, start
+        yield start
 
 
 def writes(worker: subprocess.Popen, partial: Path) -> bool:
@@ -111,10 +109,9 @@ def writes(worker: subprocess.Popen, partial: Path) -> bool:
     return False
 
 
-def test_dask_workers_and_one_that_is_killed(cluster, corpus, model, tmp_path, expected):
-    address, start = cluster
+def test_dask_workers_and_one_that_is_killed(scheduler, start, corpus, model, tmp_path, expected):
     workers, out, partial = [start(), start()], tmp_path / "out", tmp_path / "out.partial"
-    main = command(*arguments(corpus, model, out, "--runner", "dask", "--dask_client_address", address), shard=SHARD)
+    main = command(*arguments(corpus, model, out, "--runner", "dask", "--dask_client_address", scheduler), shard=SHARD)
     wait_until(lambda: len(store.names(partial / "done")) >= 2 and all(writes(w, partial) for w in workers), main)
     workers[0].send_signal(signal.SIGKILL)
     made = len(store.names(partial / "done"))
@@ -125,10 +122,9 @@ def test_dask_workers_and_one_that_is_killed(cluster, corpus, model, tmp_path, e
     assert f"out: {total} shards in " in said and digests(out) == expected and not partial.exists()
 
 
-def test_dask_without_any_worker_left(cluster, corpus, model, tmp_path, expected):
-    address, start = cluster
+def test_dask_without_any_worker_left(scheduler, start, corpus, model, tmp_path, expected):
     worker, out, partial = start(), tmp_path / "out", tmp_path / "out.partial"
-    options = arguments(corpus, model, out, "--runner=dask", f"--dask_client_address={address}")
+    options = arguments(corpus, model, out, "--runner=dask", f"--dask_client_address={scheduler}")
     main = command(*options, shard=SHARD, first="from tinyllama_jax.data import runners; runners.ALONE = 0.5")
     wait_until(lambda: len(store.names(partial / "done")) >= 2, main)
     worker.send_signal(signal.SIGKILL)
@@ -149,12 +145,11 @@ def test_dask_without_any_worker_left(cluster, corpus, model, tmp_path, expected
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept  # not made again
 
 
-def test_dask_and_input_that_cannot_be_read(cluster, corpus, model, tmp_path):
-    address, start = cluster
+def test_dask_and_input_that_cannot_be_read(scheduler, start, corpus, model, tmp_path):
     start()
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "x"}\n{}\n')
-    options = arguments(corpus, model, tmp_path / "out", "--runner", "dask", "--dask_client_address", address)
+    options = arguments(corpus, model, tmp_path / "out", "--runner", "dask", "--dask_client_address", scheduler)
     code, _, err = finished(command(*options[:1], bad, *options[2:]))
     assert code == 2 and err.splitlines()[1:] == [
         f"error: {bad}, line 2: has no key 'text'; it has : choose one with --text-key"
@@ -222,6 +217,7 @@ def bucket(tmp_path, monkeypatch):
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(key, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
     with process(tmp_path / "s3.log", "moto.server", "-p", port) as server:
 
         def made():
@@ -288,7 +284,9 @@ def test_lines_where_there_is_no_terminal(corpus, model, tmp_path):
     code, _, err = finished(command(*arguments(corpus, model, tmp_path / "out", "--workers", 1), shard=SHARD, first=first))
     assert code == 0 and err
     for line in err.splitlines():
-        assert re.fullmatch(r"tokenising: \d of 2 MB \(\d+%\), (no shard finished yet|\d\.\d MB/s, under a minute left)", line)
+        assert re.fullmatch(
+            r"tokenising: \d of 2 MB \(\d+%\), (no shard finished yet|\d+\.\d MB/s, (\d+ min|under a minute) left)", line
+        )
 
 
 def test_a_line_says_how_long_is_left():

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import pickle
 import re
 import unicodedata
 import zlib
@@ -252,7 +251,7 @@ def _make(job: Job, shard: Shard) -> None:
 
 def rows_of(job: Job, pickled: bytes) -> Iterator[tuple[int, bytes]]:
     """The rows of a shard, in as many parts as there are shards, by key: (part, bytes of `ROW`s)."""
-    shard: Shard = pickle.loads(pickled)
+    shard = shards.unpacked(pickled)
     with shards.telling(job, shard.file):
         rows = np.frombuffer(store.read(job.folder / "looked" / f"{shard.file}.rows"), ROW).copy()
     rows["doc"] |= np.uint64(job.shards.index(shard.file) << 32)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pickle
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -89,12 +90,16 @@ def make(job: Job, pickled: bytes) -> None:
     attempt(job, pickled, _make)
 
 
+def unpacked(pickled: bytes) -> Shard:
+    return pickle.loads(zlib.decompress(pickled))
+
+
 def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> None:
     """`work`, unless another shard has failed or this one is done. If a file cannot be read, once more without, if it may be.
 
     A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
     """
-    shard: Shard = pickle.loads(pickled)
+    shard = unpacked(pickled)
     # a runner gives work again that a lost worker had finished
     if store.names(job.failed) or made(job.records, shard):
         return
