@@ -51,6 +51,7 @@ def stores():
         for name, value in variables.items():
             patch.setenv(name, value)
         inputs._store.cache_clear()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
         fsspec.filesystem("s3").mkdir("bucket")
         yield
     inputs._store.cache_clear()

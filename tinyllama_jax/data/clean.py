@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama_jax.config import UserError
+from tinyllama_jax.data import store
+from tinyllama_jax.data.store import Place
 
 HEAD = 1 << 20  # characters of a document that filters look at, and that --keep-dropped keeps
 SAMPLE = 1 << 16  # characters that say which language it is
@@ -53,6 +55,37 @@ class Scrub(NamedTuple):
     pattern: str
     replacement: str
     keep: Callable[[str, str], bool] | None = None
+
+
+class Cleaning(NamedTuple):
+    """All that can be asked for. Can be pickled."""
+
+    filters: tuple[Filter, ...] = ()
+    scrubs: tuple[Scrub, ...] = ()
+    dedup: str = ""  # of `duplicates.METHODS`
+    threshold: float = 0.0
+    keep: Place | None = None  # folder for what is dropped
+
+    def settings(self) -> dict:
+        """What makes another data set of the same input; empty if there is nothing."""
+        filters = [filter_.spec + (f" sha256:{filter_.sha256}" if filter_.sha256 else "") for filter_ in self.filters]
+        said = {"filter": filters, "dedup": self.dedup, "scrub": [scrub.name for scrub in self.scrubs]}
+        said |= {"dedup_threshold": self.threshold if self.dedup == "minhash" else 0, "keep_dropped": self.keep is not None}
+        return {key: value for key, value in said.items() if value}
+
+
+def parse(
+    filters: Iterable[str], scrubs: Iterable[str], dedup: str, threshold: float | None, keep: str | Path | None
+) -> Cleaning:
+    """What is asked for in words. `scrubs`: each a regular expression, or names with commas between. Raises UserError."""
+    names = itertools.chain.from_iterable([spec] if spec.startswith("regex:") else spec.split(",") for spec in scrubs)
+    found = Cleaning(tuple(map(parse_filter, filters)), tuple(map(parse_scrub, names)), dedup, threshold, None)
+    for option, specs in (("filter", [f.spec for f in found.filters]), ("scrub", [s.name for s in found.scrubs])):
+        if twice := [spec for spec, n in Counter(specs).items() if n > 1]:
+            raise UserError(f"--{option} {twice[0]}: is given more than once")
+    if keep is not None and not (filters or dedup):
+        raise UserError(f"--keep-dropped {keep}: nothing is dropped without --filter or --dedup")
+    return found._replace(keep=store.place(keep, "--keep-dropped") if keep is not None else None)
 
 
 def parse_filter(spec: str) -> Filter:
@@ -135,13 +168,15 @@ def parse_scrub(spec: str) -> Scrub:
 
 
 def rejected_by(filters: list[Filter], document: Iterable[str]) -> str:
-    """Spec of the first filter that drops a document, "" if none does. `document`: its parts, which are read up to 3 times.
+    """Spec of the first filter that drops a document, in parts; "" if none does, or if it is empty.
 
     Raises UserError if a user's function raises.
     """
     if not filters:
         return ""
     start, length = head(document)
+    if not length:  # counted as such
+        return ""
     for filter_ in filters:
         if filter_.name == "length":
             keep = filter_.arguments[0] <= length <= filter_.arguments[1]

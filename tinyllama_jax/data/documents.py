@@ -28,6 +28,7 @@ class BadFile(UserError):
     """A file that cannot be read however often it is tried: its content is at fault, or this machine's disk or permissions."""
 
     source: Source
+    start: int = 0  # of the piece in which it was found
 
 
 class Piece(NamedTuple):
@@ -87,12 +88,13 @@ def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
 
 
 def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[str]) -> Iterator[Iterable[str]]:
-    """The documents of a piece in order, each a text in one or more parts. Raises BadFile naming file and line.
+    """The documents of a piece in order, each a text in one or more parts that can be read again. Raises BadFile naming file
+    and line.
 
     `drop`: of jsonl, rows that have this value at this key ("meta.source": "x") are left out, and counted in `dropped`.
     """
     if piece.source.kind == "text":
-        return iter([_text(piece.source)])
+        return iter([_Text(piece.source)])
     if piece.source.kind == "parquet":
         return _parquet(piece, text_key)
     if piece.source.kind == "array_record":
@@ -132,6 +134,15 @@ def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") 
     bad = BadFile(source.path + said)
     bad.source = source
     raise bad
+
+
+class _Text(NamedTuple):
+    """The document that is a whole file, of any size."""
+
+    source: Source
+
+    def __iter__(self) -> Iterator[str]:
+        return _text(self.source)
 
 
 def _text(source: Source) -> Iterator[str]:

@@ -6,21 +6,29 @@ punctuation; a character of a script that is written without spaces counts as a 
 (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3). They are compared by all 5-grams of documents that have
 no more than `SKETCH` distinct ones, and by the `SKETCH` least of their hashes otherwise: so a document's similarity is exact
 up to 4,096 5-grams, with an error of up to sqrt(0.25 / 4,096) = 0.008 (standard deviation) beyond.
+
+Two passes over the shards come before they are made. DIR.partial/looked has of each shard what its filters drop and, of the
+others, rows (see `look`) and sketches; DIR.partial/copies has what is dropped of it: rows are grouped by key, which makes
+pairs of documents to compare, and pairs by the shard of the later one, which is dropped if the two are alike. So that every
+document that is like an earlier one is dropped, whether or not that one is kept.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data.clean import chunks
+from tinyllama_jax.data import clean, shards, store
+from tinyllama_jax.data.shards import Job, Shard
 
 METHODS = ("exact", "minhash")
 THRESHOLD = 0.8
@@ -29,6 +37,8 @@ PERMUTATIONS = 256
 RECALL = 0.99  # least share of the pairs at the threshold that come to be compared
 SKETCH = 4_096
 FIRST = 8  # documents of a bucket that the others are compared to: the earliest
+NUMBERS = "numbers.json"  # see `numbers`
+LOW = (1 << 32) - 1  # a document's number: of its shard, and 32 bits of its place in it
 ROW = np.dtype([("key", "u8"), ("same", "u8"), ("doc", "u8")])
 PAIR = np.dtype([("doc", "u8"), ("of", "u8"), ("sure", "?")])
 # Chinese, Japanese, Thai, Lao, Burmese, Khmer
@@ -61,12 +71,13 @@ def check(method: str, threshold: float | None) -> float:
 
 def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Rows [n] of `ROW`, of which copies have one in common (doc is 0), and the sketch, uint32 [at most `SKETCH`], sorted."""
-    text, near = hashlib.blake2b(digest_size=16), method == "minhash"
+    text, near, empty = hashlib.blake2b(digest_size=16), method == "minhash", True
     minhash = _minhash() if near else None
     sketch, tail = np.empty(0, np.uint32), np.empty(0, np.uint64)  # tail: the last words, whose shingles are not whole yet
     if near:
         minhash.clear()
-    for chunk in chunks(document):
+    for chunk in clean.chunks(document):
+        empty = False
         chunk = chunk if chunk.isascii() else unicodedata.normalize("NFC", chunk)
         for part in _parts(chunk):
             if words := part.split():
@@ -85,7 +96,9 @@ def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.nda
         sketch = _short((tail * _ODD[: len(tail)]).sum(keepdims=True) + np.uint64(len(tail)))
         minhash.update_batch(sketch.tolist())
     n_bands, n_rows = bands(threshold) if len(sketch) else (0, 0)
-    rows = np.zeros(1 + n_bands, ROW)
+    rows = np.zeros(0 if empty else 1 + n_bands, ROW)
+    if empty:  # which is no copy, but counted as such
+        return rows, sketch
     rows["key"][0], rows["same"][0] = np.frombuffer(text.digest(), "<u8")
     if n_bands:
         hashes = minhash.hashvalues[: n_bands * n_rows].reshape(n_bands, n_rows).astype(np.uint64)
@@ -196,3 +209,119 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
         a, b = (s[: np.searchsorted(s, min(cut), "right")] for s in (a, b))
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
+
+
+# -- the passes ---------------------------------------------------------------------------------------------------------
+
+
+def make(job: Job, pickled: bytes) -> None:
+    """The first pass over a shard. See `shards.attempt`."""
+    shards.attempt(job, pickled, _make)
+
+
+def _make(job: Job, shard: Shard) -> None:
+    name, dropped, rows = job.records / shard.file, [], []
+    pieces: Counter[tuple[str, int]] = Counter()  # documents in each
+    ends = [0]  # of the sketches, in numbers
+    local = store.beside(store.room(job.folder) / shard.file)
+    try:
+        with open(local, "wb") as sketches:
+            for n, (piece, document) in enumerate(shards.read(job, shard, Counter())):
+                shards.check_awaited(job)
+                pieces[piece.source.name, piece.start] += 1
+                if reason := clean.rejected_by(job.cleaning.filters, document):
+                    dropped.append([n, reason])
+                    ends.append(ends[-1])
+                    continue
+                found, sketch = look(job.cleaning.dedup, job.cleaning.threshold, document)
+                found["doc"] = n
+                rows.append(found)
+                sketches.write(sketch.tobytes())
+                ends.append(ends[-1] + len(sketch))
+        shards.check_unchanged(shard)
+        store.put(local, name.with_name(f"{shard.file}.sketches"))
+    finally:
+        local.unlink(missing_ok=True)
+    store.write(name.with_name(f"{shard.file}.ends"), np.array(ends, "<u8").tobytes())
+    store.write(name.with_name(f"{shard.file}.rows"), np.concatenate(rows or [np.empty(0, ROW)]).tobytes())
+    record = {"identity": shard.identity(), "bad": shard.bad or {}, "dropped": dropped}
+    record["pieces"] = [pieces[piece.source.name, piece.start] for piece in shard.pieces]
+    store.write(name.with_name(f"{shard.file}.json"), json.dumps(record))
+
+
+def rows_of(job: Job, pickled: bytes) -> Iterator[tuple[int, bytes]]:
+    """The rows of a shard, in as many parts as there are shards, by key: (part, bytes of `ROW`s)."""
+    shard = shards.unpacked(pickled)
+    with shards.telling(job, shard.file):
+        rows = np.frombuffer(store.read(job.folder / "looked" / f"{shard.file}.rows"), ROW).copy()
+    rows["doc"] |= np.uint64(job.shards.index(shard.file) << 32)
+    n = len(job.shards)
+    part = rows["key"] % np.uint64(n)
+    rows = rows[np.argsort(part, kind="stable")]
+    ends = np.searchsorted(np.sort(part), np.arange(n + 1, dtype=np.uint64))
+    for i in range(n):
+        yield i, rows[ends[i] : ends[i + 1]].tobytes()
+
+
+def pairs_of(job: Job, part: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Pairs to compare of a part of all rows: (number of the later one's shard, bytes of `PAIR`s)."""
+    i, rows = part
+    with shards.telling(job, f"part {i}"):
+        found = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
+    yield i, b""  # so that every shard comes to `settle`
+    shard = found["doc"] >> np.uint64(32)
+    for number in np.unique(shard).tolist():
+        yield number, found[shard == number].tobytes()
+
+
+def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
+    """Writes what is dropped of a shard: [[number, why, [file, number in it] that it is a copy of, or null]].
+
+    That is said only if the dropped are kept, since the list would be long for nothing.
+    """
+    i, found = pairs_of_shard
+    name = job.shards[i]
+    with shards.telling(job, name):
+        sketch = functools.lru_cache(1 << 12)(functools.partial(_sketch, job))
+        same = copies(np.frombuffer(b"".join(found), PAIR), sketch, job.cleaning.threshold)
+        filtered = json.loads(store.read(job.folder / "looked" / f"{name}.json"))["dropped"]
+        why = f"dedup:{job.cleaning.dedup}"
+        dropped = [[n, reason, None] for n, reason in filtered]
+        where = json.loads(store.read(job.folder / NUMBERS)) if same and job.cleaning.keep else None
+        dropped += [[doc & LOW, why, where and _place(where[of >> 32], of & LOW)] for doc, of in same.items()]
+        store.write(job.records / f"{name}.json", json.dumps({"plan": job.plan, "dropped": sorted(dropped)}))
+
+
+def dropped_of(job: Job, shard: Shard) -> list | None:
+    """What `settle` wrote of a shard; None if it has not, for this plan."""
+    try:
+        record = json.loads(store.read(job.records / f"{shard.file}.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record["dropped"] if record["plan"] == job.plan else None
+
+
+def numbers(planned: list[Shard], records: dict[str, dict]) -> list[list]:
+    """For each shard [[file, number in it of the first document, documents]] of its pieces. `records`: of the first pass."""
+    seen: Counter[tuple[str, str]] = Counter()
+    out = []
+    for shard in planned:
+        out.append([])
+        for piece, n in zip(shard.pieces, records[shard.file]["pieces"], strict=True):
+            out[-1].append([piece.source.name, seen[shard.split, piece.source.name], n])
+            seen[shard.split, piece.source.name] += n
+    return out
+
+
+def _place(pieces: list, n: int) -> list:
+    for file, first, documents in pieces:
+        if n < documents:
+            return [file, first + n]
+        n -= documents
+    raise IndexError(n)
+
+
+def _sketch(job: Job, doc: int) -> np.ndarray:
+    file, n = job.folder / "looked" / job.shards[doc >> 32], doc & LOW
+    start, end = np.frombuffer(store.read(file.with_name(f"{file.name}.ends"), 8 * n, 8 * n + 16), "<u8").tolist()
+    return np.frombuffer(store.read(file.with_name(f"{file.name}.sketches"), 4 * start, 4 * end), "<u4")

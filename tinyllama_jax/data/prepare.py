@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -25,11 +27,11 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinyllama_jax.config import UserError, read_json, run_main
-from tinyllama_jax.data import corpora, documents, inputs, runners, shards, store
+from tinyllama_jax.data import clean, corpora, documents, duplicates, inputs, runners, shards, store
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import FORMAT, MANIFEST, Record, read_manifest
 from tinyllama_jax.data.inputs import Source
@@ -95,6 +97,11 @@ def prepare(
     bos: bool = False,
     eos: bool = True,
     shard_mb: int = 0,
+    filters: list[str] = (),
+    dedup: str = "",
+    dedup_threshold: float | None = None,
+    scrub: list[str] = (),
+    keep_dropped: str | Path | None = None,
     workers: int = 0,
     runner: str = runners.DIRECT,
     beam_options: list[str] = (),
@@ -105,8 +112,8 @@ def prepare(
     `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
     `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: of `runners.RUNNERS`, or Beam's name of one, with `beam_options`; its machines must all see
-    the same files. Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
+    for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
+    `beam_options`: its options. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
     output = store.place(output, "--output")
     partial = _partial(output)
@@ -129,6 +136,8 @@ def prepare(
         raise UserError(f"--bad-files {bad_files}: must be stop or skip")
     preset = corpora.known(corpus) if corpus else None
     text_key = text_key or (preset.text_key if preset else "text")
+    cleaning = clean.parse(filters, scrub, dedup, duplicates.check(dedup, dedup_threshold), keep_dropped)
+    _check_keep(cleaning.keep, output, partial, (*train, *validation))
     for path in (*train, *validation):
         if isinstance(partial, Path) and partial.is_relative_to(os.path.abspath(path)):
             raise UserError(f"--output {output}: lies within the input {path}; choose a folder outside")
@@ -137,7 +146,7 @@ def prepare(
         if any(Path(source.path).is_relative_to(folder) for folder in (os.path.abspath(output), partial)):
             raise UserError(f"--output {output}: the input {source.path} lies in it; choose a folder outside")
     settings = {"seq_len": seq_len, "dtype": dtype, "bos": bos, "eos": eos, "text_key": text_key, "shard_mb": shard_mb}
-    settings |= {"corpus": corpus, "held_out": held_out}
+    settings |= {"corpus": corpus, "held_out": held_out, "cleaning": cleaning.settings()}
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
     if store.holds_something(output) and not _is_half(output, partial):
@@ -153,21 +162,29 @@ def prepare(
     store.make_folder(partial)
     whole = output if isinstance(output, Remote) else partial / "whole"
     drop, main = dict(preset.drop) if preset else {}, 0 if beam_options else os.getpid()
-    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, main)
-    with _lock(partial):
-        left = _begin(job, wanted, planned, spm)
-        n_before = len(planned) - len(left)
-        left = left or _again(partial, planned)
+    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, main, cleaning)
+
+    def run(job: Job, left: list[Shard]) -> None:
         while left:
-            with runners.progress(partial, planned):
+            with runners.progress(job, planned):
                 runners.run(job, left, min(workers or n_cpus, len(left)), beam_options)
-            left = _again(partial, planned)
+            left = _again(job, planned)
+
+    with _lock(partial):
+        _begin(job, wanted, spm)
+        if dedup:
+            planned = _find_copies(job, planned, run)
+        left = _left(job, planned)
+        n_before = len(planned) - len(left)
+        run(job, left or _again(job, planned))
         manifest = _finish(output, job, wanted, sources, planned, bad or {})
     seconds = time.monotonic() - started
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
         for reason, n in counts["dropped"].items():
             print(f"{output}: {split}: {n:,} documents left out: {reason}")
+        for name, n in counts["scrubbed"].items():
+            print(f"{output}: {split}: {n:,} replaced: {name}")
         for file in counts["bad_files"][:3]:
             print(f"{output}: {split}: left out, one of {len(counts['bad_files'])} bad files: {file['reason']}")
     if held_out and HELD_OUT not in manifest["splits"]:
@@ -184,6 +201,14 @@ def _partial(output: Place) -> Place:
     if output.is_file() or not whole.name:
         raise UserError(f"--output {output}: must be a new folder")
     return whole.with_name(whole.name + ".partial")
+
+
+def _check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[str | Path, ...]) -> None:
+    """Raises UserError if --keep-dropped is in the way of something."""
+    if isinstance(keep, Path):
+        for folder in (output, partial, *inputs):
+            if "://" not in str(folder) and Path(os.path.abspath(keep)).is_relative_to(os.path.abspath(folder)):
+                raise UserError(f"--keep-dropped {keep}: lies within {folder}; choose a folder outside")
 
 
 def _is_half(output: Place, partial: Place) -> bool:
@@ -252,15 +277,13 @@ def _is_ours(partial: Place) -> bool:
     """Whether this module made the folder, or would: it is empty, has its settings, or holds nothing but what it has."""
     names = store.names(partial, folders=True)
     return "settings.json" in names or all(
-        name.startswith(("settings.json", "lock", "done", "failed", "whole")) for name in names
+        name.startswith(("settings.json", "lock", "done", "failed", "whole", "looked", "copies", "numbers.json"))
+        for name in names
     )
 
 
-def _begin(job: Job, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Tokenizer) -> list[Shard]:
-    """Makes DIR.partial ready and returns the shards that are left to make. Raises UserError if it is for something else.
-
-    Shards of files that have changed since (mended, say) are made again; the others are kept.
-    """
+def _begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
+    """Makes DIR.partial ready. Raises UserError if it is for something else."""
     partial, whole = job.folder, job.whole
     settings = partial / "settings.json"
     if not _is_ours(partial):
@@ -276,15 +299,31 @@ def _begin(job: Job, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Toke
         if isinstance(settings, Path):
             _sync(settings)
     store.remove(partial / "failed")
-    for folder in (job.failed, partial / "done", whole):
+    for folder in (
+        job.failed,
+        partial / "done",
+        whole,
+        *([partial / "looked", partial / "copies"] if job.cleaning.dedup else []),
+    ):
         store.make_folder(folder)
     with tempfile.TemporaryDirectory() as folder:
         spm.save(Path(folder, "tokenizer"))
         store.copy(Path(folder, "tokenizer"), whole / "tokenizer")
+
+
+def _left(job: Job, planned: list[Shard]) -> list[Shard]:
+    """The shards that are left to make. Those of files that have changed since (mended, say) are made again."""
+    dropped = store.names(job.cleaning.keep) if job.cleaning.keep else set()
+    mine = {shards.dropped_file(shard) for shard in planned}
+    if others := sorted(dropped - mine):
+        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
+    if job.cleaning.keep:
+        store.make_folder(job.cleaning.keep)
+        made = [shard for shard in made if shards.dropped_file(shard) in dropped]
     kept = {name for shard in made for name in (*shard.files().values(), f"{shard.file}.json")}
-    for folder in (partial / "done", whole):
+    for folder in (job.records, job.whole):
         for name in store.names(folder) - kept:
             store.remove(folder / name)
     return [shard for shard in planned if shard.file not in kept]
@@ -292,31 +331,53 @@ def _begin(job: Job, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Toke
 
 def _is_made(job: Job, shard: Shard) -> bool:
     """Whether an earlier run made this very shard, and all of it is there."""
-    files = shards.made(job.folder, shard).get("files", {}).values()
+    files = shards.made(job.records, shard).get("files", {}).values()
     return bool(files) and all(store.is_whole(job.whole / file["file"], file["bytes"], file["sha256"]) for file in files)
 
 
-def _records(partial: Place, planned: list[Shard]) -> dict[str, dict]:
-    """What there is in DIR.partial/done of each shard."""
+def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]], None]) -> list[Shard]:
+    """The shards, each with the list of what is dropped of it, which is made first: see duplicates.py."""
+    looking = dataclasses.replace(job, stage="looked")
+    kept = {shard.file for shard, record in zip(planned, _records(looking, planned).values(), strict=True) if record}
+    for name in store.names(looking.records):
+        if name.rpartition(".")[0] not in kept:
+            store.remove(looking.records / name)
+    left = [shard for shard in planned if shard.file not in kept]
+    run(looking, left or _again(looking, planned))
+    records = _records(looking, planned)
+    planned = [s if s.bad is None else s._replace(bad=records[s.file]["bad"]) for s in planned]
+    plan = hashlib.sha256(json.dumps([[shard.identity(), sorted(shard.bad or ())] for shard in planned]).encode()).hexdigest()
+    store.write(job.folder / duplicates.NUMBERS, json.dumps(duplicates.numbers(planned, records)))
+    comparing = dataclasses.replace(job, stage="copies", shards=tuple(shard.file for shard in planned), plan=plan)
+    if not all(duplicates.dropped_of(comparing, shard) is not None for shard in planned):
+        store.remove(comparing.records)
+        store.make_folder(comparing.records)
+        run(comparing, planned)
+    lists = [json.dumps(duplicates.dropped_of(comparing, shard)).encode() for shard in planned]
+    return [s._replace(copies=hashlib.sha256(list_).hexdigest()) for s, list_ in zip(planned, lists, strict=True)]
+
+
+def _records(job: Job, planned: list[Shard]) -> dict[str, dict]:
+    """The record of each shard; empty where it has not been made."""
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        found = pool.map(lambda shard: shards.made(partial, shard), planned)
+        found = pool.map(lambda shard: shards.made(job.records, shard), planned)
         return {shard.file: record for shard, record in zip(planned, found, strict=True)}
 
 
-def _again(partial: Place, planned: list[Shard]) -> list[Shard]:
+def _again(job: Job, planned: list[Shard]) -> list[Shard]:
     """The shards that hold parts of files which turned out bad in other shards; they are to be made again without.
 
     So a bad file is left out wholly, whatever the shards; and of what is wrong with it, the first is told.
     """
-    if not planned or planned[0].bad is None:
+    if not planned or planned[0].bad is None or job.stage == "copies":
         return []
-    records = _records(partial, planned)
+    records = _records(job, planned)
     bad = _bad_files(planned, records)
     left = []
     for shard in planned:
         mine = {p.source.name: bad[shard.split, p.source.name] for p in shard.pieces if (shard.split, p.source.name) in bad}
         if mine.keys() != records[shard.file]["bad"].keys():
-            store.remove(partial / "done" / f"{shard.file}.json")
+            store.remove(job.records / f"{shard.file}.json")
             left.append(shard._replace(bad=mine))
     return left
 
@@ -354,7 +415,7 @@ def _finish(
     import tensorflow_datasets as tfds  # see `Record`
 
     whole, splits, infos = job.whole, {}, []
-    records = _records(job.folder, planned)
+    records = _records(job, planned)
     bad = unplanned | {key: why for key, (_, why) in _bad_files(planned, records).items()}
     for split in dict.fromkeys([*sources, *([HELD_OUT] if wanted["held_out"] else [])]):
         files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
@@ -367,6 +428,8 @@ def _finish(
         if not counts["blocks"]:
             n = sum(file["documents"] for record in made for file in record["files"].values())
             took = f"; all {n} documents were held out: give --held-out 0" if n else ""
+            n = sum(sum(record["dropped"].values()) for record in made)
+            took += f"; {n} documents were dropped" if n else ""
             raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
         checksums = {name: checksum for record in made for name, checksum in record["sources"].items()}
         named, left_out = [], []
@@ -376,8 +439,9 @@ def _finish(
             else:
                 named.append({"file": source.name, "bytes": source.size, "sha256": checksums[source.name]})
         entries = [{key: file[key] for key in ("file", "blocks", "tokens", "bytes", "sha256")} for file in files]
-        dropped = dict(sorted(sum((Counter(record["dropped"]) for record in made), Counter()).items()))
-        splits[split] = {**counts, "dropped": dropped, "shards": entries, "sources": named, "bad_files": left_out}
+        sums = {key: sum((Counter(record[key]) for record in made), Counter()) for key in ("dropped", "scrubbed")}
+        counts |= {key: dict(sorted(total.items())) for key, total in sums.items()}
+        splits[split] = {**counts, "shards": entries, "sources": named, "bad_files": left_out}
         size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
     manifest = {**wanted, "splits": splits}
@@ -426,6 +490,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text-key", default="", metavar="NAME", help="key or column that holds the text (by --corpus; text)")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        dest="filters",
+        metavar="FILTER",
+        help="of " + ", ".join(clean.FILTERS.values()),
+    )
+    parser.add_argument("--dedup", default="", metavar="exact|minhash", help="keep the first of documents that are alike (no)")
+    parser.add_argument("--dedup-threshold", type=float, metavar="J", help="Jaccard similarity from which they are (0.8)")
+    parser.add_argument(
+        "--scrub",
+        action="append",
+        default=[],
+        metavar="NAMES",
+        help=f"of {','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT",
+    )
+    parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
     parser.add_argument(

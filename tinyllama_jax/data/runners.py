@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import rich.console
 import rich.progress
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import shards, store
+from tinyllama_jax.data import duplicates, shards, store
 from tinyllama_jax.data.shards import Job, Shard
 from tinyllama_jax.data.store import Place
 
@@ -37,6 +38,7 @@ RUNNERS = {  # what is said -> what Beam calls it, the module it needs, and what
     "flink": ("FlinkRunner", "apache_beam", ""),
     "spark": ("SparkRunner", "apache_beam", ""),
 }
+TITLES = {"looked": "looking for copies", "copies": "comparing", "done": "tokenising"}  # of the stages of a job
 LINES = 10, 60  # seconds between lines where there is no terminal: in the first minute, and after it
 ALONE = 60  # seconds that Dask may be without any worker
 LATE = 90  # seconds until a file that was written on another machine is seen on this one, at the most
@@ -87,24 +89,25 @@ def _check(runner: str, name: str, rest: list[str]) -> None:
 
 
 def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> None:
-    """Makes the shards. Raises UserError with what stopped a worker."""
-    work = [pickle.dumps(shard) for shard in left]
+    """Makes the shards, or does what comes before that (`job.stage`). Raises UserError with what stopped a worker."""
+    # the names of SlimPajama's 59,166 files alone are 10 MB, all that Dataflow takes in a request; 2 MB so
+    work = [zlib.compress(pickle.dumps(shard)) for shard in left]
     try:
         if workers > 1 or beam_options:
             _apart(job, work, workers, beam_options, {f"{shard.file}.json" for shard in left})
         else:
             with _quiet():
-                pipeline(job, work, workers, [], "")
+                pipeline(job, work, workers, [])
     except Exception:
         for name in sorted(store.names(job.failed)):
             raise UserError(store.read(job.failed / name).decode().strip()) from None
         raise
 
 
-def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str], died: str) -> None:
+def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str], died: str = "", alone: float = ALONE) -> None:
     """The Beam pipeline: on this machine in `workers` processes, or where `beam_options` say. Raises whatever Beam does.
 
-    `died`: file that is written if one of those processes ends.
+    `died`: file that is written if one of those processes ends. `alone`: seconds that Dask may be without any worker.
     """
     import apache_beam as beam  # takes a second, and warns of what is not installed
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -122,32 +125,38 @@ def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str],
         # not "DirectRunner", which first tries to download another one
         runner, parsed = FnApiRunner(environment), PipelineOptions([], direct_num_workers=workers)
     p = beam.Pipeline(runner, parsed)
-    _ = p | beam.Create(work) | beam.Reshuffle() | beam.Map(functools.partial(shards.make, job))
+    work = p | beam.Create(work) | beam.Reshuffle()
+    if job.stage == "copies":
+        rows = work | "rows" >> beam.FlatMap(functools.partial(duplicates.rows_of, job)) | "keys" >> beam.GroupByKey()
+        pairs = rows | "pairs" >> beam.FlatMap(functools.partial(duplicates.pairs_of, job)) | "shards" >> beam.GroupByKey()
+        _ = pairs | beam.Map(functools.partial(duplicates.settle, job))
+    else:
+        _ = work | beam.Map(functools.partial(duplicates.make if job.stage == "looked" else shards.make, job))
     result = p.run()
     if f"--runner={RUNNERS['dask'][0]}" in beam_options:
-        _wait_for_dask(result)
+        _wait_for_dask(result, alone)
     else:
         result.wait_until_finish()
 
 
-def _wait_for_dask(result: object) -> None:
+def _wait_for_dask(result: object, alone: float) -> None:
     """Dask gives a lost worker's shards to the others, and would wait for ever if there are none."""
     seen = time.monotonic()
     while True:
         try:
-            result.wait_until_finish(duration=min(5_000, ALONE * 500))
+            result.wait_until_finish(duration=min(5_000, alone * 500))
             return
         except TimeoutError:
             if result.client.scheduler_info(n_workers=1)["workers"]:
                 seen = time.monotonic()
-            elif time.monotonic() > seen + ALONE:
-                raise UserError(f"the cluster has had no worker for {ALONE} s: start some and run this again") from None
+            elif time.monotonic() > seen + alone:
+                raise UserError(f"the cluster has had no worker for {alone:g} s: start some") from None
 
 
 def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], awaited: set[str]) -> None:
     """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C.
 
-    Ends when all files of the names `awaited` are in DIR.partial/done.
+    Ends when all files of the names `awaited` are in the folder of records.
     """
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     start = "import pickle, sys, tinyllama_jax.data.runners as m; m.pipeline(*pickle.load(sys.stdin.buffer))"
@@ -166,11 +175,11 @@ def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], a
             )
         try:
             with child.stdin:
-                pickle.dump((job, work, workers, beam_options, str(died)), child.stdin)
+                pickle.dump((job, work, workers, beam_options, str(died), ALONE), child.stdin)
             import tensorflow_datasets  # noqa: F401  `_finish` wants it: now, while there is nothing to do but wait
 
             ended = None
-            while not awaited.issubset(store.names(job.folder / "done")):
+            while not awaited.issubset(store.names(job.records)):
                 if died.is_file() or store.names(job.failed):
                     raise UserError(died.read_text().strip() if died.is_file() else "see DIR.partial/failed")
                 if ended and (child.returncode or not beam_options or time.monotonic() > ended + LATE):
@@ -197,7 +206,11 @@ def _failure(job: Job, log: str, code: int, beam_options: list[str]) -> Exceptio
     said = [line for line in log.splitlines() if line.strip() and not line[0].isspace()] or [f"exit code {code}"]
     if not code:
         said = [f"it ended well, and shards are missing: do all its workers see {job.folder}?"]
-    return UserError(f"{beam_options[0]}: {said[-1]} (more in {where}; run this again to go on)")
+    runner = next(
+        (short for short, (name, *_) in RUNNERS.items() if f"--runner={name}" == beam_options[0]), beam_options[0][9:]
+    )
+    reason = said[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    return UserError(f"--runner {runner}: {reason} (more in {where}; run this again to go on)")
 
 
 def _interval(folder: Place, local: float) -> float:
@@ -220,13 +233,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(partial: Place, planned: list[Shard]) -> Iterator[None]:
+def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
     """Counts finished shards by the text in them: a bar on the terminal, or now and then a line where there is none."""
     weights = {f"{shard.file}.json": sum(piece.weight for piece in shard.pieces) for shard in planned}
     console = rich.console.Console(stderr=True)
     stop = threading.Event()
     with rich.progress.Progress(
-        "tokenising",
+        TITLES[job.stage],
         rich.progress.BarColumn(),
         rich.progress.DownloadColumn(),
         rich.progress.TransferSpeedColumn(),
@@ -239,17 +252,17 @@ def progress(partial: Place, planned: list[Shard]) -> Iterator[None]:
         task = bar.add_task("", total=total)
 
         def done() -> int:
-            return sum(weights.get(name, 0) for name in store.names(partial / "done"))
+            return sum(weights.get(name, 0) for name in store.names(job.records))
 
         def watch() -> None:
             began = time.monotonic()
             before, line = done(), began + LINES[0]
-            while not stop.wait(_interval(partial, 0.5)):
+            while not stop.wait(_interval(job.folder, 0.5)):
                 now = time.monotonic()
                 if console.is_terminal:
                     bar.update(task, completed=done())
                 elif now >= line:
-                    print(_line(done(), total, before, now - began), file=sys.stderr, flush=True)
+                    print(_line(done(), total, before, now - began, TITLES[job.stage]), file=sys.stderr, flush=True)
                     line = now + LINES[now > began + LINES[1]]
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -261,9 +274,9 @@ def progress(partial: Place, planned: list[Shard]) -> Iterator[None]:
             thread.join()
 
 
-def _line(done: int, total: int, before: int, seconds: float) -> str:
+def _line(done: int, total: int, before: int, seconds: float, title: str = TITLES["done"]) -> str:
     """`done` of `total` bytes of text, of which `before` were there `seconds` ago, for a person who reads a log."""
-    said = f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
+    said = f"{title}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
     if done == before:
         return f"{said}, no shard finished yet"
     rate = (done - before) / seconds

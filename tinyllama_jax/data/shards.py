@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gzip
 import hashlib
 import itertools
 import json
 import os
 import pickle
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +21,9 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import documents, store, tokenizer
+from tinyllama_jax.data import clean, documents, store, tokenizer
 from tinyllama_jax.data.blocks import Record
+from tinyllama_jax.data.clean import Cleaning
 from tinyllama_jax.data.documents import Piece
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.store import Place, sha256
@@ -38,6 +42,7 @@ class Shard(NamedTuple):
     held_out: str = ""  # the other file, of the split "validation"
     # files left out because they cannot be read: name -> [where the first bad piece begins, why]; None: they are errors
     bad: dict[str, list] | None = None
+    copies: str = ""  # with --dedup: sha256 of the list of what is dropped, in DIR.partial/copies
 
     def files(self) -> dict[str, str]:
         """Split -> file of it."""
@@ -46,7 +51,8 @@ class Shard(NamedTuple):
     def identity(self) -> str:
         """Hash of what it is made of: a shard made earlier is good for as long as this is the same."""
         made_of = [(p.source[1:], *p[1:]) for p in self.pieces]
-        return hashlib.sha256(json.dumps([made_of, [source.name for source in self.first]]).encode()).hexdigest()
+        made_of = [made_of, [source.name for source in self.first], *([self.copies] if self.copies else [])]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,14 @@ class Job:
     drop: dict[str, str]  # see `documents.read`
     held_out: float  # fraction of the documents
     main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
+    cleaning: Cleaning
+    stage: str = "done"  # folder in DIR.partial for the record of each shard: "looked", "copies" (see duplicates.py) or "done"
+    shards: tuple[str, ...] = ()  # for the stage "copies": the files of all of them, in order
+    plan: str = ""  # for it too: a hash of all of them
+
+    @property
+    def records(self) -> Place:
+        return self.folder / self.stage
 
     @property
     def failed(self) -> Place:
@@ -72,80 +86,161 @@ class Job:
 
 
 def make(job: Job, pickled: bytes) -> None:
-    """Makes one output file and the record of what is in it. Does nothing if another shard has failed.
+    """Makes one output file and the record of what is in it. See `attempt`."""
+    attempt(job, pickled, _make)
+
+
+def unpacked(pickled: bytes) -> Shard:
+    return pickle.loads(zlib.decompress(pickled))
+
+
+def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> None:
+    """`work`, unless another shard has failed or this one is done. If a file cannot be read, once more without, if it may be.
 
     A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
     """
-    shard: Shard = pickle.loads(pickled)
+    shard = unpacked(pickled)
     # a runner gives work again that a lost worker had finished
-    if store.names(job.failed) or made(job.folder, shard):
+    if store.names(job.failed) or made(job.records, shard):
         return
-    _check_awaited(job)
+    with telling(job, shard.file):
+        while True:
+            try:
+                work(job, shard)
+                return
+            except documents.BadFile as error:
+                if shard.bad is None or shard.copies:  # what is a copy of what was settled with that file
+                    raise
+                source = error.source
+                shard = shard._replace(
+                    bad=shard.bad | {source.name: [error.start, str(error).replace(source.path, source.name)]}
+                )
+
+
+@contextlib.contextmanager
+def telling(job: Job, name: str) -> Iterator[None]:
+    """Writes what goes wrong to DIR.partial/failed, where the main process looks for it."""
+    check_awaited(job)
     try:
-        while (bad := _make(job, shard)) is not None:  # once more, without a file that cannot be read
-            shard = shard._replace(bad=shard.bad | bad)
+        yield
     except ProcessLookupError:  # nobody waits for this any more
         raise
     except (UserError, OSError) as error:
-        store.write(job.failed / shard.file, " ".join(str(error).split()))
+        store.write(job.failed / name, " ".join(str(error).split()))
         raise
 
 
-def made(folder: Place, shard: Shard) -> dict:
-    """The record of this very shard in DIR.partial; empty if it has not been made yet."""
-    keys = ("identity", "files", "dropped", "sources", "bad")
+def made(records: Place, shard: Shard) -> dict:
+    """The record of this very shard in a folder of records; empty if it has not been made yet."""
     try:
-        record = json.loads(store.read(folder / "done" / f"{shard.file}.json"))
+        record = json.loads(store.read(records / f"{shard.file}.json"))
     except (FileNotFoundError, ValueError):
         return {}
-    if not isinstance(record, dict) or any(key not in record for key in keys) or record["identity"] != shard.identity():
+    if not isinstance(record, dict) or "bad" not in record or record.get("identity") != shard.identity():
         return {}
     return {} if record["bad"] and shard.bad is None else record
 
 
-def _check_awaited(job: Job) -> None:
+def check_awaited(job: Job) -> None:
     """Raises ProcessLookupError if the main process is gone."""
     if job.main:
         os.kill(job.main, 0)
 
 
-def _make(job: Job, shard: Shard) -> dict[str, list] | None:
-    """Makes the files of a shard. Returns what is to be added to `shard.bad` for it to succeed, None if it has succeeded."""
-    files: dict[str, _File] = {}
-    dropped: Counter[str] = Counter()
+def read(job: Job, shard: Shard, dropped: Counter[str]) -> Iterator[tuple[Piece, Iterable[str]]]:
+    """The documents of a shard, without those of bad files, each with its piece. Counts rows that a corpus leaves out."""
+    for piece in shard.pieces:
+        if piece.source.name not in (shard.bad or ()):
+            try:
+                for document in documents.read(piece, job.text_key, job.drop, dropped):
+                    yield piece, document
+            except documents.BadFile as error:
+                error.start = piece.start
+                raise
+
+
+def check_unchanged(shard: Shard) -> None:
+    """Raises UserError if a file is not as it was when the work was planned."""
+    for source in {piece.source for piece in shard.pieces if piece.source.name not in (shard.bad or ())}:
+        if not source.unchanged():
+            raise UserError(f"{source.path}: changed while it was read")
+
+
+def _make(job: Job, shard: Shard) -> None:
+    """Makes the files of a shard. Raises BadFile, UserError and OSError."""
+    files: dict[str, _File | _Dropped] = {}
+    dropped, scrubbed = Counter(), Counter()
+    copies = _copies(job, shard)
     try:
         files |= {split: _File(job, name) for split, name in shard.files().items()}
-        for piece in (piece for piece in shard.pieces if piece.source.name not in (shard.bad or ())):
-            for document in documents.read(piece, job.text_key, job.drop, dropped):
-                held_out = False
-                if shard.held_out:
-                    held_out, document = documents.held_out(document, job.held_out)
-                files[HELD_OUT if held_out else shard.split].add(document)
+        if job.cleaning.keep:
+            files["dropped"] = _Dropped(job, shard)
+        for n, (piece, document) in enumerate(read(job, shard, dropped)):
+            if copies is None:
+                reason, of = clean.rejected_by(job.cleaning.filters, document), None
+            else:
+                reason, of = copies.get(n, ("", None))
+            if reason:
+                dropped[reason] += 1
+                if job.cleaning.keep:
+                    files["dropped"].add(document, reason, piece.source.name, of)
+                continue
+            if job.cleaning.scrubs:
+                document = clean.scrubbed(job.cleaning.scrubs, document, scrubbed)
+            held_out = False
+            if shard.held_out:
+                held_out, document = documents.held_out(document, job.held_out)
+            files[HELD_OUT if held_out else shard.split].add(document)
         entries = {split: file.close() for split, file in files.items()}
         checksums = {source.name: source.sha256() for source in shard.first if source.name not in (shard.bad or ())}
-        for source in {piece.source for piece in shard.pieces if piece.source.name not in (shard.bad or ())}:
-            if not source.unchanged():
-                raise UserError(f"{source.path}: changed while it was read")
+        check_unchanged(shard)
         for file in files.values():
-            store.put(file.temporary, job.whole / file.name)
-    except documents.BadFile as error:
-        if shard.bad is None:
-            raise
-        source = error.source
-        return {source.name: [piece.start, str(error).replace(source.path, source.name)]}
+            store.put(file.temporary, file.place)
     finally:
         for file in files.values():
             file.temporary.unlink(missing_ok=True)
-    done = {"identity": shard.identity(), "files": entries, "dropped": dropped, "sources": checksums, "bad": shard.bad or {}}
-    store.write(job.folder / "done" / f"{shard.file}.json", json.dumps(done))
-    return None
+    entries.pop("dropped", None)
+    done = {"identity": shard.identity(), "files": entries, "dropped": dropped, "scrubbed": scrubbed, "sources": checksums}
+    store.write(job.records / f"{shard.file}.json", json.dumps(done | {"bad": shard.bad or {}}))
+
+
+def _copies(job: Job, shard: Shard) -> dict[int, tuple[str, list | None]] | None:
+    """Number of each document that is dropped -> (why, [file, number] of what it is a copy of); None if nobody has looked."""
+    if not shard.copies:
+        return None
+    return {n: (why, of) for n, why, of in json.loads(store.read(job.folder / "copies" / f"{shard.file}.json"))["dropped"]}
+
+
+def dropped_file(shard: Shard) -> str:
+    return f"dropped-{shard.file.removeprefix('blocks-').replace('.array_record', '')}.jsonl.gz"
+
+
+class _Dropped:
+    """What is dropped of a shard, for a person to look at."""
+
+    def __init__(self, job: Job, shard: Shard):
+        self.place = job.cleaning.keep / dropped_file(shard)
+        self.temporary = store.beside(store.room(job.folder) / dropped_file(shard))
+        self._raw = open(self.temporary, "wb")  # noqa: SIM115  closed by `close`
+        self._file = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0)  # no name and time: the same bytes each time
+
+    def add(self, document: Iterable[str], reason: str, file: str, of: list | None) -> None:
+        text, characters = clean.head(document)
+        row = {"reason": reason, "file": file, "characters": characters, "text": text}
+        if of:
+            row["copy_of"] = {"file": of[0], "document": of[1]}
+        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+    def close(self) -> None:
+        self._file.close()
+        self._raw.close()
 
 
 class _File:
     """An output file: documents go in, blocks of their ids come out, in batches of about `BATCH` characters."""
 
     def __init__(self, job: Job, name: str):
-        self.name, self.temporary = name, store.beside(store.room(job.folder) / name)
+        self.name, self.place, self.temporary = name, job.whole / name, store.beside(store.room(job.folder) / name)
         self._job, self._record = job, Record(job.seq_len, job.dtype)
         self._spm = _tokenizer(job.whole / "tokenizer", job.tokenizer_sha256)
         self._counts = {"blocks": 0, "tokens": 0, "documents": 0, "empty_documents": 0}
@@ -181,7 +276,7 @@ class _File:
         return {"file": self.name, **self._counts, "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
 
     def _flush(self) -> None:
-        _check_awaited(self._job)
+        check_awaited(self._job)
         ids = self._spm.encode_batch(self._parts)
         for i in self._begins if self._job.bos else ():
             ids[i].insert(0, self._spm.bos_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -58,18 +59,19 @@ def place(path: str | Path, option: str) -> Place:
 
 
 @contextlib.contextmanager
-def _system(at: Remote) -> Iterator[Any]:
-    """fsspec's file system for `at`. What goes wrong there is raised as a UserError, but for FileNotFoundError."""
+def _system(at: Remote, writes: bool = False) -> Iterator[Any]:
+    """fsspec's file system for `at`. What goes wrong there is a UserError, or a FileNotFoundError where nothing is written."""
     import fsspec  # only who writes there needs it
 
     scheme = at.url.partition("://")[0]
+    logging.getLogger(SCHEMES[scheme]).setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
     try:
         yield fsspec.filesystem(scheme, use_listings_cache=False)  # other machines write there too
-    except FileNotFoundError:
-        raise
     except ImportError:
         raise UserError(f"{at}: takes `pip install {SCHEMES[scheme]}`") from None
     except Exception as error:  # a store's library raises what it likes: credentials, names, the network
+        if isinstance(error, FileNotFoundError) and not writes:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{at}: cannot be reached or written: {reason}") from None
 
@@ -95,12 +97,14 @@ def holds_something(folder: Place) -> bool:
         return system.exists(folder.url)
 
 
-def read(file: Place) -> bytes:
-    """Raises FileNotFoundError."""
+def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a file. Raises FileNotFoundError."""
     if isinstance(file, Path):
-        return file.read_bytes()
+        with open(file, "rb") as local:
+            local.seek(start)
+            return local.read(-1 if end is None else end - start)
     with _system(file) as system:
-        return system.cat_file(file.url)
+        return system.cat_file(file.url, start or None, end)
 
 
 def write(file: Place, content: str | bytes) -> None:
@@ -111,7 +115,7 @@ def write(file: Place, content: str | bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, file)
     else:
-        with _system(file) as system:
+        with _system(file, writes=True) as system:
             system.pipe_file(file.url, content)
 
 
@@ -120,11 +124,8 @@ def put(local: Path, file: Place) -> None:
     if isinstance(file, Path):
         os.replace(local, file)
         return
-    with _system(file) as system:
-        try:
-            system.put_file(str(local), file.url)
-        except FileNotFoundError as error:  # s3fs says so when there is no such bucket
-            raise UserError(f"{file}: cannot be written: {' '.join(str(error).split())}") from None
+    with _system(file, writes=True) as system:
+        system.put_file(str(local), file.url)
     local.unlink()
 
 
