@@ -73,7 +73,7 @@ def test_a_store_gives_the_bytes_that_a_folder_gives(uploaded, model, tmp_path, 
     monkeypatch.setattr(inputs, "FETCH", 1 << 14)  # several to a file
     options = {"tokenizer": model, "seq_len": 64, "held_out": 0.1}
     prepare(train=[uploaded], output=tmp_path / "here", workers=1, **options)
-    for i, (path, workers) in enumerate([("corpus", 2), ("corp*/**", 1)]):
+    for i, (path, workers) in enumerate([("corpus/", 2), ("corp*/**", 1)]):
         prepare(train=[f"{scheme}://bucket/{path}"], output=tmp_path / f"{i}", workers=workers, **options)
         assert digests(tmp_path / f"{i}") == digests(tmp_path / "here"), path
 
