@@ -44,6 +44,7 @@ def stores():
         "AWS_ACCESS_KEY_ID": "any",
         "AWS_SECRET_ACCESS_KEY": "any",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",  # here, what fails once fails again
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google what kind of bucket it is
     }
@@ -115,7 +116,7 @@ def test_a_store_that_does_not_answer_is_no_bad_file(uploaded, model, tmp_path, 
     def fails(*arguments, **more):
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    for kind in ("b.jsonl.zst", "c.parquet", "a.jsonl", "d/000.txt"):
+    for kind in ("b.jsonl.zst", "c.parquet"):
         with monkeypatch.context() as patch:
             patch.setattr("s3fs.core._fetch_range", fails)  # of an open file
             with pytest.raises(UserError, match=f"s3://bucket/corpus/{kind}: cannot be read: .*reset"):
