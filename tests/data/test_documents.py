@@ -3,13 +3,14 @@
 import gzip
 import json
 import random
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data import documents
+from tinyllama_jax.data import documents, inputs
 
 
 def jsonl(texts, key="text"):
@@ -27,9 +28,9 @@ def parquet(path, texts, rows=7, **columns):
 
 def read(path, target=1 << 40, key="text"):
     """All documents of all pieces."""
-    (source,), _ = documents.find([path], "--train")
+    (source,), _ = inputs.find([path], "--train")
     pieces = documents.pieces(source, documents.units(source, key), target)
-    return ["".join(parts) for piece in pieces for parts in documents.read(piece, key)], pieces
+    return ["".join(parts) for piece in pieces for parts in documents.read(piece, key, {}, Counter())], pieces
 
 
 def test_every_type_gives_the_same_documents(tmp_path, texts):
@@ -55,7 +56,8 @@ def test_every_type_gives_the_same_documents(tmp_path, texts):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
-def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path, end):
+def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(documents, "READ", 50)  # bytes of a line at once
     rng = random.Random(end)
     lines = [json.dumps({"text": "x" * rng.choice([0, 1, 30, 400])}) for _ in range(60)]
     lines = [line + "\n" * rng.choice([1, 1, 1, 3]) for line in lines[:-1]] + [lines[-1] + end]
@@ -77,6 +79,9 @@ def test_row_groups_are_read_once_however_they_are_grouped(tmp_path):
         assert [p.start for p in pieces] == [0, *(p.end for p in pieces[:-1])] and pieces[-1].end == -(-300 // 7)
     assert len(read(tmp_path / "a.parquet", 1)[1]) == -(-300 // 7)
     assert len(read(tmp_path / "a.parquet", 50_000)[1]) == 1  # the other column is not counted
+    pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", pyarrow.schema([("text", pyarrow.string())])).close()
+    found, pieces = read(tmp_path / "b.parquet")
+    assert found == [] and len(pieces) == 1  # somebody has to compute its checksum
 
 
 def test_spans_weigh_about_the_target():
@@ -95,15 +100,15 @@ def test_folders_are_searched_and_sorted_and_names_do_not_depend_on_the_place(tm
         for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b/c/x.parquet", ".git/x.txt", "b/.hidden.txt", "b/readme.md"):
             (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place / name).write_bytes(b"")
-    sources, others = documents.find([tmp_path / "here"], "--train")
+    sources, others = inputs.find([tmp_path / "here"], "--train")
     assert [s.name for s in sources] == ["a.jsonl", "b/10.txt", "b/2.txt", "b/c/x.parquet"]
     assert others == [str(tmp_path / "here/b/readme.md")]
     deep = tmp_path / "there/deep"
-    again, _ = documents.find([deep / "b", deep / "a.jsonl"], "--train")
+    again, _ = inputs.find([deep / "b", deep / "a.jsonl"], "--train")
     assert [s.name for s in again] == [s.name for s in sources]
     (tmp_path / "links").mkdir()
     (tmp_path / "links/link").symlink_to(deep)
-    linked, _ = documents.find([tmp_path / "links"], "--train")
+    linked, _ = inputs.find([tmp_path / "links"], "--train")
     assert [s.name for s in linked] == [s.name for s in sources]
 
 
@@ -123,7 +128,7 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch, paths, says):
     for name in ("a.csv", "a.txt"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=says):
-        documents.find(paths, "--train")
+        inputs.find(paths, "--train")
 
 
 GOOD = b'{"text": "good"}\n'
@@ -183,5 +188,5 @@ def test_parquet_that_cannot_be_read(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"xx") + 1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path}, after row [0-9]+: is damaged: "):
+    with pytest.raises(UserError, match=f"{path}, row [0-9]+: what follows is damaged: "):
         read(path)

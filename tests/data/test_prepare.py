@@ -1,6 +1,7 @@
 """Every token of every document, once; the same bytes whoever does the work and however often it is stopped."""
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -23,9 +24,9 @@ from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data import shards, tokenizer
 from tinyllama_jax.data.blocks import Blocks, read_manifest
-from tinyllama_jax.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
+prepare = functools.partial(prepare_lib.prepare, held_out=0)  # tests of what is held out are in test_corpora.py
 
 
 def lines(texts) -> bytes:
@@ -84,10 +85,11 @@ def digests(folder: Path) -> dict[str, str]:
 def command(*arguments, shard: int = 1 << 20, first: str = "", **options) -> subprocess.Popen:
     """The command line in a process of its own, with shards of at least `shard` bytes of text; it runs `first` before."""
     start = f"{first}; " if first else ""
-    start += f"from tinyllama_jax.data import prepare; prepare.SHARD = ({shard}, 1 << 30); "
+    start += f"from tinyllama_jax.data import prepare, runners; prepare.SHARD = ({shard}, 1 << 30); "
+    start += "runners.LINES = (1e9, 1e9); " if "LINES" not in first else ""  # a slow machine would say how far it is
     start += "from tinyllama_jax.config import run_main; run_main(prepare.main)"
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", start, *map(str, arguments)],
+        [sys.executable, "-W", "error", "-c", start, "--held-out", "0", *map(str, arguments)],
         **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
     )
 
@@ -386,9 +388,9 @@ def test_a_mended_file_is_read_again_and_the_others_are_not(corpus, model, texts
 def test_a_file_that_changes_while_it_is_read(corpus, model, tmp_path, monkeypatch):
     read = shards.documents.read
 
-    def meanwhile(piece, key):
+    def meanwhile(piece, *more):
         os.utime(piece.source.path, ns=(0, 0))
-        return read(piece, key)
+        return read(piece, *more)
 
     monkeypatch.setattr(shards.documents, "read", meanwhile)
     with pytest.raises(UserError, match="corpus/.*: changed while it was read"):
@@ -408,7 +410,7 @@ def test_only_one_at_a_time(corpus, model, tmp_path):
 def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):
     here = {"train": [corpus], "tokenizer": model, "seq_len": 64}
     prepare(**here, output=tmp_path / "a", workers=1)
-    arguments = ["--train", corpus, "--tokenizer", model, "--seq-len", 64, "--output", tmp_path / "b"]
+    arguments = ["--train", corpus, "--tokenizer", model, "--seq-len", 64, "--output", tmp_path / "b", "--held-out", 0]
     runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
     prepare_lib.main([*map(str, arguments), runner, "--direct_running_mode", "multi_threading", "--direct_num_workers=2"])
     assert digests(tmp_path / "a") == digests(tmp_path / "b")

@@ -63,6 +63,10 @@ class Record:
 
 def read_manifest(directory: str | Path) -> tuple[dict, str]:
     """The manifest in `directory`, and the sha256 of its bytes. Raises UserError if this is no finished data set."""
+    scheme, is_url, rest = str(directory).partition(":/")  # pathlib makes one slash of two
+    if is_url and scheme.isalnum():
+        url, copy = f"{scheme}://{rest.lstrip('/')}", "aws s3 sync" if scheme == "s3" else "gcloud storage rsync -r"
+        raise UserError(f"{url}: training reads local folders: copy it first, such as with `{copy} {url} FOLDER`")
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():

@@ -1,131 +1,75 @@
-"""Documents out of text, jsonl (plain, zstd, gzip) and parquet files, in pieces that are planned ahead."""
+"""Documents out of text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import hashlib
 import io
 import itertools
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
+from array_record.python import array_record_module
 
 from tinyllama_jax.config import UserError
+from tinyllama_jax.data import inputs
+from tinyllama_jax.data.inputs import READ, Source
 
-# type of a file -> how it is read, and bytes of text in a byte of it, roughly
-KINDS = {
-    ".txt": ("text", 1),
-    ".jsonl": ("jsonl", 1),
-    ".json": ("jsonl", 1),
-    ".jsonl.zst": ("zstd", 4),
-    ".json.zst": ("zstd", 4),
-    ".jsonl.gz": ("gzip", 3),
-    ".json.gz": ("gzip", 3),
-    ".parquet": ("parquet", 1),
-}
-READ = 1 << 20  # bytes read at once
-ROWS = 64  # rows of parquet decoded at once
+ROWS = 64  # rows of parquet or ArrayRecord decoded at once
+START = 1 << 16  # characters of a document that decide its split
 
 
-class Source(NamedTuple):
-    """An input file, as it was when the work was planned."""
+class BadFile(UserError):
+    """A file that cannot be read however often it is tried: its content is at fault, or this machine's disk or permissions."""
 
-    path: str  # absolute
-    name: str  # relative to the folder that all inputs of its split have in common, so the same wherever that folder lies
-    size: int
-    mtime_ns: int
-
-    def unchanged(self) -> bool:
-        """Whether the file is still as it was then, by size and time."""
-        stat = os.stat(self.path)
-        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
+    source: Source
+    start: int = 0  # of the piece in which it was found
 
 
 class Piece(NamedTuple):
-    """A part of a file: bytes [start, end) of plain jsonl, row groups [start, end) of parquet, else the whole file."""
+    """A part [start, end) of a file: bytes of plain jsonl, row groups of parquet, `ROWS` records of ArrayRecord; else all."""
 
     source: Source
-    kind: str
     start: int
     end: int
     weight: int  # bytes of text, roughly
 
 
-def find(paths: list[str | Path], option: str) -> tuple[list[Source], list[str]]:
-    """The files at `paths`, folders searched to the bottom, sorted by name; and the files in those folders of other types.
-
-    Hidden files are left out. Raises UserError that names `option`: a path that is not there, a file of another type, a file
-    given twice, no file at all.
-    """
-    files, others = [], []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
-            seen = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-            files += [file for file in seen if _type_of(file)]
-            others += [str(file) for file in seen if not _type_of(file)]
-        elif not path.is_file():
-            raise UserError(f"{option} {path}: no such file or folder")
-        elif not _type_of(path):
-            raise UserError(f"{option} {path}: is of no known type; known are {' '.join(KINDS)}")
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(f"{option} {' '.join(map(str, paths))}: there is no file of a known type; known are {' '.join(KINDS)}")
-    real, times = max(Counter(map(os.path.realpath, files)).items(), key=lambda item: item[1])
-    if times > 1:
-        raise UserError(f"{option}: {real} is given {times} times")
-    absolute = [os.path.abspath(file) for file in files]
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    sources = []
-    for file, path in zip(files, absolute, strict=True):
-        stat = file.stat()
-        sources.append(Source(path, Path(path).relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
-    return sorted(sources, key=lambda source: source.name), sorted(others)
-
-
-def _type_of(path: Path) -> str:
-    name = path.name.lower()
-    return max((end for end in KINDS if name.endswith(end)), key=len, default="")
-
-
 def units(source: Source, text_key: str) -> list[int]:
-    """Weight of each part that a file can be cut into: row groups of parquet; plain jsonl is cut anywhere. Raises UserError."""
-    kind, factor = KINDS[_type_of(Path(source.path))]
-    if kind != "parquet":
-        return [source.size * factor]
-    try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            column = file.schema_arrow.get_field_index(text_key)
-            if column < 0:
-                there = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{source.path}: has no column {text_key!r}; it has {there}: choose one with --text-key")
-            type_ = file.schema_arrow.field(column).type
-            value = type_.value_type if pyarrow.types.is_dictionary(type_) else type_
-            if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
-                raise UserError(f"{source.path}: column {text_key!r} holds {type_}, not text; choose one with --text-key")
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
-            return [sum(c.total_uncompressed_size for c in group if c.path_in_schema == text_key) for group in columns]
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise UserError(f"{source.path}: is not a whole parquet file: {error}") from None
+    """Weight of each part that a file can be cut into (see `Piece`); plain jsonl is cut anywhere. Raises BadFile, UserError."""
+    if source.kind == "array_record":
+        inputs.text_feature(source, text_key)
+        with _reading(source):
+            n = -(-_array_record_reader(source).num_records() // ROWS)
+        return [source.size * source.factor // max(n, 1)] * n
+    if source.kind != "parquet":
+        return [source.size * source.factor]
+    with _reading(source, damaged="is not a whole parquet file: "), _parquet_file(source) as file:
+        column = file.schema_arrow.get_field_index(text_key)
+        if column < 0:
+            there = ", ".join(file.schema_arrow.names)
+            raise _BadDocument(f"has no column {text_key!r}; it has {there}: choose one with --text-key")
+        type_ = file.schema_arrow.field(column).type
+        value = type_.value_type if pyarrow.types.is_dictionary(type_) else type_
+        if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
+            raise _BadDocument(f"column {text_key!r} holds {type_}, not text; choose one with --text-key")
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+        return [sum(c.total_uncompressed_size for c in group if c.path_in_schema == text_key) for group in columns]
 
 
 def pieces(source: Source, weights: list[int], target: int) -> list[Piece]:
     """`source` in pieces of about `target` bytes of text, where its type can be cut. `weights`: of its `units`."""
-    kind, _ = KINDS[_type_of(Path(source.path))]
-    if kind == "parquet":
-        return [Piece(source, kind, *span, sum(weights[slice(*span)])) for span in spans(weights, target)]
-    n = max(-(-source.size // target), 1) if kind == "jsonl" else 1
+    if source.kind in ("parquet", "array_record"):
+        return [Piece(source, *span, sum(weights[slice(*span)])) for span in spans(weights, target) or [(0, 0)]]
+    n = max(-(-source.size // target), 1) if source.kind == "jsonl" else 1
     ends = itertools.pairwise(source.size * i // n for i in range(n + 1))
-    return [Piece(source, kind, start, end, sum(weights) // n) for start, end in ends]
+    return [Piece(source, start, end, sum(weights) // n) for start, end in ends]
 
 
 def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
@@ -143,64 +87,117 @@ def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
     return [(start, end) for start, end in out]
 
 
-def read(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
-    """The documents of a piece in order, each a text in one or more parts. Raises UserError naming file and line."""
-    if piece.kind == "text":
-        return iter([_text(piece.source.path)])
-    if piece.kind == "parquet":
+def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[str]) -> Iterator[Iterable[str]]:
+    """The documents of a piece in order, each a text in one or more parts that can be read again. Raises BadFile naming file
+    and line.
+
+    `drop`: of jsonl, rows that have this value at this key ("meta.source": "x") are left out, and counted in `dropped`.
+    """
+    if piece.source.kind == "text":
+        return iter([_Text(piece.source)])
+    if piece.source.kind == "parquet":
         return _parquet(piece, text_key)
-    return _jsonl(piece, text_key)
+    if piece.source.kind == "array_record":
+        return _array_record(piece, text_key)
+    return _jsonl(piece, text_key, drop, dropped)
 
 
-def _text(path: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    lines = 0
-    with open(path, "rb") as file:
-        while True:
-            data = file.read(READ)
-            try:
-                yield decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                line = lines + error.object[: error.start].count(b"\n") + 1
-                raise UserError(f"{path}, line {line}: is not UTF-8 (byte {error.object[error.start]:#04x})") from None
-            if not data:
-                return
-            lines += data.count(b"\n")
+def held_out(document: Iterable[str], fraction: float) -> tuple[bool, Iterable[str]]:
+    """Whether a document is one of the `fraction` of all that is held out; and the document again.
 
-
-def _jsonl(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
-    """The lines whose first byte lies in the piece."""
-    path, lines = piece.source.path, 0
-    at, end = piece.start, piece.end if piece.kind == "jsonl" else float("inf")
-    try:
-        with _open(path, piece.kind) as file:
-            if at:  # the line that runs into the piece belongs to the one before
-                file.seek(at - 1)
-                at += len(file.readline()) - 1
-            while at < end and (line := file.readline()):
-                at, lines = at + len(line), lines + 1
-                if line := line.strip():
-                    yield (_parse(line, text_key),)
-    except (_BadDocument, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # the file system's, which has words of its own
-        if isinstance(error, OSError):
-            lines += 1  # the line that could not be read
-        raise UserError(f"{path}, line {_lines_before(piece) + lines}: {error}") from None
-
-
-def _open(path: str, kind: str) -> BinaryIO:
-    if kind == "jsonl":
-        return open(path, "rb", buffering=READ)
-    # unlike the zstandard package, pyarrow notices when a file ends within a frame
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), kind), READ)
+    A function of its first `START` characters alone: the same document is on the same side wherever it lies and however it is
+    stored; what was held out of a smaller fraction is held out of a larger one; a file of any size is read once.
+    """
+    parts, start, size = iter(document), [], 0
+    while size < START and (part := next(parts, None)) is not None:
+        start.append(part)
+        size += len(part)
+    digest = hashlib.sha256("".join(start)[:START].encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64, itertools.chain(start, parts)
 
 
 class _BadDocument(Exception):
     pass
 
 
-def _parse(line: bytes, text_key: str) -> str:
+@contextlib.contextmanager
+def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") -> Iterator[None]:
+    """What goes wrong with a file as BadFile, which says `where`. What a store says is a UserError already, and stays one."""
+    try:
+        yield
+        return
+    except _BadDocument as error:
+        said = f"{where()}: {error}"
+    except (OSError, pyarrow.ArrowException) as error:
+        number = error.errno if isinstance(error, OSError) else None  # those without one are pyarrow's
+        said = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{error}"
+    bad = BadFile(source.path + said)
+    bad.source = source
+    raise bad
+
+
+class _Text(NamedTuple):
+    """The document that is a whole file, of any size."""
+
+    source: Source
+
+    def __iter__(self) -> Iterator[str]:
+        return _text(self.source)
+
+
+def _text(source: Source) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    with _reading(source, lambda: f", line {line}"), source.open() as file:
+        while True:
+            data = file.read(READ)
+            try:
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise _BadDocument(f"is not UTF-8 (byte {error.object[error.start]:#04x})") from None
+            if not data:
+                return
+            line += data.count(b"\n")
+
+
+def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[str]) -> Iterator[Iterable[str]]:
+    """The lines whose first byte lies in the piece."""
+    source, lines = piece.source, 0
+    at, end = piece.start, piece.end if source.kind == "jsonl" else float("inf")
+    with _reading(source, lambda: f", line {_lines_before(piece) + lines}"), _open(source) as file:
+        if at:  # the line that runs into the piece belongs to the one before
+            at -= 1
+            file.seek(at)
+            while at < end and (part := file.readline(READ)):  # which may run beyond the piece, too
+                at += len(part)
+                if part.endswith(b"\n"):
+                    break
+        while at < end:
+            lines += 1
+            if not (line := file.readline()):
+                return
+            at += len(line)
+            if line := line.strip():
+                row = _row(line, text_key)
+                if drop and (reason := _reason(row, drop)):
+                    dropped[reason] += 1
+                    continue
+                if text_key not in row:
+                    there = ", ".join(map(repr, row))
+                    raise _BadDocument(f"has no key {text_key!r}; it has {there}: choose one with --text-key")
+                yield (_checked(row[text_key], text_key),)
+
+
+def _open(source: Source) -> BinaryIO:
+    if source.kind == "jsonl":
+        return source.open()
+    # unlike the zstandard package, pyarrow notices when a file ends within a frame
+    raw = pyarrow.PythonFile(source.open(), "r") if source.etag else pyarrow.OSFile(source.path)
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, source.kind), READ)
+
+
+def _row(line: bytes, text_key: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -209,9 +206,20 @@ def _parse(line: bytes, text_key: str) -> str:
         raise _BadDocument(f"is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise _BadDocument(f"is not an object with the key {text_key!r}, but {_short(row)}")
-    if text_key not in row:
-        raise _BadDocument(f"has no key {text_key!r}; it has {', '.join(map(repr, row))}: choose one with --text-key")
-    return _checked(row[text_key], text_key)
+    return row
+
+
+def _reason(row: dict, drop: Mapping[str, str]) -> str:
+    """Why a row is left out; "" if it is not."""
+    for key, value in drop.items():
+        there: object = row
+        for name in key.split("."):
+            there = there.get(name) if isinstance(there, dict) else None
+        if there is None:
+            raise _BadDocument(f"has no {key}, by which documents of this corpus are left out; without --corpus all are taken")
+        if there == value:
+            return f"{key}={value}"
+    return ""
 
 
 def _checked(text: object, text_key: str) -> str:
@@ -232,7 +240,7 @@ def _short(value: object) -> str:
 def _lines_before(piece: Piece) -> int:
     if not piece.start:
         return 0
-    with open(piece.source.path, "rb") as file:
+    with piece.source.open() as file:
         lines, left = 0, piece.start
         while data := file.read(min(READ, left)):
             lines, left = lines + data.count(b"\n"), left - len(data)
@@ -240,22 +248,51 @@ def _lines_before(piece: Piece) -> int:
         return lines + (file.read(1) != b"\n")
 
 
+def _parquet_file(source: Source) -> pyarrow.parquet.ParquetFile:
+    file = source.open() if source.etag else source.path
+    return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)  # of the files that have checksums
+
+
 def _parquet(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
-    path = piece.source.path
-    row = 0
+    source, row = piece.source, 0
+    with _reading(source, lambda: f", row {row}", "what follows is damaged: "), _parquet_file(source) as file:
+        row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = range(piece.start, piece.end)
+        for batch in file.iter_batches(ROWS, row_groups=groups, columns=[text_key], use_threads=False):
+            for value in batch.column(0):
+                row += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
+                yield (_checked(text, text_key),)
+
+
+def _array_record_reader(source: Source) -> array_record_module.ArrayRecordReader:
     try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:  # of the files that have checksums
-            row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-            groups = range(piece.start, piece.end)
-            for batch in file.iter_batches(ROWS, row_groups=groups, columns=[text_key], use_threads=False):
-                for value in batch.column(0):
-                    row += 1
-                    yield (_checked(value.as_py(), text_key),)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, row {row}: {text_key!r} is not UTF-8 (at {error.start})") from None
-    except _BadDocument as error:
-        raise UserError(f"{path}, row {row}: {error}") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise UserError(f"{path}, after row {row}: is damaged: {error}") from None
+        reader = array_record_module.ArrayRecordReader(source.path, "readahead_buffer_size:0,max_parallelism:0")
+    except Exception as error:  # ArrayRecord's own, of no common type
+        raise _BadDocument(f"is not a whole ArrayRecord file: {str(error).splitlines()[0]}") from None
+    n, written = reader.num_records(), inputs.records(source)
+    if n != written:  # of the beginning of a file it says that it has none
+        raise _BadDocument(f"is not a whole ArrayRecord file: it has {n} records of {written}")
+    return reader
+
+
+def _array_record(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
+    source, record = piece.source, piece.start * ROWS
+    feature = inputs.text_feature(source, text_key)
+    with _reading(source, lambda: f", record {record}"):
+        reader = _array_record_reader(source)
+        for _ in range(piece.start, piece.end):
+            try:
+                rows = reader.read(range(record, min(record + ROWS, reader.num_records())))
+            except Exception as error:
+                raise _BadDocument(f"is damaged, or one of the next {ROWS}: {str(error).splitlines()[0]}") from None
+            for row in rows:
+                try:
+                    text = feature.deserialize_example_np(row)[text_key].decode()
+                except UnicodeDecodeError as error:
+                    raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
+                record += 1
+                yield (text,)

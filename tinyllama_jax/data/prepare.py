@@ -1,12 +1,14 @@
 """Raw text to blocks of S+1 tokens: one Apache Beam pipeline that can be stopped and run again.
 
-    python -m tinyllama_jax.data.prepare --train FILES --validation FILES --tokenizer FILE --output DIR --seq-len 2048
+    python -m tinyllama_jax.data.prepare --train FILES --tokenizer FILE --output DIR --seq-len 2048
 
 The unit of work is a shard: a list of pieces of the input files, planned from their names and sizes before anything runs, so
 that the output does not depend on who does the work. Everything is made in DIR.partial, which becomes DIR when it is whole:
 
 DIR.partial/settings.json   what was asked for              DIR.partial/done/     counts of each finished shard
 DIR.partial/failed/         what stopped the last run       DIR.partial/whole/    what becomes DIR
+
+An object store renames nothing: there whole/ is DIR itself from the start, and the manifest, written last, makes it a data set.
 """
 
 from __future__ import annotations
@@ -14,51 +16,68 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
-import functools
+import hashlib
+import itertools
 import json
-import logging
 import os
-import pickle
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import rich.console
-import rich.progress
-
 from tinyllama_jax.config import UserError, read_json, run_main
-from tinyllama_jax.data import documents, shards
+from tinyllama_jax.data import clean, corpora, documents, duplicates, inputs, runners, shards, store
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import FORMAT, MANIFEST, Record, read_manifest
-from tinyllama_jax.data.documents import Source
-from tinyllama_jax.data.shards import Job, Shard
+from tinyllama_jax.data.inputs import Source
+from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
+from tinyllama_jax.data.store import Place, Remote
 
 SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
 
 
-def plan(sources: dict[str, list[Source]], text_key: str, shard_mb: int) -> list[Shard]:
-    """The shards. A function of the arguments and of the files' names and sizes alone."""
-    units = {source: documents.units(source, text_key) for files in sources.values() for source in files}
+def plan(
+    sources: dict[str, list[Source]], text_key: str, shard_mb: int, held_out: bool = False, bad: dict | None = None
+) -> list[Shard]:
+    """The shards. A function of the arguments and of the files' names, sizes and row groups alone.
+
+    `held_out`: whether each has a file for what is held out too. `bad`: if it is given, a file that cannot be planned for is
+    put there, (split, name) -> why, and is in no shard.
+    """
+
+    def weights(split_and_source: tuple[str, Source]) -> list[int] | None:
+        split, source = split_and_source
+        try:
+            return documents.units(source, text_key)
+        except documents.BadFile as error:
+            if bad is None:
+                raise
+            bad[split, source.name] = str(error).replace(source.path, source.name)
+            return None
+
+    every = [(split, source) for split, files in sources.items() for source in files]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # parquet files far away take a while to answer
+        units = {each: found for each, found in zip(every, pool.map(weights, every), strict=True) if found is not None}
     total = sum(map(sum, units.values()))
     # a power of two, so that it stays when a file is mended
     target = shard_mb << 20 if shard_mb else min(max(1 << (total // 1024).bit_length(), SHARD[0]), SHARD[1])
     planned = []
-    for split, files in sources.items():
-        pieces = [piece for source in files for piece in documents.pieces(source, units[source], target)]
+    for split in sources:
+        mine = {source: weights for (of, source), weights in units.items() if of == split}
+        pieces = [piece for source, weights in mine.items() for piece in documents.pieces(source, weights, target)]
         spans = documents.spans([piece.weight for piece in pieces], target)
         hashed = set()
         for i, span in enumerate(spans):
-            mine = pieces[slice(*span)]
-            first = [s for s in dict.fromkeys(piece.source for piece in mine) if s not in hashed]
+            these = pieces[slice(*span)]
+            first = [s for s in dict.fromkeys(piece.source for piece in these) if s not in hashed]
             hashed.update(first)
-            planned.append(Shard(split, f"blocks-{split}.array_record-{i:05d}-of-{len(spans):05d}", mine, first))
+            name, other = (f"blocks-{of}.array_record-{i:05d}-of-{len(spans):05d}" for of in (split, HELD_OUT))
+            planned.append(Shard(split, name, these, first, other if held_out else "", None if bad is None else {}))
     return planned
 
 
@@ -69,24 +88,38 @@ def prepare(
     tokenizer: str | Path,
     output: str | Path,
     seq_len: int,
-    text_key: str = "text",
+    corpus: str = "",
+    languages: list[str] = (),
+    data_dir: str | Path | None = None,
+    held_out: float | None = None,
+    bad_files: str = "stop",
+    text_key: str = "",
     bos: bool = False,
     eos: bool = True,
     shard_mb: int = 0,
+    filters: list[str] = (),
+    dedup: str = "",
+    dedup_threshold: float | None = None,
+    scrub: list[str] = (),
+    keep_dropped: str | Path | None = None,
     workers: int = 0,
+    runner: str = runners.DIRECT,
     beam_options: list[str] = (),
 ) -> dict:
-    """Makes the folder `output` as the command line of this module does, and returns its manifest.
+    """Makes the folder `output`, here or in an object store, as the command line of this module does; returns its manifest.
 
+    `corpus`: one of `corpora.CORPORA`, which says what `text_key` is and what is left out; `languages`: of it, these folders.
+    `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
+    `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `beam_options`: if any, the pipeline runs where they say, and all machines must see the same files.
-    Raises UserError, and OSError from the file system. What was finished by then is kept for the next call.
+    for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
+    `beam_options`: its options. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
-    output = Path(output)
-    whole = Path(os.path.abspath(output))
-    if output.is_file() or not whole.name:
-        raise UserError(f"--output {output}: must be a new folder")
-    partial = whole.with_name(whole.name + ".partial")
+    output = store.place(output, "--output")
+    partial = _partial(output)
+    beam_options = runners.options(runner, list(beam_options))
+    if beam_options and workers:
+        raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
     if seq_len < 1 or shard_mb < 0 or workers < 0:
@@ -94,45 +127,111 @@ def prepare(
     for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
         if on and id_ < 0:
             raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
+    held_out = (0.0 if validation else 0.01) if held_out is None else float(held_out)
+    if not 0 <= held_out < 1:
+        raise UserError(f"--held-out {held_out:g}: is a fraction of the documents, at least 0 and less than 1; 0.01 is 1%")
+    if held_out and validation:
+        raise UserError(f"--held-out {held_out:g}: documents are held out of --train if there is no --validation; give one")
+    if bad_files not in ("stop", "skip"):
+        raise UserError(f"--bad-files {bad_files}: must be stop or skip")
+    preset = corpora.known(corpus) if corpus else None
+    text_key = text_key or (preset.text_key if preset else "text")
+    cleaning = clean.parse(filters, scrub, dedup, duplicates.check(dedup, dedup_threshold), keep_dropped)
+    _check_keep(cleaning.keep, output, partial, (*train, *validation))
     for path in (*train, *validation):
-        if partial.is_relative_to(os.path.abspath(path)):
+        if isinstance(partial, Path) and partial.is_relative_to(os.path.abspath(path)):
             raise UserError(f"--output {output}: lies within the input {path}; choose a folder outside")
-    sources = _find(train, validation)
+    sources = _find({"train": train, "validation": validation}, preset, languages, data_dir)
+    for source in itertools.chain(*sources.values()) if isinstance(output, Path) else ():
+        if any(Path(source.path).is_relative_to(folder) for folder in (os.path.abspath(output), partial)):
+            raise UserError(f"--output {output}: the input {source.path} lies in it; choose a folder outside")
     settings = {"seq_len": seq_len, "dtype": dtype, "bos": bos, "eos": eos, "text_key": text_key, "shard_mb": shard_mb}
+    settings |= {"corpus": corpus, "held_out": held_out, "cleaning": cleaning.settings()}
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if store.holds_something(output) and not _is_half(output, partial):
         manifest = _complete(output, wanted, sources)
-        if partial.is_dir() and _is_ours(partial):
-            shutil.rmtree(partial, ignore_errors=True)  # there if a kill came between the last two lines of `_finish`
+        if _is_ours(partial):
+            store.remove(partial)  # there if a kill came between the last two lines of `_finish`
         print(f"{output}: complete already, nothing to do")
         return manifest
     started = time.monotonic()
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
-    planned = plan(sources, text_key, shard_mb)
-    partial.mkdir(parents=True, exist_ok=True)
+    bad = {} if bad_files == "skip" else None
+    planned = plan(sources, text_key, shard_mb, held_out > 0, bad)
+    store.make_folder(partial)
+    whole = output if isinstance(output, Remote) else partial / "whole"
+    drop, main = dict(preset.drop) if preset else {}, 0 if beam_options else os.getpid()
+    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, main, cleaning)
+
+    def run(job: Job, left: list[Shard]) -> None:
+        while left:
+            with runners.progress(job, planned):
+                runners.run(job, left, min(workers or n_cpus, len(left)), beam_options)
+            left = _again(job, planned)
+
     with _lock(partial):
-        left = _begin(partial, wanted, planned, spm)
-        job = Job(partial, spm.sha256, seq_len, dtype, bos, eos, text_key, 0 if beam_options else os.getpid())
-        with _progress(partial, planned):
-            if left:
-                _run(job, left, min(workers or n_cpus, len(left)), list(beam_options))
-        manifest = _finish(output, partial, wanted, sources, planned)
+        _begin(job, wanted, spm)
+        if dedup:
+            planned = _find_copies(job, planned, run)
+        left = _left(job, planned)
+        n_before = len(planned) - len(left)
+        run(job, left or _again(job, planned))
+        manifest = _finish(output, job, wanted, sources, planned, bad or {})
     seconds = time.monotonic() - started
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
-    before = f" ({len(planned) - len(left)} before)" if len(left) < len(planned) else ""
-    print(f"{output}: {len(left)} shards in {seconds:.1f} s{before}")
+        for reason, n in counts["dropped"].items():
+            print(f"{output}: {split}: {n:,} documents left out: {reason}")
+        for name, n in counts["scrubbed"].items():
+            print(f"{output}: {split}: {n:,} replaced: {name}")
+        for file in counts["bad_files"][:3]:
+            print(f"{output}: {split}: left out, one of {len(counts['bad_files'])} bad files: {file['reason']}")
+    if held_out and HELD_OUT not in manifest["splits"]:
+        print(f"{output}: no validation split: none of the few documents falls to the {held_out:g} that are held out")
+    print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
     return manifest
 
 
-def _find(train: list[str | Path], validation: list[str | Path]) -> dict[str, list[Source]]:
-    sources = {}
-    for split, paths in {"train": train, "validation": validation}.items():
-        if paths or split == "train":
-            sources[split], others = documents.find(paths, f"--{split}")
-            if others:
-                print(f"--{split}: left out {len(others)} files of other types, such as {others[0]}", file=sys.stderr)
+def _partial(output: Place) -> Place:
+    """DIR.partial. Raises UserError if `output` can be no folder."""
+    if isinstance(output, Remote):
+        return output.with_name(output.name + ".partial")
+    whole = Path(os.path.abspath(output))
+    if output.is_file() or not whole.name:
+        raise UserError(f"--output {output}: must be a new folder")
+    return whole.with_name(whole.name + ".partial")
+
+
+def _check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[str | Path, ...]) -> None:
+    """Raises UserError if --keep-dropped is in the way of something."""
+    if isinstance(keep, Path):
+        for folder in (output, partial, *inputs):
+            if "://" not in str(folder) and Path(os.path.abspath(keep)).is_relative_to(os.path.abspath(folder)):
+                raise UserError(f"--keep-dropped {keep}: lies within {folder}; choose a folder outside")
+
+
+def _is_half(output: Place, partial: Place) -> bool:
+    """Whether `output`, in an object store, is being made: of our settings, and still without a manifest."""
+    return isinstance(output, Remote) and MANIFEST not in store.names(output) and "settings.json" in store.names(partial)
+
+
+def _find(
+    paths: dict[str, list[str | Path]], preset: corpora.Corpus | None, languages: list[str], data_dir: str | Path | None
+) -> dict[str, list[Source]]:
+    """The files of each split that is given."""
+    if languages and not (preset and preset.languages):
+        raise UserError(f"--languages {' '.join(languages)}: only --corpus starcoder has a folder for each language")
+    if data_dir and not any(str(path).startswith("tfds:") for path in itertools.chain(*paths.values())):
+        raise UserError(f"--data-dir {data_dir}: is where tfds:NAME is looked for, and there is none")
+    kinds = preset.kinds if preset else inputs.KINDS
+    sources: dict[str, list[Source]] = {}
+    for split in ("train", *(["validation"] if paths["validation"] else [])):
+        sources[split], others = inputs.find(paths[split], f"--{split}", kinds, data_dir)
+        if others:
+            print(f"--{split}: left out {len(others)} files of other types, such as {others[0]}", file=sys.stderr)
+        if languages:
+            sources[split] = corpora.in_languages(sources[split], languages)
     train_files = {os.path.realpath(source.path) for source in sources["train"]}
     for source in sources.get("validation", ()):
         if os.path.realpath(source.path) in train_files:
@@ -140,22 +239,26 @@ def _find(train: list[str | Path], validation: list[str | Path]) -> dict[str, li
     return sources
 
 
-def _complete(output: Path, wanted: dict, sources: dict[str, list[Source]]) -> dict:
+def _complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> dict:
     """The manifest of the data set in `output`, if it is the one that is asked for. Raises UserError otherwise."""
-    manifest, _ = read_manifest(output)
-    made = (output / MANIFEST).stat().st_mtime_ns
-    there = {split: {s["file"]: s["bytes"] for s in counts["sources"]} for split, counts in manifest["splits"].items()}
-    here = {split: {source.name: source.size for source in files} for split, files in sources.items()}
-    _same(output, {**{k: manifest[k] for k in wanted}, **there}, {**wanted, **here})
-    for split, files in sources.items():
-        checksums = {s["file"]: s["sha256"] for s in manifest["splits"][split]["sources"]}
-        for source in files:
-            if source.mtime_ns > made and shards.sha256(source.path) != checksums[source.name]:
+    if isinstance(output, Remote) and MANIFEST not in store.names(output):
+        raise UserError(f"{output}: holds something that this command did not make; choose another --output")
+    with store.here(output, MANIFEST) as folder:
+        manifest, _ = read_manifest(folder)
+    made = store.modified_ns(output / MANIFEST)
+    files = {split: counts["sources"] + counts.get("bad_files", []) for split, counts in manifest["splits"].items()}
+    there = {split: {file["file"]: file["bytes"] for file in named} for split, named in files.items() if named}
+    here = {split: {source.name: source.size for source in found} for split, found in sources.items()}
+    _same(output, {**{k: manifest.get(k) for k in wanted}, **there}, {**wanted, **here})
+    for split, found in sources.items():
+        checksums = {file["file"]: file.get("sha256") for file in files[split]}  # a bad file has none
+        for source in found:
+            if source.mtime_ns > made and source.sha256() != checksums[source.name]:
                 raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
     return manifest
 
 
-def _same(folder: Path, there: dict, here: dict) -> None:
+def _same(folder: Place, there: dict, here: dict) -> None:
     """Raises UserError naming the first thing in which what `folder` was made for differs from what is asked for now."""
     for key in here | there:
         old, new = there.get(key), here.get(key)
@@ -170,55 +273,133 @@ def _same(folder: Path, there: dict, here: dict) -> None:
         )
 
 
-def _is_ours(partial: Path) -> bool:
+def _is_ours(partial: Place) -> bool:
     """Whether this module made the folder, or would: it is empty, has its settings, or holds nothing but what it has."""
-    names = {file.name for file in partial.iterdir()}
+    names = store.names(partial, folders=True)
     return "settings.json" in names or all(
-        name.startswith(("settings.json", "lock", "done", "failed", "whole")) for name in names
+        name.startswith(("settings.json", "lock", "done", "failed", "whole", "looked", "copies", "numbers.json"))
+        for name in names
     )
 
 
-def _begin(partial: Path, wanted: dict, planned: list[Shard], spm: tokenizer_lib.Tokenizer) -> list[Shard]:
-    """Makes DIR.partial ready and returns the shards that are left to make. Raises UserError if it is for something else.
-
-    Shards of files that have changed since (mended, say) are made again; the others are kept.
-    """
+def _begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
+    """Makes DIR.partial ready. Raises UserError if it is for something else."""
+    partial, whole = job.folder, job.whole
     settings = partial / "settings.json"
     if not _is_ours(partial):
         raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
-    for file in partial.iterdir():
-        if file.is_file() and file.name not in ("settings.json", "lock"):
-            file.unlink()  # what a killed worker left
-    if settings.is_file():
-        _same(partial, read_json(settings, *wanted, remedy=f"delete {partial} and run this again"), wanted)
+    for name in store.names(partial) - {"settings.json", "lock"}:
+        store.remove(partial / name)  # what a killed worker left
+    if "settings.json" in store.names(partial):
+        with store.here(partial, "settings.json") as folder:
+            there = read_json(folder / "settings.json", *wanted, remedy=f"delete {partial} and run this again")
+        _same(partial, there, wanted)
     else:  # before anything else, so that the folder is known as ours
-        shards.write(settings, json.dumps(wanted))
-        _sync(settings)
-    shutil.rmtree(partial / "failed", ignore_errors=True)
-    for name in ("failed", "done", "whole"):
-        (partial / name).mkdir(exist_ok=True)
-    if not (partial / "whole" / "tokenizer").is_dir():
-        spm.save(partial / "whole" / "tokenizer")
-    kept = {name for shard in planned if _is_made(partial, shard) for name in (shard.file, f"{shard.file}.json")}
-    for file in [*(partial / "done").iterdir(), *(partial / "whole").iterdir()]:
-        if file.is_file() and file.name not in kept:
-            file.unlink()
+        store.write(settings, json.dumps(wanted))
+        if isinstance(settings, Path):
+            _sync(settings)
+    store.remove(partial / "failed")
+    for folder in (
+        job.failed,
+        partial / "done",
+        whole,
+        *([partial / "looked", partial / "copies"] if job.cleaning.dedup else []),
+    ):
+        store.make_folder(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        spm.save(Path(folder, "tokenizer"))
+        store.copy(Path(folder, "tokenizer"), whole / "tokenizer")
+
+
+def _left(job: Job, planned: list[Shard]) -> list[Shard]:
+    """The shards that are left to make. Those of files that have changed since (mended, say) are made again."""
+    dropped = store.names(job.cleaning.keep) if job.cleaning.keep else set()
+    mine = {shards.dropped_file(shard) for shard in planned}
+    if others := sorted(dropped - mine):
+        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
+    if job.cleaning.keep:
+        store.make_folder(job.cleaning.keep)
+        made = [shard for shard in made if shards.dropped_file(shard) in dropped]
+    kept = {name for shard in made for name in (*shard.files().values(), f"{shard.file}.json")}
+    for folder in (job.records, job.whole):
+        for name in store.names(folder) - kept:
+            store.remove(folder / name)
     return [shard for shard in planned if shard.file not in kept]
 
 
-def _is_made(partial: Path, shard: Shard) -> bool:
-    """Whether an earlier run made this very shard, and all of it is there: workers do not wait for the disk."""
-    try:
-        made = read_json(partial / "done" / f"{shard.file}.json", "identity", "shard", "counts", "sources")
-        whole = shards.sha256(partial / "whole" / shard.file) == made["shard"]["sha256"]
-    except (FileNotFoundError, UserError):
-        return False
-    return whole and made["identity"] == shard.identity()
+def _is_made(job: Job, shard: Shard) -> bool:
+    """Whether an earlier run made this very shard, and all of it is there."""
+    files = shards.made(job.records, shard).get("files", {}).values()
+    return bool(files) and all(store.is_whole(job.whole / file["file"], file["bytes"], file["sha256"]) for file in files)
+
+
+def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]], None]) -> list[Shard]:
+    """The shards, each with the list of what is dropped of it, which is made first: see duplicates.py."""
+    looking = dataclasses.replace(job, stage="looked")
+    kept = {shard.file for shard, record in zip(planned, _records(looking, planned).values(), strict=True) if record}
+    for name in store.names(looking.records):
+        if name.rpartition(".")[0] not in kept:
+            store.remove(looking.records / name)
+    left = [shard for shard in planned if shard.file not in kept]
+    run(looking, left or _again(looking, planned))
+    records = _records(looking, planned)
+    planned = [s if s.bad is None else s._replace(bad=records[s.file]["bad"]) for s in planned]
+    plan = hashlib.sha256(json.dumps([[shard.identity(), sorted(shard.bad or ())] for shard in planned]).encode()).hexdigest()
+    store.write(job.folder / duplicates.NUMBERS, json.dumps(duplicates.numbers(planned, records)))
+    comparing = dataclasses.replace(job, stage="copies", shards=tuple(shard.file for shard in planned), plan=plan)
+    if not all(duplicates.dropped_of(comparing, shard) is not None for shard in planned):
+        store.remove(comparing.records)
+        store.make_folder(comparing.records)
+        run(comparing, planned)
+    lists = [json.dumps(duplicates.dropped_of(comparing, shard)).encode() for shard in planned]
+    return [s._replace(copies=hashlib.sha256(list_).hexdigest()) for s, list_ in zip(planned, lists, strict=True)]
+
+
+def _records(job: Job, planned: list[Shard]) -> dict[str, dict]:
+    """The record of each shard; empty where it has not been made."""
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        found = pool.map(lambda shard: shards.made(job.records, shard), planned)
+        return {shard.file: record for shard, record in zip(planned, found, strict=True)}
+
+
+def _again(job: Job, planned: list[Shard]) -> list[Shard]:
+    """The shards that hold parts of files which turned out bad in other shards; they are to be made again without.
+
+    So a bad file is left out wholly, whatever the shards; and of what is wrong with it, the first is told.
+    """
+    if not planned or planned[0].bad is None or job.stage == "copies":
+        return []
+    records = _records(job, planned)
+    bad = _bad_files(planned, records)
+    left = []
+    for shard in planned:
+        mine = {p.source.name: bad[shard.split, p.source.name] for p in shard.pieces if (shard.split, p.source.name) in bad}
+        if mine.keys() != records[shard.file]["bad"].keys():
+            store.remove(job.records / f"{shard.file}.json")
+            left.append(shard._replace(bad=mine))
+    return left
+
+
+def _bad_files(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[str, str], list]:
+    """(split, name) -> [where the first bad piece begins, why] of all files that could not be read."""
+    bad: dict[tuple[str, str], list] = {}
+    for shard in planned:
+        for name, found in records[shard.file]["bad"].items():
+            bad[shard.split, name] = min(found, bad.get((shard.split, name), found))
+    return bad
 
 
 @contextlib.contextmanager
-def _lock(partial: Path) -> Iterator[None]:
-    """Keeps a second command out of DIR.partial. The kernel gives the lock back when the process ends, however it ends."""
+def _lock(partial: Place) -> Iterator[None]:
+    """Keeps a second command out of DIR.partial. The kernel gives the lock back when the process ends, however it ends.
+
+    An object store has no locks: two commands that make the same there write the same bytes; one of them may fail at the end.
+    """
+    if isinstance(partial, Remote):
+        yield
+        return
     with open(partial / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -227,150 +408,58 @@ def _lock(partial: Path) -> Iterator[None]:
         yield
 
 
-def _run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> None:
-    """Makes the shards. Raises UserError with what stopped a worker."""
-    work = [pickle.dumps(shard) for shard in left]
-    try:
-        if workers > 1 and not beam_options:
-            _run_apart(job, work, workers, {f"{shard.file}.json" for shard in left})
-        else:
-            with _quiet(not beam_options):
-                pipeline(job, work, workers, beam_options)
-    except Exception:
-        for file in sorted((job.folder / "failed").iterdir()):
-            raise UserError(file.read_text(encoding="utf-8").strip()) from None
-        raise
-
-
-def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str]) -> None:
-    """The Beam pipeline: on this machine in `workers` processes, or where `beam_options` say. Raises whatever Beam does."""
-    import apache_beam as beam  # takes a second, and warns of what is not installed
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    from apache_beam.transforms.environments import SubprocessSDKEnvironment
-
-    runner, options = None, PipelineOptions(beam_options)
-    if not beam_options:
-        environment = None  # a worker in this process
-        if workers > 1:
-            failed = shlex.quote(str(job.folder / "failed" / "worker"))
-            environment = SubprocessSDKEnvironment.from_command_string(
-                f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main || "
-                f"echo a worker process died with exit code $?: out of memory, or killed > {failed}"
-            )
-        # not "DirectRunner", which first tries to download another one
-        runner, options = FnApiRunner(environment), PipelineOptions([], direct_num_workers=workers)
-    with beam.Pipeline(runner, options) as p:
-        _ = p | beam.Create(work) | beam.Reshuffle() | beam.Map(functools.partial(shards.make, job))
-
-
-def _run_apart(job: Job, work: list[bytes], workers: int, awaited: set[str]) -> None:
-    """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C.
-
-    Ends as soon as all files of the names `awaited` are in DIR.partial/done.
-    """
-    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    start = "import pickle, sys, tinyllama_jax.data.prepare as m; m.pipeline(*pickle.load(sys.stdin.buffer))"
-    log = job.folder / "workers.log"
-    with open(log, "wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-c", start],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        with child.stdin:
-            pickle.dump((job, work, workers, []), child.stdin)
-        import tensorflow_datasets  # noqa: F401  `_finish` wants it: now, while there is nothing to do but wait
-
-        while True:
-            ended = child.poll() is not None
-            if awaited.issubset(os.listdir(job.folder / "done")):
-                break
-            if ended or any((job.folder / "failed").iterdir()):
-                raise RuntimeError(f"the pipeline failed:\n{log.read_text(errors='replace')[-4_000:]}")
-            time.sleep(0.05)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # nothing is lost: files appear when they are whole
-        child.wait()
-
-
-@contextlib.contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Keeps what Beam logs off the terminal, without touching where an application sends its own logs."""
-    root, silent = logging.getLogger(), logging.NullHandler()
-    level = logging.getLogger("apache_beam").level
-    if quiet:
-        root.addHandler(silent)  # with no handler at all, the first message would add one that writes to the terminal
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        if quiet:
-            root.removeHandler(silent)
-            logging.getLogger("apache_beam").setLevel(level)
-
-
-@contextlib.contextmanager
-def _progress(partial: Path, planned: list[Shard]) -> Iterator[None]:
-    """A line on the terminal, if there is one, that counts finished shards by the text in them."""
-    weights = {f"{shard.file}.json": sum(piece.weight for piece in shard.pieces) for shard in planned}
-    console = rich.console.Console(stderr=True)
-    stop = threading.Event()
-    with rich.progress.Progress(
-        "tokenising",
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("", total=sum(weights.values()))
-
-        def watch():
-            while not stop.wait(0.5):
-                progress.update(task, completed=sum(weights.get(name, 0) for name in os.listdir(partial / "done")))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
-
-def _finish(output: Path, partial: Path, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard]) -> dict:
-    """Writes what describes the data, and moves all to its place."""
+def _finish(
+    output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
+) -> dict:
+    """Writes what describes the data, and moves all to its place. `unplanned`: bad files that are in no shard."""
     import tensorflow_datasets as tfds  # see `Record`
 
-    whole, splits, infos = partial / "whole", {}, []
-    for split, files in sources.items():
-        made = [json.loads((partial / "done" / f"{s.file}.json").read_text()) for s in planned if s.split == split]
-        entries = [m["shard"] for m in made]
-        counts = {key: sum(m["counts"][key] for m in made) for key in ("documents", "empty_documents")}
-        counts |= {key: sum(entry[key] for entry in entries) for key in ("tokens", "blocks")}
+    whole, splits, infos = job.whole, {}, []
+    records = _records(job, planned)
+    bad = unplanned | {key: why for key, (_, why) in _bad_files(planned, records).items()}
+    for split in dict.fromkeys([*sources, *([HELD_OUT] if wanted["held_out"] else [])]):
+        files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
+        made = [records[shard.file] for shard in planned if shard.split == split]
+        counts = {key: sum(file[key] for file in files) for key in ("documents", "empty_documents", "tokens", "blocks")}
+        if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
+            for file in files:
+                store.remove(whole / file["file"])
+            continue
         if not counts["blocks"]:
-            raise UserError(f"--{split}: there is no text in its {len(files)} files")
-        checksums = {name: checksum for m in made for name, checksum in m["sources"].items()}
-        named = [{"file": source.name, "bytes": source.size, "sha256": checksums[source.name]} for source in files]
-        splits[split] = {**counts, "shards": entries, "sources": named}
+            n = sum(file["documents"] for record in made for file in record["files"].values())
+            took = f"; all {n} documents were held out: give --held-out 0" if n else ""
+            n = sum(sum(record["dropped"].values()) for record in made)
+            took += f"; {n} documents were dropped" if n else ""
+            raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
+        checksums = {name: checksum for record in made for name, checksum in record["sources"].items()}
+        named, left_out = [], []
+        for source in sources.get(split, ()):
+            if why := bad.get((split, source.name)):
+                left_out.append({"file": source.name, "bytes": source.size, "reason": why})
+            else:
+                named.append({"file": source.name, "bytes": source.size, "sha256": checksums[source.name]})
+        entries = [{key: file[key] for key in ("file", "blocks", "tokens", "bytes", "sha256")} for file in files]
+        sums = {key: sum((Counter(record[key]) for record in made), Counter()) for key in ("dropped", "scrubbed")}
+        counts |= {key: dict(sorted(total.items())) for key, total in sums.items()}
+        splits[split] = {**counts, "shards": entries, "sources": named, "bad_files": left_out}
         size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
     manifest = {**wanted, "splits": splits}
     features = Record(wanted["seq_len"], wanted["dtype"]).features
-    tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=infos, check_data=False)
-    shards.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
-        list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
-    os.rename(whole, output)
-    shutil.rmtree(partial)
+    with tempfile.TemporaryDirectory() as folder:
+        data = [Path(folder, file["file"]) for counts in splits.values() for file in counts["shards"]]
+        for file in data:
+            file.touch()  # it looks at their names
+        tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
+        for file in data:
+            file.unlink()
+        store.copy(Path(folder), whole)
+    store.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    if isinstance(whole, Path):
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
+            list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
+        os.rename(whole, output)
+    store.remove(job.folder)
     return manifest
 
 
@@ -380,26 +469,51 @@ def _sync(path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """The command line. Options that are not its own go to Beam, which needs --runner among them."""
+    """The command line. Options that are not its own go to Beam, if --runner says that it runs elsewhere."""
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.data.prepare",
-        description=f"Files: {' '.join(documents.KINDS)}; folders are searched to the bottom. Options of Apache Beam, --runner "
-        "first, make it run elsewhere: on machines that see the same files.",
+        description=f"PATH: a file ({' '.join(inputs.KINDS)}), a folder, which is searched to the bottom, a pattern in "
+        "quotes ('data/**/*.txt'), any of these in gs:// or s3://, or tfds:NAME[/CONFIG][:VERSION][:SPLIT]. With --runner, "
+        "options of Apache Beam can follow: see docs/runners.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="files or folders")
-    parser.add_argument("--validation", nargs="+", default=[], metavar="PATH", help="held out; none by default")
+    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="what to train on")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="PATH", help="what is held out, if it lies apart")
+    parser.add_argument("--held-out", type=float, metavar="F", help="else: fraction held out by a hash of each document (0.01)")
+    parser.add_argument("--corpus", default="", metavar="NAME", help=f"how it is stored: {', '.join(corpora.CORPORA)}")
+    parser.add_argument("--languages", nargs="+", default=[], metavar="NAME", help="of starcoder: exact names of folders (all)")
+    parser.add_argument("--bad-files", default="stop", metavar="stop|skip", help="skip: leave out what cannot be read (stop)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where tfds: data sets lie (~/tensorflow_datasets)")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece file, or a folder with a tokenizer")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder, here or s3://... gs://...")
     parser.add_argument("--seq-len", type=int, required=True, metavar="S", help="positions of a training sequence")
-    parser.add_argument("--text-key", default="text", metavar="NAME", help="key or column that holds the text (text)")
+    parser.add_argument("--text-key", default="", metavar="NAME", help="key or column that holds the text (by --corpus; text)")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        dest="filters",
+        metavar="FILTER",
+        help="of " + ", ".join(clean.FILTERS.values()),
+    )
+    parser.add_argument("--dedup", default="", metavar="exact|minhash", help="keep the first of documents that are alike (no)")
+    parser.add_argument("--dedup-threshold", type=float, metavar="J", help="Jaccard similarity from which they are (0.8)")
+    parser.add_argument(
+        "--scrub",
+        action="append",
+        default=[],
+        metavar="NAMES",
+        help=f"of {','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT",
+    )
+    parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
+    parser.add_argument(
+        "--runner", default=runners.DIRECT, help=f"{', '.join(runners.RUNNERS)}, or Beam's name of one (direct)"
+    )
     known, rest = parser.parse_known_args(argv)
-    if rest and not any(option.startswith("--runner") for option in rest):
-        raise UserError(f"{rest[0]}: no such option; see --help")
     prepare(**vars(known), beam_options=rest)
 
 
