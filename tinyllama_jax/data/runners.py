@@ -176,7 +176,7 @@ def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], a
         with open(log, "wb") as output:
             child = subprocess.Popen(
                 [sys.executable, "-c", start],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": scratch},  # Beam leaves folders behind
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
