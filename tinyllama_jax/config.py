@@ -133,8 +133,8 @@ class Model(_Typed):
 class Data(_Typed):
     """Where the blocks come from. With `train.seed` and the step it determines every batch."""
 
-    # folder written by `data.prepare` -> its share of the sequences, or its shares over the run: ((tokens, share), ...), linear
-    # between these and constant outside. The shares are normalised.
+    # folder written by `data.prepare`, or DIR/PREFIX of LITPKDS files -> its share of the sequences, or its shares over the run:
+    # ((tokens, share), ...), linear between these and constant outside. The shares are normalised.
     sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
     document_mask: bool = False  # attention within each document alone (they end with eos); the original had none

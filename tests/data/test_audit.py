@@ -218,8 +218,13 @@ def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
         assert findings(tmp_path / f"data{eos}") == []
         found = audit.survey(Blocks(tmp_path / f"data{eos}", "train"), audit.Findings(), lambda _: None)
         assert found.n_documents() == 5 and found.documents.sum() == 5 - (not eos)  # where the last one ends nothing says
-    edit(tmp_path / "dataTrue", lambda manifest: manifest["splits"]["train"].update(documents=6))
-    assert len(findings(tmp_path / "dataTrue")) == 2
+    both = tmp_path / "dataTrue"
+    edit(both, lambda manifest: manifest["splits"]["train"].update(documents=6))
+    assert len(findings(both)) == 2
+    # one token that does both: twice in a row between documents, and that is right
+    rewrite(both, lambda tokens, _: np.putmask(tokens, tokens == BOS, EOS), documents=5)
+    edit(both, lambda manifest: manifest["tokenizer"].update(bos_id=EOS))
+    assert findings(both) == [] and audit.survey(Blocks(both, "train"), audit.Findings(), lambda _: None).n_documents() == 5
 
 
 def test_damage_is_named_and_the_rest_is_read(data, findings):
@@ -357,7 +362,7 @@ def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings
 
 def test_a_part_of_a_large_run(data, config_file, findings, capsys, monkeypatch):
     monkeypatch.setattr(audit, "SAMPLES", 1_000)
-    assert findings("--config", config_file, "--data.sources", data, "--train.steps=9000") == []
+    assert findings("--config", config_file, "--data.sources", data, "--train.steps", 9_000) == []  # the value is no DIR
     audit.main([str(data), "--config", str(config_file), "--train.steps=9000"])
     assert "order: the first 1,000 of 72,000 samples of the run\n" in capsys.readouterr().out
 

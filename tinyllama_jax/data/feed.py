@@ -175,6 +175,8 @@ class Steps(grain.sources.RandomAccessDataSource):
 
 def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Blocks by (source [n], block [n]) -> tokens [n, S + 1], length [n]; one batched read a source."""
+    if len(sources) == 1:
+        return sources[0].read(block)
     dtype = np.result_type(*(s.dtype for s in sources))
     tokens, length = np.empty((len(source), sources[0].seq_len + 1), dtype), np.empty(len(source), np.int32)
     for j in np.unique(source):
