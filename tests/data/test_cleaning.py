@@ -85,6 +85,7 @@ def test_filters_and_scrubbing(mixed, model, monkeypatch, capsys, dedup):
     settings = manifest["cleaning"]
     assert settings["filter"][:3] == CLEAN[:3] and re.fullmatch(f"{CLEAN[3]} sha256:[0-9a-f]{{64}}", settings["filter"][3])
     assert (settings["scrub"], settings.get("dedup", ""), settings["keep_dropped"]) == (["email", "ip"], dedup, True)
+    assert settings["versions"].keys() == {"pycld2", *(["datasketch"] if dedup == "minhash" else [])}
     out = capsys.readouterr().out
     assert "out: train: 10 documents left out: length:20:\n" in out and "out: train: 40 replaced: email\n" in out
 
