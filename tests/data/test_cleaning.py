@@ -9,14 +9,17 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import test_runners
 from test_duplicates import WORDS, planted
 from test_prepare import command, digests, expected, finished, lines, stream
 
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare as prepare_lib
+from tinyllama_jax.data import store
 from tinyllama_jax.data.blocks import read_manifest
 from tinyllama_jax.data.prepare import prepare
 
+bucket = test_runners.bucket  # a fixture: an object store
 ENGLISH = """the of and that with from which house river people water time year morning never always because through about they
 would could another little people should before between mother father children country thought letter reading"""
 GERMAN = """der die das und nicht mit von wird haben sein werden können Straße Haus Fluss Leute Wasser Zeit Jahr Morgen niemals
@@ -162,6 +165,17 @@ def test_bytes_do_not_depend_on_who_does_the_work(similar, one_worker, model, tm
     code, _, err = finished(command(*minhash(similar[0], model, tmp_path), *others, shard=1 << 16))
     assert code == 0 and "Traceback" not in err, err
     assert digests(tmp_path) == digests(one_worker) and len(digests(tmp_path / "dropped")) > 4
+
+
+def test_an_object_store(similar, model, tmp_path, bucket, monkeypatch):
+    small_shards(monkeypatch, 1 << 17)
+    options = {"train": [similar[0] / name for name in ("a.jsonl", "b.jsonl.zst")], "tokenizer": model, "seq_len": 128}
+    options |= {"held_out": 0, "dedup": "minhash", "workers": 1}
+    here = prepare(**options, output=tmp_path / "out", keep_dropped=tmp_path / "dropped")
+    assert prepare(**options, output=f"{bucket}/out", keep_dropped=f"{bucket}/dropped") == here
+    for file in (tmp_path / "dropped").iterdir():
+        assert store.read(store.place(f"{bucket}/dropped/{file.name}", "")) == file.read_bytes()
+    assert len(rows(tmp_path / "dropped")) > 5 and not store.names(store.place(f"{bucket}/out.partial", ""))
 
 
 def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, model, monkeypatch):
