@@ -192,7 +192,8 @@ def test_start_from_another_run(quiet, tiny_config_file, tmp_path, capsys):
 
 def test_without_a_validation_split_it_trains_and_says_so(tiny_config_file, tiny_data, tmp_path, capsys):
     data = tmp_path / "data"
-    prepare(train=[tiny_data / "a.train.jsonl"], tokenizer=tiny_data / "512.model", output=data, seq_len=16, workers=1)
+    files, tokenizer = [tiny_data / "a.train.jsonl"], tiny_data / "512.model"
+    prepare(train=files, held_out=0, tokenizer=tokenizer, output=data, seq_len=16, workers=1)
     keys = {"data__sources": data, "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}
     assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
     assert "validation: none: no source has that split" in capsys.readouterr().out

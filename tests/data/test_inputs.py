@@ -193,7 +193,8 @@ def test_tensorflow_data_sets_that_cannot_be_read(tales, model, tmp_path):
         ("tfds:fables", "", f"tfds:fables: no such data set, .* is prepared in {tales}; say where with --data-dir"),
         ("tfds:tales", "", "tfds:tales: no such data set, configuration or version"),
         ("tfds:tales/en:9.9.9", "", "tfds:tales/en:9.9.9: no such data set, configuration or version"),
-        ("tfds:tales/en:dev", "", "tfds:tales/en:dev: Unknown split 'dev'"),
+        ("tfds:tales/en:dev", "", "tfds:tales/en:dev: has no split 'dev'; it has t"),
+        ("tfds:tales/en:train[:10%]", "", r"en:train\[:10%\]: has no split 'train\[:10%\]'"),
         ("tfds:tales/en", "id", "1.2.0: 'id' is no text feature of it; those are text, title: choose one with --text-key"),
         ("tfds:tales/en", "body", "1.2.0: 'body' is no text feature"),
     ):

@@ -176,6 +176,8 @@ def test_work_given_again_is_not_done_again(corpus, model, tmp_path, monkeypatch
         (["--runner", "dask", "--seqlen=3"], "--seqlen: no such option"),
         (["--runner", "dask", "--workers", "2"], "--workers 2: is for --runner direct; dask has as many as"),
         (["--output", "ftp://there/x"], "--output ftp://there/x: can be a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"),
+        (["--output", "s3:/bucket/x"], "--output s3:/bucket/x: takes two slashes after the colon"),
+        (["--runner", "DirectRunner", "--direct_num_workers=2"], "--direct_num_workers=2: no such option"),
         (["--output", "s3://bucket/"], "--output s3://bucket/: must name a folder in a bucket"),
     ],
     ids=str,

@@ -35,7 +35,7 @@ CORPORA = {
 def known(name: str) -> Corpus:
     """The corpus `name`. Raises UserError that names the nearest."""
     if name not in CORPORA:
-        raise UserError(f"--corpus {name}: is not known; {_nearest(name, CORPORA)}. Other corpora need no --corpus")
+        raise UserError(f"--corpus {name}: is not known (other corpora need no --corpus); {_nearest(name, CORPORA)}")
     return CORPORA[name]
 
 

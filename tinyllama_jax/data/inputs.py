@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import itertools
+import logging
 import os
 import re
 from collections import Counter
@@ -152,6 +153,7 @@ def _store(scheme: str):
     try:
         import fsspec
 
+        logging.getLogger(SCHEMES[scheme]).addHandler(logging.NullHandler())  # it logs what it raises, too
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError:
         raise UserError(f"{scheme}:// takes `pip install {SCHEMES[scheme]}`") from None
@@ -234,12 +236,14 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
     name, *rest = path.removeprefix("tfds:").split(":")
     if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
         name = f"{name}:{rest.pop(0)}"
-    split = rest[0] if rest else "train"
+    split = ":".join(rest) or "train"
     where = os.fspath(data_dir or tfds.core.constants.DATA_DIR)
     if _scheme(where):
         raise UserError(f"--data-dir {where}: ArrayRecord files are read from this machine alone; copy the data set here")
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where, file_format="array_record")
+        if split not in (there := list(builder.info.splits)):  # among them "train[:10%]", which is no whole files
+            raise UserError(f"{option} {path}: has no split {split!r}; it has {', '.join(there)}")
         return [os.fspath(file) for file in builder.info.splits[split].filepaths]
     except tfds.core.DatasetNotFoundError:
         raise UserError(

@@ -222,6 +222,8 @@ def _find(
     """The files of each split that is given."""
     if languages and not (preset and preset.languages):
         raise UserError(f"--languages {' '.join(languages)}: only --corpus starcoder has a folder for each language")
+    if data_dir and not any(str(path).startswith("tfds:") for path in itertools.chain(*paths.values())):
+        raise UserError(f"--data-dir {data_dir}: is where tfds:NAME is looked for, and there is none")
     kinds = preset.kinds if preset else inputs.KINDS
     sources: dict[str, list[Source]] = {}
     for split in ("train", *(["validation"] if paths["validation"] else [])):

@@ -49,6 +49,8 @@ def options(runner: str, rest: list[str]) -> list[str]:
 
     Raises UserError on a runner that is not known or not installed, and on an option that is not Beam's.
     """
+    short = runner.lower().removesuffix("runner")  # Beam's own direct runner would first try to download another one
+    runner = short if short in RUNNERS else runner
     if runner == DIRECT:
         if rest:
             raise UserError(f"{rest[0]}: no such option; see --help")

@@ -49,6 +49,8 @@ Place = Path | Remote
 def place(path: str | Path, option: str) -> Place:
     """`path` as a place. Raises UserError that names `option`: a kind of store that is not known, a bucket without a folder."""
     scheme, is_url, rest = str(path).partition("://")
+    if not is_url and any(str(path).startswith(f"{s}:/") for s in SCHEMES):  # pathlib takes out a slash, too
+        raise UserError(f"{option} {path}: takes two slashes after the colon")
     if not is_url:
         return Path(path)
     if scheme not in SCHEMES:
