@@ -273,9 +273,9 @@ def pairs_of(job: Job, part: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int,
     with shards.telling(job, f"part {i}"):
         found = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
     yield i, b""  # so that every shard comes to `settle`
-    shard = found["doc"] >> np.uint64(32)
-    for number in np.unique(shard).tolist():
-        yield number, found[shard == number].tobytes()
+    number, start = np.unique(found["doc"] >> np.uint64(32), return_index=True)  # they are sorted
+    for i, mine in zip(number.tolist(), np.split(found, start[1:]), strict=True) if len(found) else ():
+        yield i, mine.tobytes()
 
 
 def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
