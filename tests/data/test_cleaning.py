@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -235,6 +236,24 @@ def test_what_a_bad_file_holds_is_no_reason_to_drop(tmp_path, model, monkeypatch
     assert stream(tmp_path / "out") == expected([docs[0], docs[5]], model)
     assert manifest["splits"]["train"]["dropped"] == {f"dedup:{dedup}": 1}
     assert [file["file"] for file in manifest["splits"]["train"]["bad_files"]] == ["a.jsonl"]
+
+
+def test_a_file_that_goes_bad_after_it_was_looked_at(tmp_path, model, monkeypatch):
+    """What was dropped as a copy of something in it is gone, so it cannot be left out any more."""
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(lines(["some text"]))
+    (tmp_path / "b.jsonl").write_bytes(lines(["some text", "other"]))
+    time, left = source.stat().st_mtime_ns, prepare_lib._left
+
+    def meanwhile(*arguments):
+        source.write_bytes(b"{" * source.stat().st_size)
+        os.utime(source, ns=(time, time))
+        return left(*arguments)
+
+    monkeypatch.setattr(prepare_lib, "_left", meanwhile)
+    options = {"train": [source, tmp_path / "b.jsonl"], "tokenizer": model, "seq_len": 8, "held_out": 0, "workers": 1}
+    with pytest.raises(UserError, match="a.jsonl, line 1: is not JSON"):
+        prepare(**options, output=tmp_path / "out", dedup="exact", bad_files="skip")
 
 
 def test_a_long_text_file_is_judged_and_scrubbed_in_parts(tmp_path, model):
