@@ -54,7 +54,7 @@ HOME = {
     "array_record": {"data.blocks", "data.documents", "data.shards"},
     "tensorflow_datasets": {"data.blocks", "data.inputs", "data.prepare", "data.runners"},
     "apache_beam": {"data.runners"},
-    "fsspec": {"data.inputs", "data.store"},
+    "fsspec": {"data.store"},
     "datasketch": {"data.duplicates"},
     "pycld2": {"data.clean"},
     "fasttext": {"data.clean"},

@@ -56,7 +56,8 @@ def test_every_type_gives_the_same_documents(tmp_path, texts):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
-def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path, end):
+def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(documents, "READ", 50)  # bytes of a line at once
     rng = random.Random(end)
     lines = [json.dumps({"text": "x" * rng.choice([0, 1, 30, 400])}) for _ in range(60)]
     lines = [line + "\n" * rng.choice([1, 1, 1, 3]) for line in lines[:-1]] + [lines[-1] + end]

@@ -50,11 +50,9 @@ def stores():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        inputs._store.cache_clear()
         fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
         fsspec.filesystem("s3").mkdir("bucket")
         yield
-    inputs._store.cache_clear()
     s3.stop()
     gs.stop()
 
@@ -124,11 +122,9 @@ def test_a_store_that_does_not_answer_is_no_bad_file(uploaded, model, tmp_path, 
                 prepare(**{**options, "train": [f"s3://bucket/corpus/{kind}"]}, bad_files="skip", output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    inputs._store.cache_clear()
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(UserError, match="s3://bucket/corpus/b.jsonl.zst: cannot be read: Could not connect"):
         prepare(**options, output=tmp_path / "out")
-    inputs._store.cache_clear()
     fsspec.filesystem("s3").clear_instance_cache()
 
 

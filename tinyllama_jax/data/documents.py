@@ -167,8 +167,12 @@ def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counte
     at, end = piece.start, piece.end if source.kind == "jsonl" else float("inf")
     with _reading(source, lambda: f", line {_lines_before(piece) + lines}"), _open(source) as file:
         if at:  # the line that runs into the piece belongs to the one before
-            file.seek(at - 1)
-            at += len(file.readline()) - 1
+            at -= 1
+            file.seek(at)
+            while at < end and (part := file.readline(READ)):  # which may run beyond the piece, too
+                at += len(part)
+                if part.endswith(b"\n"):
+                    break
         while at < end:
             lines += 1
             if not (line := file.readline()):

@@ -8,7 +8,6 @@ import glob
 import hashlib
 import io
 import itertools
-import logging
 import os
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tinyllama_jax.config import UserError
-from tinyllama_jax.data.store import SCHEMES
+from tinyllama_jax.data.store import SCHEMES, filesystem
 
 # type of a file -> how it is read, and bytes of text in a byte of it, roughly
 KINDS = {
@@ -52,10 +51,10 @@ class Source(NamedTuple):
 
     def open(self) -> BinaryIO:
         """The file, to be read and sought in. An object comes in parts of `FETCH` bytes."""
-        if not (scheme := _scheme(self.path)):
+        if not _scheme(self.path):
             return open(self.path, "rb", buffering=READ)
         with _reaching(self.path):
-            file = _store(scheme).open(self.path, "rb", block_size=FETCH, cache_type="readahead")
+            file = filesystem(self.path).open(self.path, "rb", block_size=FETCH, cache_type="readahead")
         return io.BufferedReader(_Object(self.path, file), READ)
 
     def sha256(self) -> str:
@@ -121,9 +120,9 @@ def _scheme(path: str) -> str:
 
 def _stat(path: str) -> tuple[int, int, str]:
     """(size, mtime_ns, etag)."""
-    if scheme := _scheme(path):
+    if _scheme(path):
         with _reaching(path):
-            return _stat_of(_store(scheme).info(path))
+            return _stat_of(filesystem(path).info(path))
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, ""
 
@@ -148,17 +147,6 @@ def _below(folder: str) -> list[str]:
 # -- in object stores ---------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _store(scheme: str):
-    try:
-        import fsspec
-
-        logging.getLogger(SCHEMES[scheme]).addHandler(logging.NullHandler())  # it logs what it raises, too
-        return fsspec.filesystem(scheme, use_listings_cache=False)
-    except ImportError:
-        raise UserError(f"{scheme}:// takes `pip install {SCHEMES[scheme]}`") from None
-
-
 @contextlib.contextmanager
 def _reaching(path: str) -> Iterator[None]:
     """What goes wrong on the way to an object, of no common type, as a UserError."""
@@ -168,6 +156,8 @@ def _reaching(path: str) -> Iterator[None]:
     }
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
         hint = next((f"{hint}: " for kind, hint in hints.items() if isinstance(error, kind)), "")
@@ -204,7 +194,7 @@ class _Object(io.RawIOBase):
 def _objects(path: str, stats: dict[str, tuple[int, int, str]]) -> dict[str, list[str]]:
     """`_files` of a path in a store; also notes what the store says of each file."""
     scheme = _scheme(path)
-    store = _store(scheme)
+    store = filesystem(path)
     found = {}
     with _reaching(path):
         try:

@@ -60,17 +60,25 @@ def place(path: str | Path, option: str) -> Place:
     return Remote(f"{scheme}://{rest.rstrip('/')}")
 
 
+def filesystem(url: str) -> Any:
+    """fsspec's, for the store of `url`. Raises UserError if the package for it is not installed."""
+    scheme = url.partition("://")[0]
+    logging.getLogger(SCHEMES[scheme]).setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
+    try:
+        import fsspec  # only who reads or writes there needs it
+
+        return fsspec.filesystem(scheme, use_listings_cache=False)  # other machines write there too
+    except ImportError:
+        raise UserError(f"{url}: takes `pip install {SCHEMES[scheme]}`") from None
+
+
 @contextlib.contextmanager
 def _system(at: Remote, writes: bool = False) -> Iterator[Any]:
     """fsspec's file system for `at`. What goes wrong there is a UserError, or a FileNotFoundError where nothing is written."""
-    import fsspec  # only who writes there needs it
-
-    scheme = at.url.partition("://")[0]
-    logging.getLogger(SCHEMES[scheme]).setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
     try:
-        yield fsspec.filesystem(scheme, use_listings_cache=False)  # other machines write there too
-    except ImportError:
-        raise UserError(f"{at}: takes `pip install {SCHEMES[scheme]}`") from None
+        yield filesystem(at.url)
+    except UserError:
+        raise
     except Exception as error:  # a store's library raises what it likes: credentials, names, the network
         if isinstance(error, FileNotFoundError) and not writes:
             raise
