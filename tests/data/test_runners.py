@@ -112,11 +112,11 @@ def writes(worker: subprocess.Popen, partial: Path) -> bool:
 def test_dask_workers_and_one_that_is_killed(scheduler, start, corpus, model, tmp_path, expected):
     workers, out, partial = [start(), start()], tmp_path / "out", tmp_path / "out.partial"
     main = command(*arguments(corpus, model, out, "--runner", "dask", "--dask_client_address", scheduler), shard=SHARD)
-    wait_until(lambda: len(store.names(partial / "done")) >= 2 and all(writes(w, partial) for w in workers), main)
+    wait_until(lambda: len(store.names(partial / "done")) >= 2 and writes(workers[0], partial), main)
     workers[0].send_signal(signal.SIGKILL)
     made = len(store.names(partial / "done"))
     total = len([name for name in expected if name.startswith("blocks-")])
-    assert made < total / 2
+    assert 2 <= made < total
     code, said, err = finished(main)
     assert code == 0 and re.fullmatch(r"what Beam says goes to \S+\n", err), err
     assert f"out: {total} shards in " in said and digests(out) == expected and not partial.exists()

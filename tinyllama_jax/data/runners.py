@@ -5,6 +5,7 @@ Whatever runs it, this process only waits: for DIR.partial/done to fill, for a l
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib.util
@@ -147,12 +148,18 @@ def _wait_for_dask(result: object, alone: float) -> None:
     while True:
         try:
             result.wait_until_finish(duration=min(5_000, alone * 500))
-            return
+            lost = any(future.status != "finished" for future in result.futures)  # which Beam takes for the end, too
+        except asyncio.CancelledError:
+            lost = True
         except TimeoutError:
             if result.client.scheduler_info(n_workers=1)["workers"]:
                 seen = time.monotonic()
             elif time.monotonic() > seen + alone:
                 raise UserError(f"the cluster has had no worker for {alone:g} s: start some") from None
+            continue
+        if lost:
+            raise UserError("lost the scheduler, or somebody cancelled the job")
+        return
 
 
 def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], awaited: set[str]) -> None:
@@ -205,13 +212,13 @@ def _failure(job: Job, log: str, code: int, beam_options: list[str]) -> Exceptio
         return RuntimeError(f"the pipeline failed:\n{log[-4_000:]}")
     where = job.folder / "log"
     store.write(where, log)
+    ours = f"{UserError.__module__}.{UserError.__name__}: "  # which libraries may say more after
     said = [line for line in log.splitlines() if line.strip() and not line[0].isspace()] or [f"exit code {code}"]
+    reason = next((line.removeprefix(ours) for line in said if line.startswith(ours)), said[-1])
     if not code:
-        said = [f"it ended well, and shards are missing: do all its workers see {job.folder}?"]
-    runner = next(
-        (short for short, (name, *_) in RUNNERS.items() if f"--runner={name}" == beam_options[0]), beam_options[0][9:]
-    )
-    reason = said[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        reason = f"it ended well, and shards are missing: do all its workers see {job.folder}?"
+    runner = beam_options[0].removeprefix("--runner=")
+    runner = next((short for short, (name, *_) in RUNNERS.items() if name == runner), runner)
     return UserError(f"--runner {runner}: {reason} (more in {where}; run this again to go on)")
 
 
