@@ -209,6 +209,10 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
     again = {name for name, time in times("whole").items() if time != before["whole"][name]}
     assert again == {"blocks-train.array_record-00002-of-00008"}  # and nothing else is made again
 
+    # what another job dropped is not written over
+    with pytest.raises(UserError, match="--keep-dropped .*: holds dropped-train-00000-of-00008.jsonl.gz, which is not of this"):
+        prepare(**{**options, "output": tmp_path / "other"})
+
     # the first file no longer has what a document in the last was a copy of, so that one stays; in the sixth is a new copy
     (tmp_path / "0.jsonl").write_bytes(lines([*docs[:3], docs[3][::-1], *docs[4:8]]))
     (tmp_path / "5.jsonl").write_bytes(lines([*docs[40:47], docs[40]]))
