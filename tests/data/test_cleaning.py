@@ -20,7 +20,8 @@ from tinyllama_jax.data import store
 from tinyllama_jax.data.blocks import read_manifest
 from tinyllama_jax.data.prepare import prepare
 
-bucket = test_runners.bucket  # a fixture: an object store
+# fixtures: an object store, Dask's scheduler, and what starts a worker of it
+bucket, scheduler, start = test_runners.bucket, test_runners.scheduler, test_runners.start
 ENGLISH = """the of and that with from which house river people water time year morning never always because through about they
 would could another little people should before between mother father children country thought letter reading"""
 GERMAN = """der die das und nicht mit von wird haben sein werden können Straße Haus Fluss Leute Wasser Zeit Jahr Morgen niemals
@@ -161,11 +162,13 @@ def test_near_copies(similar, one_worker, model):
     assert sum(manifest["splits"][split]["documents"] for split in ("train", "validation")) == len(left)
 
 
-@pytest.mark.parametrize("others", [["--workers", 2], ["--runner", "dask"]], ids=["2 workers", "dask"])
-def test_bytes_do_not_depend_on_who_does_the_work(similar, one_worker, model, tmp_path, others):
-    code, _, err = finished(command(*minhash(similar[0], model, tmp_path), *others, shard=1 << 16))
-    assert code == 0 and "Traceback" not in err, err
-    assert digests(tmp_path) == digests(one_worker) and len(digests(tmp_path / "dropped")) > 4
+def test_bytes_do_not_depend_on_who_does_the_work(similar, one_worker, model, tmp_path, scheduler, start):
+    start()
+    start()
+    for i, others in enumerate((["--workers", 2], ["--runner", "dask", "--dask_client_address", scheduler])):
+        code, _, err = finished(command(*minhash(similar[0], model, tmp_path / str(i)), *others, shard=1 << 16))
+        assert code == 0 and "Traceback" not in err, err
+        assert digests(tmp_path / str(i)) == digests(one_worker) and len(digests(tmp_path / str(i) / "dropped")) > 4
 
 
 def test_an_object_store(similar, model, tmp_path, bucket, monkeypatch):
