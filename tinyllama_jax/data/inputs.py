@@ -66,7 +66,7 @@ class Source(NamedTuple):
 def find(
     paths: Iterable[str | Path], option: str, kinds: Iterable[str] = tuple(KINDS), data_dir: str | Path | None = None
 ) -> tuple[list[Source], list[str]]:
-    """The files at `paths`, sorted by name; and those there that are of other types than `kinds`, or hidden in a store.
+    """The files at `paths`, sorted by name; and those there that are of other types than `kinds`.
 
     A path is a file, a folder (searched to the bottom), a pattern with * ? [ or **, one of these with gs:// or s3://, or
     tfds:NAME[/CONFIG][:VERSION][:SPLIT], prepared in `data_dir`. Hidden files are left out. Raises UserError that names
