@@ -56,7 +56,7 @@ def test_language_is_a_share_of_the_text(odd):
         ("\n".join([*(f"{i}{'y' * 30}" for i in range(5)), *"xxxxx"]), False),
         # of 11 lines, 1 repeats one before, with 5 and 80% of the characters
         ("\n".join(["y" * 9, "y" * 9, *(f"{i}{'z' * 18}" for i in range(9))]), True),
-        ("\n".join([ENGLISH, ENGLISH, *(f"n{i}" for i in range(9))]), False),
+        ("\n".join([*[" ".join(f"word{i}" for i in range(60))] * 2, *(f"n{i}" for i in range(9))]), False),
         # "one two" four times is 24 of 124 characters, and of 104
         (" ".join(f"one two {i:025}" for i in range(4)), True),
         (" ".join(f"one two {i:020}" for i in range(4)), False),

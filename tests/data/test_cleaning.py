@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -9,14 +10,18 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import test_runners
 from test_duplicates import WORDS, planted
 from test_prepare import command, digests, expected, finished, lines, stream
 
 from tinyllama_jax.config import UserError
 from tinyllama_jax.data import prepare as prepare_lib
+from tinyllama_jax.data import store
 from tinyllama_jax.data.blocks import read_manifest
 from tinyllama_jax.data.prepare import prepare
 
+# fixtures: an object store, Dask's scheduler, and what starts a worker of it
+bucket, scheduler, start = test_runners.bucket, test_runners.scheduler, test_runners.start
 ENGLISH = """the of and that with from which house river people water time year morning never always because through about they
 would could another little people should before between mother father children country thought letter reading"""
 GERMAN = """der die das und nicht mit von wird haben sein werden können Straße Haus Fluss Leute Wasser Zeit Jahr Morgen niemals
@@ -85,6 +90,7 @@ def test_filters_and_scrubbing(mixed, model, monkeypatch, capsys, dedup):
     settings = manifest["cleaning"]
     assert settings["filter"][:3] == CLEAN[:3] and re.fullmatch(f"{CLEAN[3]} sha256:[0-9a-f]{{64}}", settings["filter"][3])
     assert (settings["scrub"], settings.get("dedup", ""), settings["keep_dropped"]) == (["email", "ip"], dedup, True)
+    assert settings["versions"].keys() == {"pycld2", *(["datasketch"] if dedup == "minhash" else [])}
     out = capsys.readouterr().out
     assert "out: train: 10 documents left out: length:20:\n" in out and "out: train: 40 replaced: email\n" in out
 
@@ -156,11 +162,24 @@ def test_near_copies(similar, one_worker, model):
     assert sum(manifest["splits"][split]["documents"] for split in ("train", "validation")) == len(left)
 
 
-@pytest.mark.parametrize("others", [["--workers", 2], ["--runner", "dask"]], ids=["2 workers", "dask"])
-def test_bytes_do_not_depend_on_who_does_the_work(similar, one_worker, model, tmp_path, others):
-    code, _, err = finished(command(*minhash(similar[0], model, tmp_path), *others, shard=1 << 16))
-    assert code == 0 and "Traceback" not in err, err
-    assert digests(tmp_path) == digests(one_worker) and len(digests(tmp_path / "dropped")) > 4
+def test_bytes_do_not_depend_on_who_does_the_work(similar, one_worker, model, tmp_path, scheduler, start):
+    start()
+    start()
+    for i, others in enumerate((["--workers", 2], ["--runner", "dask", "--dask_client_address", scheduler])):
+        code, _, err = finished(command(*minhash(similar[0], model, tmp_path / str(i)), *others, shard=1 << 16))
+        assert code == 0 and "Traceback" not in err, err
+        assert digests(tmp_path / str(i)) == digests(one_worker) and len(digests(tmp_path / str(i) / "dropped")) > 4
+
+
+def test_an_object_store(similar, model, tmp_path, bucket, monkeypatch):
+    small_shards(monkeypatch, 1 << 17)
+    options = {"train": [similar[0] / name for name in ("a.jsonl", "b.jsonl.zst")], "tokenizer": model, "seq_len": 128}
+    options |= {"held_out": 0, "dedup": "minhash", "workers": 1}
+    here = prepare(**options, output=tmp_path / "out", keep_dropped=tmp_path / "dropped")
+    assert prepare(**options, output=f"{bucket}/out", keep_dropped=f"{bucket}/dropped") == here
+    for file in (tmp_path / "dropped").iterdir():
+        assert store.read(store.place(f"{bucket}/dropped/{file.name}", "")) == file.read_bytes()
+    assert len(rows(tmp_path / "dropped")) > 5 and not store.names(store.place(f"{bucket}/out.partial", ""))
 
 
 def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, model, monkeypatch):
@@ -193,6 +212,10 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
     again = {name for name, time in times("whole").items() if time != before["whole"][name]}
     assert again == {"blocks-train.array_record-00002-of-00008"}  # and nothing else is made again
 
+    # what another job dropped is not written over
+    with pytest.raises(UserError, match="--keep-dropped .*: holds dropped-train-00000-of-00008.jsonl.gz, which is not of this"):
+        prepare(**{**options, "output": tmp_path / "other"})
+
     # the first file no longer has what a document in the last was a copy of, so that one stays; in the sixth is a new copy
     (tmp_path / "0.jsonl").write_bytes(lines([*docs[:3], docs[3][::-1], *docs[4:8]]))
     (tmp_path / "5.jsonl").write_bytes(lines([*docs[40:47], docs[40]]))
@@ -220,6 +243,24 @@ def test_what_a_bad_file_holds_is_no_reason_to_drop(tmp_path, model, monkeypatch
     assert stream(tmp_path / "out") == expected([docs[0], docs[5]], model)
     assert manifest["splits"]["train"]["dropped"] == {f"dedup:{dedup}": 1}
     assert [file["file"] for file in manifest["splits"]["train"]["bad_files"]] == ["a.jsonl"]
+
+
+def test_a_file_that_goes_bad_after_it_was_looked_at(tmp_path, model, monkeypatch):
+    """What was dropped as a copy of something in it is gone, so it cannot be left out any more."""
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(lines(["some text"]))
+    (tmp_path / "b.jsonl").write_bytes(lines(["some text", "other"]))
+    time, left = source.stat().st_mtime_ns, prepare_lib._left
+
+    def meanwhile(*arguments):
+        source.write_bytes(b"{" * source.stat().st_size)
+        os.utime(source, ns=(time, time))
+        return left(*arguments)
+
+    monkeypatch.setattr(prepare_lib, "_left", meanwhile)
+    options = {"train": [source, tmp_path / "b.jsonl"], "tokenizer": model, "seq_len": 8, "held_out": 0, "workers": 1}
+    with pytest.raises(UserError, match="a.jsonl, line 1: is not JSON"):
+        prepare(**options, output=tmp_path / "out", dedup="exact", bad_files="skip")
 
 
 def test_a_long_text_file_is_judged_and_scrubbed_in_parts(tmp_path, model):

@@ -114,6 +114,9 @@ def test_parts_and_memory_make_no_difference():
     rng = random.Random(4)
     text = "\n".join(" ".join(rng.choices(WORDS, k=9)) for _ in range(30_000))  # 1.6 MB: read in two parts
     rows, sketch = duplicates.look("minhash", 0.8, [text])
+    assert [*map(len, duplicates._parts("字" * 3_000_000))] == [(1 << 20) + (1 << 16)] * 2 + [
+        3_000_000 - 2 * ((1 << 20) + (1 << 16))
+    ]
     for size in (999, 1 << 20):
         again, other = duplicates.look("minhash", 0.8, [text[i : i + size] for i in range(0, len(text), size)])
         assert (again == rows).all() and (sketch == other).all()

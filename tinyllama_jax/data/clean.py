@@ -13,9 +13,11 @@ import importlib.util
 import ipaddress
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ FILTERS = {
     "python": "python:MODULE_OR_FILE.py:FUNCTION",
     "fasttext": "fasttext:MODEL.bin:LABEL:MINIMUM (probability, 0 to 1)",
 }
+LIBRARIES = {"language": "pycld2", "minhash": "datasketch"}
 # Rae et al. 2021 (Gopher), table A1: the most of a document's lines that repeat another, of its characters in them, and of
 # its characters in the most frequent n-gram of words. Their rules of paragraphs and of repeated 5- to 10-grams are not here.
 LINES, LINE_CHARACTERS, TOP_NGRAM = 0.30, 0.20, {2: 0.20, 3: 0.18, 4: 0.16}
@@ -71,6 +74,8 @@ class Cleaning(NamedTuple):
         filters = [filter_.spec + (f" sha256:{filter_.sha256}" if filter_.sha256 else "") for filter_ in self.filters]
         said = {"filter": filters, "dedup": self.dedup, "scrub": [scrub.name for scrub in self.scrubs]}
         said |= {"dedup_threshold": self.threshold if self.dedup == "minhash" else 0, "keep_dropped": self.keep is not None}
+        used = [LIBRARIES[name] for name in (*(f.name for f in self.filters), self.dedup) if name in LIBRARIES]
+        said["versions"] = {name: metadata.version(name) for name in used}  # which may judge in another way
         return {key: value for key, value in said.items() if value}
 
 
@@ -113,8 +118,8 @@ def parse_filter(spec: str) -> Filter:
         path, label, least = arguments
         if not Path(path).is_file():
             raise UserError(f"--filter {spec}: there is no file {path}")
-        filter_ = Filter(spec, name, (path, label, _number(spec, least, float)))
-        labels = _fasttext(path).predict("", k=-1)[0]  # all, the likeliest first
+        filter_ = Filter(spec, name, (os.path.abspath(path), label, _number(spec, least, float)))
+        labels = _fasttext(filter_.arguments[0]).predict("", k=-1)[0]  # all, the likeliest first
         if labels and _label(label) not in labels:
             there = " ".join(known.removeprefix("__label__") for known in labels[:20])
             raise UserError(f"--filter {spec}: {path} has no label {label!r}; it has {there}")

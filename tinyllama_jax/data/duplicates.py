@@ -72,10 +72,8 @@ def check(method: str, threshold: float | None) -> float:
 def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Rows [n] of `ROW`, of which copies have one in common (doc is 0), and the sketch, uint32 [at most `SKETCH`], sorted."""
     text, near, empty = hashlib.blake2b(digest_size=16), method == "minhash", True
-    minhash = _minhash() if near else None
+    minhash = _minhash() if near else None  # of its own: a worker may have threads
     sketch, tail = np.empty(0, np.uint32), np.empty(0, np.uint64)  # tail: the last words, whose shingles are not whole yet
-    if near:
-        minhash.clear()
     for chunk in clean.chunks(document):
         empty = False
         chunk = chunk if chunk.isascii() else unicodedata.normalize("NFC", chunk)
@@ -108,11 +106,12 @@ def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.nda
 
 
 def _parts(text: str) -> Iterator[str]:
-    """`text` in parts of about a million characters that end before white space."""
+    """`text` in parts of about a million characters, which end before white space where there is some."""
     at = 0
     while at < len(text):
-        space = _SPACE.search(text, at + (1 << 20))
-        end = space.start() if space else len(text)
+        longest = at + (1 << 20) + (1 << 16)
+        space = _SPACE.search(text, at + (1 << 20), longest)
+        end = space.start() if space else min(longest, len(text))
         yield text[at:end]
         at = end
 
@@ -145,13 +144,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(33))
 
 
-@functools.lru_cache(maxsize=1)
 def _minhash():
     try:
         import datasketch
     except ImportError:
         raise UserError("--dedup minhash: needs datasketch: pip install 'datasketch>=2'") from None
-    return datasketch.MinHash(PERMUTATIONS, hashfunc=int, scheme="affine32")
+    scheme = "affine32"
+    if not _PERMUTATIONS:  # drawing them takes longer than a short document
+        _PERMUTATIONS.append(datasketch.MinHash(PERMUTATIONS, scheme=scheme).permutations)
+    return datasketch.MinHash(PERMUTATIONS, hashfunc=int, scheme=scheme, permutations=_PERMUTATIONS[0])
+
+
+_PERMUTATIONS: list[np.ndarray] = []
 
 
 def pairs(method: str, rows: np.ndarray) -> np.ndarray:
@@ -269,9 +273,9 @@ def pairs_of(job: Job, part: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int,
     with shards.telling(job, f"part {i}"):
         found = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
     yield i, b""  # so that every shard comes to `settle`
-    shard = found["doc"] >> np.uint64(32)
-    for number in np.unique(shard).tolist():
-        yield number, found[shard == number].tobytes()
+    number, start = np.unique(found["doc"] >> np.uint64(32), return_index=True)  # they are sorted
+    for i, mine in zip(number.tolist(), np.split(found, start[1:]), strict=True) if len(found) else ():
+        yield i, mine.tobytes()
 
 
 def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:

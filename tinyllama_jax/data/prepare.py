@@ -295,6 +295,7 @@ def _begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
             there = read_json(folder / "settings.json", *wanted, remedy=f"delete {partial} and run this again")
         _same(partial, there, wanted)
     else:  # before anything else, so that the folder is known as ours
+        _dropped(job, set())
         store.write(settings, json.dumps(wanted))
         if isinstance(settings, Path):
             _sync(settings)
@@ -313,10 +314,7 @@ def _begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
 
 def _left(job: Job, planned: list[Shard]) -> list[Shard]:
     """The shards that are left to make. Those of files that have changed since (mended, say) are made again."""
-    dropped = store.names(job.cleaning.keep) if job.cleaning.keep else set()
-    mine = {shards.dropped_file(shard) for shard in planned}
-    if others := sorted(dropped - mine):
-        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
+    dropped = _dropped(job, {shards.dropped_file(shard) for shard in planned})
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
     if job.cleaning.keep:
@@ -327,6 +325,14 @@ def _left(job: Job, planned: list[Shard]) -> list[Shard]:
         for name in store.names(folder) - kept:
             store.remove(folder / name)
     return [shard for shard in planned if shard.file not in kept]
+
+
+def _dropped(job: Job, mine: set[str]) -> set[str]:
+    """Names of what --keep-dropped holds. Raises UserError if that is anything but `mine`."""
+    there = store.names(job.cleaning.keep, folders=True) if job.cleaning.keep else set()
+    if others := sorted(there - mine):
+        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
+    return there
 
 
 def _is_made(job: Job, shard: Shard) -> bool:

@@ -114,7 +114,7 @@ def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
             local.seek(start)
             return local.read(-1 if end is None else end - start)
     with _system(file) as system:
-        return system.cat_file(file.url, start or None, end)
+        return system.cat_file(file.url, start=start or None, end=end)
 
 
 def write(file: Place, content: str | bytes) -> None:
