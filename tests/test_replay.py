@@ -32,7 +32,7 @@ def curve(run):
 
 def blocks_of(config, step):
     """(source, block) of each sequence of a step."""
-    source, block = feed.order(config, feed.open_sources(config)).locate(np.arange(8 * (step - 1), 8 * step))
+    source, block = feed.order(config, feed.open_sources(config)).at(step)
     return list(zip(source.tolist(), block.tolist(), strict=True))
 
 

@@ -407,8 +407,9 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         ours = [tokenizer_lib.load(folder).sha256 for folder in (run / "tokenizer", tokenizer)]
         if ours[0] != ours[1]:
             raise UserError(f"--data.sources: were not prepared with the tokenizer of the run in {run}, {run / 'tokenizer'}")
-        was = config_lib.sources_text({s["path"]: config_lib.as_weight(s["weight"]) for s in there})
-        if was != config_lib.sources_text(config.data.sources):
+        weights = {s["path"]: config_lib.as_weight(s["weight"]) for s in there}
+        was = config_lib.sources_text(weights)
+        if list(weights.values()) != list(config.data.sources.values()):  # paths may
             notes.append(f"changed since this run was last started: data.sources from {was}")
         if not _same_until(there, data, config, steps[-1]):
             raise UserError(

@@ -203,7 +203,7 @@ def loading(data: Path) -> float:
     config = c.Config(
         "unused", model, c.Data({str(data): 1.0}), c.Optim(1, 1, 0, 0, 1), c.Train(10**6, 1024 * S, 1024), c.Checkpoint(1)
     )
-    batches = feed.training(config, feed.open_sources(config), (1, 1024), np.arange(1024), 0)
+    batches = feed.training(config, feed.open_sources(config), 1024, np.arange(1024), 0)
     next(batches)
     began, n = time.perf_counter(), 0
     while time.perf_counter() < began + 3:

@@ -89,7 +89,7 @@ def in_cache(path: str) -> dict[str, dict]:
     steps = iter(range(10**9))
     out = {"read": rate(lambda: len(source.read(rng.integers(0, len(source), BATCH))[0]))}
     out["order"] = rate(lambda: len(order.locate(np.arange(BATCH) + next(steps) * BATCH)[0]))
-    batches = feed.training(config, sources, (1, BATCH), np.arange(BATCH), 0)
+    batches = feed.training(config, sources, BATCH, np.arange(BATCH), 0)
     next(batches)
     out["loader"] = rate(lambda: next(batches)[0].shape[1])
     return out
@@ -102,7 +102,7 @@ def cold(path: str) -> dict[str, float]:
     for file, _, _ in sources[0].files():
         with open(file, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    batches = feed.training(config, sources, (1, BATCH), np.arange(BATCH), 0)
+    batches = feed.training(config, sources, BATCH, np.arange(BATCH), 0)
     left = iter(range(len(sources[0]) // BATCH // 2))  # half of them: what comes late finds neighbours in the cache
     began, cpu, n = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() < began + 2 * SECONDS and next(left, None) is not None:
@@ -122,7 +122,7 @@ def many(path: str) -> dict[str, float]:
     began = time.perf_counter()
     (source,) = sources = feed.open_sources(config)
     opened = time.perf_counter() - began
-    next(feed.training(config, sources, (1, BATCH), np.arange(BATCH), 0))
+    next(feed.training(config, sources, BATCH, np.arange(BATCH), 0))
     first = time.perf_counter() - began
     firsts = np.array([begin for _, begin, _ in source.files()])
     for part in np.array_split(firsts, 100):
