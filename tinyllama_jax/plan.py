@@ -180,8 +180,8 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         "flops_per_token": dims.flops_per_token(config.model)
         | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
         "collectives": [c._asdict() for c in compiled.collectives],
-        "stages": stages.stages(config),
         **prediction(compiled, args),
+        "stages": stages.stages(config),
         "memory": {"measured": compiled.memory, "expected": compiled.expected, "live": compiled.live},
         "attention": compiled.attention,
         "notes": compiled.notes,
