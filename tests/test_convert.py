@@ -341,7 +341,7 @@ def test_a_lit_checkpoint_is_gone_on_with(torch, run, tmp_path, config_file, key
 
     # one more step on both sides, from the same gradient: AdamW's next weights are the same
     gradient = {name: torch.randn_like(p) for name, p in module.named_parameters()}
-    adamw.param_groups[0]["lr"] = float(optim.schedule(config.optim, config.train.steps)(4))
+    adamw.param_groups[0]["lr"] = float(optim.schedule(config.optim, config.train)(4))
     for name, parameter in module.named_parameters():
         parameter.grad = gradient[name]
     adamw.step()
