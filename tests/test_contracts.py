@@ -54,7 +54,7 @@ HOME = {
     "orbax": {"checkpoint"},
     "grain": {"data.feed"},
     "array_record": {"data.blocks", "data.documents", "data.shards"},
-    "tensorflow_datasets": {"data.blocks", "data.inputs", "data.prepare", "data.runners"},
+    "tensorflow_datasets": {"data.blocks", "data.inputs", "data.folder", "data.runners"},
     "apache_beam": {"data.runners"},
     "fsspec": {"data.store"},
     "datasketch": {"data.duplicates"},

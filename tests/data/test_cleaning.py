@@ -15,6 +15,7 @@ from test_duplicates import WORDS, planted
 from test_prepare import command, digests, expected, finished, lines, stream
 
 from tinyllama_jax.config import UserError
+from tinyllama_jax.data import folder as folder_lib
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data import store
 from tinyllama_jax.data.blocks import read_manifest
@@ -192,7 +193,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
     options = {"train": [*tmp_path.glob("*.jsonl")], "tokenizer": model, "seq_len": 64, "held_out": 0, "workers": 1}
     options |= {"output": tmp_path / "out", "dedup": "minhash", "keep_dropped": tmp_path / "dropped"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     partial = tmp_path / "out.partial"
 
@@ -206,7 +207,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
             prepare(**{**options, **change} | ({"keep_dropped": None} if change == {"dedup": ""} else {}))
     (tmp_path / "dropped/dropped-train-00002-of-00008.jsonl.gz").unlink()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     assert times("looked") == before["looked"] and times("copies") == before["copies"]
     again = {name for name, time in times("whole").items() if time != before["whole"][name]}
@@ -250,14 +251,14 @@ def test_a_file_that_goes_bad_after_it_was_looked_at(tmp_path, model, monkeypatc
     source = tmp_path / "a.jsonl"
     source.write_bytes(lines(["some text"]))
     (tmp_path / "b.jsonl").write_bytes(lines(["some text", "other"]))
-    time, left = source.stat().st_mtime_ns, prepare_lib._left
+    time, left = source.stat().st_mtime_ns, folder_lib.left_of
 
     def meanwhile(*arguments):
         source.write_bytes(b"{" * source.stat().st_size)
         os.utime(source, ns=(time, time))
         return left(*arguments)
 
-    monkeypatch.setattr(prepare_lib, "_left", meanwhile)
+    monkeypatch.setattr(folder_lib, "left_of", meanwhile)
     options = {"train": [source, tmp_path / "b.jsonl"], "tokenizer": model, "seq_len": 8, "held_out": 0, "workers": 1}
     with pytest.raises(UserError, match="a.jsonl, line 1: is not JSON"):
         prepare(**options, output=tmp_path / "out", dedup="exact", bad_files="skip")

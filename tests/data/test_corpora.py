@@ -306,7 +306,7 @@ def test_a_bad_file_is_an_error_again_and_read_when_it_is_mended(tmp_path, model
     options = {"train": [tmp_path / "in"], "held_out": 0}
     (tmp_path / "in/d.parquet").unlink()  # would be found before anything runs
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run(**options, bad_files="skip")
     with pytest.raises(UserError, match="in/[bcf].*, line "):
         run(**options)

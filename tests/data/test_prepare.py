@@ -362,7 +362,7 @@ def test_a_mended_file_is_read_again_and_the_others_are_not(corpus, model, texts
 
     # all shards are made, but the last step is not taken
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     partial, out = tmp_path / "out.partial", tmp_path / "out"
     made = sorted(partial.glob("whole/blocks*"))

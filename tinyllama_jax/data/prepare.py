@@ -15,25 +15,22 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import sys
-import tempfile
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from tinyllama_jax.config import UserError, read_json, run_main
-from tinyllama_jax.data import clean, corpora, documents, duplicates, inputs, runners, shards, store
+from tinyllama_jax.config import UserError, run_main
+from tinyllama_jax.data import clean, corpora, documents, duplicates, inputs, runners, store
+from tinyllama_jax.data import folder as folder_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.blocks import FORMAT, MANIFEST, Record, read_manifest
+from tinyllama_jax.data.blocks import FORMAT
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
@@ -113,10 +110,11 @@ def prepare(
     `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
     for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
-    `beam_options`: its options. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
+    `beam_options`: its options. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: as clean.py has them, and
+    docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
     output = store.place(output, "--output")
-    partial = _partial(output)
+    partial = folder_lib.partial_of(output)
     beam_options = runners.options(runner, list(beam_options))
     if beam_options and workers:
         raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
@@ -137,7 +135,7 @@ def prepare(
     preset = corpora.known(corpus) if corpus else None
     text_key = text_key or (preset.text_key if preset else "text")
     cleaning = clean.parse(filters, scrub, dedup, duplicates.check(dedup, dedup_threshold), keep_dropped)
-    _check_keep(cleaning.keep, output, partial, (*train, *validation))
+    folder_lib.check_keep(cleaning.keep, output, partial, (*train, *validation))
     for path in (*train, *validation):
         if isinstance(partial, Path) and partial.is_relative_to(os.path.abspath(path)):
             raise UserError(f"--output {output}: lies within the input {path}; choose a folder outside")
@@ -149,10 +147,10 @@ def prepare(
     settings |= {"corpus": corpus, "held_out": held_out, "cleaning": cleaning.settings()}
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
-    if store.holds_something(output) and not _is_half(output, partial):
-        manifest = _complete(output, wanted, sources)
-        if _is_ours(partial):
-            store.remove(partial)  # there if a kill came between the last two lines of `_finish`
+    if store.holds_something(output) and not folder_lib.is_half(output, partial):
+        manifest = folder_lib.complete(output, wanted, sources)
+        if folder_lib.is_ours(partial):
+            store.remove(partial)  # there if a kill came between the last two lines of `folder.finish`
         print(f"{output}: complete already, nothing to do")
         return manifest
     started = time.monotonic()
@@ -170,15 +168,24 @@ def prepare(
                 runners.run(job, left, min(workers or n_cpus, len(left)), beam_options)
             left = _again(job, planned)
 
-    with _lock(partial):
-        _begin(job, wanted, spm)
+    with folder_lib.lock(partial):
+        folder_lib.begin(job, wanted, spm)
         if dedup:
             planned = _find_copies(job, planned, run)
-        left = _left(job, planned)
+        left = folder_lib.left_of(job, planned)
         n_before = len(planned) - len(left)
         run(job, left or _again(job, planned))
-        manifest = _finish(output, job, wanted, sources, planned, bad or {})
+        manifest = folder_lib.finish(output, job, wanted, sources, planned, bad or {})
     seconds = time.monotonic() - started
+    _say(output, manifest)
+    if held_out and HELD_OUT not in manifest["splits"]:
+        print(f"{output}: no validation split: none of the few documents falls to the {held_out:g} that are held out")
+    print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
+    return manifest
+
+
+def _say(output: Place, manifest: dict) -> None:
+    """Prints what has become of the input."""
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
         for reason, n in counts["dropped"].items():
@@ -187,33 +194,6 @@ def prepare(
             print(f"{output}: {split}: {n:,} replaced: {name}")
         for file in counts["bad_files"][:3]:
             print(f"{output}: {split}: left out, one of {len(counts['bad_files'])} bad files: {file['reason']}")
-    if held_out and HELD_OUT not in manifest["splits"]:
-        print(f"{output}: no validation split: none of the few documents falls to the {held_out:g} that are held out")
-    print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
-    return manifest
-
-
-def _partial(output: Place) -> Place:
-    """DIR.partial. Raises UserError if `output` can be no folder."""
-    if isinstance(output, Remote):
-        return output.with_name(output.name + ".partial")
-    whole = Path(os.path.abspath(output))
-    if output.is_file() or not whole.name:
-        raise UserError(f"--output {output}: must be a new folder")
-    return whole.with_name(whole.name + ".partial")
-
-
-def _check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[str | Path, ...]) -> None:
-    """Raises UserError if --keep-dropped is in the way of something."""
-    if isinstance(keep, Path):
-        for folder in (output, partial, *inputs):
-            if "://" not in str(folder) and Path(os.path.abspath(keep)).is_relative_to(os.path.abspath(folder)):
-                raise UserError(f"--keep-dropped {keep}: lies within {folder}; choose a folder outside")
-
-
-def _is_half(output: Place, partial: Place) -> bool:
-    """Whether `output`, in an object store, is being made: of our settings, and still without a manifest."""
-    return isinstance(output, Remote) and MANIFEST not in store.names(output) and "settings.json" in store.names(partial)
 
 
 def _find(
@@ -239,118 +219,18 @@ def _find(
     return sources
 
 
-def _complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> dict:
-    """The manifest of the data set in `output`, if it is the one that is asked for. Raises UserError otherwise."""
-    if isinstance(output, Remote) and MANIFEST not in store.names(output):
-        raise UserError(f"{output}: holds something that this command did not make; choose another --output")
-    with store.here(output, MANIFEST) as folder:
-        manifest, _ = read_manifest(folder)
-    made = store.modified_ns(output / MANIFEST)
-    files = {split: counts["sources"] + counts.get("bad_files", []) for split, counts in manifest["splits"].items()}
-    there = {split: {file["file"]: file["bytes"] for file in named} for split, named in files.items() if named}
-    here = {split: {source.name: source.size for source in found} for split, found in sources.items()}
-    _same(output, {**{k: manifest.get(k) for k in wanted}, **there}, {**wanted, **here})
-    for split, found in sources.items():
-        checksums = {file["file"]: file.get("sha256") for file in files[split]}  # a bad file has none
-        for source in found:
-            if source.mtime_ns > made and source.sha256() != checksums[source.name]:
-                raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
-    return manifest
-
-
-def _same(folder: Place, there: dict, here: dict) -> None:
-    """Raises UserError naming the first thing in which what `folder` was made for differs from what is asked for now."""
-    for key in here | there:
-        old, new = there.get(key), here.get(key)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = next(k for k in old | new if old.get(k) != new.get(k))
-            key, old, new = f"{key}: {inner}", old.get(inner), new.get(inner)
-        old, new = ("absent" if value is None else value for value in (old, new))
-        raise UserError(
-            f"{folder}: was made for something else: {key} was {old}, now {new}; choose another --output, or delete it"
-        )
-
-
-def _is_ours(partial: Place) -> bool:
-    """Whether this module made the folder, or would: it is empty, has its settings, or holds nothing but what it has."""
-    names = store.names(partial, folders=True)
-    return "settings.json" in names or all(
-        name.startswith(("settings.json", "lock", "done", "failed", "whole", "looked", "copies", "numbers.json"))
-        for name in names
-    )
-
-
-def _begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
-    """Makes DIR.partial ready. Raises UserError if it is for something else."""
-    partial, whole = job.folder, job.whole
-    settings = partial / "settings.json"
-    if not _is_ours(partial):
-        raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
-    for name in store.names(partial) - {"settings.json", "lock"}:
-        store.remove(partial / name)  # what a killed worker left
-    if "settings.json" in store.names(partial):
-        with store.here(partial, "settings.json") as folder:
-            there = read_json(folder / "settings.json", *wanted, remedy=f"delete {partial} and run this again")
-        _same(partial, there, wanted)
-    else:  # before anything else, so that the folder is known as ours
-        _dropped(job, set())
-        store.write(settings, json.dumps(wanted))
-        if isinstance(settings, Path):
-            _sync(settings)
-    store.remove(partial / "failed")
-    for folder in (
-        job.failed,
-        partial / "done",
-        whole,
-        *([partial / "looked", partial / "copies"] if job.cleaning.dedup else []),
-    ):
-        store.make_folder(folder)
-    with tempfile.TemporaryDirectory() as folder:
-        spm.save(Path(folder, "tokenizer"))
-        store.copy(Path(folder, "tokenizer"), whole / "tokenizer")
-
-
-def _left(job: Job, planned: list[Shard]) -> list[Shard]:
-    """The shards that are left to make. Those of files that have changed since (mended, say) are made again."""
-    dropped = _dropped(job, {shards.dropped_file(shard) for shard in planned})
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
-    if job.cleaning.keep:
-        store.make_folder(job.cleaning.keep)
-        made = [shard for shard in made if shards.dropped_file(shard) in dropped]
-    kept = {name for shard in made for name in (*shard.files().values(), f"{shard.file}.json")}
-    for folder in (job.records, job.whole):
-        for name in store.names(folder) - kept:
-            store.remove(folder / name)
-    return [shard for shard in planned if shard.file not in kept]
-
-
-def _dropped(job: Job, mine: set[str]) -> set[str]:
-    """Names of what --keep-dropped holds. Raises UserError if that is anything but `mine`."""
-    there = store.names(job.cleaning.keep, folders=True) if job.cleaning.keep else set()
-    if others := sorted(there - mine):
-        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
-    return there
-
-
-def _is_made(job: Job, shard: Shard) -> bool:
-    """Whether an earlier run made this very shard, and all of it is there."""
-    files = shards.made(job.records, shard).get("files", {}).values()
-    return bool(files) and all(store.is_whole(job.whole / file["file"], file["bytes"], file["sha256"]) for file in files)
-
-
 def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]], None]) -> list[Shard]:
     """The shards, each with the list of what is dropped of it, which is made first: see duplicates.py."""
     looking = dataclasses.replace(job, stage="looked")
-    kept = {shard.file for shard, record in zip(planned, _records(looking, planned).values(), strict=True) if record}
+    kept = {
+        shard.file for shard, record in zip(planned, folder_lib.records_of(looking, planned).values(), strict=True) if record
+    }
     for name in store.names(looking.records):
         if name.rpartition(".")[0] not in kept:
             store.remove(looking.records / name)
     left = [shard for shard in planned if shard.file not in kept]
     run(looking, left or _again(looking, planned))
-    records = _records(looking, planned)
+    records = folder_lib.records_of(looking, planned)
     planned = [s if s.bad is None else s._replace(bad=records[s.file]["bad"]) for s in planned]
     plan = hashlib.sha256(json.dumps([[shard.identity(), sorted(shard.bad or ())] for shard in planned]).encode()).hexdigest()
     store.write(job.folder / duplicates.NUMBERS, json.dumps(duplicates.numbers(planned, records)))
@@ -363,13 +243,6 @@ def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]
     return [s._replace(copies=hashlib.sha256(list_).hexdigest()) for s, list_ in zip(planned, lists, strict=True)]
 
 
-def _records(job: Job, planned: list[Shard]) -> dict[str, dict]:
-    """The record of each shard; empty where it has not been made."""
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        found = pool.map(lambda shard: shards.made(job.records, shard), planned)
-        return {shard.file: record for shard, record in zip(planned, found, strict=True)}
-
-
 def _again(job: Job, planned: list[Shard]) -> list[Shard]:
     """The shards that hold parts of files which turned out bad in other shards; they are to be made again without.
 
@@ -377,8 +250,8 @@ def _again(job: Job, planned: list[Shard]) -> list[Shard]:
     """
     if not planned or planned[0].bad is None or job.stage == "copies":
         return []
-    records = _records(job, planned)
-    bad = _bad_files(planned, records)
+    records = folder_lib.records_of(job, planned)
+    bad = folder_lib.bad_files_of(planned, records)
     left = []
     for shard in planned:
         mine = {p.source.name: bad[shard.split, p.source.name] for p in shard.pieces if (shard.split, p.source.name) in bad}
@@ -386,92 +259,6 @@ def _again(job: Job, planned: list[Shard]) -> list[Shard]:
             store.remove(job.records / f"{shard.file}.json")
             left.append(shard._replace(bad=mine))
     return left
-
-
-def _bad_files(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[str, str], list]:
-    """(split, name) -> [where the first bad piece begins, why] of all files that could not be read."""
-    bad: dict[tuple[str, str], list] = {}
-    for shard in planned:
-        for name, found in records[shard.file]["bad"].items():
-            bad[shard.split, name] = min(found, bad.get((shard.split, name), found))
-    return bad
-
-
-@contextlib.contextmanager
-def _lock(partial: Place) -> Iterator[None]:
-    """Keeps a second command out of DIR.partial. The kernel gives the lock back when the process ends, however it ends.
-
-    An object store has no locks: two commands that make the same there write the same bytes; one of them may fail at the end.
-    """
-    if isinstance(partial, Remote):
-        yield
-        return
-    with open(partial / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial}: another command is preparing this; wait for it") from None
-        yield
-
-
-def _finish(
-    output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
-) -> dict:
-    """Writes what describes the data, and moves all to its place. `unplanned`: bad files that are in no shard."""
-    import tensorflow_datasets as tfds  # see `Record`
-
-    whole, splits, infos = job.whole, {}, []
-    records = _records(job, planned)
-    bad = unplanned | {key: why for key, (_, why) in _bad_files(planned, records).items()}
-    for split in dict.fromkeys([*sources, *([HELD_OUT] if wanted["held_out"] else [])]):
-        files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
-        made = [records[shard.file] for shard in planned if shard.split == split]
-        counts = {key: sum(file[key] for file in files) for key in ("documents", "empty_documents", "tokens", "blocks")}
-        if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
-            for file in files:
-                store.remove(whole / file["file"])
-            continue
-        if not counts["blocks"]:
-            n = sum(file["documents"] for record in made for file in record["files"].values())
-            took = f"; all {n} documents were held out: give --held-out 0" if n else ""
-            n = sum(sum(record["dropped"].values()) for record in made)
-            took += f"; {n} documents were dropped" if n else ""
-            raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
-        checksums = {name: checksum for record in made for name, checksum in record["sources"].items()}
-        named, left_out = [], []
-        for source in sources.get(split, ()):
-            if why := bad.get((split, source.name)):
-                left_out.append({"file": source.name, "bytes": source.size, "reason": why})
-            else:
-                named.append({"file": source.name, "bytes": source.size, "sha256": checksums[source.name]})
-        entries = [{key: file[key] for key in ("file", "blocks", "tokens", "bytes", "sha256")} for file in files]
-        sums = {key: sum((Counter(record[key]) for record in made), Counter()) for key in ("dropped", "scrubbed")}
-        counts |= {key: dict(sorted(total.items())) for key, total in sums.items()}
-        splits[split] = {**counts, "shards": entries, "sources": named, "bad_files": left_out}
-        size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
-    manifest = {**wanted, "splits": splits}
-    features = Record(wanted["seq_len"], wanted["dtype"]).features
-    with tempfile.TemporaryDirectory() as folder:
-        data = [Path(folder, file["file"]) for counts in splits.values() for file in counts["shards"]]
-        for file in data:
-            file.touch()  # it looks at their names
-        tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
-        for file in data:
-            file.unlink()
-        store.copy(Path(folder), whole)
-    store.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    if isinstance(whole, Path):
-        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
-            list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
-        os.rename(whole, output)
-    store.remove(job.folder)
-    return manifest
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def main(argv: list[str]) -> None:

@@ -185,7 +185,7 @@ def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], a
         try:
             with child.stdin:
                 pickle.dump((job, work, workers, beam_options, str(died), ALONE), child.stdin)
-            import tensorflow_datasets  # noqa: F401  `_finish` wants it: now, while there is nothing to do but wait
+            import tensorflow_datasets  # noqa: F401  `folder.finish` wants it: now, while there is nothing to do but wait
 
             ended = None
             while not awaited.issubset(store.names(job.records)):
