@@ -59,7 +59,8 @@ def guess(compiled: Compiled, sequences: int) -> float:
 
 def divisors(config: Config, mesh: jax.sharding.Mesh) -> list[int]:
     """The values of train.seqs_per_device that come out even on `mesh`."""
-    here = config.seqs_per_step // sharding.batch_devices(mesh)
+    common = math.gcd(*(tokens // config.model.seq_len for _, _, tokens in config.train.stages))
+    here = common // sharding.batch_devices(mesh)
     return [n for n in range(1, here + 1) if here % n == 0]
 
 
