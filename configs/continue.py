@@ -3,7 +3,7 @@
 python tools/convert_from_torch.py --checkpoint DOWNLOADED --output runs/tinyllama-3t
 python -m tinyllama_jax.train --config configs/continue.py --init.from=runs/tinyllama-3t
 
-The first loss that is logged is that of the weights as they came. What else can be gone on with, and how:
+They are validated before the first step, and the first loss that is logged is theirs. What else can be gone on with, and how:
 - a Hugging Face folder as it is: --init.from=FOLDER; only a run folder can have AdamW's moments, from a lit-gpt checkpoint
 - with moments, another schedule or other data: --init.state=moments --optim.peak_lr=2e-4 --data.sources=data/mine:1
 - with moments, the rest of its own cosine: no config of its own, but the one that it was made with and another folder,
@@ -16,7 +16,7 @@ Cost: 30B tokens at the original's 24,000 tokens/s a GPU: 22 hours of 16 A100-40
 import dataclasses
 from pathlib import Path
 
-from tinyllama_jax.config import Checkpoint, Init, Optim, read
+from tinyllama_jax.config import Checkpoint, Init, Log, Optim, read
 
 base = read(str(Path(__file__).with_name("3t.py")))
 config = dataclasses.replace(
@@ -33,5 +33,6 @@ config = dataclasses.replace(
     ),
     train=dataclasses.replace(base.train, steps=14_304),  # x 2,097,152 = 30.0B tokens, 1% of the run before
     checkpoint=Checkpoint(every=1_000, keep=3),
+    log=Log(every=1, eval_every=1_000),
     init=Init(from_="runs/tinyllama-3t"),
 )

@@ -65,6 +65,10 @@ def test_the_first_loss_is_the_evaluations(published, tiny_config, tmp_path, ini
     config = continued(tiny_config, published / "run", tmp_path / "on", **init)
     rows = run(config, tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    of = lambda run: [row for row in report.rows(run) if "val_loss" in row]
+    assert of(config.workdir)[0]["step"] == 0
+    if "step" not in init:  # what the run that the weights are of ended with
+        assert of(config.workdir)[0]["val_loss"] == pytest.approx(of(published / "run")[-1]["val_loss"], rel=1e-6)
     assert rows[0]["loss"] == pytest.approx(of_first_batch(config)[0], rel=1e-6)
     np.testing.assert_allclose([row["lr"] for row in rows], [2e-5, 4e-5, 3e-5, 2e-5, 1e-5, 0], atol=1e-9)
 

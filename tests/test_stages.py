@@ -121,6 +121,14 @@ def test_a_branch_is_the_run_that_it_would_have_been(math_code, tiny_config, tmp
     got = run(config, tmp_path, *branch)
     assert "step 410 of" in capsys.readouterr().out
     assert [[row[k] for k in EXACT] for row in got] == [[row[k] for k in EXACT] for row in rows[410:]]
+    for change, words in (
+        ({"train.seed": "7"}, "train.seed"),
+        ({"train.tokens_per_step": "256"}, "52,480 tokens there, 104,960 here"),
+        ({"data.skip": "3:3"}, "data.skip: none there"),
+        ({"data.sources": c.sources_text(config.data.sources).replace("0@53", "0.1@53")}, "data.sources"),
+    ):
+        with pytest.raises(c.UserError, match=f"--init.state=all: until step 410 .*{words}"):
+            run(c.override(config, change), tmp_path, "--workdir", str(tmp_path / "other"), *branch[2:])
     # and goes on by itself from its own checkpoints
     shutil.rmtree(tmp_path / "branch" / "checkpoints" / "523")
     assert run(config, tmp_path, *branch)[-1]["loss"] == rows[-1]["loss"]
@@ -159,7 +167,7 @@ def test_stages_of_the_published_runs():
     assert [row["tokens_per_step"] for row in table] == [1_802_240] * 4 + [7_208_960]
     assert table[-1]["tokens"][1] == pytest.approx(2e12, rel=2e-6) and table[-1]["lr"][1] == pytest.approx(4e-5)
     assert table[3]["shares"] == {"slimpajama": (0.5, 0.5), "skypile": (0.5, 0.5)} == table[4]["shares"]
-    assert table[1]["shares"]["skypile"] == (0, pytest.approx(0, abs=1e-4))
+    assert table[1]["shares"]["skypile"] == (0, 0) and table[2]["shares"]["skypile"] == (0, 0.5)
     only = stages.stages(c.read(str(ROOT / "configs" / "3t.py")))
     assert [row["steps"] for row in only] == [(1, 2_000), (2_001, 1_430_512)]
     assert only[1]["shares"]["slimpajama"] == (0.693584, 0.693584)

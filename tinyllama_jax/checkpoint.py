@@ -435,6 +435,31 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     return notes
 
 
+def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> str | None:
+    """In what the run `origin` until `step` is not what `config` would have done, or None. `sources`: as `open_run` takes them.
+
+    Of an import nothing is known but its schedule.
+    """
+    theirs, described = load_config(origin), origin / "data.json"
+    if _until(theirs, step) != _until(config, step):
+        then, now = theirs.train.tokens_after(step), config.train.tokens_after(step)
+        return f"train.tokens_per_step or train.batch_ramp: {then:,} tokens there, {now:,} here"
+    if not described.is_file():
+        return None
+    data = [{"weight": w, **s} for w, s in zip(config.data.sources.values(), sources, strict=True)]
+    if not _same_until(config_lib.read_json(described, "weight", "manifest_sha256", kind=list), data, config, step):
+        return "data.sources: other shares or other contents"
+    if (theirs.train.seed, theirs.model.seq_len) != (config.train.seed, config.model.seq_len):
+        return "train.seed or model.seq_len"
+    skip = config_lib.read_json(origin / "checkpoints" / str(step) / SEAL, "skip")["skip"]
+    same = feed.same_batches(config.data, dataclasses.replace(config.data, skip=skip), step)
+    return None if same else f"data.skip: {skip or 'none'} there"
+
+
+def _until(config: Config, step: int) -> list[tuple[int, int, int]]:
+    return [stage for stage in config.train.stages if stage[0] < step]
+
+
 def _same_until(there: list[dict], data: list[dict], config: Config, step: int) -> bool:
     """Whether the batches until `step` are the same of two sets of sources, of which the second may have more to come."""
     contents = [[source["manifest_sha256"] for source in sources] for sources in (there, data)]
@@ -448,8 +473,7 @@ def _compare(old: Config, new: Config, step: int) -> list[str]:
     """What has changed since `step`, in lines. Raises UserError if it would change what was done until then."""
     before, after = config_lib.flat(old), config_lib.flat(new)
     changed = [k for k in before if before[k] != after[k] and not k.startswith(FREE)]
-    until = lambda config: [stage for stage in config.train.stages if stage[0] < step]
-    fixed = FIXED if until(old) == until(new) else (*FIXED, "train.batch_ramp")
+    fixed = FIXED if _until(old, step) == _until(new, step) else (*FIXED, "train.batch_ramp")
     for key in changed:
         if key in fixed:
             raise UserError(

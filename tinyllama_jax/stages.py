@@ -23,7 +23,8 @@ def stages(config: Config) -> list[dict]:
     """
     train, last = config.train, config.train.steps
     at = {0, last, config.optim.warmup_steps, *(first for first, _, _ in train.stages)}
-    at |= {step_at(config, tokens) for weight in config.data.sources.values() for tokens, _ in knots_of(weight)}
+    knots = {step_at(config, t): t for weight in config.data.sources.values() for t, _ in knots_of(weight)}
+    at |= knots.keys()
     end = train.tokens // train.tokens_per_step
     base_steps = [config.optim.decay_steps or end, end - config.optim.cooldown_steps]
     at |= {step_at(config, steps * train.tokens_per_step) for steps in base_steps}
@@ -31,7 +32,7 @@ def stages(config: Config) -> list[dict]:
     rate, out = optim.schedule(config.optim, train), []
     for first, then in itertools.pairwise(edges):
         tokens = train.tokens_after(first), train.tokens_after(then)
-        ends = [shares(config, t) for t in tokens]
+        ends = [shares(config, knots.get(step, t)) for step, t in zip((first, then), tokens, strict=True)]
         out.append(
             {
                 "steps": (first + 1, then),

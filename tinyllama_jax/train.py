@@ -37,10 +37,9 @@ def main(argv: list[str]) -> int:
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, feed.eos_id(config, sources))
         origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
-        described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
         if first := jax.process_index() == 0:  # who writes what is written once
             at_end.enter_context(checkpoint.locked(config.workdir))
-            notes += checkpoint.open_run(config, described, sources[0].tokenizer)
+            notes += checkpoint.open_run(config, weights.described(sources), sources[0].tokenizer)
             notes += checkpoint.recover(config)
         processes.barrier("run folder")
         phases.append(("data and devices", time.perf_counter()))
@@ -69,6 +68,11 @@ def main(argv: list[str]) -> int:
             progress.say(f"stopped by {stop[0].name} before its first step")
             return 128 + stop[0]
         agreement = processes.Agreement(mesh)
+        if origin and held_out:  # the weights as they came
+            with clock.spent_on("elsewhere"):
+                scores = evaluate(program, config, state.params, held_out, start)
+            writer.write(start, scores)
+            progress.say(f"step {start:,}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_perplexity']:.2f}")
         for step in range(start + 1, config.train.steps + 1):
             doing = "starting" if step <= start + 2 else "training"  # the first step is done when the second is under way
             processes.at(step, doing)

@@ -36,10 +36,17 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
             )
         if init.state == "all" and step > config.train.steps:
             raise UserError(f"--init.state=all: step {step:,} of {origin} is more than train.steps={config.train.steps:,}")
-        if init.state == "all":
-            then, now = checkpoint.load_config(origin).train.tokens_after(step), config.train.tokens_after(step)
-            notes += [f"step {step:,} was after {then:,} tokens there, and is after {now:,} here"] if then != now else []
+        if init.state == "all" and (what := checkpoint.other_past(origin, step, config, described(sources))):
+            raise UserError(
+                f"--init.state=all: until step {step:,} the run in {origin} was another than this would have been ({what}); "
+                "give this one the same past, or begin anew with --init.state=moments"
+            )
     return origin, notes
+
+
+def described(sources: list[Blocks]) -> list[dict]:
+    """What data.json says of sources besides their paths and weights."""
+    return [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
 
 
 def first_step(config: Config) -> int:

@@ -161,6 +161,22 @@ def test_duplicate_blocks_within_and_across(data, findings):
     ]
 
 
+def test_what_is_allowed_is_told_and_not_wrong(data, capsys):
+    def twice(tokens, length):
+        tokens[2] = tokens[1]
+        tokens[3, 4] = 600
+
+    rewrite(data, twice)
+    assert audit.main([str(data), "--allow=duplicate,filling"]) == 4  # for the id out of the vocabulary
+    said = capsys.readouterr().out.splitlines()
+    (allowed,) = [line for line in said if "has the same tokens as" in line]
+    assert allowed.startswith("allowed: ") and "record 2:" in allowed
+    wrong = [line for line in said if line.startswith("wrong: ")]
+    assert any("record 3: 1 ids out of the vocabulary" in line for line in wrong)
+    assert said[-1] == f"{len(wrong)} findings (audit.html)"
+    assert f"<h1>{len(wrong)} findings</h1>" in Path("audit.html").read_text()
+
+
 def test_many_findings_are_counted(data, findings):
     rewrite(data, lambda tokens, _: tokens.__setitem__(slice(0, 31), tokens[3]))
     said = findings(data)
@@ -406,6 +422,8 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--seq-len=0"], "--seq-len 0: must be positive"),
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),
+        (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, filling"),
+        (["data", "--page=page.png"], "--page page.png: is a page, and its name ends in .html"),
     ],
 )
 def test_mistakes(data, config_file, arguments, words):

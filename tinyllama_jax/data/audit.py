@@ -32,6 +32,7 @@ from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged, read_manifest
 
 WRONG = 4  # exit code
+ALLOWED = ("duplicate", "filling")  # kinds that can be allowed: small corpora repeat themselves, and filling is left out
 MOST = 10  # lines on one kind of finding in one source; the others are counted
 AT_ONCE = 1 << 22  # tokens in memory
 SAMPLES = 1 << 29  # samples of a run whose order is looked at, at most: 1.1 x 10^12 tokens at S = 2048, a minute or two
@@ -42,13 +43,13 @@ class Findings:
     """Lines on what is wrong; beyond `MOST` of a kind in a source they are only counted."""
 
     def __init__(self):
-        self.lines: list[str] = []
+        self.lines: list[tuple[str, str]] = []  # kind and line
         self.times: Counter = Counter()
 
     def add(self, kind: str, source: str, line: str, times: int = 1) -> None:
         """One more, or `times` more of which `line` tells one."""
         if self.times[kind, source] < MOST:
-            self.lines.append(f"{source}: {line}")
+            self.lines.append((kind, f"{source}: {line}"))
         self.times[kind, source] += times
 
     def add_blocks(self, kind: str, blocks: Blocks, indices: np.ndarray, what: Callable[[int], str]) -> None:
@@ -58,10 +59,13 @@ class Findings:
             self.add(kind, name_of(blocks), f"{file.name}, record {record}: {what(i)}")
         self.times[kind, name_of(blocks)] += max(len(indices) - MOST, 0)
 
-    def all(self) -> list[str]:
-        """Everything to print."""
-        more = [f"{source}: {kind}: {n - MOST:,} more" for (kind, source), n in self.times.items() if n > MOST]
-        return self.lines + more
+    def all(self, allowed: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+        """Everything to print: what is wrong, and what is of a kind that begins with one of `allowed`."""
+        more = [(kind, f"{source}: {kind}: {n - MOST:,} more") for (kind, source), n in self.times.items() if n > MOST]
+        sorted_out: tuple[list[str], list[str]] = [], []
+        for kind, line in self.lines + more:
+            sorted_out[kind.startswith(allowed)].append(line)
+        return sorted_out
 
 
 def name_of(blocks: Blocks) -> str:
@@ -338,13 +342,10 @@ def _once(part: np.ndarray, seen: np.ndarray, epoch: str, blocks: Blocks, findin
 # -- the page -------------------------------------------------------------------------------------------------------------
 
 
-def page(surveys: list[Survey], lines: list[str], findings: list[str], n_samples: int) -> str:
+def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[str], n_samples: int) -> str:
     """All of it as one HTML file, its pictures inside."""
     items = lambda rows: "<ul>" + "".join(f"<li>{html.escape(row)}</li>" for row in rows) + "</ul>"
-    parts = [
-        f"<h1>{len(findings)} findings</h1>" + items(findings) if findings else "<h1>nothing wrong found</h1>",
-        items(lines),
-    ]
+    parts = [f"<h1>{verdict}</h1>", items(findings), items(lines)]
     for found in surveys:
         picture = base64.b64encode(draw(found)).decode()
         parts.append(f"<h2>{html.escape(found.name)}</h2><p>{found.summary()}</p><img src='data:image/png;base64,{picture}'>")
@@ -388,11 +389,18 @@ def draw(found: Survey) -> bytes:
 
 
 def audit(
-    paths: list[str], page_file: Path, config: Config | None = None, processes: int = 1, seq_len: int = 2048, samples: int = 3
+    paths: list[str],
+    page_file: Path,
+    config: Config | None = None,
+    processes: int = 1,
+    seq_len: int = 2048,
+    samples: int = 3,
+    allow: tuple[str, ...] = (),
 ) -> list[str]:
     """Looks at the sources in `paths`, prints what it finds and writes the page; returns the findings. Raises UserError.
 
-    `seq_len`: S of LITPKDS files, which do not say it. `samples`: blocks of each split to show as text.
+    `seq_len`: S of LITPKDS files, which do not say it. `samples`: blocks of each split to show as text. `allow`: of `ALLOWED`,
+    what is told and is not wrong.
     """
     findings, began = Findings(), time.perf_counter()
     opened = [blocks for path in paths for blocks in open_splits(path, seq_len, findings)]
@@ -407,11 +415,13 @@ def audit(
     lines.append(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} a second")
     if config is not None:
         lines += coverage(config, feed.open_sources(config), processes, findings)
-    found = findings.all()
-    page_file.write_text(page(surveys, lines, found, samples), encoding="utf-8")
-    for line in [*lines, *(f"wrong: {line}" for line in found)]:
+    found, allowed = findings.all(allow)
+    n = sum(times for (kind, _), times in findings.times.items() if not kind.startswith(allow))
+    verdict = f"{n:,} findings" if found else "nothing wrong found"
+    page_file.write_text(page(surveys, [*lines, *allowed], verdict, found, samples), encoding="utf-8")
+    for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in found)]:
         print(line)
-    print(f"{sum(findings.times.values()):,} findings" if found else "nothing wrong found", f"({page_file})")
+    print(verdict, f"({page_file})")
     return found
 
 
@@ -443,7 +453,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seq-len", type=int, metavar="S", help="of LITPKDS files (the config's, or 2048)")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="blocks of each split shown as text (3)")
     parser.add_argument("--page", type=Path, default=Path("audit.html"), metavar="FILE", help="what it writes (audit.html)")
+    parser.add_argument("--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: told, and not wrong (none)")
     args, rest = parser.parse_known_args(_joined(argv))
+    allow = tuple(filter(None, args.allow.split(",")))
+    if unknown := set(allow) - set(ALLOWED):
+        raise UserError(f"--allow {args.allow}: {unknown.pop()} is none of {', '.join(ALLOWED)}")
+    if args.page.suffix != ".html":
+        raise UserError(f"--page {args.page}: is a page, and its name ends in .html")
     if not args.config and (rest or args.processes):
         raise UserError(f"{rest[0] if rest else '--processes'}: is about a training run; give its --config too")
     for option in ("processes", "seq_len", "samples"):
@@ -454,7 +470,7 @@ def main(argv: list[str]) -> int:
     if not paths:
         raise UserError("name a data set: python -m tinyllama_jax.data.audit DIR, or --config CONFIG for those of a run")
     seq_len = args.seq_len or (config.model.seq_len if config else 2048)
-    return WRONG if audit(paths, args.page, config, args.processes or 1, seq_len, args.samples) else 0
+    return WRONG if audit(paths, args.page, config, args.processes or 1, seq_len, args.samples, allow) else 0
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -120,8 +120,9 @@ def prepare(
         raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
-    if seq_len < 1 or shard_mb < 0 or workers < 0:
-        raise UserError(f"--seq-len {seq_len} --shard-mb {shard_mb} --workers {workers}: must be positive")
+    for option, value, least in (("seq-len", seq_len, 1), ("shard-mb", shard_mb, 0), ("workers", workers, 0)):
+        if value < least:
+            raise UserError(f"--{option} {value}: must be {least} or more")
     for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
         if on and id_ < 0:
             raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
@@ -193,7 +194,8 @@ def _say(output: Place, manifest: dict) -> None:
         for name, n in counts["scrubbed"].items():
             print(f"{output}: {split}: {n:,} replaced: {name}")
         for file in counts["bad_files"][:3]:
-            print(f"{output}: {split}: left out, one of {len(counts['bad_files'])} bad files: {file['reason']}")
+            of = f"one of {len(counts['bad_files'])} bad files, which the manifest lists"
+            print(f"{output}: {split}: left out, {of}: {file['reason']}")
 
 
 def _find(
