@@ -48,7 +48,7 @@ def test_override_by_type(config):
         ({"optim.lr": "5"}, "no such key"),
         ({"train.steps": "many"}, "--train.steps=many: must be a whole number"),
         ({"train.steps": "1.5"}, "--train.steps=1.5: must be a whole number"),
-        ({"train.steps": "0"}, "--train.steps=0: must be at least 1"),
+        ({"train.steps": "0"}, "--train.steps=0: must lie in [1, 2^31)"),
         ({"optim.peak_lr": "fast"}, "--optim.peak_lr=fast: must be a number"),
         ({"optim.min_lr": "1"}, "must lie in [0, optim.peak_lr=0.0004]"),
         ({"model.remat": "ful"}, "did you mean full?"),
@@ -174,3 +174,27 @@ def test_weights_over_the_run_are_read_written_and_checked(config):
     assert c.from_json(c.to_json(mixed)) == mixed
     assert c.override(config, {"data.sources": c.sources_text(mixed.data.sources)}) == mixed
     assert [c.weight_at(mixed.data.sources["b"], t) for t in (0, 1.503e12, 2e12)] == [0, Fraction(1, 8), Fraction(1, 4)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"train.batch_ramp": "1/0:8"},
+        {"train.batch_ramp": "1e400:128"},
+        {"data.sources": "a:1/0"},
+        {"data.sources": "a:1@1/0"},
+        {"data.sources": "a:1e400"},
+        {"data.sources": "a:1@1e400"},
+        {"train.steps": "2147483648"},
+        {"data.skip": "99999999999999999999:99999999999999999999"},
+    ],
+    ids=str,
+)
+def test_numbers_beyond_all_bounds(config, arguments):
+    with pytest.raises(c.UserError, match=f"--{next(iter(arguments))}="):
+        c.override(config, arguments)
+
+
+def test_not_a_number_is_no_share():
+    with pytest.raises(c.UserError, match="weights must be positive"):
+        c.Data({"a": ((0, 0.5), (10, float("nan")))})

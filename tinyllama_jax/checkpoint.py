@@ -442,7 +442,7 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
     """
     theirs, described = load_config(origin), origin / "data.json"
     if _until(theirs, step) != _until(config, step):
-        then, now = theirs.train.tokens_after(step), config.train.tokens_after(step)
+        then, now = (feed.in_steps(c).tokens_after(step) for c in (theirs, config))
         return f"train.tokens_per_step or train.batch_ramp: {then:,} tokens there, {now:,} here"
     if not described.is_file():
         return None
@@ -457,7 +457,7 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
 
 
 def _until(config: Config, step: int) -> list[tuple[int, int, int]]:
-    return [stage for stage in config.train.stages if stage[0] < step]
+    return [stage for stage in feed.in_steps(config).stages if stage[0] < step]
 
 
 def _same_until(there: list[dict], data: list[dict], config: Config, step: int) -> bool:

@@ -148,18 +148,21 @@ class Data(_Typed):
         for path, weight in self.sources.items():
             said, knots = f"{path}:{weight_text(weight)}", knots_of(weight)
             tokens, weights = zip(*knots, strict=True)
-            fits = 0 <= min(weights) and 0 < max(weights) < math.inf
+            fits = all(0 <= weight < 1e300 for weight in weights) and max(weights) > 0  # NaN is not
             _check(
                 fits, "data.sources", said, "weights must be positive numbers" + (", or 0 for a time" if len(knots) > 1 else "")
             )
-            rising = 0 <= tokens[0] and tokens[-1] < math.inf and all(a < b for a, b in itertools.pairwise(tokens))
+            rising = 0 <= tokens[0] and tokens[-1] < 2**62 and all(a < b for a, b in itertools.pairwise(tokens))
             _check(rising, "data.sources", said, "the tokens must rise from one weight to the next")
         for at in sorted({tokens for weight in self.sources.values() for tokens, _ in knots_of(weight)}):
             there = any(weight_at(weight, at) > 0 for weight in self.sources.values())
             _check(there, "data.sources", sources_text(self.sources), f"at {at:,.0f} tokens no source has a weight")
         for first, last in self.skipped:
             _check(
-                1 <= first <= last < first + 10**6, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST"
+                1 <= first <= last < min(first + 10**6, 2**31),
+                "data.skip",
+                f"{first}:{last}",
+                "must be FIRST:LAST with 1 <= FIRST <= LAST",
             )
         _check(self.eval_blocks >= 0, "data.eval_blocks", self.eval_blocks, "must be 0 (all) or more")
         _check(1 <= self.workers <= 64, "data.workers", self.workers, "must lie between 1 and 64")
@@ -264,7 +267,7 @@ class Train(_Typed):
     def __post_init__(self):
         super().__post_init__()
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+            _check(1 <= getattr(self, name) < 2**31, f"train.{name}", getattr(self, name), "must lie in [1, 2^31)")
         for (_, before, _), (first, tokens, _) in itertools.pairwise(self.stages):
             _check(
                 tokens > before, "train.batch_ramp", self.batch_ramp, f"its tokens must rise, by a step at least ({first:,})"
@@ -283,8 +286,9 @@ class Train(_Typed):
                 at, size = (Fraction(number) for number in part.split(":"))
                 if size < 1 or size.denominator != 1:
                     raise ValueError
-            except ValueError:
+            except (ValueError, ArithmeticError):
                 raise UserError(f"--train.batch_ramp={self.batch_ramp}: must be TOKENS:TOKENS_PER_STEP,...") from None
+            _check(0 <= at < 2**62, "train.batch_ramp", self.batch_ramp, "is beyond what can be counted")
             first, tokens, each = stages[-1]
             n = max(math.ceil((at - tokens) / each), 0)
             stages.append((first + n, tokens + n * each, int(size)))
@@ -473,7 +477,7 @@ def _parse(key: str, text: str, kind: type) -> object:
         if kind is float and not math.isfinite(value) and key != "optim.clip_norm":
             raise ValueError
         return value
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, ArithmeticError):
         wanted = _KINDS.get(kind, "DIR:WEIGHT,DIR:WEIGHT (or WEIGHT@TOKENS..WEIGHT@TOKENS)")
         raise UserError(f"--{key}={text}: must be {wanted}") from None
 

@@ -32,7 +32,7 @@ class Clock:
     """Time of the steps between two reports, with evaluation left out and waits counted apart."""
 
     def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
-        self._tokens_after, self._devices = config.train.tokens_after, mesh_size
+        self._tokens_after, self._devices = feed.in_steps(config).tokens_after, mesh_size
         self._flops, target = dims.flops_per_token(config.model), targets.of(device_kind)
         self._peak = target.flops if target else None
         self._since, self._step = time.perf_counter(), start
@@ -211,7 +211,8 @@ class Reporter:
             self.losses.extend(losses_before(Path(config.workdir), start))
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
-        self.counts = self.order.counts(start)  # samples of each source
+        self.train = feed.in_steps(config)
+        self.counts = self.order.counts(start - start % config.log.every)  # samples of each source, at the line before
         self.pending: tuple[int, dict] | None = None
         self.in_a_row = 0  # steps that were not finite
 
@@ -230,7 +231,7 @@ class Reporter:
             self.losses.append(values["loss"])
         if step % self.config.log.every and values["finite"] and not spike:
             return
-        values |= self.clock.lap(step) | {"tokens": self.config.train.tokens_after(step)}
+        values |= self.clock.lap(step) | {"tokens": self.train.tokens_after(step)}
         before, self.counts = self.counts, self.order.counts(step)
         named = lambda what, numbers: {f"{what}/{name}": n for name, n in zip(self.names, numbers.tolist(), strict=True)}
         values |= named("epochs", self.counts / np.array(self.order.sizes))

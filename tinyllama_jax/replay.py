@@ -102,7 +102,7 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
     """(the run's config with `overrides`, the lines of its training steps up to `step`). Raises UserError."""
     config = checkpoint.load_config(run)
     for key in overrides:
-        if key in (*checkpoint.FIXED, "data.skip", "workdir") or key.startswith("init."):
+        if key in (*checkpoint.FIXED, "train.batch_ramp", "data.skip", "workdir") or key.startswith("init."):
             raise UserError(f"--{key}={overrides[key]}: is part of what the run was; it is replayed as it was")
     config = config_lib.override(config, {**overrides, "workdir": str(run)})
     if not (run / "data.json").is_file():

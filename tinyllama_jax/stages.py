@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -21,12 +22,13 @@ def stages(config: Config) -> list[dict]:
     Each: "steps" (first, last), "tokens" before and after it, "tokens_per_step", and the "lr" and "shares" of the sources (name
     -> share of the sequences) at its begin and end.
     """
+    config = dataclasses.replace(config, train=feed.in_steps(config))
     train, last = config.train, config.train.steps
-    at = {0, last, config.optim.warmup_steps, *(first for first, _, _ in train.stages)}
+    at = {0, last, *(first for first, _, _ in train.stages)}
     knots = {step_at(config, t): t for weight in config.data.sources.values() for t, _ in knots_of(weight)}
     at |= knots.keys()
     end = train.tokens // train.tokens_per_step
-    base_steps = [config.optim.decay_steps or end, end - config.optim.cooldown_steps]
+    base_steps = [config.optim.warmup_steps, config.optim.decay_steps or end, end - config.optim.cooldown_steps]
     at |= {step_at(config, steps * train.tokens_per_step) for steps in base_steps}
     edges = sorted(step for step in at if 0 <= step <= last)
     rate, out = optim.schedule(config.optim, train), []

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import model, optim, sharding, xla
 from tinyllama_jax.config import Config
+from tinyllama_jax.data import feed
 from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, none
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
@@ -91,25 +92,31 @@ class Ahead:
 
     NOTICE = 200  # steps before it is needed that one is compiled, in the background
 
-    def __init__(self, program: Program, config: Config, mesh: jax.sharding.Mesh, dtype: np.dtype, size: Callable[[int], int]):
-        """`dtype`: of the tokens. `size`: step -> sequences in it."""
-        self._program, self._config, self._mesh, self._dtype, self._size = program, config, mesh, dtype, size
+    def __init__(self, program: Program, config: Config, mesh: jax.sharding.Mesh, dtype: np.dtype):
+        """`dtype`: of the tokens."""
+        self._program, self._seq_len, self._mesh, self._dtype = program, config.model.seq_len, mesh, dtype
+        self._train = feed.in_steps(config)
         self._pool = concurrent.futures.ThreadPoolExecutor(1)  # at its end Python waits for a compilation: a minute at most
         self._steps: dict[int, Callable | concurrent.futures.Future] = {}
 
     def train(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
         """What does `step`, as `Program.train`; what a step soon will need is begun."""
-        now, soon = (self._size(s) // self._program.shape[1] for s in (step, min(step + self.NOTICE, self._config.train.steps)))
+        now = self._accumulation(self._train.tokens_after(step) - self._train.tokens_after(step - 1))
         self._steps.setdefault(now, self._program.train)  # the first: compiled when it is called
-        if soon not in self._steps:
-            self._steps[soon] = self._pool.submit(self._compile, soon)
+        for first, _, tokens in self._train.stages:
+            soon = self._accumulation(tokens)
+            if step <= first < min(step + self.NOTICE, self._train.steps) and soon not in self._steps:
+                self._steps[soon] = self._pool.submit(self._compile, soon)
         if isinstance(self._steps[now], concurrent.futures.Future):
             self._steps[now] = self._steps[now].result()
         return self._steps[now]
 
+    def _accumulation(self, tokens: int) -> int:
+        return tokens // (self._seq_len * self._program.shape[1])
+
     def _compile(self, accumulation: int) -> Callable:
         with jax.set_mesh(self._mesh):  # of each thread its own
-            batch = shape_of_batch(self._program, self._config.model.seq_len, accumulation, self._dtype)
+            batch = shape_of_batch(self._program, self._seq_len, accumulation, self._dtype)
             return self._program.train.lower(self._program.state, batch).compile()
 
 
@@ -289,7 +296,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
     """
     impl, _ = choose_attention(config, mesh.devices.flat[0])
     eos_id = eos_id if config.data.document_mask else None
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl), train=feed.in_steps(config))
     n_devices = sharding.batch_devices(mesh)
     accumulations = config.accumulation(n_devices)
     by_name = sharding.parameter_shardings(mesh, config.model)

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, feed.eos_id(config, sources))
         origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
+        config = weights.resolved(config, origin)
         if first := jax.process_index() == 0:  # who writes what is written once
             at_end.enter_context(checkpoint.locked(config.workdir))
             notes += checkpoint.open_run(config, weights.described(sources), sources[0].tokenizer)
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         batches = feed.training(config, sources, program.shape[1], rows, start)
         clock = metrics.Clock(config, start, mesh.size, jax.devices()[0].device_kind)
         reporter = metrics.Reporter(config, sources, writer, progress, clock, start, argv)
-        ahead = Ahead(program, config, mesh, np.result_type(*(s.dtype for s in sources)), reporter.order.size)
+        ahead = Ahead(program, config, mesh, np.result_type(*(s.dtype for s in sources)))
         if stop and jax.process_count() == 1:  # several agree on a step first
             progress.say(f"stopped by {stop[0].name} before its first step")
             return 128 + stop[0]

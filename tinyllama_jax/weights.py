@@ -54,6 +54,16 @@ def first_step(config: Config) -> int:
     return _step(config) if config.init.state == "all" else 0
 
 
+def resolved(config: Config, origin: Path | None) -> Config:
+    """`config` with the step that it begins from said: killed early, it begins there again, whatever that run does then."""
+    if not origin or config.init.step or not (origin / "checkpoints").is_dir():
+        return config
+    there = Path(config.workdir) / "config.json"
+    before = checkpoint.load_config(config.workdir).init if there.is_file() else config.init
+    step = before.step if before.from_ == config.init.from_ and before.step else _step(config)
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, step=step))
+
+
 def _step(config: Config) -> int:
     return checkpoint.find_step(config.init.from_, config.init.step or None, "--init.step=")
 

@@ -119,6 +119,13 @@ def test_the_files_appear_when_all_are_written(tiny_data, tmp_path, monkeypatch)
         litpkds.export(tiny_data / "other", "train", out, "train_y", 1_000)
 
 
+def test_a_call_that_was_killed_takes_nothing_of_another_prefix_with_it(tiny_data, tmp_path):
+    others = litpkds.export(tiny_data / "a", "train", tmp_path, "train_star", 5_000)
+    (tmp_path / "train.partial").mkdir()  # what a killed --prefix train leaves
+    litpkds.export(tiny_data / "a", "validation", tmp_path, "train", 1_000)
+    assert others and all(file.is_file() for file in others)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

@@ -137,6 +137,24 @@ def test_until_when_two_mixtures_are_one(other, until):
     assert [ours.same_until(theirs, n) for n in (0, until, until + 50)] == [True, True, other is V1_1]
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("later", ["another share", "another source"])
+def test_what_is_to_come_has_no_say_in_what_was(n, later):
+    """Equal shares, so that every tie of the order is one; from sample 1,000 on something changes."""
+    changed = [((0, 1), (1_000, 1), (2_000, 3)), *[1.0] * (n - 1)] if later == "another share" else [1.0] * n
+    if later == "another source":
+        changed.append(((1_000, 0), (2_000, 1)))
+    before, after = Mixture([1.0] * n), Mixture(changed)
+    np.testing.assert_array_equal(before.locate(np.arange(1_000)), after.locate(np.arange(1_000)))
+    assert before.same_until(after, 1_000) and before.same_until(after, 1_100) == (n == 1 and later == "another share")
+
+
+def test_two_changes_within_a_sample_take_one_each():
+    """From token 10 on another source, said as a jump within one sample of 16 tokens: a sample later it is there."""
+    source, _ = Mixture([((10, 1), (11, 0)), ((10, 0), (11, 1))], tokens_per_sample=16).locate(np.arange(6))
+    assert source.tolist() == [0, 1, 1, 1, 1, 1] or source.tolist() == [0, 0, 1, 1, 1, 1]
+
+
 def test_no_weight_is_no_mixture():
     with pytest.raises(UserError, match="must be positive"):
         Mixture([1.0, 0.0])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tinyllama_jax import config as c
 from tinyllama_jax.config import Data, UserError
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.mixture import Mixture
@@ -42,6 +43,17 @@ def test_the_order_follows():
     plain, skipping = order(""), order("3:4")
     for step in range(1, 11):
         np.testing.assert_array_equal(skipping.at(step), plain.at(step if step < 3 else step + 2))
+
+
+@pytest.mark.parametrize("skip", ["", "2:3", "5:9", "1:1,4:4,9:12", "5:6,5:6", "9:9,2:2"])
+def test_a_larger_batch_comes_earlier_by_what_is_left_out_before_it(skip, tiny_config):
+    """The clock of tokens, and with it the learning rate, follows the batches that are trained on."""
+    ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40", "data.skip": skip}
+    config = c.override(tiny_config, ramp)
+    order, clock = feed.order(config, feed.open_sources(config)), feed.in_steps(config)
+    sizes = [order.size(step) * 16 for step in range(1, 41)]
+    assert sizes[0] == 128 and sizes[-1] == 1_024
+    assert [clock.tokens_after(step) for step in range(1, 41)] == np.cumsum(sizes).tolist()
 
 
 @pytest.mark.parametrize("skip", ["3", "3:", "a:b", "0:3", "5:3", "1:2000000", "1:2:3"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from tinyllama_jax.config import Config, Data, UserError
+from tinyllama_jax.config import Config, Data, Train, UserError
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
@@ -129,6 +131,16 @@ def names(paths: Iterable[str]) -> list[str]:
     paths = list(paths)
     last = [Path(path).name for path in paths]
     return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
+
+
+def in_steps(config: Config) -> Train:
+    """`config.train` with its stages as steps come to them: what `data.skip` leaves out brings a larger batch forward."""
+    skip, train, ramp, step, tokens = left_out(config.data), config.train, [], 0, 0
+    for (_, _, each), (batches, _, later) in itertools.pairwise(train.stages):
+        then = batches - int(np.searchsorted(skip, batches, side="right"))
+        tokens, step = tokens + (then - step) * each, then
+        ramp.append(f"{tokens}:{later}")
+    return dataclasses.replace(train, batch_ramp=",".join(ramp))
 
 
 def left_out(data: Data) -> np.ndarray:

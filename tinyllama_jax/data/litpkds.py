@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import mmap
 import os
+import re
 import resource
 import shutil
 import struct
@@ -243,7 +244,8 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
     if tail == "fill" and vocabulary["bos_id"] < 0:
         raise UserError("--tail fill: fills up with bos, which this tokenizer does not have; say --tail drop")
     partial = output / f"{prefix}.partial"
-    if (there := files_of(output / f"{prefix}_")) and not partial.is_dir():
+    there = [file for file in files_of(output / f"{prefix}_") if re.fullmatch(r"\d{10}\.bin", file.name[len(prefix) + 1 :])]
+    if there and not partial.is_dir():
         raise UserError(f"{there[0]}: exists already; choose another --prefix or --output, or delete what begins with it")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

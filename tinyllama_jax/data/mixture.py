@@ -69,14 +69,14 @@ class Mixture:
         if not weights or min(max(w for _, w in knots_of(weight)) for weight in weights) <= 0:
             raise UserError(f"mixture weights must be positive: {weights}")
         self.n_sources = len(weights)
-        # as low a tree as can be, the lightest lowest; by the shares in the order of time: what comes has no say in what was
-        nodes = [(curve.starts, j, (curve, j)) for j, curve in enumerate(_curves(weights, tokens_per_sample))]
+        # as low a tree as can be, the lightest lowest; by the shares at the begin, for what comes has no say in what was
+        nodes = [(j, (curve, j)) for j, curve in enumerate(_curves(weights, tokens_per_sample))]
         while len(nodes) > 1:
-            nodes.sort(key=lambda item: item[:2])
+            nodes.sort(key=lambda node: (node[1][0].starts[0], node[0]))
             pairs = len(nodes) - (1 << (len(nodes) - 1).bit_length() - 1)  # so many leave a power of two
-            joined = [(nodes[i][1], _joined(nodes[i][2], nodes[2 * pairs - 1 - i][2])) for i in range(pairs)]
-            nodes = [*((node[0].starts, order, node) for order, node in joined), *nodes[2 * pairs :]]
-        self._root: _Split | int = nodes[0][2][1]
+            both = [(nodes[i], nodes[2 * pairs - 1 - i]) for i in range(pairs)]
+            nodes = [*((min(a[0], b[0]), _joined(a[1], b[1])) for a, b in both), *nodes[2 * pairs :]]
+        self._root: _Split | int = nodes[0][1][1]
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Global sample indices [n] -> (source [n], k [n]): sample `index` is the k-th (from 0) that its source gives."""

@@ -152,6 +152,9 @@ def prepare(
         manifest = folder_lib.complete(output, wanted, sources)
         if folder_lib.is_ours(partial):
             store.remove(partial)  # there if a kill came between the last two lines of `folder.finish`
+        if bad_files == "stop" and (left_out := [f for counts in manifest["splits"].values() for f in counts["bad_files"]]):
+            what = f"{len(left_out)} bad files, such as {left_out[0]['file']}"
+            raise UserError(f"{output}: was prepared without {what}; say --bad-files=skip too, or choose another --output")
         print(f"{output}: complete already, nothing to do")
         return manifest
     started = time.monotonic()
