@@ -39,7 +39,7 @@ def test_precision():
 
 
 def test_schedule_ends_at_its_floor():
-    lr = optim.schedule(c.Optim(4e-4, 4e-5, 2_000, 0.1, 1.0), 1_430_512)
+    lr = optim.schedule(c.Optim(4e-4, 4e-5, 2_000, 0.1, 1.0), c.Train(1_430_512, 8, 1))
     assert float(lr(1_430_512)) == pytest.approx(4e-5, rel=1e-6)
     assert float(lr(1_430_512 * 99 // 100)) > 4e-5
 
