@@ -48,7 +48,7 @@ def test_override_by_type(config):
         ({"optim.lr": "5"}, "no such key"),
         ({"train.steps": "many"}, "--train.steps=many: must be a whole number"),
         ({"train.steps": "1.5"}, "--train.steps=1.5: must be a whole number"),
-        ({"train.steps": "0"}, "--train.steps=0: must lie in [1, 2^31)"),
+        ({"train.steps": "0"}, "--train.steps=0: must be at least 1"),
         ({"optim.peak_lr": "fast"}, "--optim.peak_lr=fast: must be a number"),
         ({"optim.min_lr": "1"}, "must lie in [0, optim.peak_lr=0.0004]"),
         ({"model.remat": "ful"}, "did you mean full?"),

@@ -32,7 +32,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import dims, model, optim, processes
 from tinyllama_jax.config import Config, Model, UserError
-from tinyllama_jax.data import feed
+from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.step import TrainState, new_state
@@ -189,7 +189,7 @@ def unusable(checkpoint: Path, config: Config) -> str | None:
     if reason := damage(checkpoint):
         return reason
     then = dataclasses.replace(config.data, skip=config_lib.read_json(checkpoint / SEAL)["skip"])
-    if feed.same_batches(config.data, then, int(checkpoint.name)):
+    if skip_lib.same_batches(config.data, then, int(checkpoint.name)):
         return None
     return f"trained on other batches: --data.skip={then.skip}"
 
@@ -202,7 +202,7 @@ def _check_skip(run: Path, config: Config) -> None:
         except (UserError, OSError):  # for `recover`
             continue
         then = dataclasses.replace(config.data, skip=skip)
-        if skip and not f"{config.data.skip},".startswith(f"{skip},") and not feed.same_batches(config.data, then, step):
+        if skip and not f"{config.data.skip},".startswith(f"{skip},") and not skip_lib.same_batches(config.data, then, step):
             raise UserError(
                 f"--data.skip={config.data.skip}: checkpoint {step} was trained with --data.skip={skip}; give that, with more "
                 f"behind it or not. To undo it, first move the checkpoints since then out of {run / 'checkpoints'}"
@@ -442,7 +442,7 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
     """
     theirs, described = load_config(origin), origin / "data.json"
     if _until(theirs, step) != _until(config, step):
-        then, now = (feed.in_steps(c).tokens_after(step) for c in (theirs, config))
+        then, now = (skip_lib.in_steps(c).tokens_after(step) for c in (theirs, config))
         return f"train.tokens_per_step or train.batch_ramp: {then:,} tokens there, {now:,} here"
     if not described.is_file():
         return None
@@ -452,19 +452,19 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
     if (theirs.train.seed, theirs.model.seq_len) != (config.train.seed, config.model.seq_len):
         return "train.seed or model.seq_len"
     skip = config_lib.read_json(origin / "checkpoints" / str(step) / SEAL, "skip")["skip"]
-    same = feed.same_batches(config.data, dataclasses.replace(config.data, skip=skip), step)
+    same = skip_lib.same_batches(config.data, dataclasses.replace(config.data, skip=skip), step)
     return None if same else f"data.skip: {skip or 'none'} there"
 
 
 def _until(config: Config, step: int) -> list[tuple[int, int, int]]:
-    return [stage for stage in feed.in_steps(config).stages if stage[0] < step]
+    return [stage for stage in skip_lib.in_steps(config).stages if stage[0] < step]
 
 
 def _same_until(there: list[dict], data: list[dict], config: Config, step: int) -> bool:
     """Whether the batches until `step` are the same of two sets of sources, of which the second may have more to come."""
     contents = [[source["manifest_sha256"] for source in sources] for sources in (there, data)]
     old, new = (Mixture([config_lib.as_weight(s["weight"]) for s in side], config.model.seq_len) for side in (there, data))
-    batches = int(feed.batch_of(np.int64(step), feed.left_out(config.data)))
+    batches = int(skip_lib.batch_of(np.int64(step), skip_lib.left_out(config.data)))
     samples = config.train.tokens_after(batches) // config.model.seq_len
     return contents[1][: len(there)] == contents[0] and old.same_until(new, samples)
 

@@ -267,7 +267,8 @@ class Train(_Typed):
     def __post_init__(self):
         super().__post_init__()
         for name in ("steps", "tokens_per_step", "seqs_per_device"):
-            _check(1 <= getattr(self, name) < 2**31, f"train.{name}", getattr(self, name), "must lie in [1, 2^31)")
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _check(self.steps < 2**31, "train.steps", self.steps, "must be less than 2^31")
         for (_, before, _), (first, tokens, _) in itertools.pairwise(self.stages):
             _check(
                 tokens > before, "train.batch_ramp", self.batch_ramp, f"its tokens must rise, by a step at least ({first:,})"

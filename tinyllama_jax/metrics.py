@@ -26,13 +26,14 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax import dims, processes, targets
 from tinyllama_jax.config import Config, UserError
 from tinyllama_jax.data import feed
+from tinyllama_jax.data import skip as skip_lib
 
 
 class Clock:
     """Time of the steps between two reports, with evaluation left out and waits counted apart."""
 
     def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
-        self._tokens_after, self._devices = feed.in_steps(config).tokens_after, mesh_size
+        self._tokens_after, self._devices = skip_lib.in_steps(config).tokens_after, mesh_size
         self._flops, target = dims.flops_per_token(config.model), targets.of(device_kind)
         self._peak = target.flops if target else None
         self._since, self._step = time.perf_counter(), start
@@ -211,7 +212,7 @@ class Reporter:
             self.losses.extend(losses_before(Path(config.workdir), start))
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
-        self.train = feed.in_steps(config)
+        self.train = skip_lib.in_steps(config)
         self.counts = self.order.counts(start - start % config.log.every)  # samples of each source, at the line before
         self.pending: tuple[int, dict] | None = None
         self.in_a_row = 0  # steps that were not finite

@@ -11,6 +11,7 @@ import numpy as np
 from tinyllama_jax import optim
 from tinyllama_jax.config import Config, knots_of, weight_at
 from tinyllama_jax.data import feed
+from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data.blocks import Blocks
 
 MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
@@ -22,7 +23,7 @@ def stages(config: Config) -> list[dict]:
     Each: "steps" (first, last), "tokens" before and after it, "tokens_per_step", and the "lr" and "shares" of the sources (name
     -> share of the sequences) at its begin and end.
     """
-    config = dataclasses.replace(config, train=feed.in_steps(config))
+    config = dataclasses.replace(config, train=skip_lib.in_steps(config))
     train, last = config.train, config.train.steps
     at = {0, last, *(first for first, _, _ in train.stages)}
     knots = {step_at(config, t): t for weight in config.data.sources.values() for t, _ in knots_of(weight)}

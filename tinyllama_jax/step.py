@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import model, optim, sharding, xla
 from tinyllama_jax.config import Config
-from tinyllama_jax.data import feed
+from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, none
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
@@ -95,7 +95,7 @@ class Ahead:
     def __init__(self, program: Program, config: Config, mesh: jax.sharding.Mesh, dtype: np.dtype):
         """`dtype`: of the tokens."""
         self._program, self._seq_len, self._mesh, self._dtype = program, config.model.seq_len, mesh, dtype
-        self._train = feed.in_steps(config)
+        self._train = skip_lib.in_steps(config)
         self._pool = concurrent.futures.ThreadPoolExecutor(1)  # at its end Python waits for a compilation: a minute at most
         self._steps: dict[int, Callable | concurrent.futures.Future] = {}
 
@@ -296,7 +296,9 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
     """
     impl, _ = choose_attention(config, mesh.devices.flat[0])
     eos_id = eos_id if config.data.document_mask else None
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=impl), train=feed.in_steps(config))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention=impl), train=skip_lib.in_steps(config)
+    )
     n_devices = sharding.batch_devices(mesh)
     accumulations = config.accumulation(n_devices)
     by_name = sharding.parameter_shardings(mesh, config.model)

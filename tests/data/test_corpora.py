@@ -57,7 +57,7 @@ def test_slimpajama_leaves_out_github(tmp_path, model, run, capsys):
     assert manifest["corpus"] == "slimpajama" and manifest["text_key"] == "text"
     assert "train: 2 documents left out: meta.redpajama_set_name=RedPajamaGithub" in capsys.readouterr().out
 
-    with pytest.raises(UserError, match="corpus was slimpajama, now ; choose another --output"):
+    with pytest.raises(UserError, match="corpus was slimpajama, now none; choose another --output"):
         run(train=[tmp_path / "SlimPajama-627B"], held_out=0)
     run(train=[tmp_path / "SlimPajama-627B"], held_out=0, output=tmp_path / "all")
     assert stream(tmp_path / "all") == expected([row["text"] for row in rows], model)
@@ -281,7 +281,7 @@ def test_bad_files_are_left_out_wholly_and_listed(tmp_path, model, run, damaged,
     texts = [text for file in damaged.values() for text in file]
     for split, side in (("train", False), ("validation", True)):
         assert stream(tmp_path / "out", split) == expected([t for t in texts if is_held_out(t, 0.1) == side], model)
-    assert "left out, one of 4 bad files: b.jsonl, line 101" in capsys.readouterr().out
+    assert "left out, one of 4 bad files, which the manifest lists: b.jsonl, line 101" in capsys.readouterr().out
     assert run(**options, bad_files="skip") == manifest  # complete already
 
     # whoever does the work, and wherever it is stopped: here between the two rounds, and in the second

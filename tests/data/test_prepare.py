@@ -1,5 +1,6 @@
 """Every token of every document, once; the same bytes whoever does the work and however often it is stopped."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -195,7 +196,10 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
 
 def children(pid: int) -> list[int]:
     """Processes below `pid`, at any depth."""
-    direct = [int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()]
+    direct = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended since
+            direct += [int(child) for child in task.read_text().split()]
     return direct + [c for d in direct for c in children(d)]
 
 
@@ -429,8 +433,8 @@ def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):
         ({"train": ["empty.jsonl", "empty.txt"]}, "--train: there is no text in its 2 files"),
         ({"validation": ["empty.txt"]}, "--validation: there is no text in its 1 files"),
         ({"validation": ["sub/../a.jsonl"]}, "--validation: .*a.jsonl is among the files of --train too"),
-        ({"seq_len": 0}, "--seq-len 0 .*must be positive"),
-        ({"workers": -1}, "--workers -1: must be positive"),
+        ({"seq_len": 0}, "--seq-len 0: must be 1 or more"),
+        ({"workers": -1}, "--workers -1: must be 0 or more"),
         ({"tokenizer": "gone.model"}, "gone.model: no such tokenizer"),
         ({"output": "there"}, "there: has no manifest.json"),
         ({"output": "a.jsonl"}, "a.jsonl: must be a new folder"),

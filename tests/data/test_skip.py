@@ -6,6 +6,7 @@ import pytest
 from tinyllama_jax import config as c
 from tinyllama_jax.config import Data, UserError
 from tinyllama_jax.data import feed
+from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data.mixture import Mixture
 
 
@@ -23,9 +24,9 @@ def by_hand(skip, steps):
 
 @pytest.mark.parametrize("skip", ["", "1:1", "5:5", "5:9,5:9", "5:9,20:22", "20:22,5:9", "7:30,3:10,40:40", "3:4,2:6,1:1"])
 def test_batches_left_out(skip):
-    out = feed.left_out(data(skip))
-    assert feed.batch_of(np.arange(1, 101), out).tolist() == by_hand(skip, 100)
-    kept = set(feed.batch_of(np.arange(1, 1_001), out).tolist())
+    out = skip_lib.left_out(data(skip))
+    assert skip_lib.batch_of(np.arange(1, 101), out).tolist() == by_hand(skip, 100)
+    kept = set(skip_lib.batch_of(np.arange(1, 1_001), out).tolist())
     assert len(kept) == 1_000 and not kept & set(out.tolist())
 
 
@@ -35,11 +36,11 @@ def test_batches_left_out(skip):
 def test_from_which_step_on_two_skips_differ(a, b):
     same = [x == y for x, y in zip(by_hand(a, 60), by_hand(b, 60), strict=True)]
     for steps in range(1, 61):
-        assert feed.same_batches(data(a), data(b), steps) == all(same[:steps]), steps
+        assert skip_lib.same_batches(data(a), data(b), steps) == all(same[:steps]), steps
 
 
 def test_the_order_follows():
-    order = lambda skip: feed.Order([100], Mixture([1.0]), 0, [(0, 0, 4)], feed.left_out(data(skip)))
+    order = lambda skip: feed.Order([100], Mixture([1.0]), 0, [(0, 0, 4)], skip_lib.left_out(data(skip)))
     plain, skipping = order(""), order("3:4")
     for step in range(1, 11):
         np.testing.assert_array_equal(skipping.at(step), plain.at(step if step < 3 else step + 2))
@@ -50,7 +51,7 @@ def test_a_larger_batch_comes_earlier_by_what_is_left_out_before_it(skip, tiny_c
     """The clock of tokens, and with it the learning rate, follows the batches that are trained on."""
     ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40", "data.skip": skip}
     config = c.override(tiny_config, ramp)
-    order, clock = feed.order(config, feed.open_sources(config)), feed.in_steps(config)
+    order, clock = feed.order(config, feed.open_sources(config)), skip_lib.in_steps(config)
     sizes = [order.size(step) * 16 for step in range(1, 41)]
     assert sizes[0] == 128 and sizes[-1] == 1_024
     assert [clock.tokens_after(step) for step in range(1, 41)] == np.cumsum(sizes).tolist()

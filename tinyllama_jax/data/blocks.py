@@ -74,7 +74,8 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
             raise UserError(f"{directory}: is half prepared; run `python -m tinyllama_jax.data.prepare` again to finish it")
         raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.data.prepare` makes it")
     if not path.is_file() and (packed := sorted(directory.glob("*.bin"))):
-        name = packed[0].name.rpartition("_")[0] or packed[0].stem
+        first = next((file for file in packed if file.name.startswith("train")), packed[0])
+        name = first.name.rpartition("_")[0] or first.stem
         raise UserError(f"{directory}: is named by what its .bin files begin with, such as {directory / name}")
     if not path.is_file():
         raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.data.prepare`")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,13 +9,12 @@ import grain
 import jax
 import numpy as np
 
-from tinyllama_jax.config import Config, Data, Train, UserError
+from tinyllama_jax.config import Config, UserError
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
-
-NONE = np.empty(0, np.int64)
+from tinyllama_jax.data.skip import NONE, batch_of, left_out
 
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
@@ -131,36 +128,6 @@ def names(paths: Iterable[str]) -> list[str]:
     paths = list(paths)
     last = [Path(path).name for path in paths]
     return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
-
-
-def in_steps(config: Config) -> Train:
-    """`config.train` with its stages as steps come to them: what `data.skip` leaves out brings a larger batch forward."""
-    skip, train, ramp, step, tokens = left_out(config.data), config.train, [], 0, 0
-    for (_, _, each), (batches, _, later) in itertools.pairwise(train.stages):
-        then = batches - int(np.searchsorted(skip, batches, side="right"))
-        tokens, step = tokens + (then - step) * each, then
-        ramp.append(f"{tokens}:{later}")
-    return dataclasses.replace(train, batch_ramp=",".join(ramp))
-
-
-def left_out(data: Data) -> np.ndarray:
-    """The batches that `data.skip` leaves out, in order; batch b is what step b would have without any skip."""
-    out = NONE
-    for first, last in data.skipped:
-        out = np.union1d(out, batch_of(np.arange(first, last + 1), out))
-    return out
-
-
-def batch_of(step: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-    """The batch of each step (both from 1): the step-th of those that are not left out."""
-    return step + np.searchsorted(left_out - np.arange(len(left_out)), step, side="right")
-
-
-def same_batches(ours: Data, theirs: Data, steps: int) -> bool:
-    """Whether two data sections that differ in `skip` alone have the same batches from step 1 to `steps`."""
-    a, b = left_out(ours), left_out(theirs)
-    end = max(batch_of(np.int64(steps), a), batch_of(np.int64(steps), b))
-    return np.array_equal(a[a <= end], b[b <= end])
 
 
 class Steps(grain.sources.RandomAccessDataSource):
