@@ -123,7 +123,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(math_code, tiny_config, tmp
     assert [[row[k] for k in EXACT] for row in got] == [[row[k] for k in EXACT] for row in rows[410:]]
     for change, words in (
         ({"train.seed": "7"}, "train.seed"),
-        ({"train.tokens_per_step": "256"}, "52,480 tokens there, 104,960 here"),
+        ({"train.tokens_per_step": "256"}, "52,480 tokens there, 144,128 here"),
         ({"data.skip": "3:3"}, "data.skip: none there"),
         ({"data.sources": c.sources_text(config.data.sources).replace("0@53", "0.1@53")}, "data.sources"),
     ):
