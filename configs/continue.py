@@ -3,7 +3,7 @@
 python tools/convert_from_torch.py --checkpoint DOWNLOADED --output runs/tinyllama-3t
 python -m tinyllama_jax.train --config configs/continue.py --init.from=runs/tinyllama-3t
 
-They are validated before the first step, and the first loss that is logged is theirs. What else can be gone on with, and how:
+The weights are validated before the first step, and the first loss logged is theirs. What else can be gone on with, and how:
 - a Hugging Face folder as it is: --init.from=FOLDER; only a run folder can have AdamW's moments, from a lit-gpt checkpoint
 - with moments, another schedule or other data: --init.state=moments --optim.peak_lr=2e-4 --data.sources=data/mine:1
 - with moments, the rest of its own cosine: no config of its own, but the one that it was made with and another folder,

@@ -10,31 +10,25 @@ Its model card (huggingface.co/TinyLlama/TinyLlama_v1.1) has three stages: to 1.
 which here is a function of the tokens seen. The card gives 1.8M and 7.2M tokens a batch, and not the sequences.
 """
 
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
+import dataclasses
+from pathlib import Path
+
+from tinyllama_jax.config import Checkpoint, Data, Mesh, read
 
 TOKENS_PER_STEP = 1_802_240  # 880 x 2,048
 COOLDOWN = 1_026_501  # steps before it: the first boundary after 1.85T tokens
 
-config = Config(
+base = read(str(Path(__file__).with_name("3t.py")))  # the same model, learning rate and seed
+config = dataclasses.replace(
+    base,
     workdir="runs/v1_1",
-    model=Model(
-        n_layers=22,
-        d_model=2_048,  # 32 heads x 64
-        n_heads=32,
-        n_kv_heads=4,
-        d_ff=5_632,
-        vocab_size=32_000,
-        seq_len=2_048,
-        remat="save_matmuls_and_attention",
-    ),
     data=Data(sources={"data/slimpajama": 1.0}),
-    optim=Optim(peak_lr=4e-4, min_lr=4e-5, warmup_steps=2_000, weight_decay=0.1, clip_norm=1.0),
-    train=Train(
+    train=dataclasses.replace(
+        base.train,
         steps=COOLDOWN + 20_807,  # 1.85T + 20,807 x 7,208,960 = 2.0000T tokens
         tokens_per_step=TOKENS_PER_STEP,
         batch_ramp=f"{COOLDOWN * TOKENS_PER_STEP}:{4 * TOKENS_PER_STEP}",
         seqs_per_device=11,  # on 16 devices 5 micro-batches: 5 x 16 x 11 = 880; then 20
-        seed=3_407,
     ),
     # v1.1's nodes had 4 GPUs, and split parameters, gradients and moments within a node
     mesh=Mesh(data=-1, fsdp=4, tensor=1),
@@ -44,5 +38,4 @@ config = Config(
         keep_every=50_000,  # 90B tokens apart, 20 of them: 270 GB
         keep_steps="830_000,1_025_000",  # the last before 1.5T tokens, from which the variants branch off, and before 1.85T
     ),
-    log=Log(every=10, eval_every=5_000),
 )

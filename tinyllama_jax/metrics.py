@@ -33,7 +33,7 @@ class Clock:
     """Time of the steps between two reports, with evaluation left out and waits counted apart."""
 
     def __init__(self, config: Config, start: int, mesh_size: int, device_kind: str):
-        self._tokens_after, self._devices = skip_lib.in_steps(config).tokens_after, mesh_size
+        self.tokens_after, self._devices = skip_lib.in_steps(config).tokens_after, mesh_size
         self._flops, target = dims.flops_per_token(config.model), targets.of(device_kind)
         self._peak = target.flops if target else None
         self._since, self._step = time.perf_counter(), start
@@ -51,7 +51,7 @@ class Clock:
         now = time.perf_counter()
         steps = max(step - self._step, 1)
         seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
-        rate = (self._tokens_after(step) - self._tokens_after(self._step)) / seconds
+        rate = (self.tokens_after(step) - self.tokens_after(self._step)) / seconds
         out = {
             "tokens_per_second": rate,
             "step_seconds": seconds / steps,
@@ -212,7 +212,6 @@ class Reporter:
             self.losses.extend(losses_before(Path(config.workdir), start))
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
-        self.train = skip_lib.in_steps(config)
         self.counts = self.order.counts(start - start % config.log.every)  # samples of each source, at the line before
         self.pending: tuple[int, dict] | None = None
         self.in_a_row = 0  # steps that were not finite
@@ -232,7 +231,7 @@ class Reporter:
             self.losses.append(values["loss"])
         if step % self.config.log.every and values["finite"] and not spike:
             return
-        values |= self.clock.lap(step) | {"tokens": self.train.tokens_after(step)}
+        values |= self.clock.lap(step) | {"tokens": self.clock.tokens_after(step)}
         before, self.counts = self.counts, self.order.counts(step)
         named = lambda what, numbers: {f"{what}/{name}": n for name, n in zip(self.names, numbers.tolist(), strict=True)}
         values |= named("epochs", self.counts / np.array(self.order.sizes))

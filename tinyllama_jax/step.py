@@ -84,7 +84,6 @@ class Program(NamedTuple):
     batch: Batch  # of shardings
     eval_batch: Batch
     shape: tuple[int, int]  # (A, B) of a training batch; A of the first steps
-    accumulations: tuple[int, ...]  # A in each of `train.stages`
 
 
 class Ahead:
@@ -300,7 +299,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
         config, model=dataclasses.replace(config.model, attention=impl), train=skip_lib.in_steps(config)
     )
     n_devices = sharding.batch_devices(mesh)
-    accumulations = config.accumulation(n_devices)
+    accumulation = config.accumulation(n_devices)[0]
     by_name = sharding.parameter_shardings(mesh, config.model)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -338,6 +337,5 @@ def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) ->
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
         batch=batch,
         eval_batch=eval_batch,
-        shape=(accumulations[0], config.train.seqs_per_device * n_devices),
-        accumulations=tuple(accumulations),
+        shape=(accumulation, config.train.seqs_per_device * n_devices),
     )

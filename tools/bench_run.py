@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from tinyllama_jax import checkpoint, sharding
+from tinyllama_jax import checkpoint, sharding, weights
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.step import build
@@ -88,8 +88,7 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = build(config, mesh).init()
-        described = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"]} for s in sources]
-        checkpoint.open_run(config, described, sources[0].tokenizer)
+        checkpoint.open_run(config, weights.described(sources), sources[0].tokenizer)
         checkpoints = checkpoint.Checkpoints(config)
         checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
         checkpoints.close()

@@ -54,7 +54,8 @@ def test_language_is_a_share_of_the_text(odd):
         # of 10 lines, 3 repeat one before, and 4
         ("\n".join([*(f"{i}{'y' * 30}" for i in range(7)), *"xxx"]), True),
         ("\n".join([*(f"{i}{'y' * 30}" for i in range(5)), *"xxxxx"]), False),
-        # of 11 lines, 1 repeats one before, with 5 and 80% of the characters
+        # of 11 lines, 1 repeats one before, with 16 (32 in both), 5 and 80% of the characters
+        ("\n".join(["y" * 30, "y" * 30, *(f"{i}{'z' * 13}" for i in range(9))]), True),
         ("\n".join(["y" * 9, "y" * 9, *(f"{i}{'z' * 18}" for i in range(9))]), True),
         ("\n".join([*[" ".join(f"word{i}" for i in range(60))] * 2, *(f"n{i}" for i in range(9))]), False),
         # "one two" four times is 24 of 124 characters, and of 104
