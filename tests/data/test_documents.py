@@ -26,11 +26,15 @@ def parquet(path, texts, rows=7, **columns):
     pyarrow.parquet.write_table(table, path, row_group_size=rows)
 
 
-def read(path, target=1 << 40, key="text"):
+def read(path, target=1 << 40, key="text", dropped=None):
     """All documents of all pieces."""
     (source,), _ = inputs.find([path], "--train")
     pieces = documents.pieces(source, documents.units(source, key), target)
-    return ["".join(parts) for piece in pieces for parts in documents.read(piece, key, {}, Counter())], pieces
+    return [
+        "".join(parts)
+        for piece in pieces
+        for parts in documents.read(piece, key, {}, Counter() if dropped is None else dropped)
+    ], pieces
 
 
 def test_every_type_gives_the_same_documents(tmp_path, texts):
@@ -145,7 +149,7 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
             GOOD + b"\n\n" + b'{"body": "x", "n": 1}\n',
             "line 4: has no key 'text'; it has 'body', 'n': choose one with --text-key",
         ),
-        ("a.jsonl", GOOD + b'{"text": null}', "line 2: 'text' is not a text, but null"),
+        ("a.jsonl", GOOD + b'{"text": 7}', "line 2: 'text' is not a text, but 7"),
         ("a.jsonl", GOOD + b'{"text": ["%s"]}' % (b"x" * 99), r"line 2: 'text' is not a text, but \[\"x+\.\.\."),
         ("a.json", b'[{"text": "x"}]', "line 1: is not an object with the key 'text', but "),
         ("a.jsonl", GOOD + LATIN, "line 2: is not UTF-8 .byte 0xe9 at 10"),
@@ -171,11 +175,18 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, say
         assert "\n" not in str(error.value)
 
 
+def test_a_null_for_a_text_is_left_out_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": null}\n' + GOOD)
+    parquet(tmp_path / "a.parquet", ["x", None, "y"] + [None] * 70)
+    for name, n in ("a.jsonl", 1), ("a.parquet", 71):
+        dropped = Counter()
+        assert len(read(tmp_path / name, 1, dropped=dropped)[0]) == 2
+        assert dropped == {"text=null": n}
+
+
 def test_parquet_that_cannot_be_read(tmp_path):
     path = tmp_path / "a.parquet"
-    parquet(path, ["x"] * 9 + [None])
-    with pytest.raises(UserError, match=f"{path}, row 10: 'text' is not a text, but null"):
-        read(path, 1)
+    parquet(path, ["x"])
     with pytest.raises(UserError, match="has no column 'body'; it has id, text: choose one with --text-key"):
         read(path, key="body")
     with pytest.raises(UserError, match="column 'id' holds int64, not text"):

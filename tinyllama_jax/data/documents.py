@@ -91,12 +91,13 @@ def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[
     """The documents of a piece in order, each a text in one or more parts that can be read again. Raises BadFile naming file
     and line.
 
-    `drop`: of jsonl, rows that have this value at this key ("meta.source": "x") are left out, and counted in `dropped`.
+    `drop`: of jsonl, rows that have this value at this key ("meta.source": "x") are left out, and counted in `dropped`; so are
+    rows whose text is null, of parquet too.
     """
     if piece.source.kind == "text":
         return iter([_Text(piece.source)])
     if piece.source.kind == "parquet":
-        return _parquet(piece, text_key)
+        return _parquet(piece, text_key, dropped)
     if piece.source.kind == "array_record":
         return _array_record(piece, text_key)
     return _jsonl(piece, text_key, drop, dropped)
@@ -186,6 +187,9 @@ def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counte
                 if text_key not in row:
                     there = ", ".join(map(repr, row))
                     raise _BadDocument(f"has no key {text_key!r}; it has {there}: choose one with --text-key")
+                if row[text_key] is None:
+                    dropped[_null(text_key)] += 1
+                    continue
                 yield (_checked(row[text_key], text_key),)
 
 
@@ -222,6 +226,10 @@ def _reason(row: dict, drop: Mapping[str, str]) -> str:
     return ""
 
 
+def _null(text_key: str) -> str:
+    return f"{text_key}=null"
+
+
 def _checked(text: object, text_key: str) -> str:
     if not isinstance(text, str):
         raise _BadDocument(f"{text_key!r} is not a text, but {_short(text)}")
@@ -253,7 +261,7 @@ def _parquet_file(source: Source) -> pyarrow.parquet.ParquetFile:
     return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)  # of the files that have checksums
 
 
-def _parquet(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
+def _parquet(piece: Piece, text_key: str, dropped: Counter[str]) -> Iterator[Iterable[str]]:
     source, row = piece.source, 0
     with _reading(source, lambda: f", row {row}", "what follows is damaged: "), _parquet_file(source) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
@@ -265,6 +273,9 @@ def _parquet(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
                     text = value.as_py()
                 except UnicodeDecodeError as error:
                     raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
+                if text is None:
+                    dropped[_null(text_key)] += 1
+                    continue
                 yield (_checked(text, text_key),)
 
 
