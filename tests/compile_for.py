@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax import compiled, sharding, step, targets
+from tinyllama_jax import cli, compiled, sharding, step, targets
 from tinyllama_jax import config as c
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.kernels import attention
 
 # embedding and head 32,000 x 256 x 4 B = 31 MiB each; 2 micro-batches of 2 sequences a device, the loss in 2 chunks of each
@@ -48,7 +49,7 @@ def config_of(case: str) -> c.Config:
             "mesh.data": str(data),
             "mesh.fsdp": "-1",
         }
-        return c.override(c.read(path), options)
+        return cli.override(cli.read(path), options)
     data, fsdp, reduce_dtype = case.split(",")
     return small(int(data), int(fsdp), reduce_dtype)
 
@@ -190,7 +191,7 @@ def main(on: str, cases: list[str]) -> dict:
             try:
                 compiled.compile_step(small(1, len(machine.devices), "float32"), machine)
                 out[case] = None
-            except c.UserError as error:
+            except UserError as error:
                 out[case] = str(error)
             continue
         if case.startswith("attention:"):

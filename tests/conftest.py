@@ -50,6 +50,6 @@ def tiny_config_file(tiny_data) -> Path:
 @pytest.fixture
 def tiny_config(tiny_config_file):
     """What `tiny_config_file` says."""
-    from tinyllama_jax import config
+    from tinyllama_jax import cli
 
-    return config.read(str(tiny_config_file))
+    return cli.read(str(tiny_config_file))

@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = (
     "dims",
+    "errors",
     "config",
+    "cli",
     "xla",
     "sharding",
     "targets",
@@ -19,6 +21,7 @@ ORDER = (
     "lit",
     "step",
     "checkpoint",
+    "run_folder",
     "metrics",
     "weights",
 )

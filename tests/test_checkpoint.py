@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, sharding
+from tinyllama_jax import checkpoint, cli, run_folder, sharding
 from tinyllama_jax import config as c
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
 
 XY, XZ = ([{"manifest_sha256": h, "bos": False} for h in names] for names in ("xy", "xz"))
@@ -56,7 +57,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])  # with fp16 the state holds a loss scale
 def test_a_state_comes_back_bit_for_bit_on_another_mesh(config, compute):
-    config = c.override(config, {"model.precision": f"params=float32,compute={compute},output=float32"})
+    config = cli.override(config, {"model.precision": f"params=float32,compute={compute},output=float32"})
     _, state = state_of(config, data=1, fsdp=8)
     checkpoints = checkpoint.Checkpoints(config)
     assert checkpoints.latest() is None
@@ -96,7 +97,7 @@ def test_the_state_may_be_overwritten_once_save_returns(config):
 
 def test_parameters_alone_for_those_who_want_the_weights(config, tokenizer):
     program, state = state_of(config)
-    checkpoint.open_run(config, XY, tokenizer)
+    run_folder.open_run(config, XY, tokenizer)
     checkpoints = checkpoint.Checkpoints(config)
     checkpoints.save(7, state)
     checkpoints.close()
@@ -183,7 +184,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
         lambda run: checkpoint.restore_params(run, checkpoint.find_step(run), program.state.params),
     ):
         if "params" in file.parts or how.endswith("seal"):
-            with pytest.raises(c.UserError, match="30: is damaged: .*; step 20 is whole"):
+            with pytest.raises(UserError, match="30: is damaged: .*; step 20 is whole"):
                 reads(run)
     (note,) = checkpoint.recover(all_kept)
     assert note.startswith("checkpoint 30 is not used (") and str(run / "set_aside" / "30-") in note
@@ -200,16 +201,16 @@ def test_if_all_are_damaged_nothing_is_moved_and_nothing_starts_from_scratch(all
     _, run = three(all_kept)
     for step in (10, 20, 30):
         (run / "checkpoints" / str(step) / checkpoint.SEAL).unlink()
-    with pytest.raises(c.UserError, match=r"has no checkpoint to go on from \(30: seal.json is missing"):
+    with pytest.raises(UserError, match=r"has no checkpoint to go on from \(30: seal.json is missing"):
         checkpoint.recover(all_kept)
     assert checkpoint.steps_in(run) == [10, 20, 30]
 
 
 def test_a_new_skip_rewinds_to_before_it_and_an_old_one_does_not(all_kept):
     _, run = three(all_kept)
-    late = c.override(all_kept, {"data.skip": "31:40"})
+    late = cli.override(all_kept, {"data.skip": "31:40"})
     assert checkpoint.recover(late) == []
-    skipping = c.override(all_kept, {"data.skip": "12:13"})
+    skipping = cli.override(all_kept, {"data.skip": "12:13"})
     notes = checkpoint.recover(skipping)
     assert checkpoint.steps_in(run) == [10] and len(notes) == 2 and "trained on other batches" in notes[0]
     _, state = state_of(skipping)
@@ -217,17 +218,17 @@ def test_a_new_skip_rewinds_to_before_it_and_an_old_one_does_not(all_kept):
     checkpoints.save(20, state)
     checkpoints.close()
     assert checkpoint.recover(skipping) == [] and checkpoint.steps_in(run) == [10, 20]
-    with pytest.raises(c.UserError, match=r"\(20: trained on other batches"):
-        checkpoint.recover(c.override(all_kept, {"data.skip": "12:13,3:4"}))
+    with pytest.raises(UserError, match=r"\(20: trained on other batches"):
+        checkpoint.recover(cli.override(all_kept, {"data.skip": "12:13,3:4"}))
     assert checkpoint.steps_in(run) == [10, 20]
 
 
 @pytest.mark.parametrize("skip", ["", "3:4", "12:14", "3:4,12:13"])
 def test_a_skip_that_is_forgotten_is_a_mistake_and_no_wish_to_go_back(all_kept, skip):
-    skipping = c.override(all_kept, {"data.skip": "12:13"})
+    skipping = cli.override(all_kept, {"data.skip": "12:13"})
     _, run = three(skipping)
-    with pytest.raises(c.UserError, match=f"--data.skip={skip}: checkpoint 30 was trained with --data.skip=12:13; give that"):
-        checkpoint.recover(c.override(all_kept, {"data.skip": skip}))
+    with pytest.raises(UserError, match=f"--data.skip={skip}: checkpoint 30 was trained with --data.skip=12:13; give that"):
+        checkpoint.recover(cli.override(all_kept, {"data.skip": skip}))
     assert checkpoint.steps_in(run) == [10, 20, 30]
     for step in (20, 30):
         (run / "checkpoints" / str(step)).rename(run / str(step))
@@ -247,13 +248,13 @@ def test_an_import_can_be_gone_on_with_if_it_has_moments(config, tokenizer, with
         assert int(restored.step) == 50 and int(restored.opt_state[0].count) == 50
         same(moments, (restored.opt_state[0].mu, restored.opt_state[0].nu))
     else:
-        with pytest.raises(c.UserError, match="holds weights only; start from it with --workdir=NEW --init.from"):
-            checkpoint.open_run(c.override(config, {"model.d_ff": "32"}), XY, tokenizer)
+        with pytest.raises(UserError, match="holds weights only; start from it with --workdir=NEW --init.from"):
+            run_folder.open_run(cli.override(config, {"model.d_ff": "32"}), XY, tokenizer)
     checkpoints.close()
 
 
 def test_the_run_describes_itself(config, tokenizer):
-    assert checkpoint.open_run(config, XY, tokenizer) == []
+    assert run_folder.open_run(config, XY, tokenizer) == []
     run = checkpoint.Path(config.workdir)
     assert checkpoint.load_config(run) == config
     assert json.loads((run / "data.json").read_text())[1] == {
@@ -263,8 +264,8 @@ def test_the_run_describes_itself(config, tokenizer):
         "bos": False,
     }
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
-    assert set(checkpoint.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])
-    assert checkpoint.open_run(config, XY, tokenizer / "tokenizer.model") == []  # a file, as LITPKDS files have it
+    assert set(run_folder.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])
+    assert run_folder.open_run(config, XY, tokenizer / "tokenizer.model") == []  # a file, as LITPKDS files have it
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
 
 
@@ -278,55 +279,55 @@ def test_the_run_describes_itself(config, tokenizer):
     ],
 )
 def test_a_run_is_not_gone_on_with_as_another(config, tokenizer, change, words):
-    checkpoint.open_run(config, XY, tokenizer)
-    assert checkpoint.open_run(c.override(config, {"train.steps": "90"}), XY, tokenizer) == []  # no checkpoint, no past
-    checkpoint.open_run(config, XY, tokenizer)
+    run_folder.open_run(config, XY, tokenizer)
+    assert run_folder.open_run(cli.override(config, {"train.steps": "90"}), XY, tokenizer) == []  # no checkpoint, no past
+    run_folder.open_run(config, XY, tokenizer)
     saved(config)
-    with pytest.raises(c.UserError, match=words):
-        checkpoint.open_run(c.override(config, change), XY, tokenizer)
+    with pytest.raises(UserError, match=words):
+        run_folder.open_run(cli.override(config, change), XY, tokenizer)
     assert checkpoint.load_config(config.workdir) == config
 
 
 def test_what_may_change_is_said_or_free(config, tokenizer, tiny_data):
-    checkpoint.open_run(config, XY, tokenizer)
+    run_folder.open_run(config, XY, tokenizer)
     saved(config)
-    moved = c.override(
+    moved = cli.override(
         config, {"data.sources": "elsewhere/a:0.7,elsewhere/b:0.3", "mesh.data": "2", "train.seqs_per_device": "2"}
     )
-    assert checkpoint.open_run(moved, XY, tokenizer) == []
-    longer = c.override(moved, {"train.steps": "200"})
-    assert checkpoint.open_run(longer, XY, tokenizer) == [
+    assert run_folder.open_run(moved, XY, tokenizer) == []
+    longer = cli.override(moved, {"train.steps": "200"})
+    assert run_folder.open_run(longer, XY, tokenizer) == [
         "changed since this run was last started: train.steps from 100 to 200"
     ]
-    with pytest.raises(c.UserError, match="other contents"):
-        checkpoint.open_run(longer, XZ, tokenizer)
+    with pytest.raises(UserError, match="other contents"):
+        run_folder.open_run(longer, XZ, tokenizer)
     shutil.copy(tiny_data / "400.model", tokenizer / "tokenizer.model")
-    with pytest.raises(c.UserError, match="were not prepared with the tokenizer of the run"):
-        checkpoint.open_run(longer, XY, tokenizer)
+    with pytest.raises(UserError, match="were not prepared with the tokenizer of the run"):
+        run_folder.open_run(longer, XY, tokenizer)
 
 
 def test_find_step_names_what_there_is(config, tmp_path):
-    with pytest.raises(c.UserError, match="is not a run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         checkpoint.load_params(tmp_path / "nowhere")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(c.to_json(config))
-    with pytest.raises(c.UserError, match="has no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.load_params(tmp_path / "run")
     for step in (10, 9, 1000000, 960000):
         (tmp_path / "run" / "checkpoints" / str(step)).mkdir()
     (tmp_path / "run" / "checkpoints" / "1000001.orbax-checkpoint-tmp-0").mkdir()
     assert checkpoint.find_step(tmp_path / "run") == 1000000  # by number: the original's sort picked 960000
-    with pytest.raises(c.UserError, match="steps 9, 10, 960000, 1000000"):
+    with pytest.raises(UserError, match="steps 9, 10, 960000, 1000000"):
         checkpoint.find_step(tmp_path / "run", 11)
 
 
 def test_another_model_is_named(config):
     theirs = dataclasses.replace(config.model, n_layers=3)
-    with pytest.raises(c.UserError, match="--model.n_layers=2: X is of a model with n_layers=3"):
-        checkpoint.check_same_model(config.model, theirs, "X")
-    assert not checkpoint.check_same_model(config.model, dataclasses.replace(config.model, seq_len=64, remat="full"), "X")
+    with pytest.raises(UserError, match="--model.n_layers=2: X is of a model with n_layers=3"):
+        run_folder.check_same_model(config.model, theirs, "X")
+    assert not run_folder.check_same_model(config.model, dataclasses.replace(config.model, seq_len=64, remat="full"), "X")
     longer = dataclasses.replace(config.model, rope_scaling=4.0)  # the same weights, made to reach further
-    assert checkpoint.check_same_model(longer, config.model, "X") == [
+    assert run_folder.check_same_model(longer, config.model, "X") == [
         "X was trained with model.rope_scaling=1.0; here it is 4.0"
     ]
 
@@ -336,16 +337,16 @@ def test_the_folder_of_init_from_is_not_the_run(config, tokenizer):
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "llama"}')
     for changes, words in (({"init.from": config.workdir}, "is also --init.from"), ({}, "is not a config of this version")):
-        with pytest.raises(c.UserError, match=words):
-            checkpoint.open_run(c.override(config, changes), XY, tokenizer)
+        with pytest.raises(UserError, match=words):
+            run_folder.open_run(cli.override(config, changes), XY, tokenizer)
     assert [p.name for p in foreign.iterdir()] == ["config.json"]
 
 
 def test_a_folder_of_something_else_is_left_alone(config, tokenizer):
     (checkpoint.Path(config.workdir) / "tokenizer").mkdir(parents=True)
     (checkpoint.Path(config.workdir) / "tokenizer" / "precious").touch()
-    with pytest.raises(c.UserError, match="is not a run folder, and holds other folders; name a new one"):
-        checkpoint.open_run(config, XY, tokenizer)
+    with pytest.raises(UserError, match="is not a run folder, and holds other folders; name a new one"):
+        run_folder.open_run(config, XY, tokenizer)
     assert (checkpoint.Path(config.workdir) / "tokenizer" / "precious").is_file()
 
 

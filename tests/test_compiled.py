@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_jax import config as c
 from tinyllama_jax import hlo, targets
+from tinyllama_jax.errors import UserError
 
 TESTS = Path(__file__).parent
 ENV = os.environ | {
@@ -367,5 +367,5 @@ def test_a_mesh_whose_axes_are_not_the_slices_own(on, mesh, shape):
 def test_a_slice_that_does_not_exist_is_a_mistake(on):
     if not installed(on):
         pytest.skip(f"no compiler for {on} here: pip install '.[plan]'")
-    with pytest.raises(c.UserError, match=f"--on={on}: no such machine, says the compiler"):
+    with pytest.raises(UserError, match=f"--on={on}: no such machine, says the compiler"):
         targets.machine(on)

@@ -7,7 +7,9 @@ from fractions import Fraction
 
 import pytest
 
+from tinyllama_jax import cli
 from tinyllama_jax import config as c
+from tinyllama_jax.errors import UserError, read_json
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def config() -> c.Config:
 
 
 def test_override_by_type(config):
-    new = c.override(
+    new = cli.override(
         config,
         {
             "train.steps": "1_000",
@@ -37,7 +39,7 @@ def test_override_by_type(config):
     assert (new.train.steps, new.optim.peak_lr, new.workdir, new.init.from_) == (1000, 1e-3, "y", "RUN")
     assert new.data.sources == {"p/q": 0.9, "r": 0.1} and new.mesh.fsdp == -1
     assert config.train.steps == 100
-    assert c.override(config, {"data.sources": "only"}).data.sources == {"only": 1.0}
+    assert cli.override(config, {"data.sources": "only"}).data.sources == {"only": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -75,23 +77,23 @@ def test_override_by_type(config):
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_remedy(config, arguments, words):
-    with pytest.raises(c.UserError) as error:
-        c.override(config, arguments)
+    with pytest.raises(UserError) as error:
+        cli.override(config, arguments)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_accumulation_is_derived_or_refused_with_what_would_do(config):
     assert config.accumulation(4) == [1] and config.accumulation(1) == [4]  # 8 sequences a step, 2 a device
-    with pytest.raises(c.UserError, match=r"choose train.tokens_per_step as a multiple of 48"):
+    with pytest.raises(UserError, match=r"choose train.tokens_per_step as a multiple of 48"):
         config.accumulation(3)
     uneven = dataclasses.replace(config, train=dataclasses.replace(config.train, seqs_per_device=3))
-    with pytest.raises(c.UserError, match=r"choose train.seqs_per_device among \[1, 2, 4\]"):
+    with pytest.raises(UserError, match=r"choose train.seqs_per_device among \[1, 2, 4\]"):
         uneven.accumulation(2)
 
 
 def test_json_round_trip(config):
     assert c.from_json(c.to_json(config)) == config
-    with pytest.raises(c.UserError, match=r"X: is not a config of this version"):
+    with pytest.raises(UserError, match=r"X: is not a config of this version"):
         c.from_json('{"workdir": "x"}', "X")
 
 
@@ -123,33 +125,33 @@ def test_a_config_file_with_a_mistake(tmp_path, text, words):
     path = tmp_path / "demmo.py"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(c.UserError) as error:
-        c.read(str(path))
+    with pytest.raises(UserError) as error:
+        cli.read(str(path))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"3", b'{"a": 1}', b"null"])
 def test_damaged_json_is_one_line(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(c.UserError) as error:
-        c.read_json(tmp_path / "x.json", "b", remedy="copy it again")
+    with pytest.raises(UserError) as error:
+        read_json(tmp_path / "x.json", "b", remedy="copy it again")
     words = str(error.value)
     assert words.startswith(f"{tmp_path / 'x.json'}: is damaged (") and words.endswith("; copy it again") and "\n" not in words
-    with pytest.raises(c.UserError, match="is not a config of this version"):
+    with pytest.raises(UserError, match="is not a config of this version"):
         c.from_json(content)
 
 
 def test_json_as_it_should_be(tmp_path):
     (tmp_path / "x.json").write_text('[{"a": 1, "b": 2}]')
-    assert c.read_json(tmp_path / "x.json", "a", kind=list) == [{"a": 1, "b": 2}]
+    assert read_json(tmp_path / "x.json", "a", kind=list) == [{"a": 1, "b": 2}]
 
 
 def test_the_command_line(config):
-    assert c.pairs(["--a.b=c=d", "--e", "f"]) == {"a.b": "c=d", "e": "f"}
-    with pytest.raises(c.UserError, match="an option is written"):
-        c.pairs(["train.steps=1"])
-    with pytest.raises(c.UserError, match="has no value"):
-        c.pairs(["--train.steps"])
+    assert cli.pairs(["--a.b=c=d", "--e", "f"]) == {"a.b": "c=d", "e": "f"}
+    with pytest.raises(UserError, match="an option is written"):
+        cli.pairs(["train.steps=1"])
+    with pytest.raises(UserError, match="has no value"):
+        cli.pairs(["--train.steps"])
 
 
 def test_errors_end_with_exit_code_2_and_no_traceback():
@@ -169,10 +171,10 @@ def test_stages_of_a_batch_ramp():
 
 def test_weights_over_the_run_are_read_written_and_checked(config):
     text = "a:1@1.5e12..0.75@1.506e12,b:0@1.5e12..0.25@1.506e12,c:2"
-    mixed = c.override(config, {"data.sources": text})
+    mixed = cli.override(config, {"data.sources": text})
     assert mixed.data.sources["a"] == ((1.5e12, 1.0), (1.506e12, 0.75)) and mixed.data.sources["c"] == 2.0
     assert c.from_json(c.to_json(mixed)) == mixed
-    assert c.override(config, {"data.sources": c.sources_text(mixed.data.sources)}) == mixed
+    assert cli.override(config, {"data.sources": c.sources_text(mixed.data.sources)}) == mixed
     assert [c.weight_at(mixed.data.sources["b"], t) for t in (0, 1.503e12, 2e12)] == [0, Fraction(1, 8), Fraction(1, 4)]
 
 
@@ -191,10 +193,10 @@ def test_weights_over_the_run_are_read_written_and_checked(config):
     ids=str,
 )
 def test_numbers_beyond_all_bounds(config, arguments):
-    with pytest.raises(c.UserError, match=f"--{next(iter(arguments))}="):
-        c.override(config, arguments)
+    with pytest.raises(UserError, match=f"--{next(iter(arguments))}="):
+        cli.override(config, arguments)
 
 
 def test_not_a_number_is_no_share():
-    with pytest.raises(c.UserError, match="weights must be positive"):
+    with pytest.raises(UserError, match="weights must be positive"):
         c.Data({"a": ((0, 0.5), (10, float("nan")))})

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, convert, report, sharding, step, train, weights
+from tinyllama_jax import checkpoint, cli, convert, report, sharding, step, train, weights
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
+from tinyllama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +27,7 @@ def published(tiny_config_file, tmp_path_factory):
 
 def continued(tiny_config, origin, workdir, **init):
     """configs/continue.py with everything that has a size smaller, and the data the other way round."""
-    config = c.read(str(ROOT / "configs" / "continue.py"))
+    config = cli.read(str(ROOT / "configs" / "continue.py"))
     return dataclasses.replace(
         config,
         workdir=str(workdir),
@@ -129,5 +130,5 @@ def test_a_branch_begins_where_it_began_though_the_other_goes_on(published, tiny
 def test_mistakes(published, tiny_config, tmp_path, origin, init, words):
     if origin == "imported" and not (published / "imported").is_dir():
         convert.import_checkpoint(published / "hf", published / "imported")
-    with pytest.raises(c.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         run(continued(tiny_config, published / origin, tmp_path / "on", **init), tmp_path)

@@ -10,15 +10,17 @@ import file_map
 import jax
 import pytest
 
+from tinyllama_jax import cli, sharding, step
 from tinyllama_jax import config as c
-from tinyllama_jax import sharding, step
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 RANK = {
     "tinyllama_jax": 0,
     "dims": 0,
+    "errors": -1,
     "config": 0,
+    "cli": 0.4,
     "processes": 0.5,
     "xla": 0.5,
     "sharding": 1,
@@ -36,6 +38,7 @@ RANK = {
     "step": 3,
     "stages": 3,
     "checkpoint": 4,
+    "run_folder": 4.2,
     "metrics": 4,
     "weights": 4.5,
     "generate": 5,
@@ -105,7 +108,11 @@ def test_one_library_one_home(library):
 
 
 def test_rank_0_needs_no_jax():
-    for path in (ROOT / "tinyllama_jax" / "dims.py", ROOT / "tinyllama_jax" / "config.py"):
+    for path in (
+        ROOT / "tinyllama_jax" / "dims.py",
+        ROOT / "tinyllama_jax" / "config.py",
+        ROOT / "tinyllama_jax" / "errors.py",
+    ):
         assert not any(m.split(".")[0] in ("jax", "numpy") for m in imports(path))
 
 
@@ -132,12 +139,12 @@ def test_sizes_stay_within_budget():
     # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each);
     # XLA's settings (100), attention's kernels (400); of data: corpora, inputs (450), runners and stores (500), cleaning (700),
     # LITPKDS (300), audit (470); weights, batches and schedules over the run (500)
-    assert sum(lines.values()) <= 11_700 and lines["train"] <= 220
+    assert sum(lines.values()) <= 11_800 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_every_config_traces(path):
-    config = c.read(str(path))
+    config = cli.read(str(path))
     assert path.read_text().startswith('"""') and f"--config configs/{path.name}" in path.read_text()
     devices = jax.devices()[:1]
     mesh = sharding.make_mesh(c.Mesh(1, 1, 1), devices)

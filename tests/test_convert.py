@@ -22,7 +22,8 @@ from test_hf_tokenizer import KINDS, train
 
 from tinyllama_jax import checkpoint, convert, hf, model, optim, sharding
 from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config, UserError
+from tinyllama_jax.config import Config
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import build
 
 ROOT = Path(__file__).parents[1]

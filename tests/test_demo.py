@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import demo, demo_corpus
-from tinyllama_jax.config import UserError
+from tinyllama_jax import cli, demo, demo_corpus
+from tinyllama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 1_500
@@ -41,7 +40,7 @@ import signal
 import sys
 from pathlib import Path
 from tinyllama_jax import demo
-from tinyllama_jax.config import run_main
+from tinyllama_jax.errors import run_main
 
 def main(argv):
     code = demo.demo(Path(argv[0]), "config.py", Path("library"))
@@ -183,7 +182,7 @@ def test_interrupted_and_continued_is_the_same_as_uninterrupted(small):
 
 def test_stale_outputs_are_never_mixed(small, monkeypatch, capsys):
     monkeypatch.chdir(small)
-    config, _ = demo.placed(config_lib.read("config.py"), Path("work"))
+    config, _ = demo.placed(cli.read("config.py"), Path("work"))
 
     def stages():
         return demo.Stages(Path("work"), config, Path("library"))
@@ -211,11 +210,11 @@ def test_stale_outputs_are_never_mixed(small, monkeypatch, capsys):
     Path("work/run").mkdir()
     assert stages().todo("run", Path("work/run")) is False
     (small / "config.py").write_text(CONFIG.replace("n_layers=1", "n_layers=2"))
-    config, _ = demo.placed(config_lib.read("config.py"), Path("work"))
+    config, _ = demo.placed(cli.read("config.py"), Path("work"))
     with pytest.raises(UserError, match=r"^work was made with model\.n_layers=1, and now it is 2; delete work to"):
         stages()
     (small / "config.py").write_text(CONFIG)
-    config, _ = demo.placed(config_lib.read("config.py"), Path("work"))
+    config, _ = demo.placed(cli.read("config.py"), Path("work"))
     (small / "library" / "another.py").unlink()
     before = listing(small / "work")
     code, output = run(small)
@@ -230,8 +229,8 @@ def test_a_config_with_other_sources_is_one_line(small):
 
 
 def test_what_train_is_told():
-    config = config_lib.read(str(ROOT / "configs" / "demo.py"))
+    config = cli.read(str(ROOT / "configs" / "demo.py"))
     assert demo.placed(config, Path("runs/demo")) == (config, [])  # the command in the config's first lines trains the same run
     moved, arguments = demo.placed(config, Path("elsewhere"))
-    assert config_lib.load(["--config", str(ROOT / "configs" / "demo.py"), *arguments]) == moved
+    assert cli.load(["--config", str(ROOT / "configs" / "demo.py"), *arguments]) == moved
     assert moved.workdir == "elsewhere/run" and moved.data.sources == {"elsewhere/data/text": 0.7, "elsewhere/data/code": 0.3}

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from tinyllama_jax import demo_corpus
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 # (a module, its text, its code)
 MODULES = {

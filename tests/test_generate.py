@@ -19,8 +19,8 @@ import sentencepiece
 
 from tinyllama_jax import checkpoint, dims, generate, hf, hf_tokenizer, model
 from tinyllama_jax import config as c
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.generate import Sampling
 
 FP32 = "params=float32,compute=float32,output=float32"

@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from tinyllama_jax import dims, hf, model
-from tinyllama_jax.config import Model, UserError
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import UserError
 
 GQA = Model(
     n_layers=3,

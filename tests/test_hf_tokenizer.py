@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 from tinyllama_jax import hf_tokenizer
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="the independent reader of what is exported")
 

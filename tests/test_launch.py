@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tinyllama_jax import config as c
+from tinyllama_jax import cli
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -226,7 +226,7 @@ def test_tpu_run_starts_the_same_command_on_all_hosts(tpu):
     assert all(option.startswith("--") for option in options[1:])
     assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=1 2"} <= set(options)
     assert {"--setenv=TINYLLAMA_JAX_JOIN=1", f"--working-directory={tpu.home}/tinyllama"} <= set(options)
-    config = c.load([*words[:-2], "--workdir=/shared/a b", "--data.sources=/shared/data"])
+    config = cli.load([*words[:-2], "--workdir=/shared/a b", "--data.sources=/shared/data"])
     assert (config.mesh.data, config.mesh.fsdp) == (1, -1)
 
 
@@ -307,7 +307,7 @@ def test_the_jobset_starts_one_process_a_host_and_tells_each_who_it_is(jobset):
     assert jobset["spec"]["coordinator"] == {"replicatedJob": hosts["name"], "jobIndex": 0, "podIndex": 0}
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert container["command"] == ["python", "-m", "tinyllama_jax.train"]
-    config = c.load(container["args"])
+    config = cli.load(container["args"])
     assert all(Path(path).is_relative_to("/shared") for path in [config.workdir, *config.data.sources])
 
 

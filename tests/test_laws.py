@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import laws
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.laws import BESIROGLU, HOFFMANN, HOFFMANN_ROUNDED, LAWS, Prices, Run
 
 BY_HAND = laws.Law(E=1, A=4, B=1, alpha=1, beta=1, source="made up: every optimum is a fraction")

@@ -7,8 +7,9 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tinyllama_jax import cli, dims, metrics
 from tinyllama_jax import config as c
-from tinyllama_jax import dims, metrics
+from tinyllama_jax.errors import UserError
 
 TINYLLAMA = c.Model(22, 2048, 32, 4, 5632, 32000, 2048)
 
@@ -74,8 +75,8 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
 
 def test_wandb_asked_for_and_absent_is_said(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    asked = c.override(config, {"log.wandb": "project"})
-    with pytest.raises(c.UserError, match="pip install wandb"):
+    asked = cli.override(config, {"log.wandb": "project"})
+    with pytest.raises(UserError, match="pip install wandb"):
         metrics.Writer(asked, 0)
 
 

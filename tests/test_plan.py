@@ -13,6 +13,7 @@ import pytest
 
 from tinyllama_jax import compiled, dims, hlo, laws, plan, sharding, targets
 from tinyllama_jax import config as c
+from tinyllama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
@@ -236,5 +237,5 @@ def test_scaling_laws_of_the_command(tmp_path):
     ],
 )  # fmt: skip
 def test_mistakes(argv, words, tiny_config_file):
-    with pytest.raises(c.UserError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)):
         plan.main([str(tiny_config_file) if word == "CONFIG" else word for word in argv])

@@ -10,7 +10,7 @@ import pytest
 from cluster import Cluster, signal_to
 
 from tinyllama_jax import checkpoint, processes
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 EXACT = ("step", "checksum")
 WAIT = 6

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from cluster import Cluster
 
-from tinyllama_jax import checkpoint, metrics, model, processes, replay, step, train
+from tinyllama_jax import checkpoint, cli, metrics, model, processes, replay, step, train
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
+from tinyllama_jax.errors import UserError
 
 FSDP = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "log__eval_every": 100}
 
@@ -48,7 +49,7 @@ def said(text, module):
 @pytest.fixture
 def garbage(monkeypatch, tiny_config_file):
     """Makes the blocks of step 15 noise wherever they are read; what step 15 has without any skip."""
-    bad, gather, config = [], feed.gather, c.read(str(tiny_config_file))
+    bad, gather, config = [], feed.gather, cli.read(str(tiny_config_file))
 
     def damaged(sources, source, block):
         tokens, length = gather(sources, source, block)
@@ -77,7 +78,7 @@ def test_a_spike_stops_the_run_with_the_command_that_leaves_it_out(garbage, tiny
     again = said(str(error.value), "train")
     assert again[-1] == "--data.skip=3:3,14:14" and sum("data.skip" in word for word in again) == 1
     assert train.main(again) == 0  # from the checkpoint before, and to the end
-    config = c.override(c.read(str(tiny_config_file)), {"data.skip": "3:3,14:14"})
+    config = cli.override(cli.read(str(tiny_config_file)), {"data.skip": "3:3,14:14"})
     seen = curve(tmp_path / "run")
     assert max(seen) == 24 and not {key for step in range(1, 25) for key in blocks_of(config, step)} & set(garbage)
     assert max(x["loss"] for step, x in seen.items() if step > 7) < last["loss"] - 0.8
@@ -101,8 +102,8 @@ def test_of_several_processes_all_stop_and_one_says_why(tiny_config_file, tmp_pa
 def test_the_earlier_skip_is_kept_and_said_once():
     data = c.Data({"a": 1}, skip="3:4,9:9")
     given = ["--data.skip", "3:4", "--config=x", "--data.skip=3:4,9:9", "--workdir", "data.skip"]
-    assert c.skipping(given, data, 7, 8) == ["--config=x", "--workdir", "data.skip", "--data.skip=3:4,9:9,7:8"]
-    assert c.skipping([], c.Data({"a": 1}), 7, 8) == ["--data.skip=7:8"]
+    assert cli.skipping(given, data, 7, 8) == ["--config=x", "--workdir", "data.skip", "--data.skip=3:4,9:9,7:8"]
+    assert cli.skipping([], c.Data({"a": 1}), 7, 8) == ["--data.skip=7:8"]
 
 
 # -- replay ---------------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_replicas_that_err_now_are_named(cube, monkeypatch, capsys):
 
 
 def test_a_minority_of_three_is_one_device(tiny_config_file, tmp_path):
-    config = c.override(c.read(str(tiny_config_file)), {"mesh.data": "4", "mesh.fsdp": "2", "train.seqs_per_device": "1"})
+    config = cli.override(cli.read(str(tiny_config_file)), {"mesh.data": "4", "mesh.fsdp": "2", "train.seqs_per_device": "1"})
     mesh = replay.sharding.make_mesh(config.mesh)
     program = step.build(config, mesh)
     state = flip(program.init(), 3)
@@ -298,7 +299,7 @@ def test_a_text_stays_on_its_line():
 
 def test_the_command_to_skip_works_and_the_steps_can_be_replayed(cube, tiny_config_file, tmp_path, capsys):
     run = shutil.copytree(cube, tmp_path / "run")
-    out_of = set(blocks_of(c.override(c.read(str(tiny_config_file)), {"data.skip": "3:3"}), 18))
+    out_of = set(blocks_of(cli.override(cli.read(str(tiny_config_file)), {"data.skip": "3:3"}), 18))
     assert again(run, 18) == 0
     arguments = said(capsys.readouterr().out, "train")
     assert arguments[-1] == "--data.skip=3:3,18:18"
@@ -336,9 +337,9 @@ def test_mistakes(cube, tmp_path, monkeypatch):
         (cube, 3, ("--mesh.date=1",), "did you mean --mesh.data"),
         (cube, 3, ("--mesh.data=3",), "does not come to the 8 devices here"),
     ]:
-        with pytest.raises(c.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             again(run, number, *more)
     four = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda: four)
-    with pytest.raises(c.UserError, match="ran on 8 x cpu, and here are 4"):
+    with pytest.raises(UserError, match="ran on 8 x cpu, and here are 4"):
         replay.mesh_of(cube, checkpoint.load_config(cube), {})

@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 
 from tinyllama_jax import report
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 
 def write(run, rows, tail=""):

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import config as c
 from tinyllama_jax import dims, sharding, step
+from tinyllama_jax.errors import UserError
 
 MODEL = c.Model(2, 32, 4, 2, 64, 100, 16)
 
@@ -25,7 +26,7 @@ def test_minus_one_is_what_is_left(mesh, shape):
 
 @pytest.mark.parametrize("mesh", [c.Mesh(data=3), c.Mesh(data=2, fsdp=2, tensor=1), c.Mesh(data=16, fsdp=1)])
 def test_a_mesh_that_is_not_the_devices(mesh):
-    with pytest.raises(c.UserError, match="does not come to the 8 devices here"):
+    with pytest.raises(UserError, match="does not come to the 8 devices here"):
         sharding.make_mesh(mesh)
 
 
@@ -40,19 +41,19 @@ def test_every_parameter_is_split_over_fsdp_and_the_wide_ones_over_tensor():
 
 def test_what_does_not_divide_is_refused_with_the_shape():
     mesh = sharding.make_mesh(c.Mesh(data=1, fsdp=2, tensor=4))
-    with pytest.raises(c.UserError, match=r"--mesh.tensor=4: does not divide dimension K=2 of layers/k/kernel \(2, 32, 2, 8\)"):
+    with pytest.raises(UserError, match=r"--mesh.tensor=4: does not divide dimension K=2 of layers/k/kernel \(2, 32, 2, 8\)"):
         sharding.parameter_shardings(mesh, MODEL)
 
 
 def test_an_axis_can_split_one_dimension_of_a_parameter(monkeypatch):
     monkeypatch.setitem(sharding.PARAMETER_AXES, "V", "fsdp")
-    with pytest.raises(c.UserError, match=r"embed/embedding \(100, 32\): .* V and D both go over the mesh axis fsdp"):
+    with pytest.raises(UserError, match=r"embed/embedding \(100, 32\): .* V and D both go over the mesh axis fsdp"):
         sharding.parameter_shardings(sharding.make_mesh(c.Mesh(2, 2, 2)), MODEL)
 
 
 def test_a_rule_that_no_parameter_uses(monkeypatch):
     monkeypatch.setitem(sharding.PARAMETER_AXES, "E", "tensor")
-    with pytest.raises(c.UserError, match=r"PARAMETER_AXES\['E'\]='tensor': no parameter has .*D, F, H, K, L, N, V"):
+    with pytest.raises(UserError, match=r"PARAMETER_AXES\['E'\]='tensor': no parameter has .*D, F, H, K, L, N, V"):
         sharding.parameter_shardings(sharding.make_mesh(c.Mesh(2, 2, 2)), MODEL)
 
 
@@ -62,12 +63,12 @@ def test_every_leaf_of_the_state_is_a_scalar_a_parameter_or_a_moment_of_one(monk
     assert sharding.state_sharding("opt_state/0/mu/layers/q/kernel", (2, 32, 4, 8), table) == table["layers/q/kernel"]
     assert sharding.state_sharding("skipped", (), table).spec == PartitionSpec()
     for unknown in ("params/layers/bias", "params/unembed/embedding", "embedding"):
-        with pytest.raises(c.UserError, match=rf"^{unknown} \(32,\): no such parameter.*PARAMETERS of dims.py"):
+        with pytest.raises(UserError, match=rf"^{unknown} \(32,\): no such parameter.*PARAMETERS of dims.py"):
             sharding.state_sharding(unknown, (32,), table)
     config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(2, 64, 1), c.Checkpoint(1))
     step.build(config, mesh)
     monkeypatch.setattr(dims, "PARAMETERS", tuple(p for p in dims.PARAMETERS if p.name != "layers/gate/kernel"))
-    with pytest.raises(c.UserError, match=r"/layers/gate/kernel \(2, 32, 64\): no such parameter"):
+    with pytest.raises(UserError, match=r"/layers/gate/kernel \(2, 32, 64\): no such parameter"):
         step.build(config, mesh)
 
 

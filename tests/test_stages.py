@@ -9,9 +9,10 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
+from tinyllama_jax import cli, report, stages, train
 from tinyllama_jax import config as c
-from tinyllama_jax import report, stages, train
 from tinyllama_jax.data import feed
+from tinyllama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FEWER = 2_000
@@ -21,7 +22,7 @@ EXACT = ("loss", "grad_norm", "checksum", "lr", "tokens")
 
 def scaled(name, tiny_config, workdir):
     """configs/NAME.py with its stages, schedule and mixture, and the tests' model and data."""
-    config, paths = c.read(str(ROOT / "configs" / f"{name}.py")), [*tiny_config.data.sources]
+    config, paths = cli.read(str(ROOT / "configs" / f"{name}.py")), [*tiny_config.data.sources]
     less = lambda weight: tuple((t * SCALE, w) for t, w in weight) if isinstance(weight, tuple) else weight
     mixed = dict(zip([*paths, str(Path(paths[0]).with_name("one"))], map(less, config.data.sources.values()), strict=False))
     (ramp,) = config.train.stages[1:]
@@ -50,13 +51,13 @@ def run(config, tmp_path, *more):
     file = tmp_path / "config.json"
     file.write_text(c.to_json(config))
     assert train.main(["--config", str(file), *more]) == 0
-    return [row for row in report.rows(c.override(config, c.pairs(list(more))).workdir) if "loss" in row]
+    return [row for row in report.rows(cli.override(config, cli.pairs(list(more))).workdir) if "loss" in row]
 
 
 @pytest.fixture(scope="module")
 def math_code(tiny_config_file, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("v1_1")
-    config = scaled("v1_1_math_code", c.read(str(tiny_config_file)), tmp_path / "run")
+    config = scaled("v1_1_math_code", cli.read(str(tiny_config_file)), tmp_path / "run")
     return config, run(config, tmp_path)
 
 
@@ -112,7 +113,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(math_code, tiny_config, tmp
     config, rows = math_code
     plain = scaled("v1_1", tiny_config, tmp_path / "v1_1")
     plain = dataclasses.replace(plain, log=c.Log(every=10, eval_every=2_000))
-    until = c.override(
+    until = cli.override(
         plain, {"optim.decay_steps": str(config.train.tokens // 128), "train.steps": "410", "train.batch_ramp": ""}
     )
     trunk = run(until, tmp_path)
@@ -127,8 +128,8 @@ def test_a_branch_is_the_run_that_it_would_have_been(math_code, tiny_config, tmp
         ({"data.skip": "3:3"}, "data.skip: none there"),
         ({"data.sources": c.sources_text(config.data.sources).replace("0@53", "0.1@53")}, "data.sources"),
     ):
-        with pytest.raises(c.UserError, match=f"--init.state=all: until step 410 .*{words}"):
-            run(c.override(config, change), tmp_path, "--workdir", str(tmp_path / "other"), *branch[2:])
+        with pytest.raises(UserError, match=f"--init.state=all: until step 410 .*{words}"):
+            run(cli.override(config, change), tmp_path, "--workdir", str(tmp_path / "other"), *branch[2:])
     # and goes on by itself from its own checkpoints
     shutil.rmtree(tmp_path / "branch" / "checkpoints" / "523")
     assert run(config, tmp_path, *branch)[-1]["loss"] == rows[-1]["loss"]
@@ -143,13 +144,13 @@ def test_what_is_to_come_can_be_changed_and_what_was_cannot(math_code, tmp_path)
         if int(folder.name) > 510:
             shutil.rmtree(folder)
     sources = c.sources_text(config.data.sources)
-    kept = lambda more: dataclasses.replace(c.override(config, more), workdir=str(again))
+    kept = lambda more: dataclasses.replace(cli.override(config, more), workdir=str(again))
     for change, words in (
         ({"data.sources": sources.replace("0.15@", "0.2@")}, "these are other weights"),
         ({"train.batch_ramp": "60000:512"}, "train.batch_ramp"),
         ({"train.tokens_per_step": "256", "train.batch_ramp": ""}, "train.tokens_per_step"),
     ):
-        with pytest.raises(c.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             run(kept(change), tmp_path)
     first, second, third = sources.split(",")
     later = f"{first},{second}..0.15@{510 * 128}..0.5@{512 * 128},{third}"
@@ -160,7 +161,7 @@ def test_what_is_to_come_can_be_changed_and_what_was_cannot(math_code, tmp_path)
 
 def test_stages_of_the_published_runs():
     """The table of docs and of `plan`, from the config alone."""
-    table = stages.stages(c.read(str(ROOT / "configs" / "v1_1_chinese.py")))
+    table = stages.stages(cli.read(str(ROOT / "configs" / "v1_1_chinese.py")))
     assert [row["steps"] for row in table] == [
         (1, 2_000), (2_001, 832_298), (832_299, 835_627), (835_628, 1_026_501), (1_026_502, 1_047_308)
     ]  # fmt: skip
@@ -168,13 +169,13 @@ def test_stages_of_the_published_runs():
     assert table[-1]["tokens"][1] == pytest.approx(2e12, rel=2e-6) and table[-1]["lr"][1] == pytest.approx(4e-5)
     assert table[3]["shares"] == {"slimpajama": (0.5, 0.5), "skypile": (0.5, 0.5)} == table[4]["shares"]
     assert table[1]["shares"]["skypile"] == (0, 0) and table[2]["shares"]["skypile"] == (0, 0.5)
-    only = stages.stages(c.read(str(ROOT / "configs" / "3t.py")))
+    only = stages.stages(cli.read(str(ROOT / "configs" / "3t.py")))
     assert [row["steps"] for row in only] == [(1, 2_000), (2_001, 1_430_512)]
     assert only[1]["shares"]["slimpajama"] == (0.693584, 0.693584)
 
 
 def test_a_source_read_more_than_four_times_is_warned_about(tiny_config):
-    config = c.override(tiny_config, {"train.steps": "1_000"})
+    config = cli.override(tiny_config, {"train.steps": "1_000"})
     sources = feed.open_sources(config)
     read = [share * 8_000 / len(s) for share, s in zip((0.7, 0.3), sources, strict=True)]
     assert read[0] > 4 > read[1]

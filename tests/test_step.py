@@ -9,6 +9,7 @@ import pytest
 
 from tinyllama_jax import config as c
 from tinyllama_jax import model, sharding, step
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.kernels.cross_entropy import Sums
 from tinyllama_jax.step import Batch, build, checksum, count_tokens, loss_sums
 
@@ -134,7 +135,7 @@ def test_every_gradient_in_bf16_is_close_to_fp32s_also_of_a_token_that_is_half_t
 
 def test_a_step_too_large_for_the_devices_is_refused():
     config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 3 * 16, 1), c.Checkpoint(1))
-    with pytest.raises(c.UserError, match="choose train.tokens_per_step as a multiple of 128"):
+    with pytest.raises(UserError, match="choose train.tokens_per_step as a multiple of 128"):
         build(config, sharding.make_mesh(config.mesh))
 
 

@@ -5,22 +5,22 @@ import importlib.util
 import jax
 import pytest
 
-from tinyllama_jax import config as c
 from tinyllama_jax import targets
+from tinyllama_jax.errors import UserError
 
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
 
 
 @pytest.mark.parametrize("on", ["h300:1x8", "a100-40g", "a100-40g:16", "v5e:4", "v5e:4x4x", "v5e:0x4", "cpu:0", "cpu:2x2", ""])
 def test_an_unknown_target_lists_the_known_ones(on):
-    with pytest.raises(c.UserError, match=f"--on={on}: not a known target and its size; .*choose one like a100-40g:2x8, .*v6e"):
+    with pytest.raises(UserError, match=f"--on={on}: not a known target and its size; .*choose one like a100-40g:2x8, .*v6e"):
         targets.machine(on)
 
 
 @pytest.mark.parametrize("on", ["a100-40g:2x8", "v5e:4x4"])
 def test_a_missing_compiler_says_what_to_install(on, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(c.UserError, match=rf"--on={on}: .* is not installed; pip install '.\[plan\]'"):
+    with pytest.raises(UserError, match=rf"--on={on}: .* is not installed; pip install '.\[plan\]'"):
         targets.machine(on)
 
 
@@ -34,14 +34,14 @@ def test_a_missing_compiler_says_what_to_install(on, monkeypatch):
     ],
 )
 def test_what_was_nearly_right_is_said(on, words):
-    with pytest.raises(c.UserError, match=f"--on={on}: not a known target and its size; {words}"):
+    with pytest.raises(UserError, match=f"--on={on}: not a known target and its size; {words}"):
         targets.machine(on)
 
 
 def test_virtual_devices():
     machine = targets.machine("cpu:4")
     assert machine.devices == jax.devices()[:4] and machine.target is None and machine.per_node == 4
-    with pytest.raises(c.UserError, match="--on=cpu:9: this process has 8 devices"):
+    with pytest.raises(UserError, match="--on=cpu:9: this process has 8 devices"):
         targets.machine("cpu:9")
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, metrics, train
-from tinyllama_jax import config as c
+from tinyllama_jax import checkpoint, cli, metrics, train
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare import prepare
+from tinyllama_jax.errors import UserError
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
 
@@ -53,7 +53,7 @@ def quiet(tiny_config_file, tmp_path_factory):
 
 def test_a_run_writes_what_it_should(quiet, tiny_config_file):
     workdir, out = quiet
-    config = c.read(str(tiny_config_file))
+    config = cli.read(str(tiny_config_file))
     steps, validations = curve(workdir)
     assert [x["step"] for x in steps] == list(range(1, config.train.steps + 1))
     assert [x["step"] for x in validations] == [10, 20, 24]
@@ -234,7 +234,7 @@ EIGHT = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "optim__warmup_steps": 1}
 def test_a_run_that_only_skips_gives_up(bad_weights, tiny_config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "GIVE_UP", 3)
     keys = EIGHT | {"init__from": bad_weights[0], "train__steps": 9}
-    with pytest.raises(c.UserError, match="the last 3 steps, up to 3, were not finite"):
+    with pytest.raises(UserError, match="the last 3 steps, up to 3, were not finite"):
         train.main(command(tiny_config_file, tmp_path / "run", **keys))
     assert not checkpoint.steps_in(tmp_path / "run")
 
@@ -256,13 +256,13 @@ def test_weights_of_another_tokenizer_are_refused(quiet, tiny_config_file, tiny_
     shutil.copytree(quiet[0], tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "tokenizer")
     shutil.copytree(tiny_data / "other" / "tokenizer", tmp_path / "other" / "tokenizer")
-    with pytest.raises(c.UserError, match="its tokenizer is not the one that the data were prepared with"):
+    with pytest.raises(UserError, match="its tokenizer is not the one that the data were prepared with"):
         train.main(command(tiny_config_file, tmp_path / "run", **EIGHT, init__from=tmp_path / "other"))
 
 
 def test_other_precision_is_refused(quiet, tiny_config_file):
     precision = "params=float32,compute=float16,output=float32"
-    with pytest.raises(c.UserError, match="--model.precision=params=float32,compute=float16"):
+    with pytest.raises(UserError, match="--model.precision=params=float32,compute=float16"):
         train.main(command(tiny_config_file, quiet[0], **EIGHT, model__precision=precision))
 
 
@@ -296,7 +296,7 @@ def test_mistakes_are_one_line_each(quiet, tiny_config_file, tmp_path):
         argv = command(
             tiny_config_file, keys.pop("workdir", tmp_path / "run"), **({"mesh__fsdp": 8, "train__seqs_per_device": 1} | keys)
         )
-        with pytest.raises(c.UserError) as error:
+        with pytest.raises(UserError) as error:
             train.main(argv)
         assert words in str(error.value) and "\n" not in str(error.value), error.value
     assert not (tmp_path / "run" / "checkpoints").exists()

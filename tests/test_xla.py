@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import sharding, step, targets, xla
+from tinyllama_jax import cli, sharding, step, targets, xla
 
 assert len(jax.devices()) == 8  # asked for here, before a test takes XLA_FLAGS out of the environment
 
@@ -26,7 +25,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def config():
-    return c.read("configs/3t.py")
+    return cli.read("configs/3t.py")
 
 
 def test_a_gpus_options_are_sized_to_a_layer(config):
@@ -40,21 +39,21 @@ def test_a_gpus_options_are_sized_to_a_layer(config):
         "xla_gpu_all_reduce_combine_threshold_bytes": 4 * layer,
     }
     assert all(option.reason for option in xla.options(config, mesh_of("gpu")))
-    half = xla.compiler_options(c.override(config, {"model.reduce_dtype": "bfloat16"}), mesh_of("gpu", tensor=2))
+    half = xla.compiler_options(cli.override(config, {"model.reduce_dtype": "bfloat16"}), mesh_of("gpu", tensor=2))
     assert half["xla_gpu_all_reduce_combine_threshold_bytes"] == layer
     assert half["xla_gpu_all_gather_combine_threshold_bytes"] == pytest.approx(0.55 * layer, abs=1)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_elsewhere_there_are_none(config, platform):
-    deterministic = c.override(config, {"train.deterministic": "true"})
+    deterministic = cli.override(config, {"train.deterministic": "true"})
     assert xla.compiler_options(deterministic, mesh_of(platform)) == {}
     assert xla.lines(config, mesh_of(platform))[0].startswith("xla: no options of ours, compiled programs ")
 
 
 def test_deterministic_is_an_option_of_every_program(config, monkeypatch, tiny_config):
     assert "xla_gpu_deterministic_ops" not in xla.compiler_options(config, mesh_of("gpu"))
-    config = c.override(config, {"train.deterministic": "true"})
+    config = cli.override(config, {"train.deterministic": "true"})
     assert xla.compiler_options(config, mesh_of("gpu"))["xla_gpu_deterministic_ops"] is True
     # what any option does, by one that a CPU has
     monkeypatch.setattr(xla, "compiler_options", lambda config, mesh: {"xla_no_such_option": True})

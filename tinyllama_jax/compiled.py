@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax
 
 from tinyllama_jax import dims, hlo, sharding, step, targets
-from tinyllama_jax.config import Config, UserError
+from tinyllama_jax.config import Config
+from tinyllama_jax.errors import UserError
 
 LARGE = 4 * 2**20  # bytes: a collective that small costs its latency alone
 

@@ -1,33 +1,22 @@
-"""Configuration: frozen dataclasses, validation, `--section.key=value` on top of a config file, the user's errors."""
+"""Configuration: frozen dataclasses and their validation."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import errno
 import functools
 import itertools
 import json
 import math
-import runpy
-import sys
-import traceback
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
+
+from tinyllama_jax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
-
-
-class UserError(Exception):
-    """A mistake that a person must mend before the same command can work: one line, exit code 2, no traceback."""
-
-    code = 2
 
 
 def _check(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -46,11 +35,11 @@ class _Typed:
                 fits = isinstance(value, dict) and all(isinstance(k, str) and _is_a_weight(v) for k, v in value.items())
             else:
                 fits = _is_a(value, kind)
-            _check(fits, key, repr(value), f"must be {_KINDS.get(kind, 'of the type ' + getattr(kind, '__name__', str(kind)))}")
+            _check(fits, key, repr(value), f"must be {KINDS.get(kind, 'of the type ' + getattr(kind, '__name__', str(kind)))}")
             _check("\0" not in str(value), key, repr(value), "holds a NUL character")
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -446,7 +435,7 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     _check(value in known, key, value, f"must be one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-# -- keys and values from the command line ------------------------------------------------------------------------------
+# -- as keys and values, as JSON ------------------------------------------------------------------------------------------
 
 
 def keys(config_type: type = Config, prefix: str = "") -> dict[str, type]:
@@ -465,108 +454,6 @@ def flat(config: Config) -> dict[str, object]:
     return {k: values[k] if k in values else values[k.partition(".")[0]][k.partition(".")[2]] for k in keys()}
 
 
-def _parse(key: str, text: str, kind: type) -> object:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if typing.get_origin(kind) is dict:  # DIR:WEIGHT,DIR:WEIGHT; a single DIR needs no weight
-            parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
-            paths = [path for path, _, _ in parts]
-            _check(len(set(paths)) == len(paths), key, text, "names a folder twice; add up its weights")
-            return {path: _parse_weight(weight) for path, _, weight in parts}
-        value = kind(text)
-        if kind is float and not math.isfinite(value) and key != "optim.clip_norm":
-            raise ValueError
-        return value
-    except (ValueError, KeyError, ArithmeticError):
-        wanted = _KINDS.get(kind, "DIR:WEIGHT,DIR:WEIGHT (or WEIGHT@TOKENS..WEIGHT@TOKENS)")
-        raise UserError(f"--{key}={text}: must be {wanted}") from None
-
-
-def _parse_weight(text: str) -> Weight:
-    number = lambda text: float(Fraction(text))  # a Fraction is finite
-    if "@" not in text:
-        return number(text)
-    return tuple((number(tokens), number(weight)) for weight, tokens in (knot.split("@") for knot in text.split("..")))
-
-
-def override(config: Config, arguments: dict[str, str]) -> Config:
-    """`config` with `{"section.key": "text"}` applied. Raises UserError on an unknown key, a wrong type, a bad value."""
-    known = keys()
-    changes: dict[str, dict[str, object]] = {}
-    for key, text in arguments.items():
-        if key not in known:
-            tail = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-            close = [difflib.get_close_matches(key, known, 1, cutoff) for cutoff in (0.95, 0.5)]
-            near = (close[0] or tail or close[1] or [""])[0]
-            raise UserError(f"--{key}={text}: no such key" + (f"; did you mean --{near}?" if near else "; see --help"))
-        section, _, name = key.rpartition(".")
-        field_name = name + "_" if (section, name) == ("init", "from") else name
-        changes.setdefault(section, {})[field_name] = _parse(key, text, known[key])
-    top = changes.pop("", {})
-    return dataclasses.replace(config, **top, **{s: dataclasses.replace(getattr(config, s), **c) for s, c in changes.items()})
-
-
-def load(argv: list[str], description: str = "") -> Config:
-    """The config of a command line: `--config FILE --section.key=value ...`. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, epilog="keys: " + " ".join(f"--{k}" for k in keys())
-    )
-    parser.add_argument("--config", required=True, help="a file such as configs/demo.py")
-    known, rest = parser.parse_known_args(argv)
-    return override(read(known.config), pairs(rest))
-
-
-def pairs(arguments: list[str]) -> dict[str, str]:
-    """`["--a.b=c", "--d", "e"]` -> `{"a.b": "c", "d": "e"}`. Raises UserError on what is neither."""
-    out, words = {}, list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"{word}: an option is written --section.key=value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"{word}: has no value; an option is written --section.key=value")
-            value = words.pop(0)
-        out[key] = value
-    return out
-
-
-def skipping(arguments: list[str], data: Data, first: int, last: int) -> list[str]:
-    """`arguments` with the batches of the steps `first` to `last` left out, besides those that `data` leaves out already."""
-    pairs = zip(["", *arguments], arguments, strict=False)  # each word with the one before it
-    rest = [word for before, word in pairs if "--data.skip" not in (before, word.partition("=")[0])]
-    skip = f"{data.skip},{first}:{last}".removeprefix(",")
-    return [*rest, f"--data.skip={skip}"]
-
-
-def read(path: str) -> Config:
-    """The `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"--config={path}: no such file" + _nearby_configs(path))
-    if path.endswith(".json"):
-        return from_json(Path(path).read_bytes(), path)
-    try:
-        config = runpy.run_path(path).get("config")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever the user's Python raised, with the line in their file
-        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else (at or ["?"])[-1]
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    if not isinstance(config, Config):
-        raise UserError(f"{path}: defines no `config = Config(...)`")
-    return config
-
-
-def _nearby_configs(path: str) -> str:
-    folder = Path(path).parent
-    names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
-    near = difflib.get_close_matches(path, names, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}" if names else ""
-
-
 def to_json(config: Config) -> str:
     """The resolved config, as it is kept in a run folder."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -583,59 +470,3 @@ def from_json(text: str | bytes, origin: str = "config.json") -> Config:
         return build(Config, json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{origin}: is not a config of this version: {error}") from None
-
-
-def read_json(path: Path, *expected: str, kind: type = dict, remedy: str = "") -> typing.Any:
-    """The JSON object in a file, or list of objects if `kind` is list, with the keys `expected`. Raises UserError otherwise."""
-    try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, kind):
-            raise ValueError(f"is not a {kind.__name__}")
-        for row in [value] if kind is dict else value:
-            if missing := [key for key in expected if not isinstance(row, dict) or key not in row]:
-                raise ValueError(f"no {missing[0]}")
-        return value
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error})" + (f"; {remedy}" if remedy else "")) from None
-
-
-# -- ends of a program ----------------------------------------------------------------------------------------------------
-
-_DISK = {
-    errno.ENOSPC: "the disk is full; free some room and run the same command again",
-    errno.EDQUOT: "the disk quota is used up; free some room and run the same command again",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "permission denied; choose another folder or change its permissions",
-    errno.ENOENT: "no such file or folder",
-    errno.ENOTDIR: "part of this path is a file, not a folder",
-    errno.EEXIST: "is a file; name a folder",
-    errno.EPERM: "not permitted; choose another folder",
-    errno.ENAMETOOLONG: "is too long a name",
-    errno.EIO: "the disk failed to read or write",
-}
-
-
-def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> None:
-    """Run an entry point and exit. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
-
-    `returns`: go on if `main` returns None.
-    """
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        if str(error):  # of several processes one can speak for all
-            print(f"error: {error}", file=sys.stderr)
-        code = error.code
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        # of two names the second is where it was being written to; a write that fails knows no name
-        where = error.filename2 or error.filename
-        print("error: " + (f"{where}: " if where else "") + _DISK[error.errno], file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
-    sys.stdout.flush()
-    if not (returns and code is None):
-        raise SystemExit(code or 0)

@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax import checkpoint, hf, hf_tokenizer, lit
+from tinyllama_jax import checkpoint, cli, hf, hf_tokenizer, lit, run_folder
 from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config, Model, UserError
+from tinyllama_jax.config import Config, Model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.errors import UserError
 
 # What a tokenizer is made of in a Hugging Face folder; one of the first two is always there.
 TOKENIZER_FILES = (
@@ -74,7 +75,7 @@ def import_checkpoint(
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
-    given = config_lib.read(config_file) if config_file else None
+    given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
     if not tokenizer and source.exists() and not any((beside / name).is_file() for name in TOKENIZER_FILES[:2]):
         raise UserError(f"{beside}: holds no tokenizer; add --tokenizer FILE_OR_FOLDER: a run folder keeps its own")
@@ -88,7 +89,7 @@ def import_checkpoint(
         params, moments, step = lit.read(source, given.model)
     else:
         params, model = hf.load_folder(source)
-        if given and (notes := checkpoint.check_same_model(given.model, model, str(source))):
+        if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or _unscheduled(model)
     with _made_whole(output) as folder:

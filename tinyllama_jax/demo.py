@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinyllama_jax import cli, demo_corpus, report
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import demo_corpus, report
-from tinyllama_jax.config import Config, UserError, run_main
+from tinyllama_jax.config import Config
+from tinyllama_jax.errors import UserError, run_main
 
 if TYPE_CHECKING:
     from tinyllama_jax.data.blocks import Blocks
@@ -44,7 +45,7 @@ def demo(work: Path, config_file: str, stdlib: Path | None = None) -> int:
     """Everything, in `work`, by the config in `config_file`, from the modules in `stdlib` (this Python's). Raises UserError."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # its size is a CPU's
     started = time.monotonic()
-    config, overrides = placed(config_lib.read(config_file), work)
+    config, overrides = placed(cli.read(config_file), work)
     stages = Stages(work, config, stdlib)
     if stages.todo("corpus", work / "corpus"):
         make_corpus(work / "corpus", stdlib)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 SOURCES = ("text", "code")
 SPLITS = ("train", "validation")

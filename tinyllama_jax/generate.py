@@ -20,10 +20,10 @@ import numpy as np
 from jax import lax
 
 from tinyllama_jax import checkpoint, dims, hf, model
-from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Model, UserError
+from tinyllama_jax.config import Model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.errors import UserError, read_json, run_main
 
 
 class Sampling(NamedTuple):
@@ -166,7 +166,7 @@ def _documents_begin_with_bos(path: Path) -> bool:
         return checkpoint.documents_begin_with_bos(path)
     for file in (path / "tokenizer/tokenizer_config.json", path / "tokenizer_config.json"):  # an imported run, Hugging Face
         if file.is_file():
-            settings = config_lib.read_json(file)
+            settings = read_json(file)
             return settings.get("add_bos_token", str(settings.get("tokenizer_class")).startswith("Llama"))  # its default
     return False
 
@@ -266,4 +266,4 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    config_lib.run_main(main)
+    run_main(main)

@@ -22,7 +22,8 @@ import numpy as np
 import safetensors
 
 from tinyllama_jax import dims
-from tinyllama_jax.config import Model, UserError, read_json
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import UserError, read_json
 
 NAMES = {
     "embed/embedding": "model.embed_tokens.weight",

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 SPACE = "▁"  # U+2581, which stands for a space within pieces
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, laws
-from tinyllama_jax.config import UserError
+from tinyllama_jax import cli, dims, laws
+from tinyllama_jax.errors import UserError
 
 
 def law(args: argparse.Namespace, rest: list[str]) -> int:
@@ -23,7 +22,7 @@ def law(args: argparse.Namespace, rest: list[str]) -> int:
     prices = laws.Prices(**{name: getattr(args, name) for name in vars(laws.Prices())})
     own = laws.TINYLLAMA
     if args.config:
-        config = config_lib.read(args.config)
+        config = cli.read(args.config)
         own = laws.Run(dims.n_parameters(config.model), config.train.tokens)
     fit, tokens = laws.LAWS[args.fit], args.inference_tokens if args.law == "inference" else 0.0
     flops, picture = args.flops or own.flops(), args.picture or Path("plan-law.png")

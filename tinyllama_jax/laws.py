@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 
 class Run(NamedTuple):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllama_jax import hf
-from tinyllama_jax.config import Model, UserError
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import UserError
 
 # lit-gpt's name -> Hugging Face's; the fused "transformer.h.{}.attn.attn.weight" stands for three and is not among them
 NAMES = {

@@ -22,11 +22,11 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, processes, targets
-from tinyllama_jax.config import Config, UserError
+from tinyllama_jax import cli, dims, processes, targets
+from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import skip as skip_lib
+from tinyllama_jax.errors import UserError
 
 
 class Clock:
@@ -259,7 +259,7 @@ class Reporter:
     def how_to_skip(self, step: int, loss: float, above: float) -> str:
         """What to say of a spike at `step`."""
         again = [sys.executable, "-m", "tinyllama_jax.train"]
-        again += config_lib.skipping(self.argv, self.config.data, step, step)
+        again += cli.skipping(self.argv, self.config.data, step, step)
         look = [sys.executable, "-m", "tinyllama_jax.replay", "--run", self.config.workdir, "--step", str(step)]
         return (
             f"step {step:,}: loss {loss:.4f}, {above:.4f} nats above the mean of the {len(self.losses)} finite steps before it "

@@ -30,11 +30,12 @@ from pathlib import Path
 
 import jax
 
+from tinyllama_jax import cli, dims, law_report, laws, sharding, stages, targets
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, law_report, laws, sharding, stages, targets
 from tinyllama_jax.compiled import LARGE, Compiled, compile_step, gib, messages, step_seconds
-from tinyllama_jax.config import REMAT, Config, UserError
+from tinyllama_jax.config import REMAT, Config
 from tinyllama_jax.data import feed
+from tinyllama_jax.errors import UserError, run_main
 
 DOES_NOT_FIT = 3
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
@@ -44,7 +45,7 @@ ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3
 
 
 def _with(config: Config, **changes: object) -> Config:
-    return config_lib.override(config, {key.replace("__", "."): str(value) for key, value in changes.items()})
+    return cli.override(config, {key.replace("__", "."): str(value) for key, value in changes.items()})
 
 
 def guess(compiled: Compiled, sequences: int) -> float:
@@ -94,7 +95,7 @@ def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
         for sequences in (config.train.seqs_per_device, 1):
             with contextlib.suppress(UserError):  # a number that does not come out even on another mesh
                 keys = more | {"train.seqs_per_device": sequences}
-                changed = config_lib.override(config, {key: str(value) for key, value in keys.items()})
+                changed = cli.override(config, {key: str(value) for key, value in keys.items()})
                 n, found = most_sequences(compile_step(changed, machine) if more else compiled)
                 if found:
                     return more | ({"train.seqs_per_device": n} if n != config.train.seqs_per_device else {}), found
@@ -325,7 +326,7 @@ def main(argv: list[str]) -> int:
         return law_report.law(args, rest)
     if not args.config or not args.on:
         raise UserError("--config FILE and --on TARGET are needed (or --law); see --help")
-    config = config_lib.override(config_lib.read(args.config), config_lib.pairs(rest))
+    config = cli.override(cli.read(args.config), cli.pairs(rest))
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there leaves no record of its memory
     with messages():  # that there is no driver
         machine = targets.machine(args.on)
@@ -418,4 +419,4 @@ def _picture(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    config_lib.run_main(main)
+    run_main(main)

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from tinyllama_jax import cli
 from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import UserError, run_main
+from tinyllama_jax.errors import UserError, run_main
 
 STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
@@ -226,7 +227,7 @@ def supervise(module: str) -> None:
 
 
 def _supervised(module: str, argv: list[str]) -> int:
-    config = config_lib.load(argv)
+    config = cli.load(argv)
     with tempfile.TemporaryFile() as shared:
         shared.write(_PLACE.pack(*_identity(), 0, 0, b"starting"))
         shared.flush()

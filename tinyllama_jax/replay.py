@@ -25,12 +25,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import checkpoint, processes, report, sharding, weights, xla
-from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config, UserError
+from tinyllama_jax import checkpoint, cli, processes, report, run_folder, sharding, weights, xla
+from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.errors import UserError, read_json, run_main
 from tinyllama_jax.step import Program, TrainState, build, choose_attention, on_devices, weight_of, within
 
 COMPARED = "loss", "grad_norm", "checksum"
@@ -102,9 +102,9 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
     """(the run's config with `overrides`, the lines of its training steps up to `step`). Raises UserError."""
     config = checkpoint.load_config(run)
     for key in overrides:
-        if key in (*checkpoint.FIXED, "train.batch_ramp", "data.skip", "workdir") or key.startswith("init."):
+        if key in (*run_folder.FIXED, "train.batch_ramp", "data.skip", "workdir") or key.startswith("init."):
             raise UserError(f"--{key}={overrides[key]}: is part of what the run was; it is replayed as it was")
-    config = config_lib.override(config, {**overrides, "workdir": str(run)})
+    config = cli.override(config, {**overrides, "workdir": str(run)})
     if not (run / "data.json").is_file():
         raise UserError(f"{run}: has weights and no data (an import): it has no steps to replay")
     if not 1 <= step <= config.train.steps:
@@ -120,7 +120,7 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
 
 def check_data(run: Path, config: Config, sources: list[Blocks]) -> None:
     """Raises UserError unless the sources are those that the run was trained on."""
-    theirs = config_lib.read_json(run / "data.json", "manifest_sha256", "path", kind=list)
+    theirs = read_json(run / "data.json", "manifest_sha256", "path", kind=list)
     for path, source, then in zip(config.data.sources, sources, theirs, strict=False):
         if source.manifest_sha256 != then["manifest_sha256"]:
             raise UserError(f"--data.sources: {path} is not what the run was trained on, {then['path']} as it was then")
@@ -130,7 +130,7 @@ def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.shardin
     """The run's own mesh, on the first devices if there are more here; that of `--mesh...` if it was given."""
     if any(key.startswith("mesh.") for key in overrides):
         return sharding.make_mesh(config.mesh)
-    then = config_lib.read_json(run / "versions.json", "devices")["devices"]
+    then = read_json(run / "versions.json", "devices")["devices"]
     n, devices = int(then.partition(" x ")[0]), jax.devices()
     if n > len(devices):
         raise UserError(
@@ -291,7 +291,7 @@ def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]])
 
 def ran_on(run: Run) -> str:
     """What of RUN/versions.json is otherwise here."""
-    then, now = config_lib.read_json(run.folder / "versions.json"), checkpoint.versions()
+    then, now = read_json(run.folder / "versions.json"), run_folder.versions()
     now["devices"] = f"{run.mesh.size} x {jax.devices()[0].device_kind}"
     then, now = ({**v, **v.get("packages", {}), "packages": None} for v in (then, now))
     return "".join(f"; {name} {then.get(name)} then, {value} here" for name, value in now.items() if then.get(name) != value)
@@ -347,7 +347,7 @@ def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
     options = [f"--workdir={run.folder}" if begun else f"--workdir={run.folder}-without-{step}"]
     options += [f"--{key}={value}" for key, value in overrides.items()]
     command = ["--config", str(run.folder / "config.json"), *options]
-    return shlex.join([sys.executable, "-m", "tinyllama_jax.train", *config_lib.skipping(command, run.config.data, step, step)])
+    return shlex.join([sys.executable, "-m", "tinyllama_jax.train", *cli.skipping(command, run.config.data, step, step)])
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -357,8 +357,8 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and the lines on stderr")
     args, rest = parser.parse_known_args(argv)
-    return args, config_lib.pairs(rest)
+    return args, cli.pairs(rest)
 
 
 if __name__ == "__main__":
-    config_lib.run_main(main)
+    run_main(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import UserError, read_json, run_main
+from tinyllama_jax.errors import UserError, read_json, run_main
 
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
 

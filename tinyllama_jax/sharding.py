@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tinyllama_jax import dims
 from tinyllama_jax.config import Mesh as MeshConfig
-from tinyllama_jax.config import Model, UserError
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import UserError
 
 BATCH = ("data", "fsdp")  # a batch is split over both; parameters, their gradients and moments over fsdp and tensor
 PARAMETER_AXES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from tinyllama_jax import xla
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 
 PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
 

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, dims, metrics, sharding, stages, weights, xla
+from tinyllama_jax import checkpoint, cli, dims, metrics, run_folder, sharding, stages, weights, xla
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as at_end:
         stop = at_end.enter_context(processes.stop_on_signal())
         phases = [("imports", time.perf_counter())]
-        config = config_lib.load(argv, __doc__)
+        config = cli.load(argv, __doc__)
         xla.reserve_memory()
         processes.join(config.train.wait)
         xla.keep_compiled(config)
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
         origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
         config = weights.resolved(config, origin)
         if first := jax.process_index() == 0:  # who writes what is written once
-            at_end.enter_context(checkpoint.locked(config.workdir))
-            notes += checkpoint.open_run(config, weights.described(sources), sources[0].tokenizer)
+            at_end.enter_context(run_folder.locked(config.workdir))
+            notes += run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
             notes += checkpoint.recover(config)
         processes.barrier("run folder")
         phases.append(("data and devices", time.perf_counter()))

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, hf
-from tinyllama_jax.config import Config, UserError
+from tinyllama_jax import checkpoint, hf, run_folder
+from tinyllama_jax.config import Config
 from tinyllama_jax.data import tokenizer
 from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Program, TrainState
 
 
@@ -25,7 +26,7 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
         key, value = ("step", init.step) if init.step else ("state", init.state)
         raise UserError(f"--init.{key}={value}: {origin} is no run folder, and has weights only")
     theirs = checkpoint.load_config(origin).model if is_run else hf.load_model(origin)
-    notes = checkpoint.check_same_model(config.model, theirs, str(origin))
+    notes = run_folder.check_same_model(config.model, theirs, str(origin))
     if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if init.state != "weights":
@@ -36,7 +37,7 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
             )
         if init.state == "all" and step > config.train.steps:
             raise UserError(f"--init.state=all: step {step:,} of {origin} is more than train.steps={config.train.steps:,}")
-        if init.state == "all" and (what := checkpoint.other_past(origin, step, config, described(sources))):
+        if init.state == "all" and (what := run_folder.other_past(origin, step, config, described(sources))):
             raise UserError(
                 f"--init.state=all: until step {step:,} the run in {origin} was another than this would have been ({what}); "
                 "give this one the same past, or begin anew with --init.state=moments"

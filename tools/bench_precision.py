@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, model, sharding
 from tinyllama_jax import config as c
+from tinyllama_jax import model, run_folder, sharding
 from tinyllama_jax.data import feed
 from tinyllama_jax.step import build, new_state, on_devices
 
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"{name:22} {curve[0]:.4f} -> {end:.4f}  {100 * (end / fp32 - 1):+.3f}% of fp32's  {rows[name]['seconds']:.0f} s")
     if args.json:
         args.json.write_text(
-            json.dumps({"versions": checkpoint.versions(), "steps": args.steps, "rows": rows}, indent=1) + "\n"
+            json.dumps({"versions": run_folder.versions(), "steps": args.steps, "rows": rows}, indent=1) + "\n"
         )
 
 

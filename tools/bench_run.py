@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from tinyllama_jax import checkpoint, sharding, weights
+from tinyllama_jax import checkpoint, run_folder, sharding, weights
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.step import build
@@ -88,7 +88,7 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = build(config, mesh).init()
-        checkpoint.open_run(config, weights.described(sources), sources[0].tokenizer)
+        run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
         checkpoints = checkpoint.Checkpoints(config)
         checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
         checkpoints.close()
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     median = lambda values: sorted(values)[len(values) // 2]
-    out: dict = {"platform": platform.platform(), "versions": checkpoint.versions(), "model": args.model}
+    out: dict = {"platform": platform.platform(), "versions": run_folder.versions(), "model": args.model}
     with tempfile.TemporaryDirectory() as name:
         out["first step seconds"] = resume(Path(name), args.data, SHAPES[args.model])
         fresh = median(out["first step seconds"]["at step 0"])

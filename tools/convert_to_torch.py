@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works in a checkout that i
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave the accelerator to whoever trains on it
 
 from tinyllama_jax import convert, hf
-from tinyllama_jax.config import run_main
+from tinyllama_jax.errors import run_main
 
 
 def main(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ import bench_common as common
 import bench_train
 
 from tinyllama_jax import config as c
+from tinyllama_jax.errors import UserError
 
 KINDS = (  # the first whose words stand in an instruction, the computation that it calls, or its kernel's name
     ("collective", r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|send|recv)(-start|-done)?\(|nccl"),
@@ -217,7 +218,7 @@ def main() -> None:
     args.seq_len = args.seq_len or (2048 if args.model == "1b" else 256)
     try:
         result = trace({k: v for k, v in vars(args).items() if k not in ("out", "top")}, args.out)
-    except c.UserError as e:
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.code)
     print(f"{result['device']}, {result['step_ms']:.1f} ms a step with the profiler on; busy {result['busy_percent']:.1f}%, "

@@ -11,12 +11,12 @@ import pytest
 from array_record.python import array_record_module
 from tiny import stdlib_texts
 
-from tinyllama_jax import config as c
-from tinyllama_jax.config import UserError
-from tinyllama_jax.data import audit, feed, litpkds, shards
+from tinyllama_jax import cli
+from tinyllama_jax.data import audit, feed, litpkds, shards, survey
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Record
+from tinyllama_jax.errors import UserError
 
 S = 16
 BOS, EOS = 1, 2
@@ -122,11 +122,11 @@ def test_clean_data_are_said_to_be(data, findings, capsys, tmp_path, monkeypatch
 
 
 def test_counts_are_those_of_the_documents(data):
-    found = audit.survey(Blocks(data, "train"), audit.Findings(), lambda _: None)
+    found = survey.survey(Blocks(data, "train"), survey.Findings(), lambda _: None)
     spm = tokenizer_lib.load(data / "tokenizer")
     lengths = [len(spm.encode(words(seed % 7 * 20 + 10, seed))) + 1 for seed in range(40)]
     assert found.n_documents() == 40 and found.tokens == sum(lengths)
-    bins = np.bincount((np.log2(lengths) * audit.OCTAVE).astype(int), minlength=len(found.documents))
+    bins = np.bincount((np.log2(lengths) * survey.OCTAVE).astype(int), minlength=len(found.documents))
     np.testing.assert_array_equal(found.documents, bins)
     blocks = Blocks(data, "train")
     tokens, length = blocks.read(np.arange(len(blocks)))
@@ -180,7 +180,7 @@ def test_what_is_allowed_is_told_and_not_wrong(data, capsys):
 def test_many_findings_are_counted(data, findings):
     rewrite(data, lambda tokens, _: tokens.__setitem__(slice(0, 31), tokens[3]))
     said = findings(data)
-    assert sum("has the same tokens" in line for line in said) == audit.MOST
+    assert sum("has the same tokens" in line for line in said) == survey.MOST
     assert f"{data} (train): duplicate blocks: 20 more" in said
 
 
@@ -232,7 +232,7 @@ def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
     for eos in (False, True):
         prepare_lib.prepare(**made, eos=eos, output=tmp_path / f"data{eos}")
         assert findings(tmp_path / f"data{eos}") == []
-        found = audit.survey(Blocks(tmp_path / f"data{eos}", "train"), audit.Findings(), lambda _: None)
+        found = survey.survey(Blocks(tmp_path / f"data{eos}", "train"), survey.Findings(), lambda _: None)
         assert found.n_documents() == 5 and found.documents.sum() == 5 - (not eos)  # where the last one ends nothing says
     both = tmp_path / "dataTrue"
     edit(both, lambda manifest: manifest["splits"]["train"].update(documents=6))
@@ -240,7 +240,7 @@ def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
     # one token that does both: twice in a row between documents, and that is right
     rewrite(both, lambda tokens, _: np.putmask(tokens, tokens == BOS, EOS), documents=5)
     edit(both, lambda manifest: manifest["tokenizer"].update(bos_id=EOS))
-    assert findings(both) == [] and audit.survey(Blocks(both, "train"), audit.Findings(), lambda _: None).n_documents() == 5
+    assert findings(both) == [] and survey.survey(Blocks(both, "train"), survey.Findings(), lambda _: None).n_documents() == 5
 
 
 def test_damage_is_named_and_the_rest_is_read(data, findings):
@@ -254,7 +254,8 @@ def test_damage_is_named_and_the_rest_is_read(data, findings):
     file.write_bytes(bytes(len(whole)))
     said = findings(data)
     assert (
-        sum("is damaged" in line for line in said) == audit.MOST and f"{data} (train): damage: {last - first - 10} more" in said
+        sum("is damaged" in line for line in said) == survey.MOST
+        and f"{data} (train): damage: {last - first - 10} more" in said
     )
 
 
@@ -366,7 +367,7 @@ def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings
     assert said[0] == "order: all 7,200 samples of the run, those that data.skip=3:4 leaves out among them"
     n = len(Blocks(data, "train"))
     assert said[1] == f"order: 5,040 from {data}, {5_040 / n:.2f} epochs" and n < 2_520
-    config = c.override(c.read(str(config_file)), {"train.steps": "900"})
+    config = cli.override(cli.read(str(config_file)), {"train.steps": "900"})
     sources = feed.open_sources(config)
     source, block = feed.order(config, sources).locate(np.arange(7_200))
     for p in range(4):

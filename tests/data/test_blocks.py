@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import blocks as blocks_lib
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data.blocks import Blocks, Record
+from tinyllama_jax.errors import UserError
 
 S = 32
 

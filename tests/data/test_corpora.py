@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 from test_prepare import digests, expected, lines, stream
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import documents, inputs, tokenizer
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data.prepare import prepare
+from tinyllama_jax.errors import UserError
 
 WORDS = ["the", "of", "a", "def", "return", "in", "self", "for", "import", "None"]
 

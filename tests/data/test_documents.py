@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import documents, inputs
+from tinyllama_jax.errors import UserError
 
 
 def jsonl(texts, key="text"):

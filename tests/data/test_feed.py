@@ -6,15 +6,17 @@ import itertools
 import numpy as np
 import pytest
 
+from tinyllama_jax import cli
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.errors import UserError
 
 
 def batches(config, sources, shape, rows, start=0):
     size = {"train.tokens_per_step": str(shape[0] * shape[1] * config.model.seq_len)}
-    endless = c.override(config, {"train.steps": "100_000", **size})
+    endless = cli.override(config, {"train.steps": "100_000", **size})
     return feed.training(endless, sources, shape[1], np.asarray(rows), start)
 
 
@@ -23,7 +25,7 @@ def test_each_block_exactly_once_an_epoch_over_all_readers(tiny_config, readers)
     sources = feed.open_sources(tiny_config)[:1]  # one source: its epochs are those of the run
     n, batch = len(sources[0]), 48
     everything, lengths = sources[0].read(np.arange(n))
-    one = c.override(tiny_config, {"data.sources": next(iter(tiny_config.data.sources))})
+    one = cli.override(tiny_config, {"data.sources": next(iter(tiny_config.data.sources))})
     epochs = 3
     steps = -(-epochs * n // batch)
     read = [batches(one, sources, (1, batch), np.arange(batch)[r::readers]) for r in range(readers)]
@@ -53,9 +55,9 @@ def test_the_batch_is_a_function_of_the_step_alone(tiny_config):
     for shape in ((1, 8), (2, 4), (8, 1)):  # other micro-batches: the same rows in the same order
         got = next(batches(tiny_config, sources, shape, np.arange(shape[1]), 17))
         np.testing.assert_array_equal(got[0].reshape(8, -1), whole[17][0].reshape(8, -1))
-    threads = c.override(tiny_config, {"data.workers": "7"})
+    threads = cli.override(tiny_config, {"data.workers": "7"})
     np.testing.assert_array_equal(next(batches(threads, sources, (4, 2), [0, 1], 17))[0], whole[17][0])
-    other = c.override(tiny_config, {"train.seed": "1"})
+    other = cli.override(tiny_config, {"train.seed": "1"})
     assert not np.array_equal(next(batches(other, sources, (4, 2), [0, 1], 17))[0], whole[17][0])
 
 
@@ -86,7 +88,7 @@ def test_a_run_of_1_464_844_288_samples_is_addressed_at_once():
 
 
 def test_one_block_is_a_data_set(tiny_config, tiny_data):
-    config = c.override(tiny_config, {"data.sources": str(tiny_data / "one")})
+    config = cli.override(tiny_config, {"data.sources": str(tiny_data / "one")})
     sources = feed.open_sources(config)
     assert len(sources[0]) == 1
     tokens, length, _ = next(batches(config, sources, (2, 4), np.arange(4)))
@@ -114,16 +116,16 @@ def test_validation_reads_each_block_once_and_masks_the_rest(tiny_config):
     ],
 )
 def test_data_that_do_not_fit_the_model(tiny_config, change, words):
-    with pytest.raises(c.UserError, match=words):
-        feed.open_sources(c.override(tiny_config, change))
+    with pytest.raises(UserError, match=words):
+        feed.open_sources(cli.override(tiny_config, change))
 
 
 def test_a_document_mask_needs_data_that_say_where_documents_end(tiny_config, monkeypatch):
-    config = c.override(tiny_config, {"data.document_mask": "true"})
+    config = cli.override(tiny_config, {"data.document_mask": "true"})
     sources = feed.open_sources(config)
     assert feed.eos_id(config, sources) == sources[0].manifest["tokenizer"]["eos_id"] == 2
     monkeypatch.setitem(sources[1].manifest, "eos", False)
-    with pytest.raises(c.UserError, match=r"--data.document_mask=true: .*/b was prepared with --no-eos"):
+    with pytest.raises(UserError, match=r"--data.document_mask=true: .*/b was prepared with --no-eos"):
         feed.eos_id(config, sources)
     assert feed.eos_id(tiny_config, sources) == 2  # who does not ask for it needs none
 
@@ -131,5 +133,5 @@ def test_a_document_mask_needs_data_that_say_where_documents_end(tiny_config, mo
 def test_sources_of_two_tokenizers_do_not_mix(tiny_config, tiny_data):
     path = str(tiny_data / "a")
     mixed = dataclasses.replace(tiny_config, data=c.Data({path: 1.0, str(tiny_data / "other"): 1.0}))
-    with pytest.raises(c.UserError, match="were prepared with different tokenizers"):
+    with pytest.raises(UserError, match="were prepared with different tokenizers"):
         feed.open_sources(mixed)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax.config import Data, UserError
+from tinyllama_jax import cli
+from tinyllama_jax.config import Data
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.errors import UserError
 
 
 def data(skip):
@@ -50,7 +51,7 @@ def test_the_order_follows():
 def test_a_larger_batch_comes_earlier_by_what_is_left_out_before_it(skip, tiny_config):
     """The clock of tokens, and with it the learning rate, follows the batches that are trained on."""
     ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40", "data.skip": skip}
-    config = c.override(tiny_config, ramp)
+    config = cli.override(tiny_config, ramp)
     order, clock = feed.order(config, feed.open_sources(config)), skip_lib.in_steps(config)
     sizes = [order.size(step) * 16 for step in range(1, 41)]
     assert sizes[0] == 128 and sizes[-1] == 1_024

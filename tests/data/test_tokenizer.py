@@ -9,8 +9,8 @@ import sys
 import pytest
 import sentencepiece
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import tokenizer
+from tinyllama_jax.errors import UserError
 
 
 def reference(path):

@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from tinyllama_jax import config as c
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.kernels.attention import KERNELS, attention, choose, plain, triton
 
 QUERY_BLOCK = 8

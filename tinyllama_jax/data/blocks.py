@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from tinyllama_jax.config import UserError, read_json
+from tinyllama_jax.errors import UserError, read_json
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"

@@ -21,9 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import store
 from tinyllama_jax.data.store import Place
+from tinyllama_jax.errors import UserError
 
 HEAD = 1 << 20  # characters of a document that filters look at, and that --keep-dropped keeps
 SAMPLE = 1 << 16  # characters that say which language it is

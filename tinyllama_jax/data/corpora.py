@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data.inputs import Source
+from tinyllama_jax.errors import UserError
 
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz")  # as published, and as people unpack them
 

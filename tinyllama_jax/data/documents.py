@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.parquet
 from array_record.python import array_record_module
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import inputs
 from tinyllama_jax.data.inputs import READ, Source
+from tinyllama_jax.errors import UserError
 
 ROWS = 64  # rows of parquet or ArrayRecord decoded at once
 START = 1 << 16  # characters of a document that decide its split

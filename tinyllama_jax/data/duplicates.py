@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import clean, shards, store
 from tinyllama_jax.data.shards import Job, Shard
+from tinyllama_jax.errors import UserError
 
 METHODS = ("exact", "minhash")
 THRESHOLD = 0.8

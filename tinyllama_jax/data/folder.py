@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax.config import UserError, read_json
 from tinyllama_jax.data import shards, store
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import MANIFEST, Record, read_manifest
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
+from tinyllama_jax.errors import UserError, read_json
 
 
 def partial_of(output: Place) -> Place:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data.store import SCHEMES, filesystem
+from tinyllama_jax.errors import UserError
 
 # type of a file -> how it is read, and bytes of text in a byte of it, roughly
 KINDS = {

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import UserError, run_main
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged
+from tinyllama_jax.errors import UserError, run_main
 
 HEADER = struct.Struct("<7sQBQ")
 MAGIC, VERSION = b"LITPKDS", 1

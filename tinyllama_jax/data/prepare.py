@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from tinyllama_jax.config import UserError, run_main
 from tinyllama_jax.data import clean, corpora, documents, duplicates, inputs, runners, store
 from tinyllama_jax.data import folder as folder_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -34,6 +33,7 @@ from tinyllama_jax.data.blocks import FORMAT
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
+from tinyllama_jax.errors import UserError, run_main
 
 SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
 

@@ -26,10 +26,10 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import duplicates, shards, store
 from tinyllama_jax.data.shards import Job, Shard
 from tinyllama_jax.data.store import Place
+from tinyllama_jax.errors import UserError
 
 DIRECT = "direct"
 RUNNERS = {  # what is said -> what Beam calls it, the module it needs, and what to install for it

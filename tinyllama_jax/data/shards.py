@@ -20,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from tinyllama_jax.config import UserError
 from tinyllama_jax.data import clean, documents, store, tokenizer
 from tinyllama_jax.data.blocks import Record
 from tinyllama_jax.data.clean import Cleaning
 from tinyllama_jax.data.documents import Piece
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.store import Place, sha256
+from tinyllama_jax.errors import UserError
 
 BATCH = 1 << 18  # characters tokenised at once
 HELD_OUT = "validation"

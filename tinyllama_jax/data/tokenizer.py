@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from tinyllama_jax.config import UserError, read_json
+from tinyllama_jax.errors import UserError, read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character

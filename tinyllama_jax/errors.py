@@ -1,0 +1,70 @@
+"""The user's errors: one line and an exit code, where a program ends and where a file that it reads is damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that a person must mend before the same command can work: one line, exit code 2, no traceback."""
+
+    code = 2
+
+
+def read_json(path: Path, *expected: str, kind: type = dict, remedy: str = "") -> typing.Any:
+    """The JSON object in a file, or list of objects if `kind` is list, with the keys `expected`. Raises UserError otherwise."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, kind):
+            raise ValueError(f"is not a {kind.__name__}")
+        for row in [value] if kind is dict else value:
+            if missing := [key for key in expected if not isinstance(row, dict) or key not in row]:
+                raise ValueError(f"no {missing[0]}")
+        return value
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})" + (f"; {remedy}" if remedy else "")) from None
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full; free some room and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some room and run the same command again",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied; choose another folder or change its permissions",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "part of this path is a file, not a folder",
+    errno.EEXIST: "is a file; name a folder",
+    errno.EPERM: "not permitted; choose another folder",
+    errno.ENAMETOOLONG: "is too long a name",
+    errno.EIO: "the disk failed to read or write",
+}
+
+
+def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> None:
+    """Run an entry point and exit. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
+
+    `returns`: go on if `main` returns None.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        if str(error):  # of several processes one can speak for all
+            print(f"error: {error}", file=sys.stderr)
+        code = error.code
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        # of two names the second is where it was being written to; a write that fails knows no name
+        where = error.filename2 or error.filename
+        print("error: " + (f"{where}: " if where else "") + _DISK[error.errno], file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    if not (returns and code is None):
+        raise SystemExit(code or 0)

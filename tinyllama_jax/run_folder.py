@@ -1,0 +1,222 @@
+"""The run folder: what describes a run, what of it may change, and whether another has its past.
+
+RUN/config.json      the resolved configuration          RUN/data.json        hash of each source's manifest
+RUN/tokenizer/       what the data were prepared with    RUN/versions.json    packages, Python, devices
+RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
+RUN/set_aside/N-...  checkpoints no longer used          RUN/processes/       see processes.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import processes
+from tinyllama_jax.checkpoint import SEAL, load_config, steps_in, write
+from tinyllama_jax.config import Config, Model
+from tinyllama_jax.data import skip as skip_lib
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.errors import UserError, read_json
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array-record",
+    "tensorflow-datasets",
+    "sentencepiece",
+    "jmp",
+    "chex",
+    "numpy",
+)
+# What a run cannot change on the way, since its past would no longer be what its config says.
+FIXED = (
+    "model.n_layers",
+    "model.d_model",
+    "model.n_heads",
+    "model.n_kv_heads",
+    "model.d_ff",
+    "model.vocab_size",
+    "model.seq_len",
+    "model.rope_theta",
+    "model.rope_scaling",
+    "model.norm_eps",
+    "model.precision",  # of the parameters' dtype and the loss scale in the state
+    "train.tokens_per_step",
+    "train.seed",
+)
+# What changes neither the losses (but for rounding) nor the batches: not worth a word.
+FREE = (
+    "workdir",
+    "data.sources",
+    "data.workers",
+    "data.eval_blocks",
+    "train.spike",
+    "train.wait",
+    "train.seqs_per_device",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "init.",
+    "model.remat",
+    "model.attention",
+    "model.loss_chunk",
+)
+
+
+@contextlib.contextmanager
+def locked(run: str | Path) -> Iterator[None]:
+    """Keeps a second run out of a run folder, made if absent: see `processes.claim`.
+
+    Raises UserError if there is one. Does nothing in a folder that is not a run's.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    foreign = any(path.name != "processes" for path in run.iterdir())  # that folder is there before the run is
+    if foreign and not (run / "config.json").is_file() and not (run / "lock").is_file():
+        yield
+        return
+    file = processes.claim(run / "lock", run)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
+    """Makes the run folder, or checks that the one there is of this run; returns lines to print about what changed.
+
+    `sources`: for each, in order, {"manifest_sha256", "bos"}; what data.json says besides path and weight. `tokenizer`: the
+    folder or file that the data carry. Raises UserError if the run there has another model, other data or other batches.
+    """
+    run = Path(config.workdir)
+    notes = []
+    named = zip(config.data.sources.items(), sources, strict=True)
+    data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
+    if steps := steps_in(run):  # before its first checkpoint a run has nothing to lose
+        if not (run / "checkpoints" / str(steps[-1]) / "train").is_dir():  # an import
+            raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
+        notes = _compare(load_config(run), config, steps[-1])
+        described = run / "data.json"
+        there = read_json(described, *data[0], kind=list) if described.is_file() else data
+        ours = [tokenizer_lib.load(folder).sha256 for folder in (run / "tokenizer", tokenizer)]
+        if ours[0] != ours[1]:
+            raise UserError(f"--data.sources: were not prepared with the tokenizer of the run in {run}, {run / 'tokenizer'}")
+        weights = {s["path"]: config_lib.as_weight(s["weight"]) for s in there}
+        was = config_lib.sources_text(weights)
+        if list(weights.values()) != list(config.data.sources.values()):  # paths may
+            notes.append(f"changed since this run was last started: data.sources from {was}")
+        if not _same_until(there, data, config, steps[-1]):
+            raise UserError(
+                f"--data.sources: the run in {run} was trained on {was}, and these are other weights or other contents "
+                f"(see {run / 'data.json'}); give it its own data, or start another run with --workdir=NEW --init.from={run}"
+            )
+    else:
+        if config.init.from_ and Path(config.init.from_).resolve() == run.resolve():
+            raise UserError(f"--workdir={run}: is also --init.from; name a new folder")
+        run.mkdir(parents=True, exist_ok=True)
+        if (run / "config.json").is_file():
+            load_config(run)  # refused unless it is one of ours
+        if not (run / "config.json").is_file() and any(path.is_dir() and path.name != "processes" for path in run.iterdir()):
+            raise UserError(f"--workdir={run}: is not a run folder, and holds other folders; name a new one")
+        write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)
+        tokenizer_lib.load(tokenizer).save(run / "tokenizer")
+    if steps and steps[-1] >= config.train.steps and load_config(run).data.skip == config.data.skip:
+        return notes  # nothing to do: what describes the run is what trained it
+    write(run / "data.json", json.dumps(data, indent=2) + "\n")
+    write(run / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write(run / "config.json", config_lib.to_json(config))
+    return notes
+
+
+def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> str | None:
+    """In what the run `origin` until `step` is not what `config` would have done, or None. `sources`: as `open_run` takes them.
+
+    Of an import nothing is known but its schedule.
+    """
+    theirs, described = load_config(origin), origin / "data.json"
+    if _until(theirs, step) != _until(config, step):
+        then, now = (skip_lib.in_steps(c).tokens_after(step) for c in (theirs, config))
+        return f"train.tokens_per_step or train.batch_ramp: {then:,} tokens there, {now:,} here"
+    if not described.is_file():
+        return None
+    data = [{"weight": w, **s} for w, s in zip(config.data.sources.values(), sources, strict=True)]
+    if not _same_until(read_json(described, "weight", "manifest_sha256", kind=list), data, config, step):
+        return "data.sources: other shares or other contents"
+    if (theirs.train.seed, theirs.model.seq_len) != (config.train.seed, config.model.seq_len):
+        return "train.seed or model.seq_len"
+    skip = read_json(origin / "checkpoints" / str(step) / SEAL, "skip")["skip"]
+    same = skip_lib.same_batches(config.data, dataclasses.replace(config.data, skip=skip), step)
+    return None if same else f"data.skip: {skip or 'none'} there"
+
+
+def _until(config: Config, step: int) -> list[tuple[int, int, int]]:
+    return [stage for stage in skip_lib.in_steps(config).stages if stage[0] < step]
+
+
+def _same_until(there: list[dict], data: list[dict], config: Config, step: int) -> bool:
+    """Whether the batches until `step` are the same of two sets of sources, of which the second may have more to come."""
+    contents = [[source["manifest_sha256"] for source in sources] for sources in (there, data)]
+    old, new = (Mixture([config_lib.as_weight(s["weight"]) for s in side], config.model.seq_len) for side in (there, data))
+    batches = int(skip_lib.batch_of(np.int64(step), skip_lib.left_out(config.data)))
+    samples = config.train.tokens_after(batches) // config.model.seq_len
+    return contents[1][: len(there)] == contents[0] and old.same_until(new, samples)
+
+
+def _compare(old: Config, new: Config, step: int) -> list[str]:
+    """What has changed since `step`, in lines. Raises UserError if it would change what was done until then."""
+    before, after = config_lib.flat(old), config_lib.flat(new)
+    changed = [k for k in before if before[k] != after[k] and not k.startswith(FREE)]
+    fixed = FIXED if _until(old, step) == _until(new, step) else (*FIXED, "train.batch_ramp")
+    for key in changed:
+        if key in fixed:
+            raise UserError(
+                f"--{key}={after[key]}: the run in {new.workdir} has {before[key]}; give it back that value, "
+                f"or start another run with --workdir=NEW (and --init.from={new.workdir} for its weights)"
+            )
+    return [f"changed since this run was last started: {k} from {before[k]} to {after[k]}" for k in changed]
+
+
+def check_same_model(ours: Model, theirs: Model, origin: str) -> list[str]:
+    """Raises UserError naming the first field in which the shapes of two models' weights differ.
+
+    Returns what differs in the mathematics alone (RoPE, as when the context is made longer, and eps), a line each.
+    """
+    differ = {}
+    for key in FIXED:
+        section, _, name = key.partition(".")
+        if section == "model" and name not in ("seq_len", "precision") and getattr(ours, name) != getattr(theirs, name):
+            differ[name] = (getattr(ours, name), getattr(theirs, name))
+    for name, (here, there) in differ.items():
+        if name not in ("rope_theta", "rope_scaling", "norm_eps"):
+            raise UserError(f"--model.{name}={here}: {origin} is of a model with {name}={there}")
+    return [f"{origin} was trained with model.{name}={there}; here it is {here}" for name, (here, there) in differ.items()]
+
+
+def versions() -> dict[str, object]:
+    """What the run runs on: packages, Python, platform, devices."""
+    devices = jax.devices()
+    return {
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
