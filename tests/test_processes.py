@@ -12,7 +12,8 @@ from cluster import Cluster, signal_to
 from tinyllama_jax import checkpoint, processes
 from tinyllama_jax.errors import UserError
 
-EXACT = ("step", "checksum")
+EXACT = ("step", "checksum", "tokens")
+RAMP = "1152:256,1920:512"  # 9 steps of 128 tokens, 3 of 256, then 512
 WAIT = 6
 
 
@@ -24,7 +25,8 @@ def lines(workdir):
 @pytest.fixture(scope="module")
 def quiet(tiny_config_file, tmp_path_factory):
     """An uninterrupted run of one process on eight devices."""
-    run = Cluster(tiny_config_file, tmp_path_factory.mktemp("quiet") / "run", 1, 8, train__seqs_per_device=1)
+    keys = {"train__seqs_per_device": 1, "train__batch_ramp": RAMP}
+    run = Cluster(tiny_config_file, tmp_path_factory.mktemp("quiet") / "run", 1, 8, **keys)
     assert run.wait() == [0], run.output(0)
     return lines(run.workdir)
 
@@ -35,7 +37,10 @@ def same(ours, theirs):
 
 
 def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, tmp_path):
-    """8 devices in 2 processes, 4 in 1, 16 in 4: every batch is that of the quiet run, every loss to rounding."""
+    """8 devices in 2 processes, 4 in 1, 16 in 4: every batch is that of the quiet run, every loss to rounding.
+
+    The batch grows twice around the first stop.
+    """
     workdir = tmp_path / "run"
     for n, devices, steps, keys in (
         (2, 4, 10, {"train__seqs_per_device": 1}),
@@ -43,7 +48,7 @@ def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, t
         (4, 4, 24, {"train__seqs_per_device": 1, "mesh__tensor": 2}),
     ):
         # a stop at `steps`, and not another train.steps: that would be another schedule
-        run = Cluster(tiny_config_file, workdir, n, devices, **keys)
+        run = Cluster(tiny_config_file, workdir, n, devices, train__batch_ramp=RAMP, **keys)
         if steps < 24:
             assert run.until(steps), run.output(0)
             run.processes[-1].send_signal(signal.SIGTERM)

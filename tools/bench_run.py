@@ -134,20 +134,20 @@ def stall(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
 
 
 def boundary(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
-    """Seconds that the first steps of a larger batch take beyond those after them, and that a checkpoint holds the loop."""
+    """Seconds that three steps take beyond as many usual ones: the first of a larger batch, and those after a checkpoint."""
     out: dict[str, list[float]] = {"boundary": [], "checkpoint": []}
     for i in range(2):
         config = config_of(folder / f"boundary{i}", data, shape)
         seq_len = config.model.seq_len
-        train = dataclasses.replace(config.train, steps=60, batch_ramp=f"{40 * seq_len}:{4 * seq_len}")
-        config = dataclasses.replace(config, train=train, checkpoint=c.Checkpoint(20))
+        train = dataclasses.replace(config.train, steps=240, batch_ramp=f"{220 * seq_len}:{4 * seq_len}")
+        config = dataclasses.replace(config, train=train, checkpoint=c.Checkpoint(100))
         with training(config, stdout=subprocess.DEVNULL) as process:
             process.wait()
         rows = [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
         seconds = {row["step"]: row["step_seconds"] for row in rows if "loss" in row}
-        usual = sorted(seconds[step] for step in range(44, 59))[7]
-        out["boundary"].append(sum(seconds[step] - usual for step in (41, 42, 43)))
-        out["checkpoint"].append(max(row["checkpoint_seconds"] for row in rows if "loss" in row))
+        for what, first, usual in ("boundary", 221, range(224, 239)), ("checkpoint", 101, range(80, 95)):
+            one = sorted(seconds[step] for step in usual)[7]
+            out[what].append(sum(seconds[step] - one for step in range(first, first + 3)))
     return out
 
 
@@ -173,7 +173,7 @@ def main() -> None:
         print(f"checkpoint: the loop stands still for {blocks:.3f} s of {whole:.3f} s, {blocks / whole:.3f}")
         out["batch four times as large"] = boundary(Path(name), args.data, SHAPES[args.model])
         stalls = [median(v) for v in out["batch four times as large"].values()]
-        print(f"a batch four times as large: {stalls[0]:.3f} s beyond a usual step; a checkpoint there {stalls[1]:.3f} s")
+        print(f"a batch four times as large: {stalls[0]:.3f} s beyond usual steps; a checkpoint {stalls[1]:.3f} s")
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
 
