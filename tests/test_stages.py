@@ -91,10 +91,16 @@ def test_learning_rate_batch_and_mixture_are_the_tables(math_code, monkeypatch):
     plot = matplotlib.axes.Axes.plot
     record = lambda self, x, y, *a, **k: (seen.update({k["label"]: np.array(y)}), plot(self, x, y, *a, **k))[1]
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", record)
+    second, axes = matplotlib.axes.Axes.secondary_xaxis, []
+    monkeypatch.setattr(matplotlib.axes.Axes, "secondary_xaxis", lambda *a, **k: (axes.append(k), second(*a, **k))[1])
     assert report.draw(config.workdir).is_file()
+    to_tokens, to_steps = axes[0]["functions"]
+    for step, n in (0, 0), (100, 100 * 128), (513, 513 * 128), (523, full), (530, full + 7 * 512):
+        assert (to_tokens(step), to_steps(n)) == (n, step)
     assert {"learning rate", "tokens a step", *names} <= set(seen)
     assert seen["tokens a step"][[0, 512, 513, -1]].tolist() == [128, 128, 512, 512]
-    assert seen[names[1]][[0, 415]].tolist() == [0, 0] and seen[names[1]][430:513].mean() == pytest.approx(0.15, abs=0.01)
+    share = seen[names[1]]  # means of 10 steps
+    assert len(share) == 514 and share[[0, 406]].tolist() == [0, 0] and share[421:504].mean() == pytest.approx(0.15, abs=0.01)
 
 
 def test_killed_before_a_boundary(math_code, tmp_path):

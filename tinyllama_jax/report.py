@@ -34,7 +34,7 @@ def rows(run: str | Path) -> list[dict]:
 def draw(run: str | Path) -> Path:
     """Writes RUN/loss.png: training and validation loss by step, the unigram model's line, and the learning rate.
 
-    Tokens a step and the sources' shares too, where there is more than one of them.
+    Tokens a step and the sources' shares (means of as many steps as the loss's) too, where there is more than one of them.
 
     Returns its path. The old picture stays until the new one is whole. Raises UserError if there is nothing to draw.
     """
@@ -46,31 +46,39 @@ def draw(run: str | Path) -> Path:
         raise UserError(f"{run}: no step with a finite loss yet")
 
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
+    from matplotlib.ticker import EngFormatter
 
     steps, train_losses = np.array([(r["step"], r["loss"]) for r in train]).T
     curves = {"learning rate": {"": [r["lr"] for r in train]}}
-    if "tokens" in train[0]:  # of the steps since the line before
-        sizes = np.diff([r["tokens"] for r in train]) / np.diff(steps)
+    tokens = [r["tokens"] for r in train] if "tokens" in train[0] else []
+    if tokens:
+        sizes = np.diff(tokens) / np.diff(steps)  # of the steps since the line before
         curves |= {"tokens a step": {"": [*sizes[:1], *sizes]}} if len(set(sizes)) > 1 else {}
+    window = max(1, len(steps) // 50)  # a step of few tokens says little by itself
+    mean = lambda values: np.convolve(values, np.full(window, 1 / window), "valid")
     if names := dict.fromkeys(key for r in train for key in r if key.startswith("share/")):
-        curves["share"] = {name.removeprefix("share/"): [r.get(name, np.nan) for r in train] for name in names}
+        curves["share"] = {name.removeprefix("share/"): mean([r.get(name, np.nan) for r in train]) for name in names}
     figure = Figure(figsize=(8, 4 + 1.5 * len(curves)), layout="constrained")
     losses, *others = figure.subplots(1 + len(curves), 1, sharex=True, height_ratios=(4, *[1] * len(curves)))
-    window = max(1, len(steps) // 50)  # a step of few tokens says little by itself
-    means = np.convolve(train_losses, np.full(window, 1 / window), "valid")
     losses.plot(steps, train_losses, color="C0", alpha=0.25, linewidth=0.5, label="training")
-    losses.plot(steps[window - 1 :], means, color="C0", linewidth=1.5, label=f"training, mean of {window}")
+    losses.plot(steps[window - 1 :], mean(train_losses), color="C0", linewidth=1.5, label=f"training, mean of {window}")
     if validation:
         label = f"validation, {validation[-1]['val_loss']:.3f} at the end"
         losses.plot([r["step"] for r in validation], [r["val_loss"] for r in validation], "o-", color="C1", label=label)
     baseline = unigram(run)
     if baseline is not None:
         losses.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=f"unigram model, {baseline:.3f}")
+    if len(tokens) > 1:
+        at, there = [0, *steps, 2 * steps[-1]], [0, *tokens, tokens[-1] + steps[-1] * sizes[-1]]
+        losses.set_xlim(0, steps[-1])
+        top = losses.secondary_xaxis("top", functions=(lambda x: np.interp(x, at, there), lambda x: np.interp(x, there, at)))
+        top.set(xlabel="tokens")
+        top.xaxis.set_major_formatter(EngFormatter(sep=""))
     losses.set(ylabel="loss, nats a token", title=str(run))
     losses.legend()
     for axes, (what, lines) in zip(others, curves.items(), strict=True):
         for i, (name, values) in enumerate(lines.items()):
-            axes.plot(steps, values, color=f"C{2 + i}", linewidth=1, label=name or what)
+            axes.plot(steps[len(steps) - len(values) :], values, color=f"C{2 + i}", linewidth=1, label=name or what)
         axes.set(ylabel=what, ylim=(0, None))
         if len(lines) > 1:
             axes.legend(fontsize=7)
