@@ -25,16 +25,6 @@ from tiny import make_tiny_data
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would all we start
 
 
-@pytest.fixture(autouse=True)
-def _the_environment_as_it_was():
-    """Undoes what a test's commands wrote into this process's environment: a later test starts processes with it."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
-
-
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """What `make_tiny_data` writes."""

@@ -200,3 +200,18 @@ def test_numbers_beyond_all_bounds(config, arguments):
 def test_not_a_number_is_no_share():
     with pytest.raises(UserError, match="weights must be positive"):
         c.Data({"a": ((0, 0.5), (10, float("nan")))})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (5, "under a minute"),
+        (90, "2 min"),
+        (7_000, "117 min"),
+        (7_200, "2.0 h"),
+        (86_400, "24.0 h"),
+        (90 * 86_400, "90.0 days"),
+    ],
+)
+def test_time_left(seconds, said):
+    assert cli.time_left(seconds) == said

@@ -139,7 +139,7 @@ def test_sizes_stay_within_budget():
     # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each);
     # XLA's settings (100), attention's kernels (400); of data: corpora, inputs (450), runners and stores (500), cleaning (700),
     # LITPKDS (300), audit (470); weights, batches and schedules over the run (500)
-    assert sum(lines.values()) <= 11_800 and lines["train"] <= 220
+    assert sum(lines.values()) <= 11_900 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

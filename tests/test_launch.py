@@ -22,8 +22,8 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.
 
 
 def environment(**more: object) -> dict[str, str]:
-    """Without what would make this process one of several."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_"))}
+    """Without what would make this process one of several, and what a run in this process has set."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "XLA_"))}
     return clean | {"PYTHON": sys.executable, "MODULE": "stand_in"} | {k: str(v) for k, v in more.items()}
 
 

@@ -61,6 +61,12 @@ def test_other_schedules_by_hand(how, rates):
     assert {step: pytest.approx(float(rate(step)), abs=1e-6) for step in (*rates, 5)} == {**rates, 5: 0.5}
 
 
+def test_a_cool_down_to_0_does_not_go_below():
+    """By rounding it did, to -3e-12."""
+    rate = optim.schedule(c.Optim(2e-4, 2e-5, 5, 0.1, 1.0, schedule="constant", cooldown_steps=20), c.Train(30, 8, 1))
+    assert float(jax.jit(rate)(29)) == pytest.approx(1e-5) and float(jax.jit(rate)(30)) == 0
+
+
 def test_a_larger_batch_does_not_bend_the_schedule():
     """From token 480 on steps are four times as large: step 60 + n is where 60 + 4 n was, and the run ends where it did."""
     optim_, plain = c.Optim(1.0, 0.1, 10, 0.1, 1.0, cooldown_steps=20), c.Train(100, 8, 1)

@@ -126,7 +126,8 @@ def test_a_branch_is_the_run_that_it_would_have_been(math_code, tiny_config, tmp
     assert trunk[-1]["loss"] == rows[409]["loss"]
     branch = ["--workdir", str(tmp_path / "branch"), "--init.from", plain.workdir, "--init.step=410", "--init.state=all"]
     got = run(config, tmp_path, *branch)
-    assert "step 410 of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 410 of" in said and f"changed since the run in {plain.workdir}: train.steps from 410 to 523" in said
     assert [[row[k] for k in EXACT] for row in got] == [[row[k] for k in EXACT] for row in rows[410:]]
     for change, words in (
         ({"train.seed": "7"}, "train.seed"),

@@ -117,3 +117,11 @@ def _nearby_configs(path: str) -> str:
     names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
     near = difflib.get_close_matches(path, names, 1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}" if names else ""
+
+
+def time_left(seconds: float) -> str:
+    """In units that fit: 3.2 days, 5.1 h, 12 min; under a minute."""
+    for unit, size in (("days", 86_400), ("h", 3_600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else "under a minute"

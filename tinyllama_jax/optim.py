@@ -32,7 +32,7 @@ def schedule(optim: Optim, train: Train) -> optax.Schedule:
         last = optim.cooldown_lr if optim.cooldown == "linear" else begins
         parts, ends = [*parts, optax.linear_schedule(begins, last, optim.cooldown_steps)], [*ends, cooldown]
     whole = optax.join_schedules(parts, ends)
-    return lambda step: whole(_clock(train, step))
+    return lambda step: jnp.maximum(whole(_clock(train, step)), 0.0)  # a cool-down to 0 ends at -3e-12 by rounding
 
 
 def _clock(train: Train, step: jax.Array | int) -> jax.Array | int:

@@ -182,16 +182,24 @@ def _same_until(there: list[dict], data: list[dict], config: Config, step: int) 
 
 def _compare(old: Config, new: Config, step: int) -> list[str]:
     """What has changed since `step`, in lines. Raises UserError if it would change what was done until then."""
-    before, after = config_lib.flat(old), config_lib.flat(new)
-    changed = [k for k in before if before[k] != after[k] and not k.startswith(FREE)]
     fixed = FIXED if _until(old, step) == _until(new, step) else (*FIXED, "train.batch_ramp")
-    for key in changed:
+    for key, (before, after) in _differ(old, new).items():
         if key in fixed:
             raise UserError(
-                f"--{key}={after[key]}: the run in {new.workdir} has {before[key]}; give it back that value, "
+                f"--{key}={after}: the run in {new.workdir} has {before}; give it back that value, "
                 f"or start another run with --workdir=NEW (and --init.from={new.workdir} for its weights)"
             )
-    return [f"changed since this run was last started: {k} from {before[k]} to {after[k]}" for k in changed]
+    return changed(old, new, "this run was last started")
+
+
+def changed(old: Config, new: Config, since: str) -> list[str]:
+    """A line for each key that has another value `since` then and changes what is trained."""
+    return [f"changed since {since}: {key} from {before} to {after}" for key, (before, after) in _differ(old, new).items()]
+
+
+def _differ(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    before, after = config_lib.flat(old), config_lib.flat(new)
+    return {k: (before[k], after[k]) for k in before if before[k] != after[k] and not k.startswith(FREE)}
 
 
 def check_same_model(ours: Model, theirs: Model, origin: str) -> list[str]:

@@ -14,8 +14,6 @@ from tinyllama_jax.data import feed
 from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data.blocks import Blocks
 
-MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
-
 
 def stages(config: Config) -> list[dict]:
     """The run in parts within which all that changes changes steadily, in order.
@@ -84,12 +82,12 @@ def short(n: float) -> str:
 
 
 def epochs(config: Config, sources: list[Blocks]) -> list[str]:
-    """How often each source is read over by the end of the run, a line for those that are more than `MANY_EPOCHS` times."""
+    """How often each source is read over by the end of the run, a line for those of more than `feed.MANY_EPOCHS` times."""
     order = feed.order(config, sources)
     times = order.counts(config.train.steps) / np.array(order.sizes)
     return [
-        f"warning: {path} is read {n:,.1f} times over by the end; beyond {MANY_EPOCHS} times data are worth ever less than new "
-        "ones (Muennighoff et al., arXiv:2305.16264)"
+        f"warning: {path} is read {n:,.1f} times over by the end; beyond {feed.MANY_EPOCHS} times data are worth ever less "
+        "than new ones (Muennighoff et al., arXiv:2305.16264)"
         for path, n in zip(config.data.sources, times.tolist(), strict=True)
-        if n > MANY_EPOCHS
+        if n > feed.MANY_EPOCHS
     ]

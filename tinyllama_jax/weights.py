@@ -42,6 +42,8 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
                 f"--init.state=all: until step {step:,} the run in {origin} was another than this would have been ({what}); "
                 "give this one the same past, or begin anew with --init.state=moments"
             )
+        if init.state == "all":
+            notes += run_folder.changed(checkpoint.load_config(origin), config, f"the run in {origin}")
     return origin, notes
 
 

@@ -86,7 +86,7 @@ def findings(capsys, monkeypatch):
         said = capsys.readouterr().out.splitlines()
         found = [line.removeprefix("wrong: ") for line in said if line.startswith("wrong: ")]
         assert code == (4 if found else 0)
-        assert said[-1].endswith(" findings (audit.html)") if found else said[-1] == "nothing wrong found (audit.html)"
+        assert re.fullmatch(r"\d+ findings? \(audit.html\)" if found else r"nothing wrong found \(audit.html\)", said[-1])
         return found
 
     return run
@@ -159,6 +159,7 @@ def test_duplicate_blocks_within_and_across(data, findings):
         f"{data} (train): {file}, record 9: has the same tokens as {file}, record 3",
         f"{data} (validation): {other}, record 2: has the same tokens as {data} (train), {file}, record 1",
     ]
+    assert [line for line in findings(data, "--allow=duplicate") if "has the same tokens" in line] == said[2:]
 
 
 def test_what_is_allowed_is_told_and_not_wrong(data, capsys):
@@ -173,8 +174,9 @@ def test_what_is_allowed_is_told_and_not_wrong(data, capsys):
     assert allowed.startswith("allowed: ") and "record 2:" in allowed
     wrong = [line for line in said if line.startswith("wrong: ")]
     assert any("record 3: 1 ids out of the vocabulary" in line for line in wrong)
-    assert said[-1] == f"{len(wrong)} findings (audit.html)"
-    assert f"<h1>{len(wrong)} findings</h1>" in Path("audit.html").read_text()
+    n = f"{len(wrong)} finding{'s' * (len(wrong) > 1)}"
+    assert said[-1] == f"{n} (audit.html)"
+    assert f"<h1>{n}</h1>" in Path("audit.html").read_text()
 
 
 def test_many_findings_are_counted(data, findings):
@@ -336,6 +338,16 @@ def test_what_is_in_packed_files(data, findings, plant, words, capsys):
     assert f"{path} (train): {where}{words.format(file=file.name)}" in findings(path, "--seq-len", S)
 
 
+def test_a_packed_file_that_is_missing(data, findings, capsys):
+    path = packed(data)
+    files = litpkds.files_of(path)
+    assert litpkds.missing(files) == []
+    files[1].unlink()
+    capsys.readouterr()
+    said = f"{path} (train): by its number there should be {files[1].name}; 1 such files in all"
+    assert said in findings(path, "--seq-len", S)
+
+
 def test_packed_files_that_do_not_open(data, findings, capsys):
     path = packed(data)
     file = litpkds.files_of(path)[1]
@@ -423,7 +435,7 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--seq-len=0"], "--seq-len 0: must be positive"),
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),
-        (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, filling"),
+        (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, overlap, filling"),
         (["data", "--page=page.png"], "--page page.png: is a page, and its name ends in .html"),
     ],
 )

@@ -83,6 +83,9 @@ def test_a_function_of_the_users(tmp_path):
     with pytest.raises(UserError, match="keep: IndexError: string index out of range, of the text that begins 'short'"):
         keeps(spec, "short")
     assert clean.parse_filter(spec).sha256 != filter_.sha256
+    file.write_text("def keep(text):\n    raise SystemExit('bye')\n")
+    with pytest.raises(UserError, match="keep: SystemExit: bye, of the text that begins 'short'"):
+        keeps(spec, "short")
 
 
 def test_fasttext():
@@ -121,6 +124,7 @@ def test_the_first_filter_that_drops_is_named_and_none_keeps_all():
         ("python:json:keep", "json has no function keep"),
         ("python:json:__name__", "__name__ of json is not a function"),
         ("python:bad.py:keep", "bad.py cannot be run: SyntaxError: "),
+        ("python:latin.py:keep", "latin.py is not UTF-8"),
         ("fasttext:gone.bin:good", "must be fasttext:MODEL.bin:LABEL:MINIMUM"),
         ("fasttext:gone.bin:good:0.5", "there is no file gone.bin"),
         ("fasttext:bad.py:good:0.5", "bad.py: is not a fastText classifier"),
@@ -130,6 +134,7 @@ def test_the_first_filter_that_drops_is_named_and_none_keeps_all():
 def test_what_no_filter_can_be(tmp_path, monkeypatch, spec, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.py").write_text("def keep(\n")
+    (tmp_path / "latin.py").write_bytes(b"#\xff")
     with pytest.raises(UserError, match=says) as error:
         clean.parse_filter(spec)
     assert "\n" not in str(error.value)
@@ -179,9 +184,17 @@ def test_a_match_is_found_wherever_the_parts_of_a_document_end(monkeypatch):
         parts = [text[i : i + size] for i in range(0, len(text), size)]
         counts = Counter()
         assert "".join(clean.scrubbed([clean.parse_scrub("email")], parts, counts)) == whole and counts["email"] == 50
+    monkeypatch.setattr(clean, "CHUNK", 100)
     monkeypatch.setattr(clean, "LONGEST", 1_000)  # of a line without end, no more is held than this and a part
-    sizes = [len(chunk) for chunk in clean.chunks(["x" * 64] * 100)]
-    assert sum(sizes) == 6_400 and 1_000 <= max(sizes) < 1_064
+    assert [len(chunk) for chunk in clean.chunks(["x" * 64] * 100)] == [1_100] * 5 + [900]
+    text = (
+        "mail me@mail.example.org, " * 500 + "\nor\nyou@mail.example.org\n" * 90
+    )  # a line of 13,000 characters, and short ones
+    for size in (1, 63, 64, 2_000, len(text)):
+        parts, counts = [text[i : i + size] for i in range(0, len(text), size)], Counter()
+        done = "".join(clean.scrubbed([clean.parse_scrub("email")], parts, counts))
+        assert counts["email"] == 590 and "@" not in done
+        assert list(clean.chunks(parts)) == list(clean.chunks([text]))
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,11 @@ def test_patterns(tmp_path, model, run, monkeypatch, capsys):
     assert "left out 1 files of other types, such as in/notes.md" in capsys.readouterr().err
     run(train=["in/b/[d].jsonl"], held_out=0, output="named")  # a name comes before a pattern
     assert stream(Path("named")) == expected(["in/b/[d].jsonl"], model)
+    assert "warning" not in capsys.readouterr().err
+    for name in ("more/train/a.jsonl", "more/test/b.jsonl"):
+        put(Path(name), lines([name]))
+    run(train=["more"], held_out=0, output="both")
+    assert "--train: warning: holds folders named test, which are trained on" in capsys.readouterr().err
     with pytest.raises(UserError, match="--output out0: the input .*out0/.*json lies in it"):
         run(train=["out*/*", "in"], held_out=0, output="out0")
 

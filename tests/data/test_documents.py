@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from collections import Counter
 
@@ -104,6 +105,7 @@ def test_folders_are_searched_and_sorted_and_names_do_not_depend_on_the_place(tm
         for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b/c/x.parquet", ".git/x.txt", "b/.hidden.txt", "b/readme.md"):
             (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "here/b/pipe.jsonl")  # nobody will ever write to it
     sources, others = inputs.find([tmp_path / "here"], "--train")
     assert [s.name for s in sources] == ["a.jsonl", "b/10.txt", "b/2.txt", "b/c/x.parquet"]
     assert others == [str(tmp_path / "here/b/readme.md")]
@@ -157,6 +159,8 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
         ("a.jsonl", GOOD + b"[" * 100_000, "line 2: is not JSON: "),
         ("a.jsonl.zst", ZSTD[:-9], "line [0-9]{6}: Truncated compressed stream"),
         ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "line 1: Truncated compressed stream"),
+        ("a.jsonl.zst", b"", "is empty, which no whole zstd file is"),
+        ("a.jsonl.gz", b"", "is empty, which no whole gzip file is"),
         ("a.jsonl.zst", GOOD, "line 1: ZSTD decompress failed"),
         ("a.jsonl.gz", GOOD, "line 1: "),
         ("a.txt", b"\xef\xbb\xbfone\ntwo\nthr\xffee", "line 3: is not UTF-8 .byte 0xff"),

@@ -72,6 +72,24 @@ def test_mixed_sources_have_exact_counts_and_no_block_twice_in_an_epoch(tiny_con
             assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
+def test_counts_are_of_what_is_read_and_not_of_what_is_left_out(tiny_config):
+    config = cli.override(tiny_config, {"data.skip": "3:4,9:9,9:9", "train.batch_ramp": "1024:256"})
+    order = feed.order(config, feed.open_sources(config))
+    read = np.zeros(2, np.int64)
+    assert order.counts(0).tolist() == [0, 0]
+    for step in range(1, 20):
+        read += np.bincount(order.at(step)[0], minlength=2)
+        assert order.counts(step).tolist() == read.tolist()
+
+
+def test_no_file_twice(tiny_config, tiny_data, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_data / "a")
+    for other in (tmp_path / "link", tiny_data / "b" / ".." / "a"):
+        config = cli.override(tiny_config, {"data.sources": f"{tiny_data}/a:1,{other}:1"})
+        with pytest.raises(UserError, match=f"{other} and {tiny_data}/a both have "):
+            feed.open_sources(config)
+
+
 def test_the_order_is_the_same_for_ever(tiny_config):
     """Golden values: whoever changes them breaks the resume of every run that exists."""
     order = feed.Order([1_000_003, 17], Mixture([0.7, 0.3]), 3407, [(0, 0, 4)])

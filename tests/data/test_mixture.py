@@ -172,3 +172,40 @@ def test_two_changes_within_a_sample_take_one_each():
 def test_no_weight_is_no_mixture():
     with pytest.raises(UserError, match="must be positive"):
         Mixture([1.0, 0.0])
+
+
+def test_a_past_that_what_is_to_come_would_change_is_another():
+    """A count at a node is rounded, and can be at a knot a sample before the run is: rare, and to be noticed."""
+    before, after = Mixture([0.7, 0.75, 0.85]), Mixture([((231, 0.7), (232, 3)), 0.75, 0.85])
+    at = np.arange(231)
+    assert not np.array_equal(before.locate(at), after.locate(at)) and not before.same_until(after, 231)
+    np.testing.assert_array_equal(before.locate(at[:-1]), after.locate(at[:-1]))
+    assert before.same_until(after, 230)
+
+
+def test_never_the_same_where_samples_differ():
+    rng, same = np.random.default_rng(0), 0
+    for _ in range(300):
+        n, at = rng.integers(3, 7), int(rng.integers(20, 300))
+        weights = (rng.integers(20, 100, n) / 100).tolist()
+        changed = [((at, weights[0]), (at + int(rng.integers(1, 50)), float(rng.integers(0, 4)))), *weights[1:]]
+        before, after = Mixture(weights), Mixture(changed)
+        equal = np.array_equal(before.locate(np.arange(at)), after.locate(np.arange(at)))
+        assert before.same_until(after, at) == equal
+        same += equal
+    assert same > 280
+
+
+def test_a_ramp_that_is_bent_on_the_way():
+    """Shares are those of the whole ramp until sample 200."""
+    whole = Mixture([((0, 500), (400, 250)), ((0, 800), (400, 400)), ((0, 0), (400, 650))])
+    bent = Mixture([((0, 500), (200, 375)), ((0, 800), (200, 600)), ((0, 0), (200, 325))])
+    np.testing.assert_array_equal(whole.locate(np.arange(190)), bent.locate(np.arange(190)))
+    assert whole.same_until(bent, 190) and not whole.same_until(bent, 300)
+
+
+def test_coefficients_beyond_64_bits():
+    weights = [((11, 7.229),), ((0, 1), (2, 3)), ((3, 0.004354296322861699),), ((0, 1), (1, 0))]
+    source, k = Mixture(weights).locate(np.arange(250))
+    for j in range(4):
+        np.testing.assert_array_equal(k[source == j], np.arange(np.sum(source == j)))

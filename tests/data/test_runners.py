@@ -294,5 +294,10 @@ def test_lines_where_there_is_no_terminal(corpus, model, tmp_path):
 def test_a_line_says_how_long_is_left():
     mb = 10**6
     assert runners._line(30 * mb, 3_000 * mb, 0, 10) == "tokenising: 30 of 3,000 MB (1%), 3.0 MB/s, 16 min left"
-    assert runners._line(30 * mb, 300 * mb, 20 * mb, 1_000) == "tokenising: 30 of 300 MB (10%), 0.0 MB/s, 7 h 30 min left"
+    assert runners._line(30 * mb, 300 * mb, 20 * mb, 1_000) == "tokenising: 30 of 300 MB (10%), 0.0 MB/s, 7.5 h left"
     assert runners._line(7 * mb, 9 * mb, 7 * mb, 50) == "tokenising: 7 of 9 MB (77%), no shard finished yet"
+
+
+def test_the_process_that_leads_the_workers_was_killed():
+    error = runners._failure(None, "", -9, [])
+    assert isinstance(error, UserError) and "was killed by SIGKILL: out of memory? Run this again to go on" in str(error)

@@ -31,7 +31,7 @@ from tinyllama_jax.data.survey import OCTAVE, Findings, Survey, duplicates, name
 from tinyllama_jax.errors import UserError, run_main
 
 WRONG = 4  # exit code
-ALLOWED = ("duplicate", "filling")  # kinds that can be allowed: small corpora repeat themselves, and filling is left out
+ALLOWED = ("duplicate", "overlap", "filling")  # kinds that can be: small corpora repeat themselves, and filling is left out
 SAMPLES = 1 << 29  # samples of a run whose order is looked at, at most: 1.1 x 10^12 tokens at S = 2048, a minute or two
 
 
@@ -93,7 +93,9 @@ def coverage(config: Config, sources: list[Blocks], processes: int, findings: Fi
     lines = [f"order: the first {n:,} of {total:,} samples of the run" if n < total else f"order: all {n:,} samples of the run"]
     if config.data.skip:
         lines[0] += f", those that data.skip={config.data.skip} leaves out among them"
-    lines += [f"order: {d:,} from {p}, {d / len(s):.2f} epochs" for d, p, s in zip(drawn, paths, sources, strict=True)]
+    for d, p, s in zip(drawn, paths, sources, strict=True):
+        many = f", and beyond {feed.MANY_EPOCHS} data are worth ever less" if d > feed.MANY_EPOCHS * len(s) else ""
+        lines.append(f"order: {d:,} from {p}, {d / len(s):.2f} epochs{many}")
     for p in range(processes):
         share = ", ".join(f"{reads[p, j]:,} of {Path(path).name}" for j, path in enumerate(paths))
         lines.append(f"order: process {p} of {processes} reads {share}; first {', '.join(begins[p])}")
@@ -189,7 +191,7 @@ def audit(
         lines += coverage(config, feed.open_sources(config), processes, findings)
     found, allowed = findings.all(allow)
     n = sum(times for (kind, _), times in findings.times.items() if not kind.startswith(allow))
-    verdict = f"{n:,} findings" if found else "nothing wrong found"
+    verdict = f"{n:,} finding{'s' * (n > 1)}" if found else "nothing wrong found"
     page_file.write_text(page(surveys, [*lines, *allowed], verdict, found, samples), encoding="utf-8")
     for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in found)]:
         print(line)

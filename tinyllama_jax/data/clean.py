@@ -27,7 +27,7 @@ from tinyllama_jax.errors import UserError
 
 HEAD = 1 << 20  # characters of a document that filters look at, and that --keep-dropped keeps
 SAMPLE = 1 << 16  # characters that say which language it is
-LONGEST = 1 << 24  # characters held to look for a line's end
+CHUNK, LONGEST = 1 << 20, 1 << 24  # characters of a document at once; held beyond them to look for a line's end
 FILTERS = {
     "length": "length:MINIMUM:MAXIMUM (characters; empty: no limit)",
     "language": "language:CODE:MINIMUM (share of the text, 0 to 1)",
@@ -144,7 +144,10 @@ def _parse_python(spec: str, where: str, function: str) -> Filter:
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise UserError(f"--filter {spec}: there is no file {where}")
-        content = Path(where).read_text(encoding="utf-8")
+        try:
+            content = Path(where).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--filter {spec}: {where} is not UTF-8") from None
     else:
         try:
             path = importlib.util.find_spec(where).origin
@@ -221,7 +224,7 @@ def _predicate(filter_: Filter) -> Callable[[str], bool]:
             call = getattr(importlib.import_module(where), function)
     except (KeyError, AttributeError):
         raise UserError(f"--filter {filter_.spec}: {where} has no function {function}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--filter {filter_.spec}: {where} cannot be run: {type(error).__name__}: {error}") from None
     if not callable(call):
         raise UserError(f"--filter {filter_.spec}: {function} of {where} is not a function")
@@ -229,7 +232,7 @@ def _predicate(filter_: Filter) -> Callable[[str], bool]:
     def guarded(text: str) -> bool:
         try:
             return bool(call(text))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {error}"
             raise UserError(f"--filter {filter_.spec}: {said}, of the text that begins {text[:40]!r}") from None
 
@@ -297,16 +300,28 @@ def _fasttext(path: str) -> object:
 
 
 def chunks(document: Iterable[str]) -> Iterator[str]:
-    """A document in parts that end where a line does, or after `LONGEST` characters of one line."""
+    """A document in parts of `CHUNK` characters and what is left of the line, wherever its own parts end.
+
+    A line that goes on for `LONGEST` more is cut at a space, if it has one there.
+    """
     rest = ""
     for part in document:
-        cut = rest.rfind("\n") + 1
-        if cut or len(rest) >= LONGEST:
-            yield rest[: cut or None]
-            rest = rest[cut:] if cut else ""
-        rest += part
+        rest, at = rest + part, 0
+        while len(rest) - at > CHUNK and (cut := _cut(rest, at + CHUNK)):
+            yield rest[at:cut]
+            at = cut
+        rest = rest[at:]
     if rest:
         yield rest
+
+
+def _cut(text: str, begin: int) -> int:
+    """Where the first chunk that ends at `begin` or later ends; 0 if `text` does not go on far enough to say."""
+    end = begin + LONGEST
+    line = text.find("\n", begin, end) + 1
+    if line or len(text) < end:
+        return line
+    return text.rfind(" ", begin, end) + 1 or end
 
 
 def scrubbed(scrubs: list[Scrub], document: Iterable[str], counts: Counter) -> Iterator[str]:

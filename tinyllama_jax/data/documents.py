@@ -48,6 +48,9 @@ def units(source: Source, text_key: str) -> list[int]:
             n = -(-_array_record_reader(source).num_records() // ROWS)
         return [source.size * source.factor // max(n, 1)] * n
     if source.kind != "parquet":
+        with _reading(source):
+            if source.kind in ("zstd", "gzip") and not source.size:
+                raise _BadDocument(f"is empty, which no whole {source.kind} file is")
         return [source.size * source.factor]
     with _reading(source, damaged="is not a whole parquet file: "), _parquet_file(source) as file:
         column = file.schema_arrow.get_field_index(text_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tinyllama_jax.data.shuffle import permuted
 from tinyllama_jax.data.skip import NONE, batch_of, left_out
 from tinyllama_jax.errors import UserError
 
+MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
+
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
     """One split of a source: a folder that `data.prepare` wrote, or DIR/PREFIX of LITPKDS files, which have any S."""
@@ -26,6 +29,13 @@ def open_source(path: str, split: str, seq_len: int) -> Blocks:
 def open_sources(config: Config) -> list[Blocks]:
     """The training split of each source of `config`. Raises UserError where they do not fit the model or one another."""
     opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
+    of: dict[str, str] = {}
+    for path, blocks in zip(config.data.sources, opened, strict=True):
+        for file, _, _ in blocks.files():
+            if (other := of.setdefault(os.path.realpath(file), path)) != path:
+                raise UserError(
+                    f"--data.sources: {path} and {other} both have {file}; add up their weights, or name other files"
+                )
     for path, blocks in zip(config.data.sources, opened, strict=True):
         if blocks.seq_len != config.model.seq_len:
             raise UserError(
@@ -44,6 +54,13 @@ def open_sources(config: Config) -> list[Blocks]:
                 "tokenizers; prepare one of them again"
             )
     return opened
+
+
+def missing(config: Config, sources: list[Blocks]) -> list[tuple[str, list[str]]]:
+    """Each source of LITPKDS files whose numbers have gaps, and the names of the files that should be there."""
+    packed = ((p, s) for p, s in zip(config.data.sources, sources, strict=True) if isinstance(s, litpkds.Packed))
+    found = ((path, litpkds.missing([file for file, _, _ in blocks.files()])) for path, blocks in packed)
+    return [(path, names) for path, names in found if names]
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
@@ -92,8 +109,14 @@ class Order:
         return int(self._samples[stage] + (batches - self._batches[stage]) * self._each[stage])
 
     def counts(self, step: int) -> np.ndarray:
-        """How many samples have come from each source by the end of a step [n_sources]."""
-        return self.mixture.counts(self.samples(self._batch(step) + 1) if step else 0)
+        """How many samples have come from each source by the end of a step [n_sources], without those that are left out."""
+        until = self._batch(step) + 1 if step else 0
+        passed = self.left_out[self.left_out <= until]
+        out = self.mixture.counts(self.samples(until))
+        for run in np.split(passed, np.flatnonzero(np.diff(passed) > 1) + 1):  # batches in a row, from 1
+            if run.size:
+                out -= self.mixture.counts(self.samples(run[-1])) - self.mixture.counts(self.samples(run[0] - 1))
+        return out
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Samples [n], counted over all batches, none left out -> (source [n], block of it [n])."""

@@ -141,7 +141,7 @@ def _below(folder: str) -> list[str]:
     for parent, names, files in os.walk(folder, followlinks=True):
         names[:] = [name for name in names if not name.startswith(".")]
         found += [os.path.join(parent, file) for file in files if not file.startswith(".")]
-    return found
+    return [file for file in found if os.path.isfile(file) or not os.path.exists(file)]  # no pipes; a link to nothing: an error
 
 
 # -- in object stores ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import mmap
 import os
 import re
@@ -52,6 +53,13 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".bin")]
     return [Path(folder, name) for name in sorted(names)]
+
+
+def missing(files: list[Path]) -> list[str]:
+    """Names of files that are not there between those that are: the original's builder numbers them, NAME_0000000000.bin on."""
+    numbered = [match for file in files if (match := re.fullmatch(r"(.*_)(\d{10})\.bin", file.name))]
+    pairs = itertools.pairwise((match[1], int(match[2])) for match in numbered)
+    return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
 
 
 class Packed(Blocks):

@@ -35,6 +35,7 @@ from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
 from tinyllama_jax.errors import UserError, run_main
 
+NOT_TRAIN = ("validation", "valid", "val", "dev", "test")  # what folders of other splits are called
 SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
 
 
@@ -157,6 +158,12 @@ def prepare(
             raise UserError(f"{output}: was prepared without {what}; say --bad-files=skip too, or choose another --output")
         print(f"{output}: complete already, nothing to do")
         return manifest
+    apart = {part for source in sources["train"] for part in source.name.split("/")[:-1] if part.lower() in NOT_TRAIN}
+    if apart:
+        what = (
+            f"holds folders named {', '.join(sorted(apart))}, which are trained on; a pattern such as '*/train' leaves them out"
+        )
+        print(f"--train: warning: {what}", file=sys.stderr)
     started = time.monotonic()
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
     bad = {} if bad_files == "skip" else None

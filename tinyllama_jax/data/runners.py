@@ -26,6 +26,7 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
+from tinyllama_jax import cli
 from tinyllama_jax.data import duplicates, shards, store
 from tinyllama_jax.data.shards import Job, Shard
 from tinyllama_jax.data.store import Place
@@ -208,6 +209,9 @@ def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], a
 
 def _failure(job: Job, log: str, code: int, beam_options: list[str]) -> Exception:
     """What to raise when Beam has ended and shards are missing."""
+    if not beam_options and code < 0:
+        name = signal.Signals(-code).name
+        return UserError(f"the process that leads the workers was killed by {name}: out of memory? Run this again to go on")
     if not beam_options:
         return RuntimeError(f"the pipeline failed:\n{log[-4_000:]}")
     where = job.folder / "log"
@@ -289,6 +293,4 @@ def _line(done: int, total: int, before: int, seconds: float, title: str = TITLE
     if done == before:
         return f"{said}, no shard finished yet"
     rate = (done - before) / seconds
-    minutes = round((total - done) / rate / 60)
-    left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under a minute"
-    return f"{said}, {rate / 1e6:,.1f} MB/s, {left} left"
+    return f"{said}, {rate / 1e6:,.1f} MB/s, {cli.time_left((total - done) / rate)} left"

@@ -210,6 +210,8 @@ def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -
             found.read(start, min(start + step, last))
             advance(min(start + step, last) - start)
     found.compare()
+    if isinstance(blocks, litpkds.Packed) and (gone := litpkds.missing([file for file, _, _ in blocks.files()])):
+        findings.add("missing files", found.name, f"by its number there should be {gone[0]}; {len(gone):,} such files in all")
     return found
 
 
@@ -235,5 +237,6 @@ def duplicates(surveys: list[Survey], findings: Findings) -> int:
             (file, record), (other, where) = surveys[b].blocks.place(k), surveys[a].blocks.place(i)
             same = "" if a == b else f"{surveys[a].name}, "
             line = f"{file.name}, record {record}: has the same tokens as {same}{other.name}, record {where}"
-            findings.add("duplicate blocks", surveys[b].name, line)
+            kind = "duplicate blocks" if surveys[a].blocks.split == surveys[b].blocks.split else "overlap of splits"
+            findings.add(kind, surveys[b].name, line)
     return n
