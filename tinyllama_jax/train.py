@@ -124,7 +124,8 @@ def describe(
         f"data: {data}",
         *(f"warning: of {p} {len(gone):,} files are not there, such as {gone[0]}" for p, gone in feed.missing(config, sources)),
         "validation: "
-        + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"),
+        + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split")
+        + "".join(f"; {p} has no such split" for p in config.data.sources if held_out and p not in held_out),
         *stages.lines(config),
         *stages.epochs(config, sources),
         *xla.lines(config, mesh),

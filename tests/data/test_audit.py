@@ -433,6 +433,7 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--config=run.py", "--processes=3"], "do not divide into 3 devices"),
         (["data", "--config=run.py", "--processes=0"], "--processes 0: must be positive"),
         (["data", "--seq-len=0"], "--seq-len 0: must be positive"),
+        (["data", "--samples=-1"], "--samples -1: must be 0 or more"),
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),
         (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, overlap, filling"),

@@ -131,6 +131,7 @@ def test_a_call_that_was_killed_takes_nothing_of_another_prefix_with_it(tiny_dat
     [
         ({"chunk": 0}, "--chunk-size 0: must be positive"),
         ({"prefix": "a/b"}, "--prefix a/b: must be what the files' names begin with"),
+        ({"prefix": ".."}, "--prefix ..: must be what the files' names begin with"),
         ({"source": "nowhere"}, "nowhere: no such folder"),
         ({"split": "test"}, "has no split 'test'"),
     ],

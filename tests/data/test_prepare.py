@@ -276,6 +276,7 @@ def test_stopped_and_run_again(long_corpus, model, tmp_path, uninterrupted, numb
     process.send_signal(number)
     code, said, err = finished(process)
     assert code == (130 if number == signal.SIGINT else -9) and "Traceback" not in said + err
+    assert number == signal.SIGKILL or "what is done is kept: run the same command again" in err
     for _ in range(100):  # the workers notice
         if gone(below):
             break
@@ -434,6 +435,7 @@ def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):
         ({"validation": ["empty.txt"]}, "--validation: there is no text in its 1 files"),
         ({"validation": ["sub/../a.jsonl"]}, "--validation: .*a.jsonl is among the files of --train too"),
         ({"seq_len": 0}, "--seq-len 0: must be 1 or more"),
+        ({"seq_len": 99_999_999_999}, "--seq-len 99999999999: is more than 16,777,216 tokens"),
         ({"workers": -1}, "--workers -1: must be 0 or more"),
         ({"tokenizer": "gone.model"}, "gone.model: no such tokenizer"),
         ({"output": "there"}, "there: has no manifest.json"),

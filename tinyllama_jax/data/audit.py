@@ -238,7 +238,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{rest[0] if rest else '--processes'}: is about a training run; give its --config too")
     for option in ("processes", "seq_len", "samples"):
         if (value := getattr(args, option)) is not None and value < (option != "samples"):
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be positive")
+            least = "0 or more" if option == "samples" else "positive"
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least}")
     config = cli.override(cli.read(args.config), cli.pairs(rest)) if args.config else None
     paths = args.dirs or (list(config.data.sources) if config else [])
     if not paths:

@@ -96,7 +96,7 @@ def find(
     absolute = [file if _scheme(file) else os.path.abspath(file) for file, _ in found]
     real, times = Counter(file if _scheme(file) else os.path.realpath(file) for file in absolute).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{option}: {real} is given {times} times")
+        raise UserError(f"{option}: {real} is given {times} times (links count)")
     parents = zip(*(file.split("/")[:-1] for file in absolute), strict=False)
     depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of what all have in common
     sources = []

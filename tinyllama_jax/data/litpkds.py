@@ -247,7 +247,7 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
     vocabulary = blocks.manifest["tokenizer"]
     if chunk < 1:
         raise UserError(f"--chunk-size {chunk}: must be positive; the original has {CHUNK} (2049 x 1024)")
-    if not prefix or Path(prefix).name != prefix:
+    if prefix.startswith(".") or not prefix or Path(prefix).name != prefix:
         raise UserError(f"--prefix {prefix}: must be what the files' names begin with, such as train_slim")
     if tail == "fill" and vocabulary["bos_id"] < 0:
         raise UserError("--tail fill: fills up with bos, which this tokenizer does not have; say --tail drop")

@@ -35,6 +35,7 @@ from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
 from tinyllama_jax.errors import UserError, run_main
 
+MOST = 1 << 24  # tokens in a block
 NOT_TRAIN = ("validation", "valid", "val", "dev", "test")  # what folders of other splits are called
 SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
 
@@ -124,6 +125,8 @@ def prepare(
     for option, value, least in (("seq-len", seq_len, 1), ("shard-mb", shard_mb, 0), ("workers", workers, 0)):
         if value < least:
             raise UserError(f"--{option} {value}: must be {least} or more")
+    if seq_len > MOST:
+        raise UserError(f"--seq-len {seq_len}: is more than {MOST:,} tokens, the longest block there is")
     for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
         if on and id_ < 0:
             raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
@@ -319,7 +322,11 @@ def main(argv: list[str]) -> None:
         "--runner", default=runners.DIRECT, help=f"{', '.join(runners.RUNNERS)}, or Beam's name of one (direct)"
     )
     known, rest = parser.parse_known_args(argv)
-    prepare(**vars(known), beam_options=rest)
+    try:
+        prepare(**vars(known), beam_options=rest)
+    except KeyboardInterrupt:
+        print("\nwhat is done is kept: run the same command again to go on", end="", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
