@@ -73,6 +73,19 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
     assert events.Scalars("loss")[9].value == pytest.approx(10 + 1 / 3)
 
 
+def test_a_log_says_the_time_left(monkeypatch, capsys):
+    now = [1_000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    progress = metrics.Progress(100, 1_000_000)
+    for step, seconds in ((101, 60), (111, 11), (112, 1), (1_000_000, 11)):  # the first was compiled before
+        now[0] += seconds
+        progress.update(step, 2.5, 1e6)
+    first, second, last = capsys.readouterr().out.splitlines()  # one every ten seconds, and the last
+    assert first == "step 101/1,000,000  loss 2.5000  1,000,000 tokens/s"
+    assert second == "step 111/1,000,000  loss 2.5000  1,000,000 tokens/s, 12.7 days left"  # 999,889 steps of 1.1 s
+    assert last == "step 1,000,000/1,000,000  loss 2.5000  1,000,000 tokens/s"
+
+
 def test_wandb_asked_for_and_absent_is_said(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     asked = cli.override(config, {"log.wandb": "project"})

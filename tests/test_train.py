@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import checkpoint, cli, metrics, train
+from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.errors import UserError
@@ -198,6 +199,15 @@ def test_without_a_validation_split_it_trains_and_says_so(tiny_config_file, tiny
     assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
     assert "validation: none: no source has that split" in capsys.readouterr().out
     assert [len(part) for part in curve(tmp_path / "run")] == [2, 0]
+
+
+def test_a_missing_file_of_the_originals_is_said(tiny_config_file, tiny_data, tmp_path, capsys):
+    litpkds.export(tiny_data / "a", "train", tmp_path, "train_a", 10 * 17)
+    (tmp_path / "train_a_0000000001.bin").unlink()
+    source = tmp_path / "train_a"
+    keys = {"data__sources": source, "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    assert f"warning: of {source} 1 files are not there, such as train_a_0000000001.bin" in capsys.readouterr().out
 
 
 def test_a_longer_context_from_the_same_weights_is_said(quiet, tiny_config_file, tmp_path, capsys):

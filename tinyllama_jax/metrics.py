@@ -151,7 +151,11 @@ class Progress:
 
     def __init__(self, start: int, steps: int):
         self.console = rich.console.Console(highlight=False)
-        self._steps, self._last, self._began = steps, 0.0, (start, time.monotonic())
+        self._steps, self._last, self._first = (
+            steps,
+            0.0,
+            None,
+        )  # the first step that was shown, and when: it was compiled before
         self._bar = None
         if self.console.is_terminal:
             columns = (
@@ -169,9 +173,11 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._last > 10 or step == self._steps:
-            self._last, (start, began) = time.monotonic(), self._began
-            left = (self._last - began) / (step - start) * (self._steps - step) if step > start else 0
-            print(f"{text}, {cli.time_left(left)} left" if left else text, flush=True)
+            self._last = time.monotonic()
+            first, began = self._first = self._first or (step, self._last)
+            if first < step < self._steps:
+                text += f", {cli.time_left((self._last - began) / (step - first) * (self._steps - step))} left"
+            print(text, flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the live one."""

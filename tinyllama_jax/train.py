@@ -122,7 +122,11 @@ def describe(
         f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
         f"data: {data}",
-        *(f"warning: of {p} {len(gone):,} files are not there, such as {gone[0]}" for p, gone in feed.missing(config, sources)),
+        *(
+            f"warning: of {s.directory} {len(gone):,} files are not there, such as {gone[0]}"
+            for s in sources
+            if (gone := s.missing())
+        ),
         "validation: "
         + (", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split")
         + "".join(f"; {p} has no such split" for p in config.data.sources if held_out and p not in held_out),

@@ -341,7 +341,7 @@ def test_what_is_in_packed_files(data, findings, plant, words, capsys):
 def test_a_packed_file_that_is_missing(data, findings, capsys):
     path = packed(data)
     files = litpkds.files_of(path)
-    assert litpkds.missing(files) == []
+    assert litpkds.Packed(path, "train", S).missing() == []
     files[1].unlink()
     capsys.readouterr()
     said = f"{path} (train): by its number there should be {files[1].name}; 1 such files in all"

@@ -31,7 +31,7 @@ from tinyllama_jax.data.survey import OCTAVE, Findings, Survey, duplicates, name
 from tinyllama_jax.errors import UserError, run_main
 
 WRONG = 4  # exit code
-ALLOWED = ("duplicate", "overlap", "filling")  # kinds that can be: small corpora repeat themselves, and filling is left out
+ALLOWED = ("duplicate", "overlap", "filling")  # can be: small corpora repeat themselves, and filling is left out
 SAMPLES = 1 << 29  # samples of a run whose order is looked at, at most: 1.1 x 10^12 tokens at S = 2048, a minute or two
 
 

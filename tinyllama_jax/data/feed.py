@@ -29,8 +29,8 @@ def open_source(path: str, split: str, seq_len: int) -> Blocks:
 def open_sources(config: Config) -> list[Blocks]:
     """The training split of each source of `config`. Raises UserError where they do not fit the model or one another."""
     opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
-    of: dict[str, str] = {}
-    for path, blocks in zip(config.data.sources, opened, strict=True):
+    of: dict[str, str] = {}  # where a file really is -> the source that has it
+    for path, blocks in zip(config.data.sources, opened, strict=True) if len(opened) > 1 else ():
         for file, _, _ in blocks.files():
             if (other := of.setdefault(os.path.realpath(file), path)) != path:
                 raise UserError(
@@ -54,13 +54,6 @@ def open_sources(config: Config) -> list[Blocks]:
                 "tokenizers; prepare one of them again"
             )
     return opened
-
-
-def missing(config: Config, sources: list[Blocks]) -> list[tuple[str, list[str]]]:
-    """Each source of LITPKDS files whose numbers have gaps, and the names of the files that should be there."""
-    packed = ((p, s) for p, s in zip(config.data.sources, sources, strict=True) if isinstance(s, litpkds.Packed))
-    found = ((path, litpkds.missing([file for file, _, _ in blocks.files()])) for path, blocks in packed)
-    return [(path, names) for path, names in found if names]
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:

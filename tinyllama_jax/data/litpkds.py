@@ -55,13 +55,6 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     return [Path(folder, name) for name in sorted(names)]
 
 
-def missing(files: list[Path]) -> list[str]:
-    """Names of files that are not there between those that are: the original's builder numbers them, NAME_0000000000.bin on."""
-    numbered = [match for file in files if (match := re.fullmatch(r"(.*_)(\d{10})\.bin", file.name))]
-    pairs = itertools.pairwise((match[1], int(match[2])) for match in numbered)
-    return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
-
-
 class Packed(Blocks):
     """The blocks of one split of LITPKDS files. A source like any other; files are mapped when first read; can be pickled.
 
@@ -122,6 +115,12 @@ class Packed(Blocks):
         """How many tokens the blocks [n] have on the disk [n] int32, filling counted."""
         left = self._chunk - np.asarray(indices, np.int64) % self._per_file * (self.seq_len + 1)
         return np.minimum(self.seq_len + 1, left).astype(np.int32)
+
+    def missing(self) -> list[str]:
+        """Those between the files that are there: the original's builder numbers them, NAME_0000000000.bin on."""
+        numbered = [match for file in self._files if (match := re.fullmatch(r"(.*_)(\d{10})\.bin", file.name))]
+        pairs = itertools.pairwise((match[1], int(match[2])) for match in numbered)
+        return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
 
     def _filled(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
         rows = np.arange(len(tokens))

@@ -210,7 +210,7 @@ def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -
             found.read(start, min(start + step, last))
             advance(min(start + step, last) - start)
     found.compare()
-    if isinstance(blocks, litpkds.Packed) and (gone := litpkds.missing([file for file, _, _ in blocks.files()])):
+    if gone := blocks.missing():
         findings.add("missing files", found.name, f"by its number there should be {gone[0]}; {len(gone):,} such files in all")
     return found
 
