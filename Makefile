@@ -12,7 +12,7 @@ SAME   := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
-	@$(PY) -m tinyllama_jax.demo
+	@$(PY) -m examples.demo
 
 test: lint $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadgroup

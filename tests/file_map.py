@@ -1,13 +1,13 @@
-"""Writes the README's file map from the first line of each module's docstring."""
+"""Writes docs/files.md from the first line of each module's docstring."""
 
 import ast
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
     "dims",
     "errors",
+    "files",
     "config",
     "cli",
     "xla",
@@ -38,11 +38,11 @@ def rows() -> dict[str, str]:
     return {name: out[name] for name in sorted(out, key=lambda n: (place(n), n))}
 
 
-def table() -> str:
-    """The rows as they stand in the README."""
-    return "".join(f"| `{path}` | {what} |\n" for path, what in rows().items())
+def page() -> str:
+    """docs/files.md."""
+    head = "# What each file is\n\nMade by `python tests/file_map.py` from the files' own first lines, lowest first.\n\n| file | what it is |\n|---|---|\n"
+    return head + "".join(f"| `{path}` | {what} |\n" for path, what in rows().items())
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(re.sub(r"(?m)(^\| `tinyllama_jax/.*\n)+|^FILEMAP\n", lambda _: table(), readme.read_text(), count=1))
+    (ROOT / "docs" / "files.md").write_text(page())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, run_folder, sharding
+from tinyllama_jax import checkpoint, cli, files, run_folder, sharding
 from tinyllama_jax import config as c
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
@@ -115,7 +115,7 @@ def three(config):
     for step in (10, 20, 30):
         checkpoints.save(step, state)
     checkpoints.close()
-    checkpoint.write(checkpoint.Path(config.workdir) / "config.json", c.to_json(config))
+    files.write(checkpoint.Path(config.workdir) / "config.json", c.to_json(config))
     return program, checkpoint.Path(config.workdir)
 
 
@@ -352,8 +352,8 @@ def test_a_folder_of_something_else_is_left_alone(config, tokenizer):
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    checkpoint.write(path, "old")
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    files.write(path, "old")
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
-        checkpoint.write(path, "new")
+        files.write(path, "new")
     assert path.read_text() == "old"

@@ -1,4 +1,4 @@
-"""What holds the structure up: import direction, one home a library, the README's file map, the config keys, every config."""
+"""What holds the structure up: import direction, one home a library, the file map, the config keys, every config."""
 
 import ast
 import os
@@ -19,6 +19,7 @@ RANK = {
     "tinyllama_jax": 0,
     "dims": 0,
     "errors": -1,
+    "files": -0.5,
     "config": 0,
     "cli": 0.4,
     "processes": 0.5,
@@ -48,8 +49,6 @@ RANK = {
     "plan": 5,
     "convert": 5,
     "train": 6,
-    "demo_corpus": 7,
-    "demo": 8,
 }
 HOME = {
     "flax": {"model"},
@@ -65,6 +64,7 @@ HOME = {
     "fasttext": {"data.clean"},
     "safetensors": {"hf"},
     "jmp": {"model", "step"},
+    "msgspec": {"files"},
     "chex": {"step"},
     "tensorboard": {"metrics"},
     "matplotlib": {"report", "plan", "law_report", "data.audit"},
@@ -116,8 +116,8 @@ def test_rank_0_needs_no_jax():
         assert not any(m.split(".")[0] in ("jax", "numpy") for m in imports(path))
 
 
-def test_readme_file_map_is_the_docstrings():
-    assert file_map.table() in (ROOT / "README.md").read_text(), "run python tests/file_map.py"
+def test_the_file_map_is_the_docstrings():
+    assert file_map.page() == (ROOT / "docs" / "files.md").read_text(), "run python tests/file_map.py"
 
 
 def test_config_keys():
@@ -139,7 +139,7 @@ def test_sizes_stay_within_budget():
     # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each);
     # XLA's settings (100), attention's kernels (400); of data: corpora, inputs (450), runners and stores (500), cleaning (700),
     # LITPKDS (300), audit (470); weights, batches and schedules over the run (500)
-    assert sum(lines.values()) <= 11_900 and lines["train"] <= 220
+    assert sum(lines.values()) <= 12_000 and lines["train"] <= 220
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

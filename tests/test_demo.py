@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax import cli, demo, demo_corpus
+from examples import demo, demo_corpus
+from tinyllama_jax import cli
 from tinyllama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ PROGRAM = """
 import signal
 import sys
 from pathlib import Path
-from tinyllama_jax import demo
+from examples import demo
 from tinyllama_jax.errors import run_main
 
 def main(argv):

@@ -12,7 +12,7 @@ import unicodedata
 import pytest
 import sentencepiece
 
-from tinyllama_jax import demo_corpus
+from examples import demo_corpus
 from tinyllama_jax.errors import UserError
 
 # (a module, its text, its code)

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from tinyllama_jax import dims, model, optim
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.errors import UserError, read_json
+from tinyllama_jax.files import write
 from tinyllama_jax.step import TrainState, new_state
 
 
@@ -296,13 +296,3 @@ def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, di
     with _manager((run / "checkpoints").resolve(), config, tuple(items)) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
     write(run / "config.json", config_lib.to_json(config))
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old one or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)

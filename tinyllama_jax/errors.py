@@ -44,6 +44,14 @@ _DISK = {
 }
 
 
+def disk_error(error: OSError) -> str:
+    """An OSError in one line: where, what, what to do."""
+    # of two names the second is where it was being written to; a write that fails knows no name
+    where = error.filename2 or error.filename
+    what = _DISK.get(error.errno) or error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    return (f"{where}: " if where else "") + what
+
+
 def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> None:
     """Run an entry point and exit. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
 
@@ -56,11 +64,7 @@ def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> 
             print(f"error: {error}", file=sys.stderr)
         code = error.code
     except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        # of two names the second is where it was being written to; a write that fails knows no name
-        where = error.filename2 or error.filename
-        print("error: " + (f"{where}: " if where else "") + _DISK[error.errno], file=sys.stderr)
+        print(f"error: {disk_error(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -9,7 +9,6 @@ coordinator dies is an abort without a name, and works as long as the run folder
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -29,6 +28,7 @@ from types import FrameType
 from tinyllama_jax import cli
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.files import claim
 
 STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
@@ -38,6 +38,7 @@ TOGETHER = 2.0  # seconds in which all meet the same mistake
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
 MEANT = (None, 0, SPIKE, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # None: not ended; the others: what all end with alike
 AGAIN = "; run the same command again"
+BUSY = "another process is training in this folder; wait for it, or name another --workdir"
 _CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
 _PLACE = struct.Struct("<qqqq16s")  # process, processes, how often it has moved, step, what it does
 _RECORD = 2_048  # bytes of a file in RUN/processes
@@ -193,25 +194,6 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def claim(path: Path, run: Path) -> int:
-    """Opens a file that one process at a time may have; returns its descriptor. The kernel gives it back however that ends.
-
-    Raises UserError, naming the folder `run`, if another one has it for 10 s: a killed run's process may still be ending. Where
-    the file system has no locks nobody is kept out.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    for _ in range(20):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(0.5)
-        except OSError:
-            return file
-    os.close(file)
-    raise UserError(f"{run}: another process is training in this folder; wait for it, or name another --workdir")
-
-
 # -- the parent -----------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +293,7 @@ class _Watch:
             self.others = [_Process(i, _read(self.folder / f"{i}.json")) for i in others]
         self.own.hear(mine)
         if self.file is None:  # held as long as this process lives: the same command given twice must not write there
-            self.file = claim(self.folder / f"{mine['process']}.json", self.folder.parent)
+            self.file = claim(self.folder / f"{mine['process']}.json", f"{self.folder.parent}: {BUSY}")
         with contextlib.suppress(OSError):  # a full disk or a lost one: the child will say so
             os.pwrite(self.file, json.dumps(mine).encode()[:_RECORD].ljust(_RECORD), 0)  # in place: a full disk takes it
         for other in self.others:

@@ -24,12 +24,13 @@ import numpy as np
 
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import processes
-from tinyllama_jax.checkpoint import SEAL, load_config, steps_in, write
+from tinyllama_jax.checkpoint import SEAL, load_config, steps_in
 from tinyllama_jax.config import Config, Model
 from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.errors import UserError, read_json
+from tinyllama_jax.files import claim, write
 
 PACKAGES = (
     "jax",
@@ -92,7 +93,7 @@ def locked(run: str | Path) -> Iterator[None]:
     if foreign and not (run / "config.json").is_file() and not (run / "lock").is_file():
         yield
         return
-    file = processes.claim(run / "lock", run)
+    file = claim(run / "lock", f"{run}: {processes.BUSY}")
     try:
         yield
     finally:

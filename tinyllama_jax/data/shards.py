@@ -25,8 +25,9 @@ from tinyllama_jax.data.blocks import Record
 from tinyllama_jax.data.clean import Cleaning
 from tinyllama_jax.data.documents import Piece
 from tinyllama_jax.data.inputs import Source
-from tinyllama_jax.data.store import Place, sha256
+from tinyllama_jax.data.store import Place
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import sha256
 
 BATCH = 1 << 18  # characters tokenised at once
 HELD_OUT = "validation"

@@ -7,7 +7,6 @@ an object store a data set is whole once its manifest is there, which is written
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import sha256
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # of a URL -> the package that fsspec reads it with
 
@@ -201,8 +201,3 @@ def here(folder: Place, *files: str) -> Iterator[Path]:
 def beside(path: Path) -> Path:
     """A name that nobody else takes: a runner may give the same work to two workers."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

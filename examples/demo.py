@@ -1,6 +1,6 @@
 """The whole line on this computer, offline: corpus, tokenizer, data, training, export, samples (`make demo`).
 
-python -m tinyllama_jax.demo [--workdir runs/demo]
+python -m examples.demo [--workdir runs/demo]
 
 Stopped at any moment, the same command goes on; what is done is not done again. Heavy imports stand where they are needed, so
 that a demo with nothing left to do ends at once.
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllama_jax import cli, demo_corpus, report
+from examples import demo_corpus
+from tinyllama_jax import cli, report
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.errors import UserError, run_main

@@ -1,0 +1,71 @@
+"""Files that nobody vouches for: typed JSON with limits, regular files only, locks."""
+
+import json
+import os
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from tinyllama_jax import files
+from tinyllama_jax.errors import UserError
+
+
+class Shard(typing.TypedDict):
+    file: str
+    blocks: files.Count
+
+
+class Manifest(typing.TypedDict):
+    splits: dict[str, list[Shard]]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b'{"splits": {"train": [{"file": "x", "blocks": -1}]}}', r"Expected `int` >= 0 - at `\$.splits\[...\]\[0\].blocks`"),
+        (b'{"splits": {"train": [{"file": "x"}]}}', "missing required field `blocks`"),
+        (b'{"splits": {"train": [{"file": "x", "blocks": 1e999}]}}', "out of range"),
+        (b'{"splits": {"train": [{"file": "x", "blocks": NaN}]}}', "malformed"),
+        (b"null", "Expected `object`, got `null`"),
+        (b"", "truncated"),
+        (b"\xff\xfe", "malformed"),
+        (b'{"splits": {"\xff": []}}', "Invalid UTF-8"),
+        (b'{"splits": {}, "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+        (b'{"splits": {}, "x": "' + b"a" * 2_000 + b'"}', "more than 1,000 bytes"),
+    ],
+)
+def test_json_of_another_kind_is_one_line_that_names_the_key(tmp_path, text, says):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(text)
+    largest = 1_000 if "bytes" in says else files.LARGEST_JSON
+    with pytest.raises(UserError, match=says) as error:
+        files.read_json(path, Manifest, "copy it again", largest)
+    assert str(error.value).startswith(f"{path}: is damaged (") and str(error.value).endswith("; copy it again")
+    assert "\n" not in str(error.value)
+
+
+def test_json_of_the_kind_comes_back_as_it_is(tmp_path):
+    value = {"splits": {"train": [{"file": "é", "blocks": 3}]}}
+    (tmp_path / "m.json").write_text(json.dumps(value))
+    assert files.read_json(tmp_path / "m.json", Manifest) == value
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            files.read_json(path, dict)
+
+
+def test_a_lock_is_of_one_process(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from tinyllama_jax import errors, files\n"
+        "errors.run_main(lambda argv: files.claim(Path(argv[0]), 'busy', 0) and None)"
+    )
+    child = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with files.locked(tmp_path / "lock", "busy"):
+        second = subprocess.run(child, capture_output=True, text=True)
+        assert (second.returncode, second.stderr) == (2, "error: busy\n")
+    assert subprocess.run(child).returncode == 0

@@ -1,0 +1,105 @@
+"""Files on a disk that nobody vouches for: typed JSON with limits, whole writes, checksums, locks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import time
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from tinyllama_jax.errors import UserError
+
+T = typing.TypeVar("T")
+LARGEST_JSON = 1 << 28  # bytes; the manifest of SlimPajama's 5,000 shards is about 1 MB
+Count = typing.Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of things, or bytes
+
+
+def open_regular(path: str | Path) -> typing.BinaryIO:
+    """Opens a file for reading. Raises UserError if it is a folder, pipe, device or socket; OSError as `open` does."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe would wait for a writer
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UserError(f"{path}: is not a regular file")
+    return os.fdopen(file, "rb")
+
+
+def read_json(path: str | Path, kind: type[T], remedy: str = "", largest: int = LARGEST_JSON) -> T:
+    """The JSON in a file as `kind`: a TypedDict, `list[...]` or whatever else msgspec decodes; unknown keys are left out.
+
+    Raises UserError that names the file and the key if it is something else, too large or too deep, and ends with `remedy`;
+    OSError if it cannot be read.
+    """
+    with open_regular(path) as f:
+        text = f.read(largest + 1)
+    try:
+        if len(text) > largest:
+            raise ValueError(f"has more than {largest:,} bytes")
+        return decode_json(text, kind)
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})" + (f"; {remedy}" if remedy else "")) from None
+
+
+def decode_json(text: bytes | str, kind: type[T]) -> T:
+    """JSON as `kind`. Raises ValueError, of one line that names the key, if it is something else."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is either the old one or the new one, whole, also after a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hex."""
+    with open_regular(path) as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
+    """Locks the file at `path`, made if absent, and returns its descriptor: close it to let go. The kernel does if we die.
+
+    Raises UserError(busy) if another process has it for so many seconds: a killed one may still be ending. Where the file
+    system has no locks nobody is kept out.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(file)
+                raise UserError(busy) from None
+            time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                os.close(file)
+                raise
+            return file
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
+    """`claim` for the length of a block; the file stays."""
+    file = claim(path, busy, seconds)
+    try:
+        yield
+    finally:
+        os.close(file)
