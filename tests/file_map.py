@@ -40,7 +40,8 @@ def rows() -> dict[str, str]:
 
 def page() -> str:
     """docs/files.md."""
-    head = "# What each file is\n\nMade by `python tests/file_map.py` from the files' own first lines, lowest first.\n\n| file | what it is |\n|---|---|\n"
+    head = "# What each file is\n\nMade by `python tests/file_map.py` from the files' own first lines, lowest first.\n\n"
+    head += "| file | what it is |\n|---|---|\n"
     return head + "".join(f"| `{path}` | {what} |\n" for path, what in rows().items())
 
 
