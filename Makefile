@@ -8,16 +8,20 @@ NEWER  := $(shell for p in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pye
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 SAME   := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))' 2>/dev/null)
 
-.PHONY: demo test test-plan test-newer lint bench clean
+.PHONY: demo test test-main test-plan test-newer lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
 	@$(PY) -m examples.demo
 
-test: lint $(VENV)/.dev
+# every part runs, whatever became of those before it; at the end it says which failed
+test:
+	@failed=; for part in lint test-main test-plan test-newer; do \
+		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+test-main: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadgroup
-	@$(MAKE) --no-print-directory test-plan
-	@$(MAKE) --no-print-directory test-newer
 
 # the compilers for GPU and TPU, apart: with them installed every command looks for a driver and says that there is none
 test-plan: $(VENV)-plan/.base

@@ -43,14 +43,20 @@ def test_bench_train(tmp_path):
         assert row["ok"] and row["wrong"] == [] and row["token_loss_error"] < 1e-3
         assert row["losses"][0] == pytest.approx(np.log(256) + 0.2, abs=0.35) and row["losses"][-1] < row["losses"][0]
         assert set(row["tflops"]) == {"palm", "matmul", "palm_causal", "matmul_causal"} == set(row["percent_of_matmul"])
-        assert row["losses"] == pytest.approx(by_name["jax", 2]["losses"], abs=1e-4)
+        assert same_losses(row, by_name["jax", 2])
         assert row["tflops"]["palm"] * 1e12 == pytest.approx(row["tokens_per_second"] * report["flops_per_token"]["palm"])
     assert report["compared"]["2, torch"]["of"] == ["jax", 2, "torch.chunk.remat", 2]
     assert "0 rows are wrong" in said
     np.save(tmp_path / "reference.npy", np.zeros(32))
     cell = {"row": "transformers", "model": "tiny", "seq_len": 32, "seqs": 2, "steps": 4, "seconds": 9}
     row = bench_train.run(cell | {"reference": str(tmp_path / "reference.npy")}, 100)
-    assert row["losses"] == pytest.approx(by_name["jax", 2]["losses"], abs=1e-4)
+    assert same_losses(row, by_name["jax", 2])
+
+
+def same_losses(row, other):
+    """Of the steps that both did: a busy machine does fewer in the time there is."""
+    pairs = list(zip(row["losses"], other["losses"], strict=False))
+    return len(pairs) >= 2 and all(one == pytest.approx(two, abs=1e-4) for one, two in pairs)
 
 
 def test_a_wrong_row_is_named():

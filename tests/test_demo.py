@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import texts
 
-from examples import demo, demo_corpus
+from examples import demo
 from tinyllama_jax import cli
 from tinyllama_jax.errors import UserError
 
@@ -88,10 +89,10 @@ def test_counts_are_of_the_tokens_that_are_predicted():
 
 @pytest.fixture
 def small(tmp_path):
-    """A folder with a config and a library of some thirty modules of Python's own."""
+    """A folder with a config and a library of a dozen modules."""
     (tmp_path / "library").mkdir()
-    for path in [p for p in demo_corpus.modules().values() if p.parent.name == "json" or p.parent.name == "wsgiref"][:12]:
-        shutil.copyfile(path, tmp_path / "library" / f"{path.parent.name}_{path.name.strip('_')}")
+    for i in range(12):
+        (tmp_path / "library" / f"module_{i}.py").write_text(texts.module(i))
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "program.py").write_text(PROGRAM)
     return tmp_path

@@ -3,8 +3,9 @@
 import inspect
 import io
 import json
-import sysconfig
 from pathlib import Path
+
+from texts import texts as make_texts
 
 TINY = '''"""A run of a minute for the tests."""
 
@@ -21,12 +22,6 @@ config = Config(
     log=Log(eval_every=10),
 )
 '''
-
-
-def stdlib_texts(n: int, skip: int = 0) -> list[str]:
-    """The first 3,000 characters of `n` modules of this Python that have as many (its versions differ in some)."""
-    texts = (f.read_text(encoding="utf-8") for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
-    return [text[:3_000] for text in texts if len(text) >= 3_000][skip : skip + n]
 
 
 def train_tokenizer(path: Path, texts: list[str], vocab_size: int) -> Path:
@@ -53,7 +48,7 @@ def make_tiny_data(folder: Path) -> Path:
     """Writes the sources a and b (train and validation, S = 16), one of one block, one of another tokenizer, and tiny.py."""
     from tinyllama_jax.data.prepare import prepare
 
-    texts = stdlib_texts(24)
+    texts = make_texts(24)
     tokenizers = [train_tokenizer(folder / f"{size}.model", texts, size) for size in (512, 400)]
 
     def source(name: str, parts: dict[str, list[str]], tokenizer: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from tiny import stdlib_texts
+from texts import texts
 
 from tinyllama_jax import cli
 from tinyllama_jax.data import audit, feed, litpkds, shards, survey
@@ -25,7 +25,7 @@ BOS, EOS = 1, 2
 def words(n: int, seed: int) -> str:
     """A text of `n` words at random, of which no two blocks are alike."""
     rng = random.Random(seed)
-    known = sorted(set(re.findall(r"[A-Za-z]{4,}", stdlib_texts(1)[0])))
+    known = sorted(set(re.findall(r"[A-Za-z]{4,}", texts(1)[0])))
     return " ".join(f"{rng.choice(known)} {rng.randrange(10**6)}" for _ in range(n))
 
 
