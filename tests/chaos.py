@@ -24,11 +24,12 @@ import time
 from pathlib import Path
 
 import jax
+from array_record.python import array_record_module
 from cluster import Cluster, signal_to
 from tiny import make_tiny_data
 
-WAIT = 6  # --train.wait; every process has to end within it and BUSY
-BUSY = 90  # seconds more for a machine that does other things
+WAIT = 20  # --train.wait: six of it for starting, which a busy machine may need
+BUSY = 600  # seconds more in which every process has to end
 EXACT = ("step", "loss", "grad_norm", "checksum", "lr", "skipped")
 KINDS = {
     "kill -9 of one process": "kill_one",
@@ -42,6 +43,13 @@ KINDS = {
     "newest checkpoint truncated": "truncate",
     "data shard damaged": "damage_data",
     "process stopped": "hang",
+    "SIGHUP to one process": "hang_up",
+    "SIGUSR1 to all processes": "warn_all",
+    "checkpoints gone": "lose_checkpoints",
+    "stray files": "stray_files",
+    "write error in a save": "fail_a_save",
+    "data shard swapped for one of its size": "swap_data",
+    "not finite for good": "poison",
     "disk full": "fill_disk",
     "network cut": "cut_network",
 }
@@ -89,14 +97,16 @@ class Chaos:
         if self.small:
             root("umount", "-l", str(self.disk))
 
-    def start(self, workdir=None):
-        """The command, in 2 processes."""
+    def start(self, workdir=None, nan_from=2**31 - 1):
+        """The command, in 2 processes; every loss from the step `nan_from` on is NaN."""
         keys = {"train__steps": self.steps, "train__wait": WAIT, "log__eval_every": 1_000_000, "train__seqs_per_device": 2}
         if self.cable:
             named = ("unshare", "-u", "sh", "-c", 'hostname "$0"; exec "$@"')
             keys |= {"prefix": lambda i: ("ip", "netns", "exec", self.cable[i], *named, self.cable[i]), "address": "10.77.0.1"}
         os.environ |= {
             "CHAOS_NONFINITE": self.nonfinite,
+            "CHAOS_NONFINITE_FROM": str(nan_from),
+            "CHAOS_WRITE_ERROR": str(self.folder / "write error"),
             "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}",
         }
         workdir = workdir or self.run
@@ -117,7 +127,7 @@ class Chaos:
 
     def a_save(self, cluster):
         """Waits until a checkpoint is half written."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + BUSY
         while time.monotonic() < deadline and all(p.poll() is None for p in cluster.processes):
             if list((self.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
                 time.sleep(self.rng.uniform(0, 0.05))
@@ -160,32 +170,120 @@ class Chaos:
             signal_to(pid, signal.SIGKILL) if pid else None
         self.ended(cluster, 75, -9)
 
-    def preempt_one(self, cluster, who=None):
+    def preempt_one(self, cluster, who=None, number=signal.SIGTERM):
         self.some_time(cluster)
         running = cluster.steps()
         for i in [self.rng.randrange(2)] if who is None else who:
             with contextlib.suppress(ProcessLookupError):
-                cluster.processes[i].send_signal(signal.SIGTERM)
-        self.ended(cluster, 143, 75, -15)
-        if running and "stopped by SIGTERM" in cluster.output(0):
-            saved = max(int(p.name) for p in (self.run / "checkpoints").iterdir() if p.name.isdigit())
+                cluster.processes[i].send_signal(number)
+        self.ended(cluster, 128 + number, 75, -number)
+        if running and f"stopped by {number.name}" in cluster.output(0):
+            saved = max(self.checkpoints())
             if saved != cluster.steps():
                 raise Wrong(f"stopped at step {cluster.steps()}, and saved {saved}")
 
     def preempt_all(self, cluster):
         self.preempt_one(cluster, (0, 1))
 
+    def hang_up(self, cluster):
+        self.preempt_one(cluster, number=signal.SIGHUP)
+
+    def warn_all(self, cluster):
+        self.preempt_one(cluster, (0, 1), signal.SIGUSR1)
+
+    def checkpoints(self):
+        """The steps of the checkpoints that are there, in order."""
+        names = (p.name for p in (self.run / "checkpoints").glob("*") if (p / "seal.json").is_file())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def lose_checkpoints(self, cluster):
+        """A disk that is not mounted: refused, and nothing that the run has is lost."""
+        if self.with_checkpoints(cluster) is None:
+            raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")
+        metrics = (self.run / "metrics.jsonl").read_bytes()
+        (self.run / "checkpoints").rename(self.folder / "gone")
+        try:
+            self.ended(self.start(), 2, words=str(self.run))
+        finally:
+            shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+            (self.folder / "gone").rename(self.run / "checkpoints")
+        if (self.run / "metrics.jsonl").read_bytes() != metrics:
+            raise Wrong("without its checkpoints the run changed its metrics")
+
+    def stray_files(self, cluster):
+        """What people, file managers and NFS leave: passed over, and no checkpoint is taken for damaged."""
+        newest = self.with_checkpoints(cluster)
+        if newest is None:
+            raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")
+        folder, last = newest.parent, int(newest.name)
+        strays = [folder / str(last + 3), folder / f"00{last + 1}", folder / "²", folder / f"{last}.old", newest / "@eaDir"]
+        for stray in strays:
+            stray.mkdir(exist_ok=True)
+        for stray in (
+            folder / str(last + 4),
+            folder / ".DS_Store",
+            newest / "params" / ".nfs000000001",
+            self.run / "Thumbs.db",
+        ):
+            stray.write_bytes(b"left by others")
+        again = self.start()
+        again.until(max(again.steps(), last) + 1)
+        again.kill()
+        again.wait()
+        if f"weights: step {last:,} of" not in again.output(0):
+            raise Wrong(f"checkpoint {last} is whole, and was not gone on from:\n{shown(again.output(0))}")
+
+    def fail_a_save(self, cluster):
+        """The disk fails while a checkpoint is being sealed: see chaos_train.py."""
+        self.some_time(cluster)
+        switch = self.folder / "write error"
+        before = self.checkpoints()
+        switch.touch()
+        try:
+            self.ended(cluster, 2, 75, words="the disk failed to read or write")
+        finally:
+            switch.unlink()
+        if before and not set(self.checkpoints()) & set(before[-1:]):
+            raise Wrong(f"checkpoint {before[-1]} went with the save that failed")
+
+    def swap_data(self, cluster):
+        """The same blocks in another order, which no checksum of a record can tell."""
+        self.with_checkpoints(cluster)
+        file = next((self.data / self.rng.choice("ab")).glob("blocks-train.array_record-*"))
+        whole = file.read_bytes()
+        reader = array_record_module.ArrayRecordReader(str(file))
+        records = reader.read_all()
+        reader.close()
+        while file.read_bytes() == whole or file.stat().st_size != len(whole):
+            self.rng.shuffle(records)
+            writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+            for record in records:
+                writer.write(record)
+            writer.close()
+        try:
+            self.ended(self.start(), 2, words=str(file.parent))
+        finally:
+            file.write_bytes(whole)
+
+    def poison(self, cluster):
+        """Every loss is NaN from some moment on; a person then goes back to the checkpoint before it."""
+        if self.with_checkpoints(cluster) is None:
+            raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")
+        first = cluster.steps() + self.rng.randint(1, 6)
+        self.ended(self.start(nan_from=first), 3, words="in a row")
+        for step in self.checkpoints():
+            if step >= first:
+                shutil.rmtree(self.run / "checkpoints" / str(step))
+
     def with_checkpoints(self, cluster):
-        """Ends the cluster when there are two checkpoints to choose from; returns the newest."""
-        deadline = time.monotonic() + 120
-        folder = self.run / "checkpoints"
-        names = lambda: sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
-        while len(names()) < 2 and time.monotonic() < deadline and cluster.processes[0].poll() is None:
+        """Waits until there are two checkpoints to choose from, and ends the cluster; returns the newest."""
+        deadline = time.monotonic() + BUSY
+        while len(self.checkpoints()) < 2 and time.monotonic() < deadline and cluster.processes[0].poll() is None:
             time.sleep(0.05)
         self.some_time(cluster)
         cluster.kill()
         cluster.wait()
-        return folder / str(names()[-1]) if len(names()) > 1 else None
+        return self.run / "checkpoints" / str(self.checkpoints()[-1]) if len(self.checkpoints()) > 1 else None
 
     def damage_checkpoint(self, cluster, how):
         newest = self.with_checkpoints(cluster)
@@ -289,8 +387,7 @@ class Chaos:
             finally:
                 cluster.kill()
             reached = cluster.steps()
-            checkpoints = [int(p.name) for p in (self.run / "checkpoints").glob("*") if p.name.isdigit()]
-            lost = max(reached - max(checkpoints, default=0), 0)
+            lost = max(reached - max(self.checkpoints(), default=0), 0)
             done[kind] += 1
             self.recomputed[kind] += lost
             print(

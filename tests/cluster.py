@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+PATIENCE = 600  # seconds: nothing may take longer, on however busy a machine
+
 
 class Cluster:
     """N processes with the same command, each with a parent that watches it (see processes.py) and its own output file."""
@@ -45,7 +47,7 @@ class Cluster:
             with file.open("w") as out:
                 self.processes.append(subprocess.Popen([*prefix(i), *argv], env=env, stdout=out, stderr=out))
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=PATIENCE):
         """Exit codes of all; kills what is left after `seconds`, which then has the code -9."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -80,7 +82,7 @@ class Cluster:
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         return max((json.loads(line)["step"] for line in lines), default=0)
 
-    def until(self, step, seconds=120):
+    def until(self, step, seconds=PATIENCE):
         """Waits until `step` is done; returns whether it is while the processes still run."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and all(p.poll() is None for p in self.processes):

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import generated
 import numpy as np
 import pytest
-import texts
 
 from examples import demo
 from tinyllama_jax import cli
@@ -92,7 +92,7 @@ def small(tmp_path):
     """A folder with a config and a library of a dozen modules."""
     (tmp_path / "library").mkdir()
     for i in range(12):
-        (tmp_path / "library" / f"module_{i}.py").write_text(texts.module(i))
+        (tmp_path / "library" / f"module_{i}.py").write_text(generated.module(i))
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "program.py").write_text(PROGRAM)
     return tmp_path

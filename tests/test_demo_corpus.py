@@ -9,9 +9,9 @@ import textwrap
 import tokenize
 import unicodedata
 
+import generated
 import pytest
 import sentencepiece
-import texts
 
 from examples import demo_corpus
 from tinyllama_jax.errors import UserError
@@ -184,7 +184,7 @@ class WithoutDocstrings(ast.NodeTransformer):
 
 def test_code_of_whole_modules_means_the_same_and_has_no_comments():
     for name in map(str, range(100)):
-        source = texts.module(int(name))
+        source = generated.module(int(name))
         code = demo_corpus.take_apart(source).code
         compile(code, name, "exec", dont_inherit=True)
         assert all(token.type != tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(code).readline)), name
@@ -279,7 +279,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "library").mkdir()
     for i in range(100):
-        (folder / "library" / f"module_{i}.py").write_text(texts.module(i))
+        (folder / "library" / f"module_{i}.py").write_text(generated.module(i))
     demo_corpus.gather(folder, folder / "library")
     return folder, demo_corpus.train_tokenizer(folder, SHARES, 2_048)
 

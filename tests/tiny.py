@@ -5,7 +5,7 @@ import io
 import json
 from pathlib import Path
 
-from texts import texts as make_texts
+from generated import texts as make_texts
 
 TINY = '''"""A run of a minute for the tests."""
 

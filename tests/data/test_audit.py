@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from texts import texts
+from generated import texts
 
 from tinyllama_jax import cli
 from tinyllama_jax.data import audit, feed, litpkds, shards, survey
