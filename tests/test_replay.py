@@ -48,14 +48,14 @@ def said(text, module):
 
 @pytest.fixture
 def garbage(monkeypatch, tiny_config_file):
-    """Makes the blocks of step 15 noise wherever they are read; what step 15 has without any skip."""
+    """Makes the blocks of step 15 bytes that no text has (0x80 and above), wherever they are read; what step 15 has without any skip."""
     bad, gather, config = [], feed.gather, cli.read(str(tiny_config_file))
 
     def damaged(sources, source, block):
         tokens, length = gather(sources, source, block)
         for i, key in enumerate(zip(source.tolist(), block.tolist(), strict=True)):
             if key in bad:
-                tokens[i] = np.random.default_rng(key).integers(3, 512, tokens.shape[1])
+                tokens[i] = np.random.default_rng(key).integers(131, 259, tokens.shape[1])
         return tokens, length
 
     monkeypatch.setattr(feed, "gather", damaged)
