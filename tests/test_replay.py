@@ -48,7 +48,7 @@ def said(text, module):
 
 @pytest.fixture
 def garbage(monkeypatch, tiny_config_file):
-    """Makes the blocks of step 15 bytes that no text has (0x80 and above), wherever they are read; what step 15 has without any skip."""
+    """Makes the blocks of step 15 bytes that no text has, wherever they are read; what step 15 has without any skip."""
     bad, gather, config = [], feed.gather, cli.read(str(tiny_config_file))
 
     def damaged(sources, source, block):
