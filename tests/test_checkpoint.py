@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, files, run_folder, sharding
+from tinyllama_jax import checkpoint, cli, files, run_folder, seals, sharding
 from tinyllama_jax import config as c
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
@@ -47,7 +47,18 @@ def state_of(config, **mesh):
 
 
 def saved(config):
-    (checkpoint.Path(config.workdir) / "checkpoints" / "5" / "train").mkdir(parents=True)
+    write_checkpoint(checkpoint.Path(config.workdir), 5)
+
+
+def write_checkpoint(run, step, files=("params/p", "train/t")):
+    """A sealed checkpoint of some bytes."""
+    partial = run / "checkpoints" / f"{step}{seals.PARTIAL}"
+    for name in files:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(b"bytes of " + name.encode())
+    seals.seal(run / "checkpoints", "")
+    partial.rename(run / "checkpoints" / str(step))
+    seals.remember(run, step)
 
 
 def same(a, b):
@@ -126,7 +137,7 @@ def flip(file, at=None):
 
 
 def files_of(folder):
-    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in checkpoint.UNSEALED)
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in seals.UNSEALED)
 
 
 @pytest.fixture
@@ -139,7 +150,7 @@ def test_any_file_that_changed_on_disk_is_noticed(all_kept):
     newest = run / "checkpoints" / "30"
     files = files_of(newest)
     assert len(files) > 5 and {f.relative_to(newest).parts[0] for f in files} == {"params", "train"}
-    assert checkpoint.recover(all_kept) == []
+    assert seals.recover(all_kept) == []
     for file in files:
         before = file.read_bytes()
         if before:
@@ -151,18 +162,20 @@ def test_any_file_that_changed_on_disk_is_noticed(all_kept):
         assert str(file.relative_to(newest)) in checkpoint.damage(newest)
         file.write_bytes(before)
     assert checkpoint.damage(newest) is None
-    (newest / "params" / "extra").write_text("")
-    assert "extra" in checkpoint.damage(newest) and checkpoint.damage(newest, "train") is None
+    for name in (".DS_Store", "params/extra", "train/.nfs01", "lost+found/x", "Thumbs.db"):
+        (newest / name).parent.mkdir(exist_ok=True)
+        (newest / name).write_text("left here")
+    assert checkpoint.damage(newest) is None and seals.recover(all_kept) == []
 
 
 @pytest.mark.parametrize("how", ["empty", "gone"])
 def test_what_the_seal_leaves_out_is_not_needed(all_kept, how):
     program, run = three(all_kept)
-    files = [f for f in (run / "checkpoints" / "30").rglob("*") if f.name in checkpoint.UNSEALED and f.name != checkpoint.SEAL]
+    files = [f for f in (run / "checkpoints" / "30").rglob("*") if f.name in seals.UNSEALED and f.name != seals.SEAL]
     assert len(files) == 4
     for file in files:
         file.write_bytes(b"") if how == "empty" else file.unlink()
-    assert checkpoint.recover(all_kept) == []
+    assert seals.recover(all_kept) == []
     with checkpoint.Checkpoints(all_kept) as checkpoints:
         assert checkpoints.latest() == 30
         same(state_of(all_kept)[1], checkpoints.restore(30, program.state))
@@ -172,7 +185,7 @@ def test_what_the_seal_leaves_out_is_not_needed(all_kept, how):
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
     program, run = three(all_kept)
     newest = run / "checkpoints" / "30"
-    file = max(files_of(newest), key=lambda f: f.stat().st_size) if how in ("flip", "truncate") else newest / checkpoint.SEAL
+    file = max(files_of(newest), key=lambda f: f.stat().st_size) if how in ("flip", "truncate") else newest / seals.SEAL
     if how == "flip":
         flip(file)
     elif how == "no seal":
@@ -183,10 +196,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
         checkpoint.load_params,
         lambda run: checkpoint.restore_params(run, checkpoint.find_step(run), program.state.params),
     ):
-        if "params" in file.parts or how.endswith("seal"):
+        if "params" in file.parts or how == "empty seal":
             with pytest.raises(UserError, match="30: is damaged: .*; step 20 is whole"):
                 reads(run)
-    (note,) = checkpoint.recover(all_kept)
+    (note,) = seals.recover(all_kept)
     assert note.startswith("checkpoint 30 is not used (") and str(run / "set_aside" / "30-") in note
     assert checkpoint.steps_in(run) == [10, 20] and len(list((run / "set_aside").iterdir())) == 1
     checkpoints = checkpoint.Checkpoints(all_kept)
@@ -194,32 +207,32 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
     _, state = state_of(all_kept)
     checkpoints.save(30, state)  # and the run comes there again
     checkpoints.close()
-    assert checkpoint.recover(all_kept) == [] and checkpoint.steps_in(run) == [10, 20, 30]
+    assert seals.recover(all_kept) == [] and checkpoint.steps_in(run) == [10, 20, 30]
 
 
 def test_if_all_are_damaged_nothing_is_moved_and_nothing_starts_from_scratch(all_kept):
     _, run = three(all_kept)
     for step in (10, 20, 30):
-        (run / "checkpoints" / str(step) / checkpoint.SEAL).unlink()
+        (run / "checkpoints" / str(step) / seals.SEAL).unlink()
     with pytest.raises(UserError, match=r"has no checkpoint to go on from \(30: seal.json is missing"):
-        checkpoint.recover(all_kept)
-    assert checkpoint.steps_in(run) == [10, 20, 30]
+        seals.recover(all_kept)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "20", "30"]
 
 
 def test_a_new_skip_rewinds_to_before_it_and_an_old_one_does_not(all_kept):
     _, run = three(all_kept)
     late = cli.override(all_kept, {"data.skip": "31:40"})
-    assert checkpoint.recover(late) == []
+    assert seals.recover(late) == []
     skipping = cli.override(all_kept, {"data.skip": "12:13"})
-    notes = checkpoint.recover(skipping)
+    notes = seals.recover(skipping)
     assert checkpoint.steps_in(run) == [10] and len(notes) == 2 and "trained on other batches" in notes[0]
     _, state = state_of(skipping)
     checkpoints = checkpoint.Checkpoints(skipping)
     checkpoints.save(20, state)
     checkpoints.close()
-    assert checkpoint.recover(skipping) == [] and checkpoint.steps_in(run) == [10, 20]
+    assert seals.recover(skipping) == [] and checkpoint.steps_in(run) == [10, 20]
     with pytest.raises(UserError, match=r"\(20: trained on other batches"):
-        checkpoint.recover(cli.override(all_kept, {"data.skip": "12:13,3:4"}))
+        seals.recover(cli.override(all_kept, {"data.skip": "12:13,3:4"}))
     assert checkpoint.steps_in(run) == [10, 20]
 
 
@@ -228,11 +241,11 @@ def test_a_skip_that_is_forgotten_is_a_mistake_and_no_wish_to_go_back(all_kept, 
     skipping = cli.override(all_kept, {"data.skip": "12:13"})
     _, run = three(skipping)
     with pytest.raises(UserError, match=f"--data.skip={skip}: checkpoint 30 was trained with --data.skip=12:13; give that"):
-        checkpoint.recover(cli.override(all_kept, {"data.skip": skip}))
+        seals.recover(cli.override(all_kept, {"data.skip": skip}))
     assert checkpoint.steps_in(run) == [10, 20, 30]
     for step in (20, 30):
         (run / "checkpoints" / str(step)).rename(run / str(step))
-    assert checkpoint.recover(all_kept) == []
+    assert seals.recover(all_kept) == []
 
 
 @pytest.mark.parametrize("with_moments", [True, False])
@@ -314,7 +327,7 @@ def test_find_step_names_what_there_is(config, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.load_params(tmp_path / "run")
     for step in (10, 9, 1000000, 960000):
-        (tmp_path / "run" / "checkpoints" / str(step)).mkdir()
+        write_checkpoint(tmp_path / "run", step)
     (tmp_path / "run" / "checkpoints" / "1000001.orbax-checkpoint-tmp-0").mkdir()
     assert checkpoint.find_step(tmp_path / "run") == 1000000  # by number: the original's sort picked 960000
     with pytest.raises(UserError, match="steps 9, 10, 960000, 1000000"):

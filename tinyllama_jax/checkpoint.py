@@ -2,60 +2,84 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
 import logging
+import os
 import shutil
-import time
+import threading
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import dims, model, optim
+from tinyllama_jax import dims, files, model, optim, seals
 from tinyllama_jax.config import Config
-from tinyllama_jax.data import skip as skip_lib
-from tinyllama_jax.errors import UserError, read_json
-from tinyllama_jax.files import write
+from tinyllama_jax.errors import UserError
+from tinyllama_jax.seals import damage, find_step, steps_in
 from tinyllama_jax.step import TrainState, new_state
+
+# what a disk can say of a write, in the words of exceptions that have no errno
+DISK = "ENOSPC EDQUOT EIO EFBIG EROFS EACCES EPERM ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE EREMOTEIO"
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that it also raises
 
 
 class Checkpoints:
     """The checkpoints of one run: saved in the background, rotated, found again by number."""
 
     def __init__(self, config: Config):
-        """Opens RUN/checkpoints, made if absent; half-written ones of a killed run are not seen, and removed."""
-        self._folder = Path(config.workdir).resolve() / "checkpoints"
+        """Opens RUN/checkpoints, made if absent; what a killed process had half written or half deleted is removed."""
+        self._run, self._keep = Path(config.workdir).resolve(), config.checkpoint
+        self._folder = self._run / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        keep = [policies.LatestN(config.checkpoint.keep), policies.CustomSteps(config.checkpoint.kept)]
-        if config.checkpoint.keep_every:
-            keep.append(policies.EveryNSteps(config.checkpoint.keep_every))
-        self._manager = _manager(self._folder, config, ("params", "train"), policies.AnyPreservationPolicy(keep))
+        self._last, self._saving = self.latest(), False
+        self._failed = False
+        self._deleting: list[threading.Thread] = []
+        self._first = jax.process_index() == 0  # who does what is done once
+        for path in self._folder.iterdir() if self._first else ():
+            if seals.unfinished(path.name):
+                shutil.rmtree(path)
+        self._writer = _writer(self._folder, config)
 
     def latest(self) -> int | None:
-        """The newest step that is whole, or None."""
-        return self._manager.latest_step()
+        """The newest step that is sealed, or None."""
+        return max(steps_in(self._run), default=None)
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save; returns as soon as `state` may be overwritten. An error of an earlier save is raised here."""
-        if step == self._manager.latest_step():
+        if step == self._last:
             return
-        # asked first, since Orbax meets a full disk in its threads, each of which prints its own traceback
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
-        if shutil.disk_usage(self._folder).free < needed:
-            raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
+        self.wait()
+        if self._first and os.path.lexists(self._folder / str(step)):  # somebody has made it since the run began
+            seals.set_aside(self._run, self._folder / str(step))
         params, rest = _parts(state)
-        items = ocp.args.Composite(params=ocp.args.StandardSave(params), train=ocp.args.StandardSave(rest))
-        with _disk_errors(self._folder):
-            self._manager.save(step, args=items)
+        with self._disk_errors():
+            # asked first, since Orbax meets a full disk in its threads
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+            if shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
+            self._writer.save(self._folder / str(step), args=_items(params=params, train=rest))
+        self._last, self._saving = step, True
+
+    def check(self) -> None:
+        """Raises the error of a save that failed in the background; does not wait."""
+        with self._disk_errors():
+            self._writer.check_for_errors()
+            if self._first and self._saving and seals.exists(self._folder / str(self._last) / seals.SEAL):
+                self._rotate()
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk. Raises its error."""
+        with self._disk_errors():
+            self._writer.wait_until_finished()
+            if self._first and self._saving:
+                self._rotate()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
@@ -65,121 +89,54 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:  # after an error the others may never come to where they would meet
+        # after an error the others may never come to where they would meet, nor Orbax's threads where they wait for one another
+        if kind is None or (jax.process_count() == 1 and not self._failed):
             self.close()
 
     def close(self) -> None:
-        """Waits until what was saved is on disk."""
-        with _disk_errors(self._folder):
-            self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until what was saved is on disk, and what is no longer kept is deleted."""
+        self.wait()
+        for thread in self._deleting:
+            thread.join()
+        self._writer.close()
 
+    def _rotate(self) -> None:
+        """Writes down that the newest is whole, and begins to delete what is no longer kept."""
+        seals.remember(self._run, self._last)
+        self._saving, keep = False, self._keep
+        for step in steps_in(self._run)[: -keep.keep]:
+            if step not in keep.kept and not (keep.keep_every and step % keep.keep_every == 0):
+                old = self._folder / f"{step}{seals.OLD}"
+                (self._folder / str(step)).rename(old)  # at once: half of one is never taken for one
+                self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True))
+                self._deleting[-1].start()
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that it also raises
-
-
-def _manager(folder: Path, config: Config, items: tuple[str, ...], keep: policies.PreservationPolicy | None = None):
-    """Orbax's manager, with each checkpoint sealed by `_seal` before it gets its name."""
-    seal = lambda: _seal(folder, config) if jax.process_index() == 0 else None
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=keep,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=seal),
-    )
-    return ocp.CheckpointManager(folder, options=options, item_names=items)
-
-
-# -- whole, and unchanged -------------------------------------------------------------------------------------------------
-
-SEAL = "seal.json"  # in a checkpoint: the sha256 of each of its files, and what of the config its batches depend on
-UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after it
-
-
-def _seal(folder: Path, config: Config) -> None:
-    """Writes the seal of the checkpoint that is being written, whose files are all there."""
-    for partial in folder.glob("*.orbax-checkpoint-tmp*"):
-        write(partial / SEAL, json.dumps({"skip": config.data.skip, "files": _checksums(partial)}, indent=1) + "\n")
-
-
-def _checksums(checkpoint: Path, part: str = "") -> dict[str, str]:
-    """Path within the checkpoint -> sha256, of all files (of one item, "params" say) that were there when it was sealed."""
-    files = [f for f in (checkpoint / part).rglob("*") if f.is_file() and f.name not in UNSEALED]
-
-    def checksum(file: Path) -> str:
-        with file.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run: 2 GB/s a core
-        return dict(zip((str(f.relative_to(checkpoint)) for f in files), pool.map(checksum, files), strict=True))
-
-
-def damage(checkpoint: Path, part: str = "") -> str | None:
-    """What is wrong with a checkpoint (or one item of it) on disk, or None."""
-    try:
-        sealed = read_json(checkpoint / SEAL, "skip", "files")["files"]
-    except (UserError, OSError):
-        return f"{SEAL} is missing or damaged"
-    sealed = {name: checksum for name, checksum in sealed.items() if name.startswith(part)}
-    there = _checksums(checkpoint, part)
-    wrong = sorted(name for name in sealed | there if sealed.get(name) != there.get(name))
-    return f"{wrong[0]} is not as it was written" if wrong else None
-
-
-def unusable(checkpoint: Path, config: Config) -> str | None:
-    """Why the run that `config` describes could not have come to a checkpoint, or None: damage, or other batches."""
-    if reason := damage(checkpoint):
-        return reason
-    then = dataclasses.replace(config.data, skip=read_json(checkpoint / SEAL)["skip"])
-    if skip_lib.same_batches(config.data, then, int(checkpoint.name)):
-        return None
-    return f"trained on other batches: --data.skip={then.skip}"
-
-
-def _check_skip(run: Path, config: Config) -> None:
-    """Raises UserError if the newest checkpoint has left out batches that `config` forgets: that is no wish to go back."""
-    for step in reversed(steps_in(run)):
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """What Orbax and TensorStore say of a disk, in exceptions of several types, as the OSError that it was."""
         try:
-            skip = read_json(run / "checkpoints" / str(step) / SEAL, "skip")["skip"]
-        except (UserError, OSError):  # for `recover`
-            continue
-        then = dataclasses.replace(config.data, skip=skip)
-        if skip and not f"{config.data.skip},".startswith(f"{skip},") and not skip_lib.same_batches(config.data, then, step):
-            raise UserError(
-                f"--data.skip={config.data.skip}: checkpoint {step} was trained with --data.skip={skip}; give that, with more "
-                f"behind it or not. To undo it, first move the checkpoints since then out of {run / 'checkpoints'}"
-            )
-        return
+            yield
+        except Exception as error:
+            self._failed, cause = True, error
+            while cause:
+                numbers = [getattr(errno, name) for name in DISK.split() if hasattr(errno, name)]
+                number = getattr(cause, "errno", None) or next((n for n in numbers if os.strerror(n) in str(cause)), None)
+                if number:
+                    where = getattr(cause, "filename", None) or str(self._folder)
+                    raise OSError(number, os.strerror(number), where) from None
+                cause = cause.__cause__ or cause.__context__
+            raise
 
 
-def recover(config: Config) -> list[str]:
-    """Sets aside, in RUN/set_aside, the checkpoints after the newest one that the run can go on from; returns lines to print.
+def _writer(folder: Path, config: Config) -> ocp.AsyncCheckpointer:
+    """What writes a checkpoint in the background, sealed before it gets its name."""
+    seal = lambda: seals.seal(folder, config.data.skip) if jax.process_index() == 0 else None
+    options = ocp.AsyncOptions(post_finalization_callback=seal)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
-    That is the newest whose files are as they were written and whose batches were those of this config. To be called by
-    one process, before the others look. Raises UserError, and moves nothing, if there are checkpoints but none is such.
-    """
-    run, aside = Path(config.workdir), {}
-    _check_skip(run, config)
-    for step in reversed(steps_in(run)):
-        folder = run / "checkpoints" / str(step)
-        reason = unusable(folder, config)
-        if not reason:
-            break
-        aside[folder] = reason
-    else:
-        if aside:
-            folder, reason = next(iter(aside.items()))
-            raise UserError(
-                f"{run}: has no checkpoint to go on from ({folder.name}: {reason}; {len(aside)} in all); mend --data.skip, "
-                "restore one from a copy, or start again with --workdir=NEW"
-            )
-    notes = []
-    for folder, reason in aside.items():
-        to = run / "set_aside" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        to.parent.mkdir(exist_ok=True)
-        folder.rename(to)
-        notes.append(f"checkpoint {folder.name} is not used ({reason}) and is now {to}")
-    return notes
+
+def _items(**items: dict) -> ocp.args.Composite:
+    return ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
 
 
 @contextlib.contextmanager
@@ -193,42 +150,10 @@ def _read_errors(checkpoint: Path) -> Iterator[None]:
         raise UserError(f"{checkpoint}: cannot be read: {damage(checkpoint) or str(error).splitlines()[0]}{other}") from error
 
 
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """What Orbax and TensorStore say of a full disk, in exceptions of several types, as the OSError that it was."""
-    try:
-        yield
-    except Exception as error:
-        said: BaseException | None = error
-        while said:
-            if "No space left on device" in str(said):
-                raise OSError(errno.ENOSPC, "while saving", str(folder)) from None
-            said = said.__cause__ or said.__context__
-        raise
-
-
 def _parts(state: TrainState) -> tuple[dict, dict]:
     """(parameters, the rest): apart, so that those who want the weights read nothing else."""
     rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "params"}
     return state.params, rest
-
-
-def steps_in(run: str | Path) -> list[int]:
-    """The steps that a run folder has checkpoints of, in order; whole ones only, since Orbax gives them their name last."""
-    folder = Path(run) / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-
-
-def find_step(run: str | Path, step: int | None = None, option: str = "--step ") -> int:
-    """`step`, or the latest one if it is None. Raises UserError naming `option` and those that there are."""
-    if not (Path(run) / "config.json").is_file():
-        raise UserError(f"{run}: is not a run folder (it has no config.json)")
-    steps = steps_in(run)
-    if not steps:
-        raise UserError(f"{run}: has no checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}")
-    return steps[-1] if step is None else step
 
 
 def load_config(run: str | Path) -> Config:
@@ -236,13 +161,20 @@ def load_config(run: str | Path) -> Config:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
-    return config_lib.from_json(path.read_bytes(), str(path))
+    with files.open_regular(path) as f:
+        return config_lib.from_json(f.read(1 << 20), str(path))
+
+
+class Begins(typing.TypedDict):
+    """What of a source in data.json says how its documents begin."""
+
+    bos: bool
 
 
 def documents_begin_with_bos(run: Path) -> bool:
     """Whether the data of a run folder put bos before each document; False if it does not know its data (an import)."""
     data = run / "data.json"
-    return data.is_file() and any(source["bos"] for source in read_json(data, "bos", kind=list))
+    return data.is_file() and any(source["bos"] for source in files.read_json(data, list[Begins]))
 
 
 def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
@@ -286,13 +218,15 @@ def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, di
 
     With Adam's `moments` (first, second) the run can be gone on with at `step`; without, it is for `--init.from`.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    items = {"params": ocp.args.StandardSave(params)}
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    items = {"params": params}
     if moments:
         state = new_state({}, config)
         state = dataclasses.replace(state, step=np.int32(step), opt_state=optim.from_moments(*moments, step, config))
-        items["train"] = ocp.args.StandardSave(_parts(state)[1])
-    (run / "checkpoints").mkdir(exist_ok=True)
-    with _manager((run / "checkpoints").resolve(), config, tuple(items)) as manager:
-        manager.save(step, args=ocp.args.Composite(**items))
-    write(run / "config.json", config_lib.to_json(config))
+        items["train"] = _parts(state)[1]
+    folder = (run / "checkpoints").resolve()
+    with contextlib.closing(_writer(folder, config)) as writer:
+        writer.save(folder / str(step), args=_items(**items))
+    if moments:
+        seals.remember(run, step)
+    files.write(run / "config.json", config_lib.to_json(config))

@@ -129,6 +129,7 @@ class Data(_Typed):
     document_mask: bool = False  # attention within each document alone (they end with eos); the original had none
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out, each in the numbers that those before it gave
     workers: int = 2  # threads that read ahead; no effect on what is read
+    verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json
 
     def __post_init__(self):
         super().__post_init__()
@@ -362,6 +363,7 @@ class Init(_Typed):
     from_: str = ""  # a run folder or a Hugging Face folder; empty: from scratch. Said as --init.from
     step: int = 0  # which checkpoint of the run folder; 0: the newest
     state: str = "weights"  # or "moments": AdamW's too; or "all": the step too, so that this run is a branch of that one
+    start_over: int = 0  # the newest step that this run had saved, if its checkpoints are gone and it is to begin again
 
     def __post_init__(self):
         super().__post_init__()

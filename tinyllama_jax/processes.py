@@ -77,22 +77,26 @@ def _identity() -> tuple[int, int]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """`run_main`; but one of several that fails ends at once, since at its exit it would wait for the others."""
+    """`run_main`; but one that fails ends at once: one of several would wait for the others, and any for Orbax's threads."""
     try:
         run_main(main)
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if _place is None or code in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        waits = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+        if (_place is None and not waits) or code in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise
         sys.stdout.flush()
         sys.stderr.flush()
-        if isinstance(error, SystemExit):  # said already; the others say the same, and JAX nothing of who ended first
+        if _place is None:
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+        elif isinstance(error, SystemExit):  # said already; the others say the same, and JAX nothing of who ended first
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             time.sleep(TOGETHER)
         else:
             time.sleep(SETTLE)  # if another process was the cause the parent ends this one, with a better line
             traceback.print_exc()
-            sys.stderr.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -25,12 +25,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import checkpoint, cli, processes, report, run_folder, sharding, weights, xla
+from tinyllama_jax import checkpoint, cli, processes, report, run_folder, seals, sharding, weights, xla
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.errors import UserError, read_json, run_main
+from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.files import read_json
 from tinyllama_jax.step import Program, TrainState, build, choose_attention, on_devices, weight_of, within
 
 COMPARED = "loss", "grad_norm", "checksum"
@@ -120,7 +121,7 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
 
 def check_data(run: Path, config: Config, sources: list[Blocks]) -> None:
     """Raises UserError unless the sources are those that the run was trained on."""
-    theirs = read_json(run / "data.json", "manifest_sha256", "path", kind=list)
+    theirs = read_json(run / "data.json", list[run_folder.Source])
     for path, source, then in zip(config.data.sources, sources, theirs, strict=False):
         if source.manifest_sha256 != then["manifest_sha256"]:
             raise UserError(f"--data.sources: {path} is not what the run was trained on, {then['path']} as it was then")
@@ -130,7 +131,7 @@ def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.shardin
     """The run's own mesh, on the first devices if there are more here; that of `--mesh...` if it was given."""
     if any(key.startswith("mesh.") for key in overrides):
         return sharding.make_mesh(config.mesh)
-    then = read_json(run / "versions.json", "devices")["devices"]
+    then = run_folder.read_versions(run)["devices"]
     n, devices = int(then.partition(" x ")[0]), jax.devices()
     if n > len(devices):
         raise UserError(
@@ -143,7 +144,7 @@ def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.shardin
 def base_of(run: Path, config: Config, step: int, first: int) -> int:
     """The newest checkpoint before `step` that is whole and of these batches; else the one that the run began after."""
     for at in reversed([s for s in checkpoint.steps_in(run) if s < step]):
-        if not checkpoint.unusable(run / "checkpoints" / str(at), config):
+        if not seals.unusable(run / "checkpoints" / str(at), config):
             return at
     begun = weights.first_step(config)
     if first > begun + config.log.every:
@@ -215,7 +216,7 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
     lines += [f"step {step:,}: {devices}: another {tensor} than the replicas" for step, tensor, devices in split]
     reach = last + (max(REACH, last - run.base) if lines else 0)
     after = next((s for s in checkpoint.steps_in(run.folder) if last <= s <= reach), None)
-    if after and checkpoint.unusable(run.folder / "checkpoints" / str(after), run.config):
+    if after and seals.unusable(run.folder / "checkpoints" / str(after), run.config):
         after = None
     for step, now, values, table in execute(run, state, last, after or last):
         state, seen[step] = now, (values, table)
@@ -291,10 +292,8 @@ def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]])
 
 def ran_on(run: Run) -> str:
     """What of RUN/versions.json is otherwise here."""
-    then, now = read_json(run.folder / "versions.json"), run_folder.versions()
-    now["devices"] = f"{run.mesh.size} x {jax.devices()[0].device_kind}"
-    then, now = ({**v, **v.get("packages", {}), "packages": None} for v in (then, now))
-    return "".join(f"; {name} {then.get(name)} then, {value} here" for name, value in now.items() if then.get(name) != value)
+    now = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
+    return "".join(f"; {line}" for line in run_folder.versions_apart(run_folder.read_versions(run.folder), now))
 
 
 # -- documents ----------------------------------------------------------------------------------------------------------------

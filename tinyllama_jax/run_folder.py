@@ -3,7 +3,8 @@
 RUN/config.json      the resolved configuration          RUN/data.json        hash of each source's manifest
 RUN/tokenizer/       what the data were prepared with    RUN/versions.json    packages, Python, devices
 RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
-RUN/set_aside/N-...  checkpoints no longer used          RUN/processes/       see processes.py
+RUN/set_aside/N-...  checkpoints no longer used          RUN/newest.json      the newest step that was saved
+RUN/processes/       see processes.py
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,14 +25,14 @@ import jax
 import numpy as np
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import processes
-from tinyllama_jax.checkpoint import SEAL, load_config, steps_in
+from tinyllama_jax import processes, seals
+from tinyllama_jax.checkpoint import load_config
 from tinyllama_jax.config import Config, Model
 from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.mixture import Mixture
-from tinyllama_jax.errors import UserError, read_json
-from tinyllama_jax.files import claim, write
+from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import claim, listed, read_json, write
 
 PACKAGES = (
     "jax",
@@ -67,6 +69,7 @@ FREE = (
     "workdir",
     "data.sources",
     "data.workers",
+    "data.verify",
     "data.eval_blocks",
     "train.spike",
     "train.wait",
@@ -81,6 +84,30 @@ FREE = (
 )
 
 
+Number = int | float
+
+
+class Source(typing.TypedDict):
+    """A source in data.json."""
+
+    path: str
+    weight: Number | list[tuple[Number, Number]]
+    manifest_sha256: str
+    bos: bool
+    sha256: typing.NotRequired[str]  # of its files, where no manifest says it and `data.verify` was on
+
+
+class Versions(typing.TypedDict):
+    """versions.json, and what was there before, each with the step until which it was so."""
+
+    packages: dict[str, str]
+    python: str
+    platform: str
+    devices: str
+    processes: int
+    before: typing.NotRequired[list[dict]]
+
+
 @contextlib.contextmanager
 def locked(run: str | Path) -> Iterator[None]:
     """Keeps a second run out of a run folder, made if absent: see `processes.claim`.
@@ -89,7 +116,7 @@ def locked(run: str | Path) -> Iterator[None]:
     """
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    foreign = any(path.name != "processes" for path in run.iterdir())  # that folder is there before the run is
+    foreign = any(name != "processes" for name in listed(run))  # that folder is there before the run is
     if foreign and not (run / "config.json").is_file() and not (run / "lock").is_file():
         yield
         return
@@ -110,12 +137,12 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     notes = []
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
-    if steps := steps_in(run):  # before its first checkpoint a run has nothing to lose
-        if not (run / "checkpoints" / str(steps[-1]) / "train").is_dir():  # an import
+    if steps := seals.steps_in(run):  # before its first checkpoint a run has nothing to lose
+        if not seals.has_state(run, steps[-1]):  # an import
             raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
         notes = _compare(load_config(run), config, steps[-1])
         described = run / "data.json"
-        there = read_json(described, *data[0], kind=list) if described.is_file() else data
+        there = read_json(described, list[Source]) if described.is_file() else data
         ours = [tokenizer_lib.load(folder).sha256 for folder in (run / "tokenizer", tokenizer)]
         if ours[0] != ours[1]:
             raise UserError(f"--data.sources: were not prepared with the tokenizer of the run in {run}, {run / 'tokenizer'}")
@@ -123,6 +150,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         was = config_lib.sources_text(weights)
         if list(weights.values()) != list(config.data.sources.values()):  # paths may
             notes.append(f"changed since this run was last started: data.sources from {was}")
+        _keep_checksums(there, data)
         if not _same_until(there, data, config, steps[-1]):
             raise UserError(
                 f"--data.sources: the run in {run} was trained on {was}, and these are other weights or other contents "
@@ -132,9 +160,10 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
         if config.init.from_ and Path(config.init.from_).resolve() == run.resolve():
             raise UserError(f"--workdir={run}: is also --init.from; name a new folder")
         run.mkdir(parents=True, exist_ok=True)
+        seals.start_over(config)
         if (run / "config.json").is_file():
             load_config(run)  # refused unless it is one of ours
-        if not (run / "config.json").is_file() and any(path.is_dir() and path.name != "processes" for path in run.iterdir()):
+        if not (run / "config.json").is_file() and any((run / n).is_dir() and n != "processes" for n in listed(run)):
             raise UserError(f"--workdir={run}: is not a run folder, and holds other folders; name a new one")
         write(run / "config.json", config_lib.to_json(config))  # from here on the folder is ours
         shutil.rmtree(run / "tokenizer", ignore_errors=True)
@@ -142,7 +171,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     if steps and steps[-1] >= config.train.steps and load_config(run).data.skip == config.data.skip:
         return notes  # nothing to do: what describes the run is what trained it
     write(run / "data.json", json.dumps(data, indent=2) + "\n")
-    write(run / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    notes += _write_versions(run, steps[-1] if steps else 0)
     write(run / "config.json", config_lib.to_json(config))
     return notes
 
@@ -159,13 +188,21 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
     if not described.is_file():
         return None
     data = [{"weight": w, **s} for w, s in zip(config.data.sources.values(), sources, strict=True)]
-    if not _same_until(read_json(described, "weight", "manifest_sha256", kind=list), data, config, step):
+    if not _same_until(read_json(described, list[Source]), data, config, step):
         return "data.sources: other shares or other contents"
     if (theirs.train.seed, theirs.model.seq_len) != (config.train.seed, config.model.seq_len):
         return "train.seed or model.seq_len"
-    skip = read_json(origin / "checkpoints" / str(step) / SEAL, "skip")["skip"]
+    skip = seals.read_seal(origin / "checkpoints" / str(step))["skip"]
     same = skip_lib.same_batches(config.data, dataclasses.replace(config.data, skip=skip), step)
     return None if same else f"data.skip: {skip or 'none'} there"
+
+
+def _keep_checksums(there: list[Source], data: list[dict]) -> None:
+    """Keeps in `data` what was recorded of its files. Raises UserError if they were read again and differ."""
+    for then, source in zip(there, data, strict=False):
+        same = then["manifest_sha256"] == source["manifest_sha256"] and "sha256" in then
+        if same and source.setdefault("sha256", then["sha256"]) != then["sha256"]:
+            raise UserError(f"{source['path']}: its files are not those that the run has trained on; put those back")
 
 
 def _until(config: Config, step: int) -> list[tuple[int, int, int]]:
@@ -219,7 +256,7 @@ def check_same_model(ours: Model, theirs: Model, origin: str) -> list[str]:
     return [f"{origin} was trained with model.{name}={there}; here it is {here}" for name, (here, there) in differ.items()]
 
 
-def versions() -> dict[str, object]:
+def versions() -> Versions:
     """What the run runs on: packages, Python, platform, devices."""
     devices = jax.devices()
     return {
@@ -229,3 +266,25 @@ def versions() -> dict[str, object]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": jax.process_count(),
     }
+
+
+def read_versions(run: Path) -> Versions:
+    """What a run was last started on. Raises UserError."""
+    return read_json(run / "versions.json", Versions, "delete it: nothing needs it but `replay`")
+
+
+def versions_apart(then: Versions, now: Versions) -> list[str]:
+    """What differs, a few words each."""
+    then, now = ({**v, **v["packages"], "packages": None, "before": None} for v in (then, now))
+    return [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
+
+
+def _write_versions(run: Path, step: int) -> list[str]:
+    """Writes versions.json, with what was there until `step` if that differs; returns a line that says so."""
+    now, apart = versions(), []
+    if step and (run / "versions.json").is_file():
+        then = read_versions(run)
+        now["before"], apart = then.pop("before", []), versions_apart(then, now)
+        now["before"] += [{"until_step": step, **then}] if apart else []
+    write(run / "versions.json", json.dumps(now, indent=2) + "\n")
+    return [f"runs on something else than before (see {run / 'versions.json'}): {'; '.join(apart)}"] if apart else []

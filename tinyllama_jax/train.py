@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, cli, dims, metrics, run_folder, sharding, stages, weights, xla
+from tinyllama_jax import checkpoint, cli, dims, metrics, run_folder, seals, sharding, stages, weights, xla
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
@@ -36,12 +36,13 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, feed.eos_id(config, sources))
-        origin, notes = (None, []) if checkpoint.steps_in(config.workdir) else weights.check_origin(config, sources)
+        verified = feed.verify(config, [*sources, *held_out.values()])
+        origin, notes = (None, []) if seals.steps_in(config.workdir) else weights.check_origin(config, sources)
         config = weights.resolved(config, origin)
         if first := jax.process_index() == 0:  # who writes what is written once
             at_end.enter_context(run_folder.locked(config.workdir))
             notes += run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
-            notes += checkpoint.recover(config)
+            notes += seals.recover(config)
         processes.barrier("run folder")
         phases.append(("data and devices", time.perf_counter()))
         checkpoints = at_end.enter_context(checkpoint.Checkpoints(config))
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
         else:
             state, came_from = checkpoints.restore(newest, program.state), f"step {newest:,} of {config.workdir}"
         start = int(state.step)
+        notes += verified + feed.check_batches(config, sources, start)
         phases.append(("weights", time.perf_counter()))
         writer = metrics.Writer(config, start) if first else metrics.Silent()
         at_end.callback(writer.close)
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> int:
             processes.at(step, doing)  # a second time: who waits for its data is behind those that wait for it
             state, now = ahead.train(step)(state, batch)
             reporter.report()  # of the step before: fetching its numbers does not hold this one up
+            checkpoints.check()
             reporter.pending = (step, now)
             if step == start + 2:
                 phases.append(("compilation and first step", time.perf_counter()))

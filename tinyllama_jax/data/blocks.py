@@ -6,11 +6,14 @@ import hashlib
 import os
 import resource
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
 
+from tinyllama_jax import files
 from tinyllama_jax.errors import UserError, read_json
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
@@ -92,7 +95,10 @@ class Blocks:
 
     manifest, manifest_sha256, tokenizer_sha256: what the folder says of itself      seq_len: S      dtype: of the tokens
     tokenizer: the folder or file that it is in
+    sha256: of all files, once `verify` has read them, where no manifest says what each has
     """
+
+    sha256: str | None = None
 
     def __init__(self, directory: str | Path, split: str):
         """Raises UserError if the folder is not whole, is of another version or has no blocks in `split`."""
@@ -166,6 +172,17 @@ class Blocks:
     def missing(self) -> list[str]:
         """Names of files that should be there and are not; none here, where the manifest names all and each is looked for."""
         return []
+
+    def verify(self) -> None:
+        """Reads all files. Raises Damaged if one has not the sha256 that the manifest says."""
+        shards = self.manifest["splits"][self.split]["shards"]
+        for file, shard, checksum in zip(self._files, shards, self._checksums(), strict=True):
+            if checksum != shard["sha256"]:
+                raise Damaged(f"{file}: is not as it was prepared (its sha256 is {checksum}); copy or prepare the data again")
+
+    def _checksums(self) -> Iterator[str]:
+        with ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run
+            yield from pool.map(files.sha256, self._files)
 
     def _records(self, file: int, positions: list[int]) -> list[bytes]:
         reader = self._readers[file] or self._reader(file)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
 from tinyllama_jax.data.skip import NONE, batch_of, left_out
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import decode_json
 
 MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
 
@@ -72,6 +76,17 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     named = zip(config.data.sources, sources, strict=True)
     has = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
     return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in has}
+
+
+def verify(config: Config, sources: list[Blocks]) -> list[str]:
+    """Reads all files of `sources` if `data.verify` says so; returns a line on what it took. Raises UserError."""
+    if not config.data.verify:
+        return []
+    paths, started = [file for source in sources for file, _, _ in source.files()], time.perf_counter()
+    for source in sources:
+        source.verify()
+    size, seconds = sum(path.stat().st_size for path in paths) / 1e9, time.perf_counter() - started
+    return [f"data.verify: {len(paths):,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
 
 
 class Order:
@@ -179,6 +194,57 @@ def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tupl
         here = source == j
         tokens[here], length[here] = sources[j].read(block[here])
     return tokens, length
+
+
+class Line(typing.TypedDict):
+    """What of a line of metrics.jsonl says which batch a step had."""
+
+    step: int
+    checksum: int
+
+
+def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]:
+    """Reads the batches of the last recorded steps up to `step` again: at least 3, 64 if they are small.
+
+    Returns a line that says so. Raises UserError if one has not the checksum that it had.
+    """
+    path, checked, data_order = Path(config.workdir) / "metrics.jsonl", 0, order(config, sources)
+    lines = _recorded(path, step) if path.is_file() and step else []
+    for line in reversed(lines[-64:]):
+        source, block = data_order.at(line["step"])
+        if checked >= 3 and (checked + 1) * len(block) * config.model.seq_len > 1 << 22:
+            break
+        checksum_now = checksum(*gather(sources, source, block))
+        if checksum_now != line["checksum"]:
+            places = {sources[j].place(b)[0] for j, b in zip(source.tolist(), block.tolist(), strict=True)}
+            newest = max(places, key=lambda file: file.stat().st_mtime)
+            raise UserError(
+                f"step {line['step']:,}: its batch is not the one that the run in {config.workdir} was trained on (checksum "
+                f"{line['checksum']} then, {checksum_now} now): a data file has changed, the newest is {newest}; put the old one "
+                f"back, or start another run with --workdir=NEW --init.from={config.workdir}"
+            )
+        checked += 1
+    return [f"the last {checked} recorded batches are as they were"] if checked else []
+
+
+def _recorded(path: Path, step: int) -> list[Line]:
+    """The lines of training steps up to `step` at the end of a metrics file; one cut short by a kill is left out."""
+    lines = []
+    with path.open("rb") as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - (1 << 23), 0))
+        for text in f:
+            with contextlib.suppress(ValueError):
+                lines.append(decode_json(text, Line))
+    return [line for line in lines if line["step"] <= step]
+
+
+def checksum(tokens: np.ndarray, length: np.ndarray) -> int:
+    """`step.checksum` of a whole batch, tokens [n, S + 1] and length [n], on the host."""
+    place = np.arange(tokens.size, dtype=np.uint32)
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        place = (place ^ (place >> np.uint32(shift))) * np.uint32(factor)
+    product = (tokens.astype(np.uint32) + np.uint32(1)) * (place | np.uint32(1)).reshape(tokens.shape)
+    return int(product[np.arange(tokens.shape[1]) < length[:, None]].sum(dtype=np.uint32))
 
 
 def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> np.ndarray:

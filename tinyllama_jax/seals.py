@@ -1,0 +1,281 @@
+"""The checkpoints of a run folder as they lie there: listed, sealed, found whole or not, set aside. Nothing of Orbax."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from tinyllama_jax import files
+from tinyllama_jax.config import Config
+from tinyllama_jax.data import skip as skip_lib
+from tinyllama_jax.errors import UserError
+
+SEAL = "seal.json"
+NEWEST = "newest.json"
+PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+OLD = ".old"  # at the end of the name of one that is being deleted
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after the seal
+
+
+class Seal(typing.TypedDict):
+    """What a checkpoint was when it was written."""
+
+    step: int
+    skip: str  # data.skip: what of the config its batches depend on
+    files: dict[str, str]  # path within the checkpoint -> sha256
+    sha256: str  # of the seal itself: see `_own`
+
+
+class Newest(typing.TypedDict):
+    """The newest step that a checkpoint was ever whole of: it tells checkpoints that are gone from none yet."""
+
+    step: files.Count
+
+
+# -- listed ---------------------------------------------------------------------------------------------------------------
+
+
+def steps_in(run: str | Path) -> list[int]:
+    """The steps that a run folder has sealed checkpoints of, in order. Whatever else lies there is passed over."""
+    return [step for step in _numbered(run) if exists(Path(run) / "checkpoints" / str(step) / SEAL)]
+
+
+def _names(run: str | Path) -> list[str]:
+    folder = Path(run) / "checkpoints"
+    return files.listed(folder) if folder.is_dir() else []
+
+
+def _numbered(run: str | Path) -> list[int]:
+    """The steps that something in RUN/checkpoints is named by, in order."""
+    return sorted(int(name) for name in _names(run) if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+
+
+def _strays(run: str | Path) -> list[str]:
+    """What lies in RUN/checkpoints and is no checkpoint, nor what a process or a file manager left."""
+    steps = set(map(str, steps_in(run)))
+    return [name for name in _names(run) if name not in steps and not unfinished(name)]
+
+
+def unfinished(name: str) -> bool:
+    """Whether this is the name of a checkpoint that is being written or deleted."""
+    return re.fullmatch(rf"[0-9]+({re.escape(PARTIAL)}.*|{re.escape(OLD)})", name) is not None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises OSError if the disk does not say."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def find_step(run: str | Path, step: int | None = None, option: str = "--step ") -> int:
+    """`step`, or the latest one if it is None. Raises UserError naming `option` and those that there are."""
+    if not (Path(run) / "config.json").is_file():
+        raise UserError(f"{run}: is not a run folder (it has no config.json)")
+    steps, strays = steps_in(run), _strays(run)
+    passed = f" (passed over, as no checkpoints: {', '.join(strays)})" if strays else ""
+    if not steps:
+        raise UserError(f"{run}: has no checkpoint" + (passed or " yet"))
+    if step is not None and step not in steps:
+        raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}{passed}")
+    if step is None and strays:
+        _say(f"{run}: its newest checkpoint is of step {steps[-1]:,}{passed}")
+    return steps[-1] if step is None else step
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Prints a line, once."""
+    print(line, file=sys.stderr)
+
+
+# -- whole, and unchanged -------------------------------------------------------------------------------------------------
+
+
+def seal(folder: Path, skip: str) -> None:
+    """Writes the seal of the checkpoint that is being written in `folder`, whose files are all there."""
+    for partial in folder.glob(f"*{PARTIAL}*"):
+        paths = [f for f in partial.rglob("*") if f.is_file() and f.name not in UNSEALED]
+        named = dict(zip((str(f.relative_to(partial)) for f in paths), _checksums(paths), strict=True))
+        content = {"step": int(partial.name.partition(".")[0]), "skip": skip, "files": named}
+        files.write(partial / SEAL, json.dumps(content | {"sha256": _own(content)}, indent=1) + "\n")
+
+
+def _own(content: dict | Seal) -> str:
+    text = json.dumps([content["step"], content["skip"], sorted(content["files"].items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksums(paths: list[Path]) -> list[str | None]:
+    """The sha256 of each; None where there is no such file. Raises OSError if one cannot be read."""
+
+    def checksum(path: Path) -> str | None:
+        try:
+            return files.sha256(path)
+        except (FileNotFoundError, NotADirectoryError, UserError):  # the last: a folder, a pipe
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run: 2 GB/s a core
+        return list(pool.map(checksum, paths))
+
+
+def read_seal(checkpoint: Path) -> Seal:
+    """The seal of a checkpoint. Raises UserError if it is missing, damaged or another's; OSError if it cannot be read."""
+    try:
+        sealed = files.read_json(checkpoint / SEAL, Seal)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{SEAL} is missing") from None
+    except UserError:
+        raise UserError(f"{SEAL} is damaged") from None
+    if sealed["sha256"] != _own(sealed):
+        raise UserError(f"{SEAL} is damaged")
+    if str(sealed["step"]) != checkpoint.name:
+        raise UserError(f"is of step {sealed['step']:,}")
+    return sealed
+
+
+def damage(checkpoint: Path, part: str = "") -> str | None:
+    """What is wrong with a checkpoint (or one item of it, "params" say), or None. Only what it was sealed with counts.
+
+    Raises OSError if the disk does not let it be read: that says nothing about the checkpoint.
+    """
+    try:
+        sealed = read_seal(checkpoint)["files"]
+    except UserError as error:
+        return str(error)
+    names = sorted(name for name in sealed if name.startswith(part and f"{part}/"))
+    for name, checksum in zip(names, _checksums([checkpoint / name for name in names]), strict=True):
+        if checksum != sealed[name]:
+            return f"{name} is " + ("missing" if checksum is None else "not as it was written")
+    return None
+
+
+def has_state(run: Path, step: int) -> bool:
+    """Whether a checkpoint holds what training goes on from, and not weights alone; True if its seal does not say."""
+    try:
+        return any(name.startswith("train/") for name in read_seal(run / "checkpoints" / str(step))["files"])
+    except UserError:  # for `recover`
+        return True
+
+
+def unusable(checkpoint: Path, config: Config) -> str | None:
+    """Why the run that `config` describes could not have come to a checkpoint, or None: damage, or other batches."""
+    if reason := damage(checkpoint):
+        return reason
+    then = dataclasses.replace(config.data, skip=read_seal(checkpoint)["skip"])
+    if skip_lib.same_batches(config.data, then, int(checkpoint.name)):
+        return None
+    return f"trained on other batches: --data.skip={then.skip}"
+
+
+def _check_skip(run: Path, config: Config) -> None:
+    """Raises UserError if the newest checkpoint has left out batches that `config` forgets: that is no wish to go back."""
+    for step in reversed(steps_in(run)):
+        try:
+            skip = read_seal(run / "checkpoints" / str(step))["skip"]
+        except UserError:  # for `recover`
+            continue
+        then = dataclasses.replace(config.data, skip=skip)
+        if skip and not f"{config.data.skip},".startswith(f"{skip},") and not skip_lib.same_batches(config.data, then, step):
+            raise UserError(
+                f"--data.skip={config.data.skip}: checkpoint {step} was trained with --data.skip={skip}; give that, with more "
+                f"behind it or not. To undo it, first move the checkpoints since then out of {run / 'checkpoints'}"
+            )
+        return
+
+
+# -- where a run goes on, and what becomes of the rest ----------------------------------------------------------------------
+
+
+def recover(config: Config) -> list[str]:
+    """Sets aside, in RUN/set_aside, what is after the newest checkpoint that the run can go on from; returns lines to print.
+
+    That is the newest whose files are as they were written and whose batches were those of this config. A run that goes back
+    keeps the metrics of what it does again there too. To be called by one process, before the others look. Raises UserError,
+    and moves nothing, if the run had checkpoints and none is such.
+    """
+    run, aside, newest = Path(config.workdir), {}, None
+    _check_skip(run, config)
+    for step in reversed(_numbered(run)):
+        path = run / "checkpoints" / str(step)
+        if not (reason := unusable(path, config)):
+            newest = step
+            break
+        aside[path] = reason
+    before, notes = last_saved(run), []
+    if aside and newest is None and (before or steps_in(run)):
+        path, reason = next(iter(aside.items()))
+        raise UserError(
+            f"{run}: has no checkpoint to go on from ({path.name}: {reason}; {len(aside)} in all); mend --data.skip, "
+            "restore one from a copy, or start again with --workdir=NEW"
+        )
+    if newest is not None and newest < before and exists(run / "metrics.jsonl"):
+        kept = set_aside(run, run / "metrics.jsonl", shutil.copyfile)
+        notes.append(
+            f"step {before:,} was saved once, and the run goes on from {newest:,}; its metrics so far are now in {kept}"
+        )
+    for path, reason in aside.items():
+        notes.append(f"checkpoint {path.name} is not used ({reason}) and is now {set_aside(run, path)}")
+    if strays := _strays(run):
+        notes.append(f"passed over in {run / 'checkpoints'}, as no checkpoints: {', '.join(strays)}")
+    if newest not in (None, before):
+        remember(run, newest)
+    return notes
+
+
+def start_over(config: Config) -> None:
+    """Sets aside all that a run folder has whose checkpoints are gone, if `init.start_over` is the newest step that it saved.
+
+    Does nothing where nothing was saved yet. Raises UserError, and moves nothing, if it is another step.
+    """
+    run, given = Path(config.workdir), config.init.start_over
+    if not (before := last_saved(run)):
+        return
+    if given != before:
+        raise UserError(
+            f"{f'--init.start_over={given}: ' if given else ''}{run}: its checkpoints are gone, the newest of step {before:,}; "
+            f"mount or restore {run / 'checkpoints'}, or begin again with --init.start_over={before}, which moves the rest "
+            f"to {run / 'set_aside'}"
+        )
+    stay = {"lock", "processes", "set_aside", "config.json", NEWEST, *(() if _names(run) else ("checkpoints",))}
+    for name in files.listed(run):
+        if name not in stay:
+            set_aside(run, run / name)
+    set_aside(run, run / "config.json", shutil.copyfile)
+    set_aside(run, run / NEWEST)  # last: until then the same command does this again
+
+
+def set_aside(run: Path, path: Path, move: Callable[[Path, Path], object] = os.rename) -> Path:
+    """Moves `path` into RUN/set_aside, with the time in its name; returns where it is."""
+    name = f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    (run / "set_aside").mkdir(exist_ok=True)
+    places = (run / "set_aside" / (name + (f".{i}" if i else "")) for i in itertools.count())
+    to = next(place for place in places if not os.path.lexists(place))
+    move(path, to)
+    return to
+
+
+def remember(run: Path, step: int) -> None:
+    """Writes down in the run folder that there is a whole checkpoint of `step`."""
+    files.write(run / NEWEST, json.dumps({"step": step}) + "\n")
+
+
+def last_saved(run: Path) -> int:
+    """The newest step that there ever was a whole checkpoint of, as the run folder remembers it; 0 if there was none."""
+    if not exists(run / NEWEST):
+        return 0
+    return files.read_json(run / NEWEST, Newest, f"if no checkpoint of {run} is missing, delete it")["step"]
