@@ -1,6 +1,7 @@
 """Configuration: what is accepted, what is refused and with which words."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -74,6 +75,35 @@ def test_override_by_type(config):
         ({"checkpoint.keep_steps": "20,7"}, "--checkpoint.keep_steps=20,7: no checkpoint is made at 7"),
         ({"checkpoint.keep_steps": "a"}, "must be STEP,STEP"),
         ({"workdir": "runs\0x"}, "holds a NUL character"),
+        ({"optim.peak_lr": "nan"}, "--optim.peak_lr=nan: must be a number"),
+        ({"optim.peak_lr": "inf"}, "--optim.peak_lr=inf: must be at most 10000"),
+        ({"optim.peak_lr": "-1"}, "--optim.peak_lr=-1.0: must be at least 1e-30"),
+        ({"optim.peak_lr": "1e-5"}, "--optim.peak_lr=1e-5: does not go with the config's optim.min_lr=4e-05: must lie in [0, "),
+        ({"optim.eps": "1e-50"}, "--optim.eps=1e-50: must be at least 1e-30"),
+        ({"optim.b2": "0.99999999999"}, "must be at most 0.999999"),
+        ({"train.wait": "1e300"}, "--train.wait=1e+300: must be at most 1e+06"),
+        ({"model.d_model": "4000000000"}, "--model.d_model=4000000000: must be at most 1,048,576"),
+        ({"model.n_layers": "1000000000"}, "--model.n_layers=1000000000: must be at most 1,024"),
+        (
+            {"model.d_model": "1048576", "model.n_layers": "1000", "model.d_ff": "1048576"},
+            "--model.d_model=1048576: makes 6.6e+15 parameters; at most 1e+13",
+        ),
+        ({"train.steps": "9" * 400}, f"--train.steps={'9' * 300}...: must be at most 2,147,483,647"),
+        ({"train.tokens_per_step": "4" * 5_000}, "must be a whole number"),
+        ({"train.batch_ramp": ",".join(f"{i}:144" for i in range(101))}, "has 101 parts; at most 100"),
+        ({"train.batch_ramp": "1:16e999999999"}, "must be TOKENS:TOKENS_PER_STEP"),
+        ({"train.batch_ramp": "1:2e9"}, "its tokens per step must be at most 1,073,741,824"),
+        ({"data.skip": "1:2000000"}, "2,000,000 steps in 1 parts; at most 1,000,000 in 100"),
+        ({"data.skip": "1:1," * 101}, "101 steps in 101 parts"),
+        ({"data.sources": ",".join(f"d{i}" for i in range(1_001))}, "must be at most 1,000 weights"),
+        ({"data.sources": "a:1e-200"}, "--data.sources=a:1e-200: weights must be positive numbers, from 1e-15 to 1e15"),
+        ({"checkpoint.keep_steps": "10" + "0" * 400}, "must be steps of at least 0 and less than 2^31"),
+        ({"checkpoint.keep_steps": "10," * 4_000}, "has more than 10,000 characters"),
+        ({"workdir": "a\nb"}, "holds a NUL character or a line break"),
+        ({"workdir": "gs://b/run"}, "--workdir=gs://b/run: is a URL, and must be a local path; mount it, or copy it to a disk"),
+        ({"workdir": "file:///r"}, "--workdir=file:///r: is a URL, and must be a local path; write /r"),
+        ({"init.from": "S3://b/run"}, "--init.from=S3://b/run: is a URL"),
+        ({"init.from": "hdfs:/b/run"}, "--init.from=hdfs://b/run: is a URL"),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_remedy(config, arguments, words):
@@ -95,6 +125,12 @@ def test_json_round_trip(config):
     assert c.from_json(c.to_json(config)) == config
     with pytest.raises(UserError, match=r"X: is not a config of this version"):
         c.from_json('{"workdir": "x"}', "X")
+    unlimited = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=float("inf")))
+    assert c.from_json(c.to_json(unlimited)) == unlimited
+    for good, bad in (('"steps": 100', '"steps": 0'), ('"steps": 100', '"steps": "9"'), ('"b2": 0.95', '"b2": NaN'),
+                      ('"a": 0.7', '"a": 1e999'), ('"a": 0.7', '"a": [[[]]]'), ('"fsdp": -1', '"fsdp": {}')):  # fmt: skip
+        with pytest.raises(UserError, match="^X: --"):
+            c.from_json(c.to_json(config).replace(good, bad), "X")
 
 
 def test_keys_and_flat_agree(config):
@@ -117,6 +153,19 @@ def test_keys_and_flat_agree(config):
         ("from tinyllama_jax.config import *\nTrain(True, 1, 1)", "--train.steps=True: must be a whole number"),
         ("from tinyllama_jax.config import *\nData({'a': '1'})", "--data.sources={'a': '1'}: must be"),
         ("import math\nfrom tinyllama_jax.config import *\nData({'a': math.inf})", "weights must be positive numbers"),
+        ("from tinyllama_jax.config import *\nOptim(1e-3, 1e-4, 1, float('inf'), 1.0)", "--optim.weight_decay=inf: must be at"),
+        ("from tinyllama_jax.config import *\nOptim(float('nan'), 1e-4, 1, 0.1, 1.0)", "--optim.peak_lr=nan: must be a number"),
+        ("from tinyllama_jax.config import *\nTrain(10**5000, 1, 1)", "--train.steps=(thousands of digits): must be at most"),
+        ("from tinyllama_jax.config import *\nOptim(10**5000, 1, 1, 1, 1)", "=(thousands of digits): must be a number"),
+        ("from tinyllama_jax.config import *\nData({'a': 10**5000})", "--data.sources=(thousands of digits): must be DIR:"),
+        ("from tinyllama_jax.config import *\nData({1: 1})", "--data.sources={1: 1}: must be DIR:WEIGHT"),
+        ("x = 1\nimport sys; sys.exit(0)", "line 2: SystemExit: 0"),
+        ("raise BaseException('two\\nlines')", "line 1: BaseException: two lines"),
+        ("import asyncio\nraise asyncio.CancelledError", "line 2: CancelledError"),
+        ("from tinyllama_jax import cli\ncli.read(__file__)", "RecursionError"),
+        (b"a = '\xff'", "SyntaxError"),
+        (b"a = '\0'", "Error"),
+        (b"#" * (1 << 21), "has more than 1,048,576 bytes"),
         ("from tinyllama_jax.config import *\nLog(wandb=None)", "--log.wandb=None: must be a string"),
     ],
 )
@@ -124,10 +173,26 @@ def test_a_config_file_with_a_mistake(tmp_path, text, words):
     (tmp_path / "demo.py").write_text("")
     path = tmp_path / "demmo.py"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         cli.read(str(path))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_that_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")
+    for path in (tmp_path, tmp_path / "pipe.py", "/dev/zero"):
+        with pytest.raises(UserError, match=f"{path}: is not a regular file"):
+            cli.read(str(path))
+
+
+def test_every_number_has_limits():
+    assert c.LIMITS.keys() == {key for key, kind in c.keys().items() if kind in (int, float)}
+
+
+def test_a_config_nested_too_deeply():
+    with pytest.raises(UserError, match="^X: is not a config of this version: "):
+        c.from_json(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "X")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"3", b'{"a": 1}', b"null"])
@@ -182,6 +247,11 @@ def test_weights_over_the_run_are_read_written_and_checked(config):
     "arguments",
     [
         {"train.batch_ramp": "1/0:8"},
+        {"train.batch_ramp": "1e999999999:128"},
+        {"data.sources": "a:1e999999999"},
+        {"data.sources": "a:1e1_000_000_000"},
+        {"data.sources": "a:1@1e-999999999"},
+        {"data.sources": "a:1/" + "3" * 200},
         {"train.batch_ramp": "1e400:128"},
         {"data.sources": "a:1/0"},
         {"data.sources": "a:1@1/0"},
@@ -198,7 +268,7 @@ def test_numbers_beyond_all_bounds(config, arguments):
 
 
 def test_not_a_number_is_no_share():
-    with pytest.raises(UserError, match="weights must be positive"):
+    with pytest.raises(UserError, match=r"--data.sources=.*nan.*: must be DIR:WEIGHT"):
         c.Data({"a": ((0, 0.5), (10, float("nan")))})
 
 

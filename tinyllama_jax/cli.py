@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
 import runpy
 import traceback
 import typing
-from fractions import Fraction
 from pathlib import Path
 
-from tinyllama_jax.config import KINDS, Config, Data, Weight, from_json, keys
+from tinyllama_jax.config import KINDS, Config, Data, Weight, exact, from_json, keys
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import open_regular
+
+LARGEST = 1 << 20  # bytes of a config file
 
 
 def _parse(key: str, text: str, kind: type) -> object:
@@ -26,20 +27,16 @@ def _parse(key: str, text: str, kind: type) -> object:
             if len(set(paths)) < len(paths):
                 raise UserError(f"--{key}={text}: names a folder twice; add up its weights")
             return {path: _parse_weight(weight) for path, _, weight in parts}
-        value = kind(text)
-        if kind is float and not math.isfinite(value) and key != "optim.clip_norm":
-            raise ValueError
-        return value
+        return kind(text)
     except (ValueError, KeyError, ArithmeticError):
-        wanted = KINDS.get(kind, "DIR:WEIGHT,DIR:WEIGHT (or WEIGHT@TOKENS..WEIGHT@TOKENS)")
-        raise UserError(f"--{key}={text}: must be {wanted}") from None
+        raise UserError(f"--{key}={text[:300]}: must be {KINDS[kind]}") from None
 
 
 def _parse_weight(text: str) -> Weight:
-    number = lambda text: float(Fraction(text))  # a Fraction is finite
     if "@" not in text:
-        return number(text)
-    return tuple((number(tokens), number(weight)) for weight, tokens in (knot.split("@") for knot in text.split("..")))
+        return float(exact(text))
+    knots = [knot.split("@") for knot in text.split("..")]
+    return tuple((float(exact(tokens)), float(exact(weight))) for weight, tokens in knots)
 
 
 def override(config: Config, arguments: dict[str, str]) -> Config:
@@ -56,14 +53,28 @@ def override(config: Config, arguments: dict[str, str]) -> Config:
         field_name = name + "_" if (section, name) == ("init", "from") else name
         changes.setdefault(section, {})[field_name] = _parse(key, text, known[key])
     top = changes.pop("", {})
-    return dataclasses.replace(config, **top, **{s: dataclasses.replace(getattr(config, s), **c) for s, c in changes.items()})
+    try:
+        sections = {s: dataclasses.replace(getattr(config, s), **c) for s, c in changes.items()}
+        return dataclasses.replace(config, **top, **sections)
+    except UserError as error:
+        blamed = str(error).removeprefix("--").partition("=")[0]
+        if blamed not in known or blamed in arguments:
+            raise
+        given = [f"--{key}={text}" for key, text in arguments.items() if key in str(error)] or [f"--{k}" for k in arguments]
+        raise UserError(f"{' '.join(given)}: does not go with the config's {str(error)[2:]}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose mistakes are a UserError, one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Instead of the usage and the end of the program."""
+        raise UserError(f"{message}; see --help")
 
 
 def load(argv: list[str], description: str = "") -> Config:
     """The config of a command line: `--config FILE --section.key=value ...`. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, epilog="keys: " + " ".join(f"--{k}" for k in keys())
-    )
+    parser = Parser(description=description, allow_abbrev=False, epilog="keys: " + " ".join(f"--{k}" for k in keys()))
     parser.add_argument("--config", required=True, help="a file such as configs/demo.py")
     known, rest = parser.parse_known_args(argv)
     return override(read(known.config), pairs(rest))
@@ -95,18 +106,26 @@ def skipping(arguments: list[str], data: Data, first: int, last: int) -> list[st
 
 def read(path: str) -> Config:
     """The `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"--config={path}: no such file" + _nearby_configs(path))
+    try:
+        with open_regular(path) as f:
+            text = f.read(LARGEST + 1)
+    except (FileNotFoundError, ValueError):  # of a NUL character
+        raise UserError(f"--config={path}: no such file" + _nearby_configs(path)) from None
+    if len(text) > LARGEST:
+        raise UserError(f"--config={path}: has more than {LARGEST:,} bytes, and is no config")
     if path.endswith(".json"):
-        return from_json(Path(path).read_bytes(), path)
+        return from_json(text, path)
     try:
         config = runpy.run_path(path).get("config")
+    except KeyboardInterrupt:
+        raise
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever the user's Python raised, with the line in their file
+        raise UserError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
+    except BaseException as error:  # whatever the user's Python raised, sys.exit() too, with the line in their file
         at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else (at or ["?"])[-1]
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        why = " ".join(str(error).split())[:500]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {why}") from None
     if not isinstance(config, Config):
         raise UserError(f"{path}: defines no `config = Config(...)`")
     return config

@@ -13,40 +13,85 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import check_local
 
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
 
+# Least and most of every number: beyond them it is a slip of the finger, which would take all memory or never end.
+LIMITS = {
+    key: limits
+    for limits, keys in {
+        (1, 2**10): "model.n_layers model.n_heads model.n_kv_heads",
+        (1, 2**20): "model.d_model model.d_ff model.seq_len model.loss_chunk train.seqs_per_device",
+        (1, 2**24): "model.vocab_size",
+        (1, 2**30): "train.tokens_per_step",
+        (1, 2**31 - 1): "train.steps checkpoint.every checkpoint.keep log.every log.eval_every",
+        (0, 2**31 - 1): "train.seed checkpoint.keep_every init.step optim.warmup_steps optim.decay_steps optim.cooldown_steps",
+        (-1, 2**20): "mesh.data mesh.fsdp mesh.tensor",
+        (0, 2**40): "data.eval_blocks",
+        (1, 64): "data.workers",
+        (1.0, 1e15): "model.rope_theta",
+        (1.0, 1e6): "model.rope_scaling",
+        (1e-30, 1.0): "model.norm_eps optim.eps",  # less is 0 in fp32
+        (1e-30, 1e4): "optim.peak_lr",
+        (0.0, 1e4): "optim.min_lr optim.cooldown_lr optim.weight_decay",
+        (1e-30, math.inf): "optim.clip_norm",  # inf: no clipping
+        (0.0, 0.999_999): "optim.b1 optim.b2",  # more is 1 in fp32
+        (0.0, 1.0): "train.z_loss",
+        (0.0, 1e6): "train.spike",
+        (0.1, 1e6): "train.wait",
+    }.items()
+    for key in keys.split()
+}
+PARAMETERS = 10**13
+LONGEST = 10_000  # characters of a value
+TOKENS = 2**53  # 9.0e15: up to here every whole number is a float
+
 
 def _check(ok: bool, key: str, value: object, remedy: str) -> None:
     if not ok:
-        raise UserError(f"--{key}={value}: {remedy}")
+        try:
+            text = str(value)
+        except ValueError:
+            text = "(thousands of digits)"  # which Python refuses to print
+        raise UserError(f"--{key}={text if len(text) <= 300 else text[:300] + '...'}: {remedy}")
 
 
 class _Typed:
-    """What every section checks first: that each value is of its field's type, in a config file too."""
+    """What every section checks first, in a config file too: each value's type, limits and length."""
 
     def __post_init__(self):
         section = "" if isinstance(self, Config) else type(self).__name__.lower() + "."
         for name, kind in typing.get_type_hints(type(self)).items():
             key, value = section + name.rstrip("_"), getattr(self, name)
+            texts = [value] if kind is str else []
             if typing.get_origin(kind) is dict:
-                fits = isinstance(value, dict) and all(isinstance(k, str) and _is_a_weight(v) for k, v in value.items())
+                texts = list(value) if isinstance(value, dict) else [None]
+                fits = all(isinstance(text, str) for text in texts) and all(map(_is_a_weight, value.values()))
             else:
                 fits = _is_a(value, kind)
-            _check(fits, key, repr(value), f"must be {KINDS.get(kind, 'of the type ' + getattr(kind, '__name__', str(kind)))}")
-            _check("\0" not in str(value), key, repr(value), "holds a NUL character")
-
-
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+            said = value if isinstance(value, (int, dict)) else repr(value)
+            _check(fits, key, said, f"must be {KINDS.get(kind) or 'a ' + kind.__name__}")
+            if key in LIMITS:
+                least, most = (f"{limit:,}" if kind is int else f"{limit:g}" for limit in LIMITS[key])
+                _check(LIMITS[key][0] <= value, key, value, f"must be at least {least}")
+                _check(LIMITS[key][1] >= value, key, value, f"must be at most {most}")
+            for text in texts:
+                _check(len(text) <= LONGEST, key, text, f"has more than {LONGEST:,} characters")
+                _check(not set("\0\r\n") & set(text), key, repr(text), "holds a NUL character or a line break")
 
 
 def _is_a(value: object, kind: type) -> bool:
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float:
+        return value == value if isinstance(value, float) else type(value) is int and abs(value) <= 2**63  # NaN is no number
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 Weight = float | tuple[tuple[float, float], ...]  # constant, or knots (tokens, weight): linear between them, constant outside
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+KINDS[dict[str, Weight]] = "DIR:WEIGHT,DIR:WEIGHT (or WEIGHT@TOKENS..WEIGHT@TOKENS)"
 
 
 def _is_a_weight(value: object) -> bool:
@@ -80,19 +125,14 @@ class Model(_Typed):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "seq_len", "loss_chunk"):
-            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         _check(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}")
         _check(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"gives heads of odd width {self.d_head}; RoPE needs pairs")
-        _check(
-            self.n_heads % self.n_kv_heads == 0,
-            "model.n_kv_heads",
-            self.n_kv_heads,
-            f"must divide model.n_heads={self.n_heads}",
-        )
-        _check(self.rope_scaling >= 1, "model.rope_scaling", self.rope_scaling, "must be 1 (none) or more")
-        _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
-        _check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be positive")
+        divides = self.n_heads % self.n_kv_heads == 0
+        _check(divides, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
+        layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
+        parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
+        fits = parameters <= PARAMETERS
+        _check(fits, "model.d_model", self.d_model, f"makes {parameters:.3g} parameters; at most {PARAMETERS:.0e}")
         _one_of("model.init", self.init, ("tinyllama", "torch_default"))
         _one_of("model.residual", self.residual, ("float32", "bfloat16", "float16"))
         _one_of("model.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
@@ -134,28 +174,26 @@ class Data(_Typed):
     def __post_init__(self):
         super().__post_init__()
         _check(len(self.sources) > 0, "data.sources", "", "needs at least one folder: --data.sources=DIR:WEIGHT,DIR:WEIGHT")
+        n = sum(len(weight) if isinstance(weight, (list, tuple)) else 1 for weight in self.sources.values())
+        _check(n <= 1_000, "data.sources", f"({n:,} weights)", "must be at most 1,000 weights")
         object.__setattr__(self, "sources", {path: as_weight(weight) for path, weight in self.sources.items()})
         for path, weight in self.sources.items():
             said, knots = f"{path}:{weight_text(weight)}", knots_of(weight)
             tokens, weights = zip(*knots, strict=True)
-            fits = all(0 <= weight < 1e300 for weight in weights) and max(weights) > 0  # NaN is not
-            _check(
-                fits, "data.sources", said, "weights must be positive numbers" + (", or 0 for a time" if len(knots) > 1 else "")
-            )
-            rising = 0 <= tokens[0] and tokens[-1] < 2**62 and all(a < b for a, b in itertools.pairwise(tokens))
+            fits = all(weight == 0 or 1e-15 <= weight <= 1e15 for weight in weights) and max(weights) > 0
+            kind = "positive numbers" + (" (or 0 for a time)" if len(knots) > 1 else "") + ", from 1e-15 to 1e15"
+            _check(fits, "data.sources", said, f"weights must be {kind}")
+            rising = 0 <= tokens[0] and tokens[-1] <= TOKENS and all(a < b for a, b in itertools.pairwise(tokens))
             _check(rising, "data.sources", said, "the tokens must rise from one weight to the next")
         for at in sorted({tokens for weight in self.sources.values() for tokens, _ in knots_of(weight)}):
             there = any(weight_at(weight, at) > 0 for weight in self.sources.values())
             _check(there, "data.sources", sources_text(self.sources), f"at {at:,.0f} tokens no source has a weight")
         for first, last in self.skipped:
-            _check(
-                1 <= first <= last < min(first + 10**6, 2**31),
-                "data.skip",
-                f"{first}:{last}",
-                "must be FIRST:LAST with 1 <= FIRST <= LAST",
-            )
-        _check(self.eval_blocks >= 0, "data.eval_blocks", self.eval_blocks, "must be 0 (all) or more")
-        _check(1 <= self.workers <= 64, "data.workers", self.workers, "must lie between 1 and 64")
+            fits = 1 <= first <= last < 2**31
+            _check(fits, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31")
+        steps = sum(last - first + 1 for first, last in self.skipped)
+        fits = len(self.skipped) <= 100 and steps <= 10**6
+        _check(fits, "data.skip", self.skip, f"{steps:,} steps in {len(self.skipped)} parts; at most 1,000,000 in 100")
 
     @property
     def skipped(self) -> list[tuple[int, int]]:
@@ -187,10 +225,17 @@ def weight_at(weight: Weight, tokens: float) -> Fraction:
     return knots[-1][1]
 
 
+def exact(text: str) -> Fraction:
+    """A number as people write it, such as 1.5e12 or 7/10. Raises ValueError, or ArithmeticError, if it is none or too long."""
+    if len(text) > 100 or len(text.lower().partition("e")[2]) > 4:  # Fraction("1e999999999") would never end
+        raise ValueError(text)
+    return Fraction(text)
+
+
 def weight_text(weight: Weight) -> str:
     """A weight as the command line has it: 0.7, or WEIGHT@TOKENS..WEIGHT@TOKENS."""
-    exact = lambda x: f"{x:.6g}" if float(f"{x:.6g}") == x else repr(float(x))
-    return "..".join(f"{exact(w)}@{exact(t)}" for t, w in weight) if isinstance(weight, tuple) else exact(weight)
+    short = lambda x: f"{x:.6g}" if float(f"{x:.6g}") == x else repr(float(x))
+    return "..".join(f"{short(w)}@{short(t)}" for t, w in weight) if isinstance(weight, tuple) else short(weight)
 
 
 def sources_text(sources: dict[str, Weight]) -> str:
@@ -224,19 +269,11 @@ class Optim(_Typed):
         super().__post_init__()
         _one_of("optim.schedule", self.schedule, SCHEDULES)
         _one_of("optim.cooldown", self.cooldown, SCHEDULES[1:])
-        for name in ("decay_steps", "cooldown_steps"):
-            _check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be 0 or more")
         late = not self.decay_steps or self.decay_steps > self.warmup_steps
         _check(late, "optim.decay_steps", self.decay_steps, f"must be more than optim.warmup_steps={self.warmup_steps}, or 0")
-        _check(0 <= self.cooldown_lr <= self.peak_lr, "optim.cooldown_lr", self.cooldown_lr, "must lie in [0, optim.peak_lr]")
-        _check(self.peak_lr > 0, "optim.peak_lr", self.peak_lr, "must be positive")
-        _check(0 <= self.min_lr <= self.peak_lr, "optim.min_lr", self.min_lr, f"must lie in [0, optim.peak_lr={self.peak_lr}]")
-        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be 0 or more")
-        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be 0 or more")
-        _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive (inf: no clipping)")
-        for name in ("b1", "b2"):
-            _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
-        _check(self.eps > 0, "optim.eps", self.eps, "must be positive")
+        for name in ("min_lr", "cooldown_lr"):
+            value, remedy = getattr(self, name), f"must lie in [0, optim.peak_lr={self.peak_lr}]"
+            _check(value <= self.peak_lr, f"optim.{name}", value, remedy)
         _one_of("optim.decay", self.decay, ("all", "matrices"))
 
 
@@ -256,30 +293,27 @@ class Train(_Typed):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("steps", "tokens_per_step", "seqs_per_device"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        _check(self.steps < 2**31, "train.steps", self.steps, "must be less than 2^31")
         for (_, before, _), (first, tokens, _) in itertools.pairwise(self.stages):
             _check(
                 tokens > before, "train.batch_ramp", self.batch_ramp, f"its tokens must rise, by a step at least ({first:,})"
             )
-        _check(0 <= self.seed < 2**31, "train.seed", self.seed, "must lie in [0, 2^31)")
-        _check(0 <= self.z_loss < 1, "train.z_loss", self.z_loss, "must be 0 (off) or more, and less than 1; 1e-4 is usual")
-        _check(self.spike >= 0, "train.spike", self.spike, "must be 0 (off) or more")
-        _check(self.wait > 0, "train.wait", self.wait, "must be positive")
 
     @functools.cached_property
     def stages(self) -> list[tuple[int, int, int]]:
         """(steps before it, tokens before it, tokens of each of its steps), for each size that steps have."""
         stages = [(0, 0, self.tokens_per_step)]
-        for part in filter(None, self.batch_ramp.split(",")):
+        parts = [part for part in self.batch_ramp.split(",") if part]
+        _check(len(parts) <= 100, "train.batch_ramp", self.batch_ramp, f"has {len(parts)} parts; at most 100")
+        for part in parts:
             try:
-                at, size = (Fraction(number) for number in part.split(":"))
+                at, size = (exact(number) for number in part.split(":"))
                 if size < 1 or size.denominator != 1:
                     raise ValueError
             except (ValueError, ArithmeticError):
                 raise UserError(f"--train.batch_ramp={self.batch_ramp}: must be TOKENS:TOKENS_PER_STEP,...") from None
-            _check(0 <= at < 2**62, "train.batch_ramp", self.batch_ramp, "is beyond what can be counted")
+            most = LIMITS["train.tokens_per_step"][1]
+            _check(0 <= at <= TOKENS, "train.batch_ramp", self.batch_ramp, f"its tokens must be at most {TOKENS:,}")
+            _check(size <= most, "train.batch_ramp", self.batch_ramp, f"its tokens per step must be at most {most:,}")
             first, tokens, each = stages[-1]
             n = max(math.ceil((at - tokens) / each), 0)
             stages.append((first + n, tokens + n * each, int(size)))
@@ -307,7 +341,7 @@ class Mesh(_Typed):
     def __post_init__(self):
         super().__post_init__()
         for name, value in dataclasses.asdict(self).items():
-            _check(value >= 1 or value == -1, f"mesh.{name}", value, "must be a positive number of devices, or -1 for the rest")
+            _check(value != 0, f"mesh.{name}", value, "must be a positive number of devices, or -1 for the rest")
         left = [name for name, value in dataclasses.asdict(self).items() if value == -1]
         _check(len(left) <= 1, f"mesh.{(left or [''])[-1]}", -1, f"only one axis can be -1, and mesh.{(left or [''])[0]} is")
 
@@ -323,15 +357,14 @@ class Checkpoint(_Typed):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
-        _check(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1: a run without a checkpoint cannot go on")
         for key, said, steps in (
             ("keep_every", self.keep_every, [self.keep_every]),
             ("keep_steps", self.keep_steps, self.kept),
         ):
             for step in steps:
+                _check(0 <= step < 2**31, f"checkpoint.{key}", said, "must be steps of at least 0 and less than 2^31")
                 remedy = f"no checkpoint is made at {step:,}: checkpoint.every is {self.every:,}"
-                _check(step >= 0 and step % self.every == 0, f"checkpoint.{key}", said, remedy)
+                _check(step % self.every == 0, f"checkpoint.{key}", said, remedy)
 
     @property
     def kept(self) -> list[int]:
@@ -350,11 +383,6 @@ class Log(_Typed):
     eval_every: int = 1_000  # steps between validations; the last step is always validated
     wandb: str = ""  # Weights & Biases project; empty: off
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check(self.every >= 1, "log.every", self.every, "must be at least 1")
-        _check(self.eval_every >= 1, "log.eval_every", self.eval_every, "must be at least 1")
-
 
 @dataclass(frozen=True)
 class Init(_Typed):
@@ -367,7 +395,7 @@ class Init(_Typed):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self.step >= 0, "init.step", self.step, "must be 0 (the newest) or more")
+        check_local("--init.from", self.from_)
         _one_of("init.state", self.state, ("weights", "moments", "all"))
         _check(
             bool(self.from_) or (self.step, self.state) == (0, "weights"),
@@ -394,6 +422,7 @@ class Config(_Typed):
     def __post_init__(self):
         super().__post_init__()
         _check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
+        check_local("--workdir", self.workdir)
         for i, (_, _, tokens) in enumerate(self.train.stages):
             key = "batch_ramp" if i else "tokens_per_step"
             remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"
@@ -409,6 +438,13 @@ class Config(_Typed):
         """Sequences of one optimizer step over all devices, before any `train.batch_ramp`."""
         return self.train.tokens_per_step // self.model.seq_len
 
+    def fitting(self, n_batch_devices: int) -> list[int]:
+        """The values of `train.seqs_per_device` that come out even on `n_batch_devices` = mesh data x fsdp."""
+        common = math.gcd(*(tokens // self.model.seq_len for _, _, tokens in self.train.stages))
+        n, left = divmod(common, n_batch_devices)
+        small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0 and not left]
+        return sorted({*small, *(n // k for k in small)})
+
     def accumulation(self, n_batch_devices: int) -> list[int]:
         """Micro-batches of a step on `n_batch_devices` = mesh data x fsdp, for each of `train.stages`.
 
@@ -418,10 +454,10 @@ class Config(_Typed):
         per_step = [tokens // self.model.seq_len for _, _, tokens in self.train.stages]
         for sequences in per_step:
             if sequences % at_once:
-                common = math.gcd(*per_step)
-                fits = [n for n in range(1, common // n_batch_devices + 1) if common % (n * n_batch_devices) == 0]
+                fits = self.fitting(n_batch_devices)
+                near = sorted(sorted(fits, key=lambda n: abs(n - self.train.seqs_per_device))[:20])
                 remedy = (
-                    f"choose train.seqs_per_device among {fits}"
+                    f"choose train.seqs_per_device among {near}"
                     if fits
                     else f"choose train.tokens_per_step as a multiple of {n_batch_devices * self.model.seq_len}"
                 )
@@ -469,6 +505,8 @@ def from_json(text: str | bytes, origin: str = "config.json") -> Config:
         return kind(**{k: build(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
     try:
-        return build(Config, json.loads(text))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return build(Config, json.loads(text))  # clip_norm=inf is Infinity there, which msgspec refuses
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{origin}: is not a config of this version: {error}") from None

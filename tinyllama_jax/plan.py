@@ -24,7 +24,6 @@ if __name__ == "__main__":  # before jax is imported: without a driver its CUDA 
 import argparse
 import contextlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,15 +53,9 @@ def guess(compiled: Compiled, sequences: int) -> float:
     fixed = sum(known[kind] for kind in ("params", "optimizer", "gradients"))
     now = compiled.config.train.seqs_per_device
     guessed = fixed + max(compiled.peak - fixed, 0) * sequences / now
-    alone = sequences == divisors(compiled.config, compiled.mesh)[-1]  # no accumulation, and no sum of gradients
+    most = compiled.config.fitting(sharding.batch_devices(compiled.mesh))[-1]
+    alone = sequences == most  # no accumulation, and no sum of gradients
     return guessed + known["params"] * ((compiled.accumulation == 1) - alone)
-
-
-def divisors(config: Config, mesh: jax.sharding.Mesh) -> list[int]:
-    """The values of train.seqs_per_device that come out even on `mesh`."""
-    common = math.gcd(*(tokens // config.model.seq_len for _, _, tokens in config.train.stages))
-    here = common // sharding.batch_devices(mesh)
-    return [n for n in range(1, here + 1) if here % n == 0]
 
 
 def most_sequences(compiled: Compiled) -> tuple[int, Compiled | None]:
@@ -71,7 +64,7 @@ def most_sequences(compiled: Compiled) -> tuple[int, Compiled | None]:
     What `guess` puts beyond the budget by a tenth or more is not compiled.
     """
     now, tried = compiled.config.train.seqs_per_device, [compiled]
-    for n in reversed(divisors(compiled.config, compiled.mesh)):
+    for n in reversed(compiled.config.fitting(sharding.batch_devices(compiled.mesh))):
         if n == now or (n < now and compiled.fits):
             continue
         near = min(tried, key=lambda t: abs(t.config.train.seqs_per_device - n))
@@ -370,14 +363,9 @@ def _swept(args: argparse.Namespace, config: Config, machine: targets.Machine, s
     return 0 if any(r["fits"] for r in rows) else DOES_NOT_FIT
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = cli.Parser(prog="tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     known = ", ".join(f"{name}:{t.shape}" for name, t in targets.TARGETS.items())
     parser.add_argument("--config", help="a file such as configs/3t.py")
     parser.add_argument("--on", help=f"the machine: {known}, or cpu:8")
@@ -400,9 +388,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _number(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 1e-30 <= float(text) <= 1e30:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    raise argparse.ArgumentTypeError(f"{text}: must be a number above 0, from 1e-30 to 1e30")
 
 
 def _part(text: str) -> float:
