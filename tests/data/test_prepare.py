@@ -204,11 +204,11 @@ def children(pid: int) -> list[int]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Beam's worker processes below `pid`."""
+    """Worker processes below `pid`."""
     found = []
     for child in children(pid):
         words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-        if b"apache_beam.runners.worker.sdk_worker_main" in words:
+        if any(b"m.worker(" in word for word in words):
             found.append(child)
     return found
 
@@ -298,7 +298,7 @@ def test_a_worker_that_dies_is_an_error(long_corpus, model, tmp_path):
     below = children(process.pid)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     code, _, err = finished(process)
-    assert code == 2 and err.startswith("error: a worker process died") and err.count("\n") == 1
+    assert code == 2 and err.startswith("error: a worker process was killed by SIGKILL: ") and err.count("\n") == 1
     assert gone(below) and not (tmp_path / "out").exists()
 
 

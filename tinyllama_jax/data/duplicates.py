@@ -231,7 +231,6 @@ def _make(job: Job, shard: Shard) -> None:
     try:
         with open(local, "wb") as sketches:
             for n, (piece, document) in enumerate(shards.read(job, shard, Counter())):
-                shards.check_awaited(job)
                 pieces[piece.source.name, piece.start] += 1
                 if reason := clean.rejected_by(job.cleaning.filters, document):
                     dropped.append([n, reason])

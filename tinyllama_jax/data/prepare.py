@@ -111,7 +111,7 @@ def prepare(
     `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
     `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
+    for each processor. `runner`: direct, dask, or Beam's name of one; its machines must all see the same files.
     `beam_options`: its options. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: as clean.py has them, and
     docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
@@ -173,8 +173,8 @@ def prepare(
     planned = plan(sources, text_key, shard_mb, held_out > 0, bad)
     store.make_folder(partial)
     whole = output if isinstance(output, Remote) else partial / "whole"
-    drop, main = dict(preset.drop) if preset else {}, 0 if beam_options else os.getpid()
-    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, main, cleaning)
+    drop = dict(preset.drop) if preset else {}
+    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, cleaning)
 
     def run(job: Job, left: list[Shard]) -> None:
         while left:
@@ -318,9 +318,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
-    parser.add_argument(
-        "--runner", default=runners.DIRECT, help=f"{', '.join(runners.RUNNERS)}, or Beam's name of one (direct)"
-    )
+    parser.add_argument("--runner", default=runners.DIRECT, help="direct, dask, or Beam's name of one (direct)")
     known, rest = parser.parse_known_args(argv)
     try:
         prepare(**vars(known), beam_options=rest)

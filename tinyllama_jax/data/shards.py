@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import pickle
 import zlib
 from collections import Counter
@@ -71,7 +70,6 @@ class Job:
     text_key: str
     drop: dict[str, str]  # see `documents.read`
     held_out: float  # fraction of the documents
-    main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
     cleaning: Cleaning
     stage: str = "done"  # folder in DIR.partial for the record of each shard: "looked", "copies" (see duplicates.py) or "done"
     shards: tuple[str, ...] = ()  # for the stage "copies": the files of all of them, in order
@@ -121,11 +119,8 @@ def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> Non
 @contextlib.contextmanager
 def telling(job: Job, name: str) -> Iterator[None]:
     """Writes what goes wrong to DIR.partial/failed, where the main process looks for it."""
-    check_awaited(job)
     try:
         yield
-    except ProcessLookupError:  # nobody waits for this any more
-        raise
     except (UserError, OSError) as error:
         store.write(job.failed / name, " ".join(str(error).split()))
         raise
@@ -140,12 +135,6 @@ def made(records: Place, shard: Shard) -> dict:
     if not isinstance(record, dict) or "bad" not in record or record.get("identity") != shard.identity():
         return {}
     return {} if record["bad"] and shard.bad is None else record
-
-
-def check_awaited(job: Job) -> None:
-    """Raises ProcessLookupError if the main process is gone."""
-    if job.main:
-        os.kill(job.main, 0)
 
 
 def read(job: Job, shard: Shard, dropped: Counter[str]) -> Iterator[tuple[Piece, Iterable[str]]]:
@@ -277,7 +266,6 @@ class _File:
         return {"file": self.name, **self._counts, "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
 
     def _flush(self) -> None:
-        check_awaited(self._job)
         ids = self._spm.encode_batch(self._parts)
         for i in self._begins if self._job.bos else ():
             ids[i].insert(0, self._spm.bos_id)
