@@ -88,7 +88,7 @@ def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.nda
                 for i in range(0, len(new), 256):  # x 256 permutations x 4 B: 256 KiB, which a cache holds
                     minhash.update_batch(new[i : i + 256].tolist())
                 sketch = np.union1d(sketch, new)[:SKETCH]
-    if len(_WORDS) > 1 << 20:
+    if len(_WORDS) == 1 << 20:
         _WORDS.clear()
     if near and not len(sketch) and len(tail):  # fewer than N words are a shingle
         sketch = _short((tail * _ODD[: len(tail)]).sum(keepdims=True) + np.uint64(len(tail)))
@@ -120,7 +120,9 @@ class _Words(dict):
     """Hash of each word, computed once."""
 
     def __missing__(self, word: str) -> int:
-        value = self[word] = zlib.crc32(word.encode())
+        value = zlib.crc32(word.encode())
+        if len(self) < 1 << 20 and len(word) < 32:
+            self[word] = value
         return value
 
 
