@@ -253,10 +253,10 @@ def _long_row(line: bytes, text_key: str, others: set[str]) -> dict:
     kinds = [(name, (str | None if name == "text" else msgspec.Raw) | msgspec.UnsetType, msgspec.UNSET) for name in names]
     try:
         row = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8), type=msgspec.defstruct("Row", kinds, rename=names))
+        there = {key: value for name, key in names.items() if (value := getattr(row, name)) is not msgspec.UNSET}
+        return {k: json.loads(bytes(v)[:ANY_JSON]) if isinstance(v, msgspec.Raw) else v for k, v in there.items()}
     except (ValueError, RecursionError) as error:
         raise _BadDocument(f"is not JSON with a text at {text_key!r}: {error}") from None
-    there = {key: value for name, key in names.items() if (value := getattr(row, name)) is not msgspec.UNSET}
-    return {key: _row(bytes(v[:ANY_JSON]), key, {}) if isinstance(v, msgspec.Raw) else v for key, v in there.items()}
 
 
 def _reason(row: dict, drop: Mapping[str, str]) -> str:
