@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +34,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import sentencepiece
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
@@ -85,11 +88,12 @@ def below(pid: int) -> list[int]:
     return []
 
 
-def watched(*arguments: object) -> dict[str, float]:
+def watched(*arguments: object, may_fail: bool = False, limit: float = 1e9) -> dict:
     """Runs `prepare`: seconds, processor seconds of all its processes, and the most bytes that one of them had in memory."""
     began, cpu, peak = time.perf_counter(), {}, 0
     words = [sys.executable, "-m", "tinyllama_jax.data.prepare", *map(str, arguments)]
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  closed below
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors, cwd=Path(__file__).parents[1])
     while child.poll() is None:
         for pid in below(child.pid):
             with contextlib.suppress(OSError, StopIteration):
@@ -98,9 +102,15 @@ def watched(*arguments: object) -> dict[str, float]:
                 status = Path(f"/proc/{pid}/status").read_text().splitlines()
                 peak = max(peak, next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")))
         time.sleep(0.05)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(words)} failed")
-    return {"seconds": time.perf_counter() - began, "cpu seconds": sum(cpu.values()), "peak bytes": peak}
+        if time.perf_counter() > began + limit:
+            child.terminate()
+    out = {"seconds": time.perf_counter() - began, "cpu seconds": sum(cpu.values()), "peak bytes": peak}
+    with errors:
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip()
+    if child.returncode and not may_fail:
+        raise SystemExit(f"{' '.join(words)} failed: {said}")
+    return out | ({"exit code": child.returncode, "said": said[-400:]} if may_fail else {})
 
 
 def hours(model: Path, mb: int, folder: Path) -> dict:
@@ -152,6 +162,97 @@ def memory(model: Path, folder: Path) -> dict:
                 file.writelines(json.dumps({"text": text}) + "\n" if name.endswith("jsonl") else text for text in texts)
         out[name] = watched("--train", folder / name, *words, "--output", folder / f"from {name}")
         print(name, out[name])
+    return out
+
+
+def bombs(model: Path, folder: Path) -> dict:
+    """What a worker takes with small files that unpack to much, and with documents that are hard to hold."""
+    mb, emoji = 10**6, "\U0001f600"
+
+    def write_gz(path: Path, *parts: bytes | int) -> None:
+        with gzip.open(path, "wb", 1) as file:
+            for part in parts:
+                for _ in range(part) if isinstance(part, int) else ():
+                    file.write(b"x" * mb)
+                if isinstance(part, bytes):
+                    file.write(part)
+
+    def write_parquet(path: Path, text: str, n: int, **options) -> None:
+        column = pyarrow.array([text], pyarrow.large_string()).dictionary_encode()
+        schema = pyarrow.schema([("text", pyarrow.large_string())])
+        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", write_batch_size=8, **options) as writer:
+            for _ in range(n):
+                writer.write_table(pyarrow.table({"text": column.dictionary}, schema=schema))
+
+    def write_dictionary(path: Path, text: str, n: int) -> None:
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * n, pyarrow.int32()), pyarrow.array([text]))
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd")
+
+    def write_tfds(path: Path, text: str) -> None:
+        data = folder / "tfds/bomb/1.0.0"
+        data.mkdir(parents=True)
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        writer = array_record_module.ArrayRecordWriter(str(data / "bomb-train.array_record-00000-of-00001"), "group_size:1")
+        for _ in range(3):
+            writer.write(features.serialize_example({"text": text}))
+        writer.close()
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=data, dataset_name="bomb", split="train", filetype_suffix="array_record"
+        )
+        info = tfds.core.SplitInfo(name="train", shard_lengths=[3], num_bytes=0, filename_template=template)
+        tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=[info], check_data=False)
+        path.write_text("")
+
+    def line(text: bytes) -> bytes:
+        return b'{"text": "%s"}\n' % text
+
+    cases = {
+        "small.jsonl": lambda p: p.write_bytes(line(b"x") * 9),
+        "50 MB of words, escaped emoji between.jsonl": lambda p: p.write_bytes(line(b"word \\ud83d\\ude00 " * (50 * mb // 17))),
+        "128 MB of words and an emoji.jsonl": lambda p: p.write_bytes(line(b"word " * (26 * mb) + emoji.encode())),
+        "60 MB without a space.jsonl": lambda p: p.write_bytes(line(b"x" * 60 * mb)),
+        "60 MB without a space.txt": lambda p: p.write_bytes(b"x" * 60 * mb),
+        "60 MB of Chinese.txt": lambda p: p.write_text("\u5b57\u6f22" * (10 * mb)),
+        "130 MB of empty lists.jsonl": lambda p: p.write_bytes(b'{"a": [%s[]], "text": "x"}\n' % (b"[]," * (43 * mb))),
+        "8 MB of empty lists.jsonl": lambda p: p.write_bytes(b'{"a": [%s[]], "text": "x"}\n' % (b"[]," * (8 * mb // 3))),
+        "a line of 1 GB.jsonl": lambda p: p.write_bytes(b"x" * (1000 * mb)),
+        "a line of 1 GB.jsonl.gz": lambda p: write_gz(p, b'{"text": "', 1000, b'"}\n'),
+        "a line of 4 GB.jsonl.zst": lambda p: p.write_bytes(
+            b"".join(pyarrow.compress(b"x" * 500 * mb, codec="zstd", asbytes=True) for _ in range(8))
+        ),
+        "640 times 50 MB, a dictionary.parquet": lambda p: write_dictionary(p, "x" * 50 * mb, 640),
+        "64 times 50 MB.parquet": lambda p: write_parquet(p, "x " * 25 * mb, 64, use_dictionary=False),
+        "64 times 50 MB, as differences.parquet": lambda p: write_parquet(
+            p, "x " * 25 * mb, 64, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}
+        ),
+        "a text of 1.9 GB.parquet": lambda p: write_parquet(p, "x" * 1900 * mb, 1, use_dictionary=False),
+        "three records of 100 MB": lambda p: write_tfds(p, "words " * (100 * mb // 6)),
+        "three records of 1.5 GB": lambda p: write_tfds(p, "x" * 1500 * mb),
+    }
+    out = {}
+    for name, make in cases.items():
+        path, tfds_ = folder / name, "records" in name
+        make(path)
+        words = [
+            "--train",
+            "tfds:bomb" if tfds_ else path,
+            "--tokenizer",
+            model,
+            "--seq-len",
+            S,
+            "--workers",
+            1,
+            "--held-out",
+            0,
+        ]
+        words += ["--data-dir", folder / "tfds"] if tfds_ else []
+        row = watched(*words, "--output", folder / "out", may_fail=True, limit=90)  # it could go on for hours
+        row["said"] = row["said"].replace(f"{folder}/", "")
+        out[name] = {"bytes": path.stat().st_size, **row}
+        print(name, json.dumps(out[name]), flush=True)
+        for each in ("out", "out.partial", "tfds"):
+            shutil.rmtree(folder / each, ignore_errors=True)
+        path.unlink()
     return out
 
 
@@ -223,11 +324,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hours", action="store_true", help="processor time on prose and code instead")
     parser.add_argument("--memory", action="store_true", help="memory that a worker takes, instead")
+    parser.add_argument("--bombs", action="store_true", help="the same, with what is made to take much")
     args = parser.parse_args()
     args.tokenizer = args.tokenizer.absolute()
-    if args.hours or args.memory:
+    if args.hours or args.memory or args.bombs:
         with tempfile.TemporaryDirectory() as name:
-            write(args, hours(args.tokenizer, args.mb, Path(name)) if args.hours else memory(args.tokenizer, Path(name)))
+            measure = bombs if args.bombs else memory
+            write(args, hours(args.tokenizer, args.mb, Path(name)) if args.hours else measure(args.tokenizer, Path(name)))
         return
     seconds: dict[str, list[float]] = {"prepare": [], "bare": []}
     with tempfile.TemporaryDirectory() as name:

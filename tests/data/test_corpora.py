@@ -210,20 +210,51 @@ def test_the_beginning_decides_whatever_the_parts_and_less_is_held_out_of_less()
         assert sides == sorted(sides)
 
 
-def test_so_little_that_nothing_is_held_out_or_everything(tmp_path, model, run, capsys):
-    texts = numbered(40)
-    kept, held = ([text for text in texts if is_held_out(text, 0.1) == side] for side in (False, True))
-    put(tmp_path / "kept.jsonl", lines(kept[:3]))
-    put(tmp_path / "held.jsonl", lines(held[:2]))
-    manifest = run(train=[tmp_path / "kept.jsonl"], held_out=0.1)
-    assert list(manifest["splits"]) == ["train"] and stream(tmp_path / "out") == expected(kept[:3], model)
+@pytest.mark.parametrize("side", [False, True], ids=["kept", "held out"])
+@pytest.mark.parametrize("shards", [1, 30])
+def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, capsys, monkeypatch, side, shards):
+    """On whichever side they all fall, and also if it was stopped on the way."""
+    texts = [text for text in numbered(400) if is_held_out(text, 0.1) == side][:30]
+    put(tmp_path / "few.jsonl", lines(texts))
+    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 9 if shards > 1 else 1 << 20, 1 << 30))
+    manifest = run(train=[tmp_path / "few.jsonl"], held_out=0.1)
+    train, held = (manifest["splits"][split] for split in ("train", "validation"))
+    assert (train["documents"], held["documents"], held["last_blocks_of_train"]) == (30, 0, held["blocks"])
+    assert (len(train["shards"]) > 9) == (shards > 1) and held["blocks"] == round(0.1 * (held["blocks"] + train["blocks"])) > 2
+    assert f"validation: no document is held out, being so few: these are the last {held['blocks']} blocks of all" in (
+        capsys.readouterr().out
+    )
+    ids, validation = expected(texts, model), stream(tmp_path / "out", "validation")
+    assert stream(tmp_path / "out") + validation == ids and len(validation) == held["tokens"]
+    assert run(train=[tmp_path / "few.jsonl"], held_out=0.1) == manifest
+
+    hold_out, calls = prepare_lib.folder_lib.shards.hold_out, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2 - (shards == 1):
+            raise KeyboardInterrupt
+        return hold_out(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_lib.folder_lib.shards, "hold_out", stopped)
+        run(train=[tmp_path / "few.jsonl"], held_out=0.1, output=tmp_path / "again")
+    assert run(train=[tmp_path / "few.jsonl"], held_out=0.1, output=tmp_path / "again") == manifest
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_a_single_block_is_trained_on(tmp_path, model, run, capsys):
+    kept, held = (next(text for text in numbered(99) if is_held_out(text, 0.1) == side) for side in (False, True))
+    put(tmp_path / "kept.txt", kept.encode())
+    put(tmp_path / "held.txt", held.encode())
+    manifest = run(train=[tmp_path / "kept.txt"], held_out=0.1, seq_len=1_000)
+    assert list(manifest["splits"]) == ["train"] and stream(tmp_path / "out") == expected([kept], model)
     assert not [f.name for f in (tmp_path / "out").iterdir() if "validation" in f.name]
-    assert "no validation split: none of the few documents falls to the 0.1" in capsys.readouterr().out
-    assert run(train=[tmp_path / "kept.jsonl"], held_out=0.1) == manifest
+    assert "no validation split: there is but one block of text; give more, or a --validation" in capsys.readouterr().out
     with pytest.raises(UserError, match="held_out was 0.1, now 0.01"):
-        run(train=[tmp_path / "kept.jsonl"])
-    with pytest.raises(UserError, match="there is no text in its 1 files; all 2 documents were held out: give --held-out 0"):
-        run(train=[tmp_path / "held.jsonl"], held_out=0.1, output=tmp_path / "new")
+        run(train=[tmp_path / "kept.txt"], seq_len=1_000)
+    with pytest.raises(UserError, match="no text in its 1 files; its only block was held out: give --held-out 0"):
+        run(train=[tmp_path / "held.txt"], held_out=0.1, seq_len=1_000, output=tmp_path / "new")
 
 
 def test_a_large_document_is_not_held_in_memory(tmp_path):

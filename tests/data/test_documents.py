@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import tracemalloc
 from collections import Counter
 
 import pyarrow
@@ -53,6 +54,10 @@ def test_every_type_gives_the_same_documents(tmp_path, texts):
     parquet(tmp_path / "e.parquet", texts)
     parquet(tmp_path / "f.parquet", pyarrow.array(texts, pyarrow.large_string()))
     parquet(tmp_path / "g.parquet", pyarrow.array(texts).dictionary_encode())
+    kinds = [pyarrow.string_view(), pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view(), pyarrow.json_()]
+    for i, kind in enumerate(kinds):
+        parquet(tmp_path / f"{i}.parquet", pyarrow.array(texts, pyarrow.string()).cast(kind))
+        assert read(tmp_path / f"{i}.parquet")[0] == texts, kind
     for name in "efg":
         assert read(tmp_path / f"{name}.parquet")[0] == texts, name
     for i, text in enumerate(texts):
@@ -119,6 +124,47 @@ def test_folders_are_searched_and_sorted_and_names_do_not_depend_on_the_place(tm
 
 
 @pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("in", ["a.txt", "caf\\xe9.txt", "x/b.txt", "x/deep/c.txt", "y/d.txt"]),
+        ("in/**", ["a.txt", "caf\\xe9.txt", "x/b.txt", "x/deep/c.txt", "y/d.txt"]),
+        ("**/?.txt", ["a.txt", "x/b.txt", "x/deep/c.txt", "y/d.txt"]),
+        ("./in/**/deep/*", ["c.txt"]),
+        ("in/x**/**.txt", ["b.txt"]),
+        ("in/**/deep", ["c.txt"]),
+        ("in/*/*.txt", ["x/b.txt", "y/d.txt"]),
+    ],
+)
+def test_links_that_go_round_in_circles(tmp_path, monkeypatch, path, names):
+    monkeypatch.chdir(tmp_path)
+    for name in (b"in/a.txt", b"in/caf\xe9.txt", b"in/x/b.txt", b"in/x/deep/c.txt", b"in/y/d.txt"):
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(b"x")
+    for link, to in {"in/up": "..", "in/x/up": "..", "in/y/up": "..", "in/y/same": "../y", "in/x/deep/up": "../.."}.items():
+        os.symlink(to, link)
+    os.mkfifo("in/y/pipe.txt")
+    sources, _ = inputs.find([path], "--train")
+    assert [source.name for source in sources] == names
+    for source in sources:
+        with source.open() as file:
+            assert file.read() == b"x"
+
+
+def test_a_pipe_is_refused_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for path in (tmp_path / "a.txt", "/dev/null"):
+        with pytest.raises(UserError, match=f"--train {path}: is not a regular file; read a pipe into one first"):
+            inputs.find([path], "--train")
+    (tmp_path / "b.txt").write_bytes(b"x")
+    (source,), _ = inputs.find([tmp_path / "b.txt"], "--train")
+    (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(UserError, match="b.txt: is not a regular file"):
+        source.open()
+
+
+@pytest.mark.parametrize(
     ("paths", "says"),
     [
         (["gone.txt"], "--train .*gone.txt: no such file or folder"),
@@ -139,6 +185,7 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch, paths, says):
 
 GOOD = b'{"text": "good"}\n'
 LATIN = '{"text": "é"}'.encode("latin-1")
+LONG = b'{"x": "' + b"y" * (1 << 19) + b'", "text": %s}'
 ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zstd")
 
 
@@ -157,6 +204,13 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
         ("a.jsonl", GOOD + LATIN, "line 2: is not UTF-8 .byte 0xe9 at 10"),
         ("a.jsonl", GOOD + rb'{"text": "ab\ud800"}', "line 2: 'text' holds half of a surrogate pair at 2"),
         ("a.jsonl", GOOD + b"[" * 100_000, "line 2: is not JSON: "),
+        ("a.jsonl", GOOD + b'{"text": "a", "n": %s}' % (b"9" * 9_999), "line 2: is not JSON: Exceeds the limit"),
+        ("a.jsonl", GOOD + b" " * (1 << 20) + b"x", "line 2: is longer than 1,048,576 bytes: cut it into several documents"),
+        ("a.jsonl.gz", gzip.compress(GOOD + b"{" * (1 << 21)), "line 2: is longer than 1,048,576 bytes"),
+        ("a.jsonl", GOOD + LONG % b'["x"]', "line 2: is not JSON with a text at 'text': Expected `str | null`, got `array`"),
+        ("a.jsonl", GOOD + LONG[:-1] % b'"x"', "line 2: is not JSON with a text at 'text': "),
+        ("a.jsonl", GOOD + b'{"body": "%s"}' % (b"x" * (1 << 19)), "line 2: has no key 'text'"),
+        ("a.jsonl", b'{"text":%s1%s}' % (b"[" * (1 << 18), b"]" * (1 << 18)), "line 1: is not JSON with a text at"),
         ("a.jsonl.zst", ZSTD[:-9], "line [0-9]{6}: Truncated compressed stream"),
         ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "line 1: Truncated compressed stream"),
         ("a.jsonl.zst", b"", "is empty, which no whole zstd file is"),
@@ -170,13 +224,62 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value.split(":")[0],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, says):
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, monkeypatch, name, content, says):
     path = tmp_path / name
     path.write_bytes(content)
+    monkeypatch.setattr(documents, "LONGEST", 1 << 20)
+    monkeypatch.setattr(documents, "ANY_JSON", 1 << 18)
     for target in (1 << 40, 10):
         with pytest.raises(UserError, match=f"{path}(, |: ){says}") as error:
             read(path, target)
         assert "\n" not in str(error.value)
+
+
+def test_of_a_long_line_only_the_text_becomes_an_object(tmp_path, monkeypatch):
+    """Empty lists take twenty times the memory of their JSON."""
+    monkeypatch.setattr(documents, "ANY_JSON", 1 << 10)
+    lists = b",".join([b"[]"] * 300_000)
+    rows = (b'{"lists": [%s], "meta": {"of": "web"}, "text": "a%s"}\n' % (lists, b"\\n"),)
+    rows += (b'{"meta": {"of": "code"}, "lists": [%s], "text": "b"}\n' % lists, b'{"lists": [%s], "text": null}\n' % lists)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
+    (source,), _ = inputs.find([tmp_path / "a.jsonl"], "--train")
+    (piece,) = documents.pieces(source, documents.units(source, "text"), 1 << 40)
+    with pytest.raises(UserError, match="line 3: has no meta.of"):
+        list(documents.read(piece, "text", {"meta.of": "code"}, Counter()))
+    tracemalloc.start()
+    dropped = Counter()
+    assert ["".join(parts) for parts in documents.read(piece, "text", {}, dropped)] == ["a\n", "b"]
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20 and dropped == {"text=null": 1}
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "RLE_DICTIONARY"])
+def test_one_text_of_many_is_held_at_a_time(tmp_path, monkeypatch, encoding):
+    """A small file of 200 rows of 2 MB; 64 of them would be 128 MB."""
+    text = "x" * (2 << 20)
+    how = {} if encoding == "RLE_DICTIONARY" else {"use_dictionary": False, "column_encoding": {"text": encoding}}
+    table = pyarrow.table({"text": pyarrow.array([text]).dictionary_encode().take(pyarrow.array([0] * 200)).cast("string")})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", write_batch_size=4, **how)
+    del table
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    (source,), _ = inputs.find([tmp_path / "a.parquet"], "--train")
+    (piece,) = documents.pieces(source, documents.units(source, "text"), 1 << 40)
+    before = pyarrow.total_allocated_bytes()
+    pool, n, most = pyarrow.default_memory_pool(), 0, 0
+    for parts in documents.read(piece, "text", {}, Counter()):
+        n, most = n + (parts == (text,)), max(most, pool.bytes_allocated() - before)
+    assert n == 200 and most < 48 << 20
+    monkeypatch.setattr(documents, "LONGEST", 1 << 20)
+    with pytest.raises(UserError, match="a.parquet, row 1: 'text' is longer than 1,048,576 bytes: cut it into several"):
+        list(documents.read(piece, "text", {}, Counter()))
+
+
+def test_a_window_that_takes_too_much_memory_says_what_to_do(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    # a frame whose header asks for a window of 2 GiB (RFC 8878, 3.1.1.1), and one raw block
+    path.write_bytes(bytes.fromhex("28b52ffd 00 a8") + (1 | len(GOOD) << 3).to_bytes(3, "little") + GOOD)
+    with pytest.raises(UserError, match="a.jsonl.zst, line 1: was compressed with a window of .* with `zstd -d --long=31`: "):
+        read(path)
 
 
 def test_a_null_for_a_text_is_left_out_and_counted(tmp_path):
@@ -195,6 +298,16 @@ def test_parquet_that_cannot_be_read(tmp_path):
         read(path, key="body")
     with pytest.raises(UserError, match="column 'id' holds int64, not text"):
         read(path, key="id")
+    parquet(path, [{"text": "x"}])
+    with pytest.raises(UserError, match="column 'text' holds struct<text: string>, not text"):
+        read(path)
+    parquet(path, ["x"])
+    pyarrow.parquet.write_table(pyarrow.table([["x"], ["y"]], names=["text", "text"]), path)
+    with pytest.raises(UserError, match="has 2 columns 'text'; it has text, text: rename one"):
+        read(path)
+    dropped = Counter()
+    parquet(path, pyarrow.nulls(3))
+    assert read(path, dropped=dropped)[0] == [] and dropped == {"text=null": 3}
     binary = pyarrow.array([b"ok", b"\xe9"], pyarrow.binary())
     parquet(path, pyarrow.StringArray.from_buffers(2, binary.buffers()[1], binary.buffers()[2]))
     with pytest.raises(UserError, match=f"{path}, row 2: 'text' is not UTF-8"):

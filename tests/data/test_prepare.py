@@ -204,11 +204,11 @@ def children(pid: int) -> list[int]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Beam's worker processes below `pid`."""
+    """Worker processes below `pid`."""
     found = []
     for child in children(pid):
         words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-        if b"apache_beam.runners.worker.sdk_worker_main" in words:
+        if any(b"m.worker(" in word for word in words):
             found.append(child)
     return found
 
@@ -258,7 +258,8 @@ def test_bytes_do_not_depend_on_the_number_of_workers_or_the_place(long_corpus, 
     code, out, err = finished(process)
     assert (code, err) == (0, "")
     lines_out = out.splitlines()
-    assert len(lines_out) == 2 and lines_out[0].startswith(f"out: train: {15 * (len(texts) - 2)} documents, ")
+    assert lines_out[0] == "out: a worker takes at most 2 GiB of memory"
+    assert len(lines_out) == 3 and lines_out[1].startswith(f"out: train: {15 * (len(texts) - 2)} documents, ")
     assert digests(long_corpus.parent / "out") == uninterrupted
     assert not (long_corpus.parent / "out.partial").exists()
     (long_corpus.parent / "out").rename(tmp_path / "out")
@@ -298,8 +299,62 @@ def test_a_worker_that_dies_is_an_error(long_corpus, model, tmp_path):
     below = children(process.pid)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     code, _, err = finished(process)
-    assert code == 2 and err.startswith("error: a worker process died") and err.count("\n") == 1
+    assert code == 2 and err.startswith("error: a worker process was killed by SIGKILL: ") and err.count("\n") == 1
     assert gone(below) and not (tmp_path / "out").exists()
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Addresses, in the kernel's own form, on which these processes listen."""
+    inodes = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                inodes[f"socket:[{words[9]}]"] = words[1]
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(inodes.get(os.readlink(link), ""))
+    return found - {""}
+
+
+@pytest.mark.parametrize("dies", ["a worker", "the command, and then a worker"])
+def test_nothing_listens_and_nobody_is_left(long_corpus, model, tmp_path, dies):
+    """Also if the command is killed with no chance to say so, and one of its workers before the others notice."""
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    options = long_options(long_corpus, model, tmp_path / "out", 2)
+    process = command(*options, shard=1 << 16, env={**os.environ, "TMPDIR": str(scratch)})
+    wait_until(lambda: list((tmp_path / "out.partial").glob("done/*.json")), process)
+    below = children(process.pid)
+    assert len(workers_of(process.pid)) == 2 and list(scratch.iterdir())
+    assert not listening([process.pid, *below])
+    if dies == "a worker":
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        assert finished(process)[0] == 2
+    else:
+        worker = workers_of(process.pid)[0]
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        finished(process)
+    for _ in range(100):
+        if gone(below) and not list(scratch.iterdir()):
+            break
+        time.sleep(0.1)
+    assert gone(below) and not list(scratch.iterdir())
+
+
+def test_more_memory_than_a_worker_may_have(tmp_path, model, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"x")
+    monkeypatch.setattr(shards, "MEMORY", 64 << 20)
+    monkeypatch.setattr(shards.os, "cpu_count", lambda: 0)
+    monkeypatch.setattr(shards.documents, "_text", lambda source: iter(["x" * (1 << 30)]))
+    with pytest.raises(UserError, match="blocks-train.array_record-00000-of-00001: took more memory than the 0 GiB that"):
+        prepare(train=[tmp_path / "a.txt"], tokenizer=model, output=tmp_path / "out", seq_len=8, workers=1)
+    assert len("x" * (1 << 30)) == 1 << 30  # again allowed
 
 
 def test_two_workers_that_cannot_read_their_input(tmp_path, model, texts):
@@ -379,10 +434,11 @@ def test_a_mended_file_is_read_again_and_the_others_are_not(corpus, model, texts
     made[-1].write_bytes(bytes(made[-1].stat().st_size))  # as after a power cut: the name came to the disk, the content did not
     (partial / "done" / f"{made[-2].name}.json").write_bytes(b"")
     (partial / "whole/blocks-train.array_record-00000-of-00099").write_bytes(b"of another plan")
-    (partial / "half-written").write_bytes(b"")
+    (partial / "blocks-half-written").write_bytes(b"")
+    (partial / "notes").write_bytes(b"mine")
     with pytest.raises(UserError, match="out.partial: was made for something else: seq_len was 64, now 65"):
         prepare(**{**options, "seq_len": 65})
-    assert not (partial / "half-written").exists()
+    assert not (partial / "blocks-half-written").exists() and (partial / "notes").exists()
     prepare(**options)
     kept = {name for name, time_ns in times.items() if (out / name).stat().st_mtime_ns == time_ns}
     assert len(kept) >= 3 and not {made[0].name, made[-2].name, made[-1].name} & kept
@@ -410,6 +466,82 @@ def test_only_one_at_a_time(corpus, model, tmp_path):
         with pytest.raises(UserError, match="another command is preparing this"):
             prepare(train=[corpus], tokenizer=model, output=tmp_path / "out", seq_len=64, workers=1)
     prepare(train=[corpus], tokenizer=model, output=tmp_path / "out", seq_len=64, workers=1)
+
+
+JUNK = (".DS_Store", "._x", "Thumbs.db", ".nfs000000", "lost+found/", "desktop.ini")
+
+
+def test_what_file_managers_leave_is_nobodys_data(corpus, model, tmp_path):
+    options = {"train": [corpus], "tokenizer": model, "seq_len": 64, "workers": 1}
+    prepare(**options, output=tmp_path / "a")
+
+    def leave(folder):
+        for name in JUNK:
+            (folder / name).mkdir(parents=True) if name.endswith("/") else (folder / name).write_bytes(b"junk")
+
+    for folder in (tmp_path / "out", tmp_path / "out.partial"):
+        folder.mkdir()
+        leave(folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(**options, output=tmp_path / "out")
+    for name in ("done", "whole", "whole/tokenizer"):
+        (tmp_path / "out.partial" / name / ".DS_Store").write_bytes(b"junk")
+    moved, move = [], prepare_lib.folder_lib.shutil.move
+
+    def stopped(*arguments):
+        moved.append(arguments)
+        move(*arguments) if len(moved) < 5 else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_lib.folder_lib.shutil, "move", stopped)
+        prepare(**options, output=tmp_path / "out")
+    manifest = prepare(**options, output=tmp_path / "out")
+    assert prepare(**options, output=tmp_path / "out") == manifest and not (tmp_path / "out.partial").exists()
+    assert all((tmp_path / "out" / name).exists() for name in JUNK)
+    found = {name: hash_ for name, hash_ in digests(tmp_path / "out").items() if Path(name).name not in JUNK}
+    assert found == digests(tmp_path / "a")
+
+
+def test_names_that_are_not_utf_8_and_terminals_that_are_not(model, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.makedirs(folder)
+    for name, data in {b"\xff.jsonl": lines(["a b"]), b"\xe9.txt": b"c", b"\xe9.jsonl.zst": pyarrow.compress(
+        lines(["d"]), codec="zstd", asbytes=True
+    ), "\u5b57.jsonl".encode(): lines(["e"])}.items():  # fmt: skip
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(data)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["f"]}), tmp_path / "f.parquet")
+    os.rename(os.fsencode(tmp_path / "f.parquet"), folder + b"/\xf0.parquet")
+    out = tmp_path / "\u5b57"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    options = ["--train", os.fsdecode(folder), "--tokenizer", model, "--output", out, "--seq-len", 8, "--workers", 1]
+    code, said, err = finished(command(*options, env=environment))
+    assert (code, err) == (0, "") and "\\u5b57: train: 5 documents" in said
+    names = [source["file"] for source in read_manifest(out)[0]["splits"]["train"]["sources"]]
+    assert names == ["\\xe9.jsonl.zst", "\\xe9.txt", "\\xf0.parquet", "\\xff.jsonl", "\u5b57.jsonl"]
+    with open(folder + b"/\xff.jsonl", "wb") as file:
+        file.write(b"{}")
+    code, said, err = finished(command(*options[:4], "--output", tmp_path / "new", *options[6:], env=environment))
+    assert code == 2 and err.count("\n") == 1 and "udcff.jsonl, line 1: has no key 'text'" in err
+    with pytest.raises(UserError, match="--output .*: is a name that is not UTF-8"):
+        prepare(train=["."], tokenizer=model, output=os.fsdecode(folder) + "/out", seq_len=8)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "done/blocks-train.array_record-00000-of-00001.json"])
+@pytest.mark.parametrize("damage", [b"", b"null", b"[" * 100_000, b'{"identity": 3}', b'{"files": []}', b"\xff"])
+def test_what_an_earlier_run_wrote_is_not_trusted(model, tmp_path, name, damage):
+    (tmp_path / "a.txt").write_bytes(b"some text")
+    options = {"train": [tmp_path / "a.txt"], "tokenizer": model, "output": tmp_path / "out", "seq_len": 8, "workers": 1}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(**options)
+    (tmp_path / "out.partial" / name).write_bytes(damage)
+    if name == "settings.json":
+        with pytest.raises(UserError, match=r"out.partial(/settings.json: is damaged|: was made for something else: )"):
+            prepare(**options)
+    else:
+        assert prepare(**options)["splits"]["train"]["documents"] == 1
 
 
 def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):

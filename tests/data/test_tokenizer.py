@@ -192,3 +192,16 @@ def test_without_the_tokenizers_package(hugging_face, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # what an import finds where it is not installed
     with pytest.raises(UserError, match="pip install tokenizers"):
         tokenizer.load(hugging_face)
+
+
+def test_a_text_without_a_space_is_cut(any_model, monkeypatch):
+    monkeypatch.setattr(tokenizer, "LONGEST", 5_000)
+    ours = tokenizer.load(any_model[1])
+    for text in ("字" * 20_000, "line\n" * 4_000, "x" * 20_000 + " y", "word " * 200 + "z" * 9_000 + " " * 9_000):
+        parts = list(ours.parts([text]))
+        assert max(map(len, parts)) <= 5_000 + tokenizer.WINDOW and len(parts) > 2
+        skipped = len(text) - sum(map(len, parts))
+        assert skipped == 0 or (skipped < len(parts) and "".join(parts).replace(" ", "") == text.replace(" ", ""))
+        again = list(ours.parts(text[i : i + 777] for i in range(0, len(text), 777)))
+        ids, ids_again = ([i for ids in ours.encode_batch(each) for i in ids] for each in (parts, again))
+        assert ids == ids_again

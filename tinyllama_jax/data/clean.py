@@ -26,6 +26,7 @@ from tinyllama_jax.data.store import Place
 from tinyllama_jax.errors import UserError
 
 HEAD = 1 << 20  # characters of a document that filters look at, and that --keep-dropped keeps
+WHOLE = 1 << 27  # characters of a document that a Python function can be given
 SAMPLE = 1 << 16  # characters that say which language it is
 CHUNK, LONGEST = 1 << 20, 1 << 24  # characters of a document at once; held beyond them to look for a line's end
 FILTERS = {
@@ -189,6 +190,8 @@ def rejected_by(filters: list[Filter], document: Iterable[str]) -> str:
         if filter_.name == "length":
             keep = filter_.arguments[0] <= length <= filter_.arguments[1]
         else:
+            if filter_.name == "python" and length > WHOLE:
+                raise UserError(f"--filter {filter_.spec}: takes a document whole, and one has more than {WHOLE:,} characters")
             keep = _predicate(filter_)(start if filter_.name != "python" else "".join(document))
         if not keep:
             return filter_.spec

@@ -1,9 +1,14 @@
-"""Documents out of text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead."""
+"""Documents out of text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead.
+
+A text file is read in parts, whatever its size. Of the other types a document is held whole, and one of more than `LONGEST`
+bytes is a fault of its file; so a worker's memory has a bound whatever a small file unpacks to: see `shards.MEMORY`.
+"""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -12,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
+import msgspec
 import pyarrow
 import pyarrow.parquet
 from array_record.python import array_record_module
@@ -20,7 +26,9 @@ from tinyllama_jax.data import inputs
 from tinyllama_jax.data.inputs import READ, Source
 from tinyllama_jax.errors import UserError
 
-ROWS = 64  # rows of parquet or ArrayRecord decoded at once
+ROWS = 64  # records of ArrayRecord in a unit
+LONGEST = 1 << 27  # bytes of a line of jsonl, or of a text in parquet or ArrayRecord
+ANY_JSON = 1 << 23  # bytes of a line that is read as whatever it is: lists in lists take 30 times that in memory
 START = 1 << 16  # characters of a document that decide its split
 
 
@@ -55,15 +63,25 @@ def units(source: Source, text_key: str) -> list[int]:
     with _reading(source, damaged="is not a whole parquet file: "), _parquet_file(source) as file:
         column = file.schema_arrow.get_field_index(text_key)
         if column < 0:
-            there = ", ".join(file.schema_arrow.names)
+            names = file.schema_arrow.names
+            there = ", ".join(names)
+            if text_key in names:
+                raise _BadDocument(f"has {names.count(text_key)} columns {text_key!r}; it has {there}: rename one")
             raise _BadDocument(f"has no column {text_key!r}; it has {there}: choose one with --text-key")
         type_ = file.schema_arrow.field(column).type
-        value = type_.value_type if pyarrow.types.is_dictionary(type_) else type_
-        if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
+        if not _holds_text(type_):
             raise _BadDocument(f"column {text_key!r} holds {type_}, not text; choose one with --text-key")
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
         return [sum(c.total_uncompressed_size for c in group if c.path_in_schema == text_key) for group in columns]
+
+
+def _holds_text(type_: pyarrow.DataType) -> bool:
+    """Whether text can be in a column of this type. Bytes are read as UTF-8: Spark and DuckDB may not call them text."""
+    while isinstance(type_, pyarrow.DictionaryType | pyarrow.BaseExtensionType):
+        type_ = type_.value_type if isinstance(type_, pyarrow.DictionaryType) else type_.storage_type
+    name = str(type_).removeprefix("large_").removesuffix("_view")
+    return name in ("string", "binary", "null")
 
 
 def pieces(source: Source, weights: list[int], target: int) -> list[Piece]:
@@ -132,7 +150,11 @@ def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") 
         return
     except _BadDocument as error:
         said = f"{where()}: {error}"
+    except MemoryError:
+        said = f"{where()}: unpacks to more than a worker may hold in memory"
     except (OSError, pyarrow.ArrowException) as error:
+        if "Frame requires too much memory" in str(error):  # zstd's own limit
+            damaged = "was compressed with a window of more than 128 MiB; unpack it with `zstd -d --long=31`: "
         number = error.errno if isinstance(error, OSError) else None  # those without one are pyarrow's
         said = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{error}"
     bad = BadFile(source.path + said)
@@ -179,11 +201,13 @@ def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counte
                     break
         while at < end:
             lines += 1
-            if not (line := file.readline()):
+            if not (line := file.readline(LONGEST + 1)):
                 return
+            if len(line) > LONGEST:
+                raise _BadDocument(f"{_too_long('is')}; a document of any length can be a .txt file")
             at += len(line)
             if line := line.strip():
-                row = _row(line, text_key)
+                row = _row(line, text_key, drop)
                 if drop and (reason := _reason(row, drop)):
                     dropped[reason] += 1
                     continue
@@ -200,20 +224,39 @@ def _open(source: Source) -> BinaryIO:
     if source.kind == "jsonl":
         return source.open()
     # unlike the zstandard package, pyarrow notices when a file ends within a frame
-    raw = pyarrow.PythonFile(source.open(), "r") if source.etag else pyarrow.OSFile(source.path)
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, source.kind), READ)
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(source.open(), "r"), source.kind), READ)
 
 
-def _row(line: bytes, text_key: str) -> dict:
+def _too_long(is_: str) -> str:
+    return f"{is_} longer than {LONGEST:,} bytes: cut it into several documents"
+
+
+def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
+    if len(line) > ANY_JSON:
+        return _long_row(line, text_key, {key.partition(".")[0] for key in drop})
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _BadDocument(f"is not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _BadDocument("is not JSON: is nested too deeply") from None
+    except ValueError as error:
         raise _BadDocument(f"is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise _BadDocument(f"is not an object with the key {text_key!r}, but {_short(row)}")
     return row
+
+
+def _long_row(line: bytes, text_key: str, others: set[str]) -> dict:
+    """Of a long line nothing but what is asked for becomes an object: the text, and what is at `others`."""
+    names = {"text": text_key, **{f"other{i}": name for i, name in enumerate(sorted(others - {text_key}))}}
+    kinds = [(name, (str | None if name == "text" else msgspec.Raw) | msgspec.UnsetType, msgspec.UNSET) for name in names]
+    try:
+        row = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8), type=msgspec.defstruct("Row", kinds, rename=names))
+        there = {key: value for name, key in names.items() if (value := getattr(row, name)) is not msgspec.UNSET}
+        return {k: json.loads(bytes(v)[:ANY_JSON]) if isinstance(v, msgspec.Raw) else v for k, v in there.items()}
+    except (ValueError, RecursionError) as error:
+        raise _BadDocument(f"is not JSON with a text at {text_key!r}: {error}") from None
 
 
 def _reason(row: dict, drop: Mapping[str, str]) -> str:
@@ -236,10 +279,12 @@ def _null(text_key: str) -> str:
 def _checked(text: object, text_key: str) -> str:
     if not isinstance(text, str):
         raise _BadDocument(f"{text_key!r} is not a text, but {_short(text)}")
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadDocument(f"{text_key!r} holds half of a surrogate pair at {error.start}, which is no character") from None
+    for start in range(0, 0 if text.isascii() else len(text), READ):
+        try:
+            text[start : start + READ].encode()
+        except UnicodeEncodeError as error:
+            where = start + error.start
+            raise _BadDocument(f"{text_key!r} holds half of a surrogate pair at {where}, which is no character") from None
     return text
 
 
@@ -259,9 +304,12 @@ def _lines_before(piece: Piece) -> int:
         return lines + (file.read(1) != b"\n")
 
 
-def _parquet_file(source: Source) -> pyarrow.parquet.ParquetFile:
-    file = source.open() if source.etag else source.path
-    return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)  # of the files that have checksums
+@contextlib.contextmanager
+def _parquet_file(source: Source) -> Iterator[pyarrow.parquet.ParquetFile]:
+    # a buffer reads a page at a time, and not a row group; not all files have checksums
+    options = {"buffer_size": READ, "pre_buffer": False, "page_checksum_verification": True}
+    with source.open() as raw, pyarrow.parquet.ParquetFile(raw, **options) as file:
+        yield file
 
 
 def _parquet(piece: Piece, text_key: str, dropped: Counter[str]) -> Iterator[Iterable[str]]:
@@ -269,17 +317,25 @@ def _parquet(piece: Piece, text_key: str, dropped: Counter[str]) -> Iterator[Ite
     with _reading(source, lambda: f", row {row}", "what follows is damaged: "), _parquet_file(source) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
         groups = range(piece.start, piece.end)
-        for batch in file.iter_batches(ROWS, row_groups=groups, columns=[text_key], use_threads=False):
-            for value in batch.column(0):
-                row += 1
-                try:
-                    text = value.as_py()
-                except UnicodeDecodeError as error:
-                    raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
-                if text is None:
-                    dropped[_null(text_key)] += 1
-                    continue
-                yield (_checked(text, text_key),)
+        # a row at a time takes 4 us more than 64 at once do, and a dictionary of one long text makes many of it
+        for batch in file.iter_batches(1, row_groups=groups, columns=[text_key], use_threads=False):
+            row += 1
+            column = batch.column(0)
+            if column.null_count or column.type == pyarrow.null():
+                dropped[_null(text_key)] += 1
+                continue
+            yield (_decoded(column[0].as_py, text_key),)
+
+
+def _decoded(get: Callable[[], str | bytes], text_key: str) -> str:
+    """What `get` gives as a text, if it is one, and of a length that can be held."""
+    try:
+        text = get()
+        if len(text) > LONGEST:
+            raise _BadDocument(_too_long(f"{text_key!r} is"))
+        return _checked(text.decode() if isinstance(text, bytes) else text, text_key)
+    except UnicodeDecodeError as error:
+        raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
 
 
 def _array_record_reader(source: Source) -> array_record_module.ArrayRecordReader:
@@ -298,15 +354,13 @@ def _array_record(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
     feature = inputs.text_feature(source, text_key)
     with _reading(source, lambda: f", record {record}"):
         reader = _array_record_reader(source)
-        for _ in range(piece.start, piece.end):
+        reader.seek(record)
+        for _ in range(record, min(piece.end * ROWS, reader.num_records())):
             try:
-                rows = reader.read(range(record, min(record + ROWS, reader.num_records())))
-            except Exception as error:
-                raise _BadDocument(f"is damaged, or one of the next {ROWS}: {str(error).splitlines()[0]}") from None
-            for row in rows:
-                try:
-                    text = feature.deserialize_example_np(row)[text_key].decode()
-                except UnicodeDecodeError as error:
-                    raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
-                record += 1
-                yield (text,)
+                row = feature.deserialize_example_np(reader.read())
+            except MemoryError:
+                raise
+            except Exception as error:  # ArrayRecord's, protobuf's and TFDS's own
+                raise _BadDocument(f"is damaged: {str(error).splitlines()[0]}") from None
+            record += 1
+            yield (_decoded(functools.partial(row.get, text_key), text_key),)

@@ -28,6 +28,7 @@ import numpy as np
 
 from tinyllama_jax.data import clean, shards, store
 from tinyllama_jax.data.shards import Job, Shard
+from tinyllama_jax.data.store import Place
 from tinyllama_jax.errors import UserError
 
 METHODS = ("exact", "minhash")
@@ -88,7 +89,7 @@ def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.nda
                 for i in range(0, len(new), 256):  # x 256 permutations x 4 B: 256 KiB, which a cache holds
                     minhash.update_batch(new[i : i + 256].tolist())
                 sketch = np.union1d(sketch, new)[:SKETCH]
-    if len(_WORDS) > 1 << 20:
+    if len(_WORDS) == 1 << 20:
         _WORDS.clear()
     if near and not len(sketch) and len(tail):  # fewer than N words are a shingle
         sketch = _short((tail * _ODD[: len(tail)]).sum(keepdims=True) + np.uint64(len(tail)))
@@ -120,7 +121,9 @@ class _Words(dict):
     """Hash of each word, computed once."""
 
     def __missing__(self, word: str) -> int:
-        value = self[word] = zlib.crc32(word.encode())
+        value = zlib.crc32(word.encode())
+        if len(self) < 1 << 20 and len(word) < 32:
+            self[word] = value
         return value
 
 
@@ -231,7 +234,6 @@ def _make(job: Job, shard: Shard) -> None:
     try:
         with open(local, "wb") as sketches:
             for n, (piece, document) in enumerate(shards.read(job, shard, Counter())):
-                shards.check_awaited(job)
                 pieces[piece.source.name, piece.start] += 1
                 if reason := clean.rejected_by(job.cleaning.filters, document):
                     dropped.append([n, reason])
@@ -257,7 +259,7 @@ def rows_of(job: Job, pickled: bytes) -> Iterator[tuple[int, bytes]]:
     """The rows of a shard, in as many parts as there are shards, by key: (part, bytes of `ROW`s)."""
     shard = shards.unpacked(pickled)
     with shards.telling(job, shard.file):
-        rows = np.frombuffer(store.read(job.folder / "looked" / f"{shard.file}.rows"), ROW).copy()
+        rows = _array(job.folder / "looked" / f"{shard.file}.rows", ROW).copy()
     rows["doc"] |= np.uint64(job.shards.index(shard.file) << 32)
     n = len(job.shards)
     part = rows["key"] % np.uint64(n)
@@ -288,10 +290,10 @@ def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
     with shards.telling(job, name):
         sketch = functools.lru_cache(1 << 12)(functools.partial(_sketch, job))
         same = copies(np.frombuffer(b"".join(found), PAIR), sketch, job.cleaning.threshold)
-        filtered = json.loads(store.read(job.folder / "looked" / f"{name}.json"))["dropped"]
+        filtered = shards.record(job.folder / "looked" / f"{name}.json", shards.Looked)["dropped"]
         why = f"dedup:{job.cleaning.dedup}"
         dropped = [[n, reason, None] for n, reason in filtered]
-        where = json.loads(store.read(job.folder / NUMBERS)) if same and job.cleaning.keep else None
+        where = shards.record(job.folder / NUMBERS, list[list[tuple[str, int, int]]]) if same and job.cleaning.keep else None
         dropped += [[doc & LOW, why, where and _place(where[of >> 32], of & LOW)] for doc, of in same.items()]
         store.write(job.records / f"{name}.json", json.dumps({"plan": job.plan, "dropped": sorted(dropped)}))
 
@@ -299,8 +301,8 @@ def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
 def dropped_of(job: Job, shard: Shard) -> list | None:
     """What `settle` wrote of a shard; None if it has not, for this plan."""
     try:
-        record = json.loads(store.read(job.records / f"{shard.file}.json"))
-    except (FileNotFoundError, ValueError):
+        record = shards.record(job.records / f"{shard.file}.json", shards.Copies)
+    except (FileNotFoundError, UserError):
         return None
     return record["dropped"] if record["plan"] == job.plan else None
 
@@ -327,5 +329,13 @@ def _place(pieces: list, n: int) -> list:
 
 def _sketch(job: Job, doc: int) -> np.ndarray:
     file, n = job.folder / "looked" / job.shards[doc >> 32], doc & LOW
-    start, end = np.frombuffer(store.read(file.with_name(f"{file.name}.ends"), 8 * n, 8 * n + 16), "<u8").tolist()
-    return np.frombuffer(store.read(file.with_name(f"{file.name}.sketches"), 4 * start, 4 * end), "<u4")
+    start, end = _array(file.with_name(f"{file.name}.ends"), np.dtype("<u8"), n, n + 2).tolist()
+    return _array(file.with_name(f"{file.name}.sketches"), np.dtype("<u4"), start, end)
+
+
+def _array(file: Place, dtype: np.dtype, start: int = 0, end: int | None = None) -> np.ndarray:
+    """Numbers [start, end) in a file. Raises UserError if it has not as many."""
+    data = store.read(file, start * dtype.itemsize, end and end * dtype.itemsize)
+    if len(data) % dtype.itemsize or (end is not None and len(data) != (end - start) * dtype.itemsize):
+        raise UserError(f"{file}: is cut off; delete the folder that it is in and run this again")
+    return np.frombuffer(data, dtype)

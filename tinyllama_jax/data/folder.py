@@ -7,7 +7,9 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
+import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from tinyllama_jax.data.blocks import MANIFEST, Record, read_manifest
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
-from tinyllama_jax.errors import UserError, read_json
+from tinyllama_jax.errors import UserError
 
 
 def partial_of(output: Place) -> Place:
@@ -40,8 +42,12 @@ def check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[
 
 
 def is_half(output: Place, partial: Place) -> bool:
-    """Whether `output`, in an object store, is being made: of our settings, and still without a manifest."""
-    return isinstance(output, Remote) and MANIFEST not in store.names(output) and "settings.json" in store.names(partial)
+    """Whether `output` is being made, where it cannot be renamed: of our settings, and still without a manifest."""
+    ours = ("blocks-", "tokenizer", "features.json", "dataset_info.json")
+    there = store.names(output, folders=True)
+    if isinstance(output, Path) and not all(name.startswith(ours) for name in there):
+        return False
+    return MANIFEST not in there and "settings.json" in store.names(partial)
 
 
 def complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> dict:
@@ -93,12 +99,11 @@ def begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
     settings = partial / "settings.json"
     if not is_ours(partial):
         raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
-    for name in store.names(partial) - {"settings.json", "lock"}:
-        store.remove(partial / name)  # what a killed worker left
+    for name in store.names(partial):
+        if name.startswith(("blocks-", "dropped-", "settings.json.", "numbers.json", "log")):
+            store.remove(partial / name)  # what a killed worker left
     if "settings.json" in store.names(partial):
-        with store.here(partial, "settings.json") as folder:
-            there = read_json(folder / "settings.json", *wanted, remedy=f"delete {partial} and run this again")
-        _same(partial, there, wanted)
+        _same(partial, shards.record(settings, dict[str, typing.Any]), wanted)
     else:  # before anything else, so that the folder is known as ours
         _dropped(job, set())
         store.write(settings, json.dumps(wanted))
@@ -179,6 +184,26 @@ def lock(partial: Place) -> Iterator[None]:
         yield
 
 
+def _hold_out(job: Job, planned: list[Shard], records: dict[str, dict]) -> int:
+    """If all documents fell to one side: makes the last blocks of all those that are held out, and says how many."""
+    sides: Counter[str] = Counter()
+    for shard in planned:
+        for split, file in records[shard.file]["files"].items():
+            sides[split] += file["blocks"]
+            sides[f"documents {split}"] += file["documents"]
+    total = sum(sides[split] for split in ("train", HELD_OUT))
+    if not job.held_out or total < 2 or (sides["documents train"] and sides[f"documents {HELD_OUT}"]):
+        return 0
+    left = n = min(max(round(job.held_out * total), 1), total - 1)
+    for shard in reversed(planned):
+        files = records[shard.file]["files"]
+        mine = min(left, sum(file["blocks"] for file in files.values()))
+        if mine != files[HELD_OUT]["blocks"]:
+            records[shard.file] = shards.hold_out(job, shard, mine)
+        left -= mine
+    return n
+
+
 def finish(
     output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
 ) -> dict:
@@ -187,18 +212,22 @@ def finish(
 
     whole, splits, infos = job.whole, {}, []
     records = records_of(job, planned)
+    last = _hold_out(job, planned, records)
     bad = unplanned | {key: why for key, (_, why) in bad_files_of(planned, records).items()}
     for split in dict.fromkeys([*sources, *([HELD_OUT] if wanted["held_out"] else [])]):
         files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
         made = [records[shard.file] for shard in planned if shard.split == split]
         counts = {key: sum(file[key] for file in files) for key in ("documents", "empty_documents", "tokens", "blocks")}
+        if last:  # they are of the documents of all
+            every = [file for shard in planned for file in records[shard.file]["files"].values()] if split in sources else []
+            counts |= {key: sum(file[key] for file in every) for key in ("documents", "empty_documents")}
         if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
             for file in files:
                 store.remove(whole / file["file"])
             continue
         if not counts["blocks"]:
             n = sum(file["documents"] for record in made for file in record["files"].values())
-            took = f"; all {n} documents were held out: give --held-out 0" if n else ""
+            took = "; its only block was held out: give --held-out 0" if n else ""
             n = sum(sum(record["dropped"].values()) for record in made)
             took += f"; {n} documents were dropped" if n else ""
             raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
@@ -212,6 +241,7 @@ def finish(
         entries = [{key: file[key] for key in ("file", "blocks", "tokens", "bytes", "sha256")} for file in files]
         sums = {key: sum((Counter(record[key]) for record in made), Counter()) for key in ("dropped", "scrubbed")}
         counts |= {key: dict(sorted(total.items())) for key, total in sums.items()}
+        counts |= {"last_blocks_of_train": last} if last and split == HELD_OUT else {}
         splits[split] = {**counts, "shards": entries, "sources": named, "bad_files": left_out}
         size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
@@ -229,9 +259,21 @@ def finish(
     if isinstance(whole, Path):
         with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
             list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
-        os.rename(whole, output)
+        _move(whole, output)
     store.remove(job.folder)
     return manifest
+
+
+def _move(whole: Path, output: Path) -> None:
+    """Gives a folder its name. One that is there and counts as empty stays: a mount, or what a file manager left in it."""
+    if not output.exists() or not os.listdir(output):
+        with contextlib.suppress(OSError):  # a mount
+            os.rename(whole, output)
+            return
+    for name in sorted(os.listdir(whole), key=lambda name: (name == MANIFEST, name)):
+        if (output / name).is_dir():  # of a move that was killed
+            shutil.rmtree(output / name)
+        shutil.move(whole / name, output / name)
 
 
 def _sync(path: Path) -> None:

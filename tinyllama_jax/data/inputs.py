@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from tinyllama_jax.data.store import SCHEMES, filesystem
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import open_regular
 
 # type of a file -> how it is read, and bytes of text in a byte of it, roughly
 KINDS = {
@@ -37,7 +38,7 @@ FETCH = 8 << 20  # bytes of an object fetched at once
 class Source(NamedTuple):
     """An input file, as it was when the work was planned."""
 
-    path: str  # absolute, or gs://... or s3://...
+    path: str  # absolute (bytes that are not UTF-8 as surrogates), or gs://... or s3://...
     name: str  # relative to the folder that all inputs of its split have in common, so the same wherever that folder lies
     kind: str  # how it is read
     factor: int  # bytes of text in a byte of it, roughly
@@ -52,7 +53,7 @@ class Source(NamedTuple):
     def open(self) -> BinaryIO:
         """The file, to be read and sought in. An object comes in parts of `FETCH` bytes."""
         if not _scheme(self.path):
-            return open(self.path, "rb", buffering=READ)
+            return io.BufferedReader(open_regular(self.path).detach(), READ)
         with _reaching(self.path):
             file = filesystem(self.path).open(self.path, "rb", block_size=FETCH, cache_type="readahead")
         return io.BufferedReader(_Object(self.path, file), READ)
@@ -84,6 +85,8 @@ def find(
         if not places:
             pattern = glob.has_magic(path)
             raise UserError(f"{option} {path}: no {'file or folder matches' if pattern else 'such file or folder'}")
+        if places == {path: [path]} and not _scheme(path) and not os.path.isfile(path):
+            raise UserError(f"{option} {path}: is not a regular file; read a pipe into one first")
         if places == {path: [path]} and not _type_of(path, kinds):
             raise UserError(f"{option} {path}: is of no known type; known are {' '.join(kinds)}")
         for file in dict.fromkeys(itertools.chain(*places.values())):  # a pattern can match a folder and what is in it
@@ -101,7 +104,8 @@ def find(
     depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of what all have in common
     sources = []
     for path, (_, kind) in zip(absolute, found, strict=True):
-        name = "/".join(path.split("/")[depth:])
+        # what is not UTF-8 in it as \xe9, for manifests and messages
+        name = os.fsencode("/".join(path.split("/")[depth:])).decode(errors="backslashreplace")
         sources.append(Source(path, name, *kind, *(stats.get(path) or _stat(path))))
     return sorted(sources, key=lambda source: source.name), sorted(others)
 
@@ -132,16 +136,54 @@ def _stat(path: str) -> tuple[int, int, str]:
 
 def _files(path: str) -> dict[str, list[str]]:
     """What `path` names or matches, and the files there: itself, or those below it."""
-    names = [path] if os.path.exists(path) else sorted(glob.glob(os.path.expanduser(path), recursive=True))
-    return {name: _below(name) if os.path.isdir(name) else [name] for name in names}
+    if not os.path.exists(path) and "**" in path.split("/"):
+        return _deep(os.path.normpath(os.path.expanduser(path)))
+    names = [path] if os.path.exists(path) else sorted(glob.glob(os.path.expanduser(path)))
+    seen: set[tuple[int, int]] = set()
+    out = {}
+    for name in names:
+        if os.path.isdir(name):
+            out[name] = [file for file in _below(name, seen) if not os.path.isdir(file)]
+        elif name == path or os.path.isfile(name):
+            out[name] = [name]
+    return out
 
 
-def _below(folder: str) -> list[str]:
-    found = []
-    for parent, names, files in os.walk(folder, followlinks=True):
-        names[:] = [name for name in names if not name.startswith(".")]
-        found += [os.path.join(parent, file) for file in files if not file.startswith(".")]
-    return [file for file in found if os.path.isfile(file) or not os.path.exists(file)]  # no pipes; a link to nothing: an error
+def _deep(pattern: str) -> dict[str, list[str]]:
+    """`_files` of a pattern with **, which Python's own glob would follow round in circles of links."""
+    import fsspec.utils
+
+    pattern = "/".join(name if name == "**" else re.sub(r"\*+", "*", name) for name in pattern.split("/"))
+    matches = re.compile(fsspec.utils.glob_translate(pattern)).match
+    top = pattern.partition("**")[0].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
+    seen: set[tuple[int, int]] = set()
+    below = [os.path.normpath(name) for folder in sorted(glob.glob(top)) for name in (folder, *_below(folder, seen))]
+    matching = {name for name in below if matches(name) or matches(f"{name}/")}
+    folders = tuple(f"{name}/" for name in matching if os.path.isdir(name))
+    files = [name for name in below if not os.path.isdir(name) and (name in matching or name.startswith(folders))]
+    return {pattern: files} if matching else {}
+
+
+def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
+    """The folders and files below a folder, but for hidden ones, pipes and devices; none of the folders `seen`.
+
+    Links to parents would go round for ever.
+    """
+    names_below = []
+    _is_new(top, seen)
+    for parent, folders, files in os.walk(top, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), seen)]
+        names_below += [os.path.join(parent, name) for name in (*folders, *files) if not name.startswith(".")]
+    # a link to nothing: an error later
+    return [name for name in names_below if os.path.isfile(name) or os.path.isdir(name) or not os.path.exists(name)]
+
+
+def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder is not among those `seen`, and puts it there."""
+    before, stat = len(seen), os.stat(folder)
+    seen.add((stat.st_dev, stat.st_ino))
+    return len(seen) > before
 
 
 # -- in object stores ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from tinyllama_jax.data import folder as folder_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import FORMAT
 from tinyllama_jax.data.inputs import Source
-from tinyllama_jax.data.shards import HELD_OUT, Job, Shard
+from tinyllama_jax.data.shards import HELD_OUT, MEMORY, Job, Shard
 from tinyllama_jax.data.store import Place, Remote
 from tinyllama_jax.errors import UserError, run_main
 
@@ -111,10 +111,12 @@ def prepare(
     `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
     `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
     `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: one of `runners.RUNNERS`, or Beam's name of one; its machines must all see the same files.
+    for each processor. `runner`: direct, dask, or Beam's name of one; its machines must all see the same files.
     `beam_options`: its options. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: as clean.py has them, and
     docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
+    if os.fsencode(output) != str(output).encode(errors="replace"):
+        raise UserError(f"--output {output}: is a name that is not UTF-8, which the libraries that write there do not take")
     output = store.place(output, "--output")
     partial = folder_lib.partial_of(output)
     beam_options = runners.options(runner, list(beam_options))
@@ -173,8 +175,8 @@ def prepare(
     planned = plan(sources, text_key, shard_mb, held_out > 0, bad)
     store.make_folder(partial)
     whole = output if isinstance(output, Remote) else partial / "whole"
-    drop, main = dict(preset.drop) if preset else {}, 0 if beam_options else os.getpid()
-    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, main, cleaning)
+    drop = dict(preset.drop) if preset else {}
+    job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, cleaning)
 
     def run(job: Job, left: list[Shard]) -> None:
         while left:
@@ -182,6 +184,7 @@ def prepare(
                 runners.run(job, left, min(workers or n_cpus, len(left)), beam_options)
             left = _again(job, planned)
 
+    print(f"{output}: a worker takes at most {MEMORY >> 30} GiB of memory", flush=True)
     with folder_lib.lock(partial):
         folder_lib.begin(job, wanted, spm)
         if dedup:
@@ -193,7 +196,7 @@ def prepare(
     seconds = time.monotonic() - started
     _say(output, manifest)
     if held_out and HELD_OUT not in manifest["splits"]:
-        print(f"{output}: no validation split: none of the few documents falls to the {held_out:g} that are held out")
+        print(f"{output}: no validation split: there is but one block of text; give more, or a --validation of its own")
     print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
     return manifest
 
@@ -202,6 +205,8 @@ def _say(output: Place, manifest: dict) -> None:
     """Prints what has become of the input."""
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
+        if n := counts.get("last_blocks_of_train"):
+            print(f"{output}: {split}: no document is held out, being so few: these are the last {n:,} blocks of all")
         for reason, n in counts["dropped"].items():
             print(f"{output}: {split}: {n:,} documents left out: {reason}")
         for name, n in counts["scrubbed"].items():
@@ -318,10 +323,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
-    parser.add_argument(
-        "--runner", default=runners.DIRECT, help=f"{', '.join(runners.RUNNERS)}, or Beam's name of one (direct)"
-    )
+    parser.add_argument("--runner", default=runners.DIRECT, help="direct, dask, or Beam's name of one (direct)")
     known, rest = parser.parse_known_args(argv)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
+        stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8, terminals that are Latin-1
     try:
         prepare(**vars(known), beam_options=rest)
     except KeyboardInterrupt:

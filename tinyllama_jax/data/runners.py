@@ -1,6 +1,7 @@
-"""Who does the work of data preparation: Apache Beam in processes on this machine, or on Dask, Dataflow, Flink or Spark.
+"""Who does the work of data preparation: Apache Beam in processes on this machine, on Dask, or on any other runner of Beam's.
 
-Whatever runs it, this process only waits: for DIR.partial/done to fill, for a line in DIR.partial/failed, or for Beam to end.
+On this machine each worker runs the pipeline within itself and takes the next shard that no other has taken, so that nothing
+listens on a port. This process only waits: for DIR.partial/done to fill, for a line in DIR.partial/failed, or for Beam to end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import logging
 import os
 import pickle
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,13 +34,7 @@ from tinyllama_jax.data.store import Place
 from tinyllama_jax.errors import UserError
 
 DIRECT = "direct"
-RUNNERS = {  # what is said -> what Beam calls it, the module it needs, and what to install for it
-    DIRECT: ("", "apache_beam", ""),
-    "dask": ("apache_beam.runners.dask.dask_runner.DaskRunner", "distributed", "dask distributed"),
-    "dataflow": ("DataflowRunner", "google.cloud.dataflow_v1beta3", "apache-beam[gcp]"),
-    "flink": ("FlinkRunner", "apache_beam", ""),
-    "spark": ("SparkRunner", "apache_beam", ""),
-}
+DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
 TITLES = {"looked": "looking for copies", "copies": "comparing", "done": "tokenising"}  # of the stages of a job
 LINES = 10, 60  # seconds between lines where there is no terminal: in the first minute, and after it
 ALONE = 60  # seconds that Dask may be without any worker
@@ -51,22 +46,25 @@ def options(runner: str, rest: list[str]) -> list[str]:
 
     Raises UserError on a runner that is not known or not installed, and on an option that is not Beam's.
     """
-    short = runner.lower().removesuffix("runner")  # Beam's own direct runner would first try to download another one
-    runner = short if short in RUNNERS else runner
-    if runner == DIRECT:
+    if runner.lower() in (DIRECT, "directrunner"):  # Beam's own would first try to download another one
         if rest:
             raise UserError(f"{rest[0]}: no such option; see --help")
         return []
-    if runner not in RUNNERS and "." not in runner and not runner.endswith("Runner"):
-        raise UserError(f"--runner {runner}: no such runner; there are {', '.join(RUNNERS)}")
-    name, module, packages = RUNNERS.get(runner, (runner, "apache_beam", ""))
-    if not _installed(module):
-        raise UserError(f"--runner {runner}: takes `pip install {packages}`, here and on its workers")
-    if runner == "dask" and not any(o.startswith(("--dask_npartitions", "--dask_partition_size")) for o in rest):
-        rest = ["--dask_partition_size=1", *rest]  # Beam gives a worker 128 at once, and all at once if there are fewer
-    if runner not in ("flink", "spark"):  # whose job server knows options that Python does not
-        _check(runner, name, rest)
-    return [f"--runner={name}", *rest]
+    if runner.lower() in ("dask", "daskrunner"):
+        if not _installed("distributed"):
+            raise UserError(f"--runner {runner}: takes `pip install dask distributed`, here and on its workers")
+        runner = DASK
+        if not any(o.startswith(("--dask_npartitions", "--dask_partition_size")) for o in rest):
+            rest = ["--dask_partition_size=1", *rest]  # Beam gives a worker 128 at once, and all at once if there are fewer
+    elif "." not in runner and not runner.endswith("Runner"):
+        raise UserError(f"--runner {runner}: no such runner; there are {DIRECT}, dask, and Beam's own, such as FlinkRunner")
+    if not runner.startswith(("Flink", "Spark")):  # whose job server knows options that Python does not
+        _check(runner, rest)
+    return [f"--runner={runner}", *rest]
+
+
+def _short(runner: str) -> str:
+    return "dask" if runner == DASK else runner
 
 
 def _installed(module: str) -> bool:
@@ -76,20 +74,20 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _check(runner: str, name: str, rest: list[str]) -> None:
+def _check(runner: str, rest: list[str]) -> None:
     """Raises UserError on an option that Beam does not know, which it would leave out with a warning."""
     with _quiet():
         from apache_beam.options.pipeline_options import PipelineOptions
 
-        if "." in name and _installed(name.rpartition(".")[0]):
-            importlib.import_module(name.rpartition(".")[0])  # which brings options of its own
+        if "." in runner and _installed(runner.rpartition(".")[0]):
+            importlib.import_module(runner.rpartition(".")[0])  # which brings options of its own
         try:
             parsed = PipelineOptions(rest)
             known = parsed.get_all_options()
         except SystemExit:  # argparse has said what is wrong
-            raise UserError(f"--runner {runner}: Beam does not take {' '.join(rest)}") from None
+            raise UserError(f"--runner {_short(runner)}: Beam does not take {' '.join(rest)}") from None
         for option in sorted(set(parsed.get_all_options(retain_unknown_options=True)) - set(known)):
-            raise UserError(f"--{option}: no such option, of this command or of Beam's with --runner {runner}; see --help")
+            raise UserError(f"--{option}: no such option, of this command or of Beam's with --runner {_short(runner)}")
 
 
 def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> None:
@@ -98,38 +96,34 @@ def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> N
     work = [zlib.compress(pickle.dumps(shard)) for shard in left]
     try:
         if workers > 1 or beam_options:
-            _apart(job, work, workers, beam_options, {f"{shard.file}.json" for shard in left})
+            n = 1 if beam_options or job.stage == "copies" else workers  # which brings rows of all shards together
+            _apart(job, work, n, beam_options, {f"{shard.file}.json" for shard in left})
         else:
             with _quiet():
-                pipeline(job, work, workers, [])
+                pipeline(job, work, [])
     except Exception:
         for name in sorted(store.names(job.failed)):
             raise UserError(store.read(job.failed / name).decode().strip()) from None
         raise
 
 
-def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str], died: str = "", alone: float = ALONE) -> None:
-    """The Beam pipeline: on this machine in `workers` processes, or where `beam_options` say. Raises whatever Beam does.
+def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float = ALONE, claims: str = "") -> None:
+    """The Beam pipeline: in this process, or where `beam_options` say. Raises whatever Beam does.
 
-    `died`: file that is written if one of those processes ends. `alone`: seconds that Dask may be without any worker.
+    `alone`: seconds that Dask may be without any worker. `claims`: folder of what other processes here have taken.
     """
     import apache_beam as beam  # takes a second, and warns of what is not installed
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-    runner, parsed = None, PipelineOptions(beam_options)
-    if not beam_options:
-        environment = None  # a worker in this process
-        if workers > 1:
-            environment = SubprocessSDKEnvironment.from_command_string(
-                f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main || "
-                f"echo a worker process died with exit code $?: out of memory, or killed > {shlex.quote(died)}"
-            )
-        # not "DirectRunner", which first tries to download another one
-        runner, parsed = FnApiRunner(environment), PipelineOptions([], direct_num_workers=workers)
+    # not "DirectRunner", which first tries to download another one
+    runner = None if beam_options else FnApiRunner()
+    parsed = PipelineOptions(beam_options)
     p = beam.Pipeline(runner, parsed)
-    work = p | beam.Create(work) | beam.Reshuffle()
+    if claims:
+        work = p | beam.Create(list(enumerate(work))) | "mine" >> beam.FlatMap(functools.partial(_claimed, claims))
+    else:
+        work = p | beam.Create(work) | beam.Reshuffle()
     if job.stage == "copies":
         rows = work | "rows" >> beam.FlatMap(functools.partial(duplicates.rows_of, job)) | "keys" >> beam.GroupByKey()
         pairs = rows | "pairs" >> beam.FlatMap(functools.partial(duplicates.pairs_of, job)) | "shards" >> beam.GroupByKey()
@@ -137,7 +131,7 @@ def pipeline(job: Job, work: list[bytes], workers: int, beam_options: list[str],
     else:
         _ = work | beam.Map(functools.partial(duplicates.make if job.stage == "looked" else shards.make, job))
     result = p.run()
-    if f"--runner={RUNNERS['dask'][0]}" in beam_options:
+    if f"--runner={DASK}" in beam_options:
         _wait_for_dask(result, alone)
     else:
         result.wait_until_finish()
@@ -163,66 +157,97 @@ def _wait_for_dask(result: object, alone: float) -> None:
         return
 
 
-def _apart(job: Job, work: list[bytes], workers: int, beam_options: list[str], awaited: set[str]) -> None:
-    """`pipeline` in a process of its own: Beam would wait for ever for a worker that died, and survive Ctrl-C.
+def _claimed(claims: str, numbered: tuple[int, bytes]) -> list[bytes]:
+    """The work, unless another process has taken it."""
+    try:
+        os.close(os.open(f"{claims}/{numbered[0]}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return []
+    return [numbered[1]]
 
-    Ends when all files of the names `awaited` are in the folder of records.
+
+def worker(arguments: str) -> None:
+    """Runs `pipeline` with the pickled arguments in a file, in a process that `_apart` has started."""
+
+    def end() -> None:
+        sys.stdin.buffer.read()  # ends when the process that waits for this one has ended, however it did
+        shutil.rmtree(Path(arguments).parent, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)  # nothing is lost: files appear when they are whole
+
+    threading.Thread(target=end, daemon=True).start()
+    pipeline(*pickle.loads(Path(arguments).read_bytes()))
+
+
+def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited: set[str]) -> None:
+    """`pipeline` in `n` processes of their own. Ends when all files of the names `awaited` are in the folder of records.
+
+    A process that dies is an error, and none outlives this one.
     """
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    start = "import pickle, sys, tinyllama_jax.data.runners as m; m.pipeline(*pickle.load(sys.stdin.buffer))"
-    with tempfile.TemporaryDirectory(prefix="prepare-") as scratch:
-        log, died = Path(scratch, "log"), Path(scratch, "died")
+    start = "import sys, tinyllama_jax.data.runners as m; m.worker(sys.argv[1])"
+    children: list[subprocess.Popen] = []
+    with tempfile.TemporaryDirectory(prefix="prepare-", ignore_cleanup_errors=True) as scratch:
+        log, arguments, claims = Path(scratch, "log"), Path(scratch, "arguments"), Path(scratch, "claims")
+        claims.mkdir()
+        arguments.write_bytes(pickle.dumps((job, work, beam_options, ALONE, str(claims) if n > 1 else "")))
         if beam_options:
             print(f"what Beam says goes to {log}", file=sys.stderr)
-        with open(log, "wb") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-c", start],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": scratch},  # Beam leaves folders behind
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
         try:
-            with child.stdin:
-                pickle.dump((job, work, workers, beam_options, str(died), ALONE), child.stdin)
+            with open(log, "ab") as output:
+                for _ in range(n):
+                    child = subprocess.Popen(
+                        [sys.executable, "-c", start, str(arguments)],
+                        env={
+                            **os.environ,
+                            "PYTHONPATH": os.pathsep.join(path),
+                            "TMPDIR": scratch,
+                        },  # Beam leaves folders behind
+                        stdin=subprocess.PIPE,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+                    children.append(child)
             import tensorflow_datasets  # noqa: F401  `folder.finish` wants it: now, while there is nothing to do but wait
 
             ended = None
             while not awaited.issubset(store.names(job.records)):
-                if died.is_file() or store.names(job.failed):
-                    raise UserError(died.read_text().strip() if died.is_file() else "see DIR.partial/failed")
-                if ended and (child.returncode or not beam_options or time.monotonic() > ended + LATE):
-                    raise _failure(job, log.read_text(errors="replace"), child.returncode, beam_options)
-                if ended is None and child.poll() is not None:
+                codes = [child.poll() for child in children]
+                if store.names(job.failed):
+                    raise UserError("see DIR.partial/failed")
+                if ended and (any(codes) or not beam_options or time.monotonic() > ended + LATE):
+                    raise _failure(job, log.read_text(errors="replace"), next(filter(None, codes), 0), beam_options)
+                if ended is None and (any(codes) or None not in codes):
                     ended = time.monotonic()
                     continue  # it may have written the last file after we looked
                 time.sleep(_interval(job.folder, 0.05))
             if beam_options:  # it says to its cluster that all is well
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=60)
+                    children[0].wait(timeout=60)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # nothing is lost: files appear when they are whole
-            child.wait()
+            for child in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            for child in children:
+                child.wait()
+                child.stdin.close()
 
 
 def _failure(job: Job, log: str, code: int, beam_options: list[str]) -> Exception:
     """What to raise when Beam has ended and shards are missing."""
-    if not beam_options and code < 0:
-        name = signal.Signals(-code).name
-        return UserError(f"the process that leads the workers was killed by {name}: out of memory? Run this again to go on")
+    if not beam_options and (code < 0 or "MemoryError" in log):
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
+        return UserError(f"a worker process {how}: out of memory? Run this again to go on, perhaps with fewer --workers")
     if not beam_options:
         return RuntimeError(f"the pipeline failed:\n{log[-4_000:]}")
     where = job.folder / "log"
     store.write(where, log)
     ours = f"{UserError.__module__}.{UserError.__name__}: "  # which libraries may say more after
-    said = [line for line in log.splitlines() if line.strip() and not line[0].isspace()] or [f"exit code {code}"]
-    reason = next((line.removeprefix(ours) for line in said if line.startswith(ours)), said[-1])
+    lines = [line for line in log.splitlines() if line.strip() and not line[0].isspace()] or [f"exit code {code}"]
+    reason = next((line.removeprefix(ours) for line in lines if line.startswith(ours)), lines[-1])
     if not code:
         reason = f"it ended well, and shards are missing: do all its workers see {job.folder}?"
-    runner = beam_options[0].removeprefix("--runner=")
-    runner = next((short for short, (name, *_) in RUNNERS.items() if name == runner), runner)
+    runner = _short(beam_options[0].removeprefix("--runner="))
     return UserError(f"--runner {runner}: {reason} (more in {where}; run this again to go on)")
 
 

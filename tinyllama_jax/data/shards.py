@@ -10,12 +10,13 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from array_record.python import array_record_module
@@ -27,10 +28,12 @@ from tinyllama_jax.data.documents import Piece
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.store import Place
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import sha256
+from tinyllama_jax.files import Count, decode_json, sha256
 
 BATCH = 1 << 18  # characters tokenised at once
 HELD_OUT = "validation"
+MEMORY = 2 << 30  # bytes of memory that a worker takes at most; benchmarks/ has what it took
+T = TypeVar("T")
 
 
 class Shard(NamedTuple):
@@ -56,6 +59,45 @@ class Shard(NamedTuple):
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
+class Entry(TypedDict):
+    """What is in an output file."""
+
+    file: str
+    documents: Count
+    empty_documents: Count
+    tokens: Count
+    blocks: Count
+    bytes: Count
+    sha256: str
+
+
+class Done(TypedDict):
+    """The record of a shard in DIR.partial/done."""
+
+    identity: str
+    bad: dict[str, tuple[Count, str]]
+    files: dict[str, Entry]
+    dropped: dict[str, Count]
+    scrubbed: dict[str, Count]
+    sources: dict[str, str]
+
+
+class Looked(TypedDict):
+    """The record of a shard in DIR.partial/looked."""
+
+    identity: str
+    bad: dict[str, tuple[Count, str]]
+    dropped: list[tuple[Count, str]]
+    pieces: list[Count]  # documents in each
+
+
+class Copies(TypedDict):
+    """The record of a shard in DIR.partial/copies; the last of each: [file, number in it] of what it is a copy of."""
+
+    plan: str
+    dropped: list[tuple[Count, str, tuple[str, Count] | None]]
+
+
 @dataclass(frozen=True)
 class Job:
     """What all shards have in common."""
@@ -71,7 +113,6 @@ class Job:
     text_key: str
     drop: dict[str, str]  # see `documents.read`
     held_out: float  # fraction of the documents
-    main: int  # process that waits for the result; workers stop when it is gone. 0: it is on another machine
     cleaning: Cleaning
     stage: str = "done"  # folder in DIR.partial for the record of each shard: "looked", "copies" (see duplicates.py) or "done"
     shards: tuple[str, ...] = ()  # for the stage "copies": the files of all of them, in order
@@ -107,7 +148,8 @@ def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> Non
     with telling(job, shard.file):
         while True:
             try:
-                work(job, shard)
+                with _bounded():
+                    work(job, shard)
                 return
             except documents.BadFile as error:
                 if shard.bad is None or shard.copies:  # what is a copy of what was settled with that file
@@ -121,31 +163,56 @@ def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> Non
 @contextlib.contextmanager
 def telling(job: Job, name: str) -> Iterator[None]:
     """Writes what goes wrong to DIR.partial/failed, where the main process looks for it."""
-    check_awaited(job)
     try:
         yield
-    except ProcessLookupError:  # nobody waits for this any more
-        raise
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            error = UserError(f"{name}: took more memory than the {MEMORY >> 30} GiB that a worker may have")
         store.write(job.failed / name, " ".join(str(error).split()))
-        raise
+        raise error from None
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Lets this process take no more than `MEMORY` beyond what it has: what a file unpacks to may not be known before.
+
+    The kernel counts the stacks of threads too, of which libraries start some for each processor. Only Linux does.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except OSError:
+        yield
+        return
+    most = pages * resource.getpagesize() + MEMORY + (os.cpu_count() or 1) * (16 << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (min(n for n in (most, soft, hard) if n != resource.RLIM_INFINITY), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def record(file: Place, kind: type[T]) -> T:
+    """A file of JSON that a worker wrote. Raises UserError if it is damaged, and FileNotFoundError."""
+    try:
+        return decode_json(store.read(file), kind)
+    except ValueError as error:
+        raise UserError(f"{file}: is damaged ({error}); delete it and run this again") from None
 
 
 def made(records: Place, shard: Shard) -> dict:
-    """The record of this very shard in a folder of records; empty if it has not been made yet."""
+    """The record of this very shard in a folder of records; empty if it has not been made yet, or is damaged."""
     try:
-        record = json.loads(store.read(records / f"{shard.file}.json"))
-    except (FileNotFoundError, ValueError):
+        value = record(records / f"{shard.file}.json", Looked if records.name == "looked" else Done)
+    except (FileNotFoundError, UserError):
         return {}
-    if not isinstance(record, dict) or "bad" not in record or record.get("identity") != shard.identity():
+    if value["identity"] != shard.identity() or (value["bad"] and shard.bad is None):
         return {}
-    return {} if record["bad"] and shard.bad is None else record
-
-
-def check_awaited(job: Job) -> None:
-    """Raises ProcessLookupError if the main process is gone."""
-    if job.main:
-        os.kill(job.main, 0)
+    if "pieces" in value:
+        return value if len(value["pieces"]) == len(shard.pieces) else {}
+    read_whole = {source.name for source in shard.first} - value["bad"].keys()
+    files = {split: entry["file"] for split, entry in value["files"].items()}
+    return value if files == shard.files() and read_whole <= value["sources"].keys() else {}
 
 
 def read(job: Job, shard: Shard, dropped: Counter[str]) -> Iterator[tuple[Piece, Iterable[str]]]:
@@ -205,11 +272,44 @@ def _make(job: Job, shard: Shard) -> None:
     store.write(job.records / f"{shard.file}.json", json.dumps(done | {"bad": shard.bad or {}}))
 
 
+def hold_out(job: Job, shard: Shard, n: int) -> dict:
+    """Makes the last `n` blocks of a shard those that are held out; returns its new record."""
+    done = made(job.records, shard)
+    entries = [done["files"][split] for split in (shard.split, HELD_OUT)]
+    tokens, blocks = (sum(entry[key] for entry in entries) for key in ("tokens", "blocks"))
+    temporaries = [store.beside(store.room(job.folder) / entry["file"]) for entry in entries]
+    try:
+        with store.here(job.whole, *(entry["file"] for entry in entries)) as folder:
+            every = itertools.chain(*[_records(folder / entry["file"], entry["blocks"]) for entry in entries])
+            for entry, temporary, size in zip(entries, temporaries, (blocks - n, n), strict=True):
+                writer = _written(temporary, array_record_module.ArrayRecordWriter, str(temporary), "group_size:1")
+                for block in itertools.islice(every, size):
+                    _written(temporary, writer.write, block)
+                _written(temporary, writer.close)
+                mine = min(size * (job.seq_len + 1), tokens)  # the last of all may be shorter
+                entry |= {"blocks": size, "tokens": mine, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+                tokens -= mine
+        for entry, temporary in zip(entries, temporaries, strict=True):
+            store.put(temporary, job.whole / entry["file"])
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+    store.write(job.records / f"{shard.file}.json", json.dumps(done))
+    return done
+
+
+def _records(file: Path, n: int) -> Iterator[bytes]:
+    reader = array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
+    for start in range(0, n, 1_024):
+        yield from reader.read(start, min(start + 1_024, n))
+    reader.close()
+
+
 def _copies(job: Job, shard: Shard) -> dict[int, tuple[str, list | None]] | None:
     """Number of each document that is dropped -> (why, [file, number] of what it is a copy of); None if nobody has looked."""
     if not shard.copies:
         return None
-    return {n: (why, of) for n, why, of in json.loads(store.read(job.folder / "copies" / f"{shard.file}.json"))["dropped"]}
+    return {n: (why, of) for n, why, of in record(job.folder / "copies" / f"{shard.file}.json", Copies)["dropped"]}
 
 
 def dropped_file(shard: Shard) -> str:
@@ -277,7 +377,6 @@ class _File:
         return {"file": self.name, **self._counts, "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
 
     def _flush(self) -> None:
-        check_awaited(self._job)
         ids = self._spm.encode_batch(self._parts)
         for i in self._begins if self._job.bos else ():
             ids[i].insert(0, self._spm.bos_id)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import sha256
+from tinyllama_jax.files import listed, open_regular, sha256
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # of a URL -> the package that fsspec reads it with
 
@@ -87,11 +87,10 @@ def _system(at: Remote, writes: bool = False) -> Iterator[Any]:
 
 
 def names(folder: Place, folders: bool = False) -> set[str]:
-    """Of the files in `folder`, and of the folders in it if asked for; none if it is not there."""
+    """Of the files in `folder`, and of the folders in it if asked for; none if it is not there. See `files.listed`."""
     try:
         if isinstance(folder, Path):
-            with os.scandir(folder) as entries:
-                return {entry.name for entry in entries if folders or entry.is_file()}
+            return {name for name in listed(folder) if folders or (folder / name).is_file()}
         with _system(folder) as system:
             entries = system.ls(folder.url, detail=True)
         return {e["name"].rstrip("/").rpartition("/")[2] for e in entries if folders or e["type"] == "file"}
@@ -102,7 +101,7 @@ def names(folder: Place, folders: bool = False) -> set[str]:
 def holds_something(folder: Place) -> bool:
     """Whether there is anything in `folder`, or a file in its place."""
     if isinstance(folder, Path):
-        return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+        return folder.exists() and not (folder.is_dir() and not listed(folder))
     with _system(folder) as system:
         return system.exists(folder.url)
 
@@ -110,7 +109,7 @@ def holds_something(folder: Place) -> bool:
 def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
     """Bytes [start, end) of a file. Raises FileNotFoundError."""
     if isinstance(file, Path):
-        with open(file, "rb") as local:
+        with open_regular(file) as local:
             local.seek(start)
             return local.read(-1 if end is None else end - start)
     with _system(file) as system:
@@ -119,7 +118,7 @@ def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
 
 def write(file: Place, content: str | bytes) -> None:
     """Writes a file that appears when it is whole."""
-    content = content.encode() if isinstance(content, str) else content
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if isinstance(file, Path):
         temporary = beside(file)
         temporary.write_bytes(content)

@@ -15,6 +15,7 @@ from tinyllama_jax.errors import UserError, read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character
+LONGEST = 1 << 20  # characters of a part at most; a longer one is cut, where ids may change: at white space if there is some
 WINDOW = 32  # characters looked at on each side of a cut
 # what a Hugging Face tokenizer folder may hold; the first is the tokenizer, the others name bos and eos
 HUGGING_FACE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -65,11 +66,19 @@ class Tokenizer:
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
         """Parts of the document "".join(texts) whose ids, one after another, are those of the whole document.
 
-        With SentencePiece they have about `PART` characters, where the text and the vocabulary allow it. None is empty.
+        With SentencePiece they have about `PART` characters, where the text and the vocabulary allow it. None is empty. A part
+        of more than `LONGEST` is cut whatever comes of it.
         """
-        text = "".join(texts)
-        if text:
-            yield text
+        rest = ""
+        for text in texts:
+            rest, at = rest + text, 0
+            while len(rest) - at > LONGEST:
+                end = at + LONGEST
+                at, start = max(rest.rfind("\n", at + 1, end), rest.rfind(" ", end - PART, end), 0) or end, at
+                yield rest[start:at]
+            rest = rest[at:]
+        if rest:
+            yield rest
 
     def files(self) -> list[Path]:
         """What has to be copied for `load` to give the same tokenizer."""
@@ -116,15 +125,24 @@ class SentencePieceTokenizer(Tokenizer):
         return "tokenizer.model"
 
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
+        if not self._can_cut:
+            yield from super().parts(texts)
+            return
         rest = ""
         for text in texts:
             rest += text
-            if len(rest) < 2 * PART or not self._can_cut:
+            if len(rest) < 2 * PART:
                 continue
             start = 0
-            while (cut := self._cut(rest, start + PART)) > 0:
+            while True:
+                cut = self._cut(rest, start + PART, start + LONGEST + 1)
+                if cut < 0 and len(rest) - start <= LONGEST + WINDOW:
+                    break
+                if cut < 0:  # the model's own pieces may be cut in two
+                    cut = max(rest.rfind("\n", start + PART, start + LONGEST), 0) or start + LONGEST
                 yield rest[start:cut]
-                start = cut + self._dummy_prefix  # encoding puts this space back
+                # encoding puts a space back
+                start = cut + (self._dummy_prefix and rest[cut] == " ")
             rest = rest[start:]
         if rest:
             yield rest
@@ -142,19 +160,20 @@ class SentencePieceTokenizer(Tokenizer):
             and not any(c in piece.lstrip(SPACE) for piece in self._sp.id_to_piece(ids) for c in (SPACE, " "))
         )
 
-    def _cut(self, text: str, start: int) -> int:
-        """The first place from `start` on where `text` can be cut before a space; -1 if there is none.
+    def _cut(self, text: str, start: int, end: int) -> int:
+        """The first place in [start, end) where `text` can be cut before a space; -1 if there is none.
 
         The model's own normalisation, looked at in a window, must not reach across the cut, and must leave one space there.
         """
-        at = text.find(" ", start, len(text) - WINDOW)
+        end = min(end, len(text) - WINDOW)
+        at = text.find(" ", start, end)
         while at >= 0:
             before = self._sp.normalize(text[at - WINDOW : at])
             after = self._sp.normalize(text[at + self._dummy_prefix : at + WINDOW])
             clean = before and not before.endswith(SPACE) and after.startswith(SPACE)
             if clean and self._sp.normalize(text[at - WINDOW : at + WINDOW]) == before + after:
                 return at
-            at = text.find(" ", at + 1, len(text) - WINDOW)
+            at = text.find(" ", at + 1, end)
         return -1
 
 
