@@ -1,0 +1,184 @@
+"""The commands that `fuzz.py` runs, and good files for each, made by the commands themselves."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import safetensors.numpy
+import torch
+import zstandard
+from tiny import TINY, make_tiny_data
+
+from tinyllama_jax import checkpoint, convert, errors, generate, lit, plan, processes, replay, report, train
+from tinyllama_jax.data import audit, litpkds, prepare
+
+
+class Target(NamedTuple):
+    """A command on good files."""
+
+    kind: str
+    arguments: str
+    folders: str  # of the stage, which it needs
+    files: str  # patterns of what it reads, which are damaged
+    result: Callable[[Path], str]  # what it made
+    codes: tuple[int, ...] = (2,)  # that say in words that something is wrong
+    share: float = 1.0  # of the cases, in proportion
+
+
+def digest(*patterns: str) -> Callable[[Path], str]:
+    """The result is the bytes of the files of `patterns`."""
+
+    def of(folder: Path) -> str:
+        files = sorted(f for pattern in patterns for f in folder.glob(pattern) if f.is_file())
+        return hashlib.sha256(b"\0".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()
+
+    return of
+
+
+def printed(folder: Path) -> str:
+    """The result is what was printed, without times."""
+    return re.sub(r"[\d.,]+ (s|a second|seconds|min)\b", "", (folder / "stdout").read_text(errors="replace"))
+
+
+def losses(folder: Path) -> str:
+    """The result is the last step's numbers."""
+    last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    return str([last.get(key) for key in ("step", "loss", "grad_norm", "checksum")])
+
+
+def weights(folder: Path) -> str:
+    """The result is the weights of the run folder `out`."""
+    params, _, _ = checkpoint.load_params(folder / "out")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return hashlib.sha256(b"".join(str(path).encode() + np.asarray(leaf).tobytes() for path, leaf in leaves)).hexdigest()
+
+
+def tool(name: str) -> Callable[[list[str]], int]:
+    """The `main` of tools/NAME.py."""
+    return runpy.run_path(str(Path(__file__).parents[1] / f"tools/{name}.py"))["main"]
+
+
+def watch(argv: list[str]) -> int:
+    """The parent of process 1 of two; process 0 never comes."""
+    os.environ |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}
+    return processes._supervised("tinyllama_jax.train", argv)
+
+
+MAIN = {
+    "train": train.main, "replay": replay.main, "report": report.main, "plan": plan.main, "generate": generate.main,
+    "export": tool("convert_to_torch"), "import": tool("convert_from_torch"), "prepare": prepare.main, "audit": audit.main, "litpkds": litpkds.main, "watch": watch,
+}  # fmt: skip
+ORBAX = "run/checkpoints/10/*/* run/checkpoints/10/* run/checkpoints/10/*/d/* run/checkpoints/10/*/*/d/*"
+DONE = "--config tiny.py --workdir run --train.steps=10"  # opens and restores everything, and has nothing to do
+HF = "hf/config.json hf/tokenizer.json hf/tokenizer_config.json hf/generation_config.json hf/special_tokens_map.json"
+PREPARE = "--tokenizer tok.model --output out --seq-len 16 --workers 1"
+TARGETS = [
+    Target("train", f"{DONE} --train.spike=5", "data run", f"run/*.json run/metrics.jsonl run/lock run/tokenizer/* run/checkpoints "
+           f"{ORBAX} run/tensorboard run/checkpoints/10 run/processes/*", losses, (2, 3), 3),
+    Target("train", DONE, "data run", "tiny.py data/a/*.json data/b/*.array_record* data/a data/a/tokenizer/*", losses, (2, 3), 2),
+    Target("train", "--config tiny.py --workdir run", "data run", "run/metrics.jsonl data/a/*.array_record* data/a/manifest.json",
+           losses, (2, 3), 0.5),
+    Target("train", "--config run/config.json --workdir run", "data run", "run/config.json", losses, (2, 3)),
+    Target("train", "--config tiny.py --workdir new --init.from=run --train.steps=2", "data run", f"run/*.json run/tokenizer/* {ORBAX}",
+           lambda f: (f / "new/metrics.jsonl").read_text().split("tokens_per")[0], (2, 3), 0.5),
+    Target("train", "--config tiny.py --workdir run --data.sources=packed/train_a --train.steps=2", "packed run0",
+           "packed/* packed/tokenizer/*", lambda f: "", (2, 3), 0.5),
+    Target("replay", "--run run --step 9", "data run", f"run/*.json run/metrics.jsonl {ORBAX} run/tokenizer/* data/a/manifest.json",
+           printed, (2, 1), 0.5),
+    Target("report", "run", "run", "run/metrics.jsonl run/unigram.json", digest("run/loss.png")),
+    Target("audit", "data/a data/b --allow duplicate,overlap", "data", "data/a/* data/b/* data/a/tokenizer/* data/a", printed, (2, 4)),
+    Target("audit", "--allow duplicate,overlap --config tiny.py --processes 2 --train.seqs_per_device=4", "data", "tiny.py data/a/manifest.json data/a/*.array_record*", printed, (2, 4)),
+    Target("audit", "packed/train_a --seq-len 16 --allow filling,duplicate,overlap", "packed", "packed/* packed/tokenizer/*", printed, (2, 4)),
+    Target("litpkds", "--input data/a --prefix train_x --output out --chunk-size 500", "data",
+           "data/a/* data/a/tokenizer/* data/a", digest("out/*.bin")),
+    Target("prepare", f"--train text.jsonl {PREPARE}", "", "text.jsonl tok.model", digest("out/manifest.json")),
+    Target("prepare", f"--train texts {PREPARE}", "texts", "texts/*", digest("out/manifest.json")),
+    Target("prepare", f"--train texts/c.parquet {PREPARE}", "texts", "texts/c.parquet", digest("out/manifest.json")),
+    Target("prepare", f"--train halves --dedup minhash {PREPARE}", "halves out.partial",
+           "out.partial/* out.partial/*/*", digest("out/manifest.json")),
+    Target("prepare", "--train text.jsonl --tokenizer hf --output out --seq-len 16 --workers 1", "hf",
+           "hf/tokenizer.json hf/tokenizer_config.json hf/special_tokens_map.json", digest("out/manifest.json")),
+    Target("export", "--checkpoint run --output out", "run", f"run/config.json run/data.json {ORBAX} run/tokenizer/*", digest("out/*")),
+    Target("import", "--checkpoint hf --output out", "hf", f"{HF} hf/*.safetensors", weights),
+    Target("import", "--checkpoint sharded --output out", "sharded", "sharded/*", weights),
+    Target("import", "--checkpoint lit.pth --output out --config tiny.py --tokenizer tok.model", "", "lit.pth tok.model", weights),
+    Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", f"run/config.json {ORBAX} run/tokenizer/*", printed),
+    Target("generate", "--checkpoint hf --prompt x --max-new-tokens 2 --greedy", "hf", f"{HF} hf/*.safetensors", printed),
+    Target("plan", "--config tiny.py --on cpu:1", "data", "tiny.py", printed, (2, 3), 0.3),
+    Target("plan", "--law inference --inference-tokens 1e12", "", "", printed, (2, 3)),
+    Target("watch", "--config tiny.py --workdir run --train.wait=0.5", "data run", "run/processes/*.json run/config.json",
+           lambda f: "", (75, 2)),
+]  # fmt: skip
+
+
+# -- good files -----------------------------------------------------------------------------------------------------------
+
+
+def make_stage(stage: Path) -> None:
+    """Writes, with the commands themselves, one good file of each kind. Runs in a process of its own."""
+    os.chdir(stage)
+    make_tiny_data(stage)
+    (stage / "data").mkdir()
+    for name in "ab":
+        (stage / name).rename(stage / "data" / name)
+    (stage / "512.model").rename("tok.model")
+    (stage / "a.train.jsonl").rename("text.jsonl")
+    (stage / "tiny.py").write_text(TINY.replace("DATA", "data").replace("steps=24", "steps=12"))
+    lines = Path("text.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text(texts[0])
+    Path("texts/b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[:4]).encode(), mtime=0))
+    Path("texts/d.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines[4:8]).encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[8:12]}), "texts/c.parquet", compression="zstd")
+    Path("halves").mkdir()
+    Path("halves/a.jsonl").write_text("\n".join(lines[:8]))
+    Path("halves/b.jsonl").write_text("{")
+    half = f"--train halves --dedup minhash {PREPARE}".split()
+    try:
+        prepare.main(half)
+    except errors.UserError:
+        Path("halves/b.jsonl").write_text("\n".join(lines[8:]))
+    for split, file in (("train", "train_a"), ("validation", "validation_a")):
+        litpkds.export(Path("data/a"), split, Path("packed"), file, 500)
+    train.main(["--config", "tiny.py", "--workdir", "run", "--train.steps=10"])
+    Path("run/unigram.json").write_text('{"val_loss": 5.5}')
+    Path("run/processes").mkdir(exist_ok=True)
+    there = {"process": 0, "processes": 2, "moves": 3, "step": 1, "doing": "training", "ended": None}
+    Path("run/processes/0.json").write_text(json.dumps(there | {"host": "a", "beats": 4, "stopped": False, "why": ""}))
+    convert.export("run", "hf")
+    tensors = safetensors.numpy.load_file("hf/model.safetensors")
+    shutil.copytree("hf", "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(names.values()):
+        safetensors.numpy.save_file({n: tensors[n] for n in names if names[n] == file}, Path("sharded") / file)
+    Path("sharded/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    torch.save({"model": _as_lit(tensors), "iter_num": 3, "step_count": 3}, "lit.pth")
+    for path in Path().glob("*"):
+        if path.name in ("one", "other", "400.model") or path.name.startswith(("a.", "b.", "one.", "other.")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Path("run0").mkdir()
+
+
+def _as_lit(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    out, K = {}, 2
+    for theirs, ours in lit.NAMES.items():
+        for i in range(2) if "{}" in theirs else [0]:
+            out[theirs.format(i)] = torch.from_numpy(tensors[ours.format(i)].copy())
+    for i in range(2):
+        parts = [tensors[f"model.layers.{i}.self_attn.{n}_proj.weight"].reshape(K, -1, 8, 32) for n in "qkv"]
+        out[lit.FUSED.format(i)] = torch.from_numpy(np.concatenate(parts, 1).reshape(-1, 32).copy())
+    return out
