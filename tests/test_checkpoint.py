@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, files, run_folder, seals, sharding
+from tinyllama_jax import checkpoint, cli, files, run_folder, seals, sharding, weights
 from tinyllama_jax import config as c
+from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
 
@@ -425,6 +426,28 @@ def test_other_versions_are_said_and_the_old_ones_kept(config, tokenizer):
     assert json.loads((run / "versions.json").read_text()) == now | {"before": [{"until_step": 5, **then}]}
     assert run_folder.open_run(config, XY, tokenizer) == []
     assert json.loads((run / "versions.json").read_text())["before"] == [{"until_step": 5, **then}]
+
+
+def test_litpkds_files_are_held_to_what_the_run_saw_first(tiny_config, tiny_data, tmp_path):
+    litpkds.export(tiny_data / "a", "train", tmp_path / "data", "train_a", 10 * 17)
+    keys = {"data.sources": str(tmp_path / "data" / "train_a"), "workdir": str(tmp_path / "run")}
+
+    def opened(verify):
+        config = cli.override(tiny_config, keys | {"data.verify": verify})
+        sources = feed.open_sources(config)
+        assert len(feed.verify(config, sources)) == (verify == "true")
+        return run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
+
+    checksum = lambda: json.loads((tmp_path / "run" / "data.json").read_text())[0].get("sha256")
+    assert opened("false") == [] and checksum() is None
+    write_checkpoint(tmp_path / "run", 5)
+    assert opened("true") == [] and (first := checksum())
+    assert opened("false") == [] and checksum() == first
+    flip(next((tmp_path / "data").glob("*.bin")), at=-1)
+    assert opened("false") == []  # its header is as it was
+    with pytest.raises(UserError, match=r"train_a: its files are not those that the run has trained on; put those back"):
+        opened("true")
+    assert checksum() == first
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE])

@@ -235,7 +235,7 @@ def _recorded(path: Path, step: int) -> list[Line]:
         for text in f:
             with contextlib.suppress(ValueError):
                 lines.append(decode_json(text, Line))
-    return [line for line in lines if line["step"] <= step]
+    return [line for line in lines if 1 <= line["step"] <= step]
 
 
 def checksum(tokens: np.ndarray, length: np.ndarray) -> int:
