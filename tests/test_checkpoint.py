@@ -1,7 +1,9 @@
 """The run folder: what is kept, what comes back, what is refused."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -9,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, files, run_folder, seals, sharding
+from tinyllama_jax import checkpoint, cli, files, run_folder, seals, sharding, weights
 from tinyllama_jax import config as c
+from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
 
@@ -196,6 +199,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(all_kept, how):
         checkpoint.load_params,
         lambda run: checkpoint.restore_params(run, checkpoint.find_step(run), program.state.params),
     ):
+        if how == "no seal":  # passed over
+            assert checkpoint.load_params(run)[2] == 20
         if "params" in file.parts or how == "empty seal":
             with pytest.raises(UserError, match="30: is damaged: .*; step 20 is whole"):
                 reads(run)
@@ -246,6 +251,225 @@ def test_a_skip_that_is_forgotten_is_a_mistake_and_no_wish_to_go_back(all_kept, 
     for step in (20, 30):
         (run / "checkpoints" / str(step)).rename(run / str(step))
     assert seals.recover(all_kept) == []
+
+
+STRAYS = ("0019", "²", "১৭", "17 copy", "notes.txt", "+18", "1e1")
+
+
+def test_what_is_no_checkpoint_is_passed_over_and_named(config, capsys):
+    run = checkpoint.Path(config.workdir)
+    for step in (10, 15):
+        write_checkpoint(run, step)
+    folder = run / "checkpoints"
+    for name in ("17", *STRAYS[:4], "16.orbax-checkpoint-tmp"):
+        (folder / name).mkdir()
+    for name in ("18", *STRAYS[4:], ".DS_Store", "5.old"):
+        (folder / name).write_text("x")
+    assert checkpoint.steps_in(run) == [10, 15]
+    files.write(run / "config.json", c.to_json(config))
+    assert checkpoint.find_step(run) == 15
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(name in said for name in ("17", "18", *STRAYS)) and ".old" not in said
+    with pytest.raises(UserError, match="has checkpoints of the steps 10, 15 "):
+        checkpoint.find_step(run, 17)
+    notes = seals.recover(config)
+    assert len(notes) == 3 and all(name in notes[2] for name in STRAYS) and "17" in notes[1] and "18" in notes[0]
+    assert {name for name in os.listdir(folder) if name.isascii() and name.isdigit()} == {"10", "15", "0019"}
+    assert len(os.listdir(run / "set_aside")) == 2
+
+
+def test_a_save_is_not_hindered_by_what_lies_there(config):
+    _, state = state_of(config)
+    folder = checkpoint.Path(config.workdir) / "checkpoints"
+    with checkpoint.Checkpoints(config) as checkpoints:
+        for name in ("²", "0010", "30", "lost+found"):
+            (folder / name).mkdir()
+        (folder / "20").write_text("not a checkpoint")
+        for step in (10, 20, 30):
+            checkpoints.save(step, state)
+        checkpoints.save(30, state)
+    assert checkpoint.steps_in(config.workdir) == [20, 30] and seals.last_saved(folder.parent) == 30
+    assert {p.name for p in folder.iterdir()} == {"20", "30", "²", "0010", "lost+found"}
+    assert {p.name[:3] for p in (folder.parent / "set_aside").iterdir()} == {"20-", "30-"}
+
+
+def altered(**changes):
+    return lambda seal: json.dumps(json.loads(seal) | changes)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        altered(files=[]),
+        altered(files=None),
+        altered(files={}),
+        altered(skip=5),
+        altered(skip="3:4"),
+        altered(step=14),
+        altered(sha256="0" * 64),
+        lambda seal: "null",
+        lambda seal: "[" * 100_000,
+        lambda seal: "{}",
+        lambda seal: seal[:-10],
+        lambda seal: seal.replace("params/p", "params/../../../../etc/hostname"),
+        lambda seal: "\udcff",
+    ],
+)
+def test_a_damaged_seal_condemns_its_checkpoint_alone(config, damaged):
+    run = checkpoint.Path(config.workdir)
+    for step in (10, 15):
+        write_checkpoint(run, step)
+    seal = run / "checkpoints" / "15" / seals.SEAL
+    seal.write_text(damaged(seal.read_text()), errors="surrogateescape")
+    files.write(run / "config.json", c.to_json(config))
+    with pytest.raises(UserError, match=r"15: is damaged: seal.json is damaged; step 10 is whole"):
+        checkpoint.load_params(run)
+    assert seals.has_state(run, 15)
+    (note,) = seals.recover(config)
+    assert note.startswith("checkpoint 15 is not used (seal.json is damaged)") and checkpoint.steps_in(run) == [10]
+
+
+def test_a_checkpoint_of_another_step_is_not_that_of_its_name(config):
+    run = checkpoint.Path(config.workdir)
+    write_checkpoint(run, 15)
+    shutil.copytree(run / "checkpoints" / "15", run / "checkpoints" / "100")
+    (note,) = seals.recover(config)
+    assert note.startswith("checkpoint 100 is not used (is of step 15)")
+
+
+@pytest.mark.parametrize("name", [seals.SEAL, "params/p"])
+def test_what_cannot_be_read_is_not_damaged(config, monkeypatch, name):
+    run = checkpoint.Path(config.workdir)
+    for step in (10, 15):
+        write_checkpoint(run, step)
+    opened, unreadable = os.open, run / "checkpoints" / "15" / name
+    for number in (errno.EACCES, errno.ESTALE, errno.EIO):
+
+        def refuses(path, *args, number=number, **more):
+            if str(path) == str(unreadable):
+                raise OSError(number, os.strerror(number), str(path))
+            return opened(path, *args, **more)
+
+        monkeypatch.setattr(os, "open", refuses)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            seals.recover(config)
+        monkeypatch.undo()
+    unreadable.unlink()
+    unreadable.symlink_to(unreadable)
+    with pytest.raises(OSError, match="symbolic links"):
+        seals.recover(config)
+    assert sorted(os.listdir(run / "checkpoints")) == ["10", "15"]
+
+
+def past_of(config, tokenizer):
+    """A run folder that has trained to step 15, without its checkpoints."""
+    run = checkpoint.Path(config.workdir)
+    run_folder.open_run(config, XY, tokenizer)
+    for step in (10, 15):
+        write_checkpoint(run, step)
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 18)))
+    (run / "checkpoints").rename(run.with_name("elsewhere"))
+    return run
+
+
+@pytest.mark.parametrize("left", ["nothing", "empty", "strays", "a link"])
+def test_a_run_whose_checkpoints_are_gone_is_refused_until_told_to_start_over(config, tokenizer, left):
+    run = past_of(config, tokenizer)
+    if left == "a link":
+        (run / "checkpoints").symlink_to("/nowhere/at/all")
+    elif left != "nothing":
+        (run / "checkpoints" / ("17" if left == "strays" else "")).mkdir(parents=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for given in ("0", "10", "16"):
+        with pytest.raises(UserError, match=r"checkpoints are gone, the newest of step 15; .*again with --init.start_over=15"):
+            run_folder.open_run(cli.override(config, {"init.start_over": given}), XY, tokenizer)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    again = cli.override(config, {"init.start_over": "15", "train.seed": "7"})
+    assert run_folder.open_run(again, XY, tokenizer) == [] and seals.recover(again) == []
+    aside = {path.name.partition("-")[0]: path for path in (run / "set_aside").iterdir()}
+    assert aside["metrics.jsonl"].read_bytes() == before[run / "metrics.jsonl"] and not (run / "metrics.jsonl").exists()
+    assert aside["config.json"].read_bytes() == before[run / "config.json"]
+    assert {"tokenizer", "data.json", "versions.json", "newest.json"} <= aside.keys() and seals.last_saved(run) == 0
+    assert checkpoint.load_config(run) == again
+    run_folder.open_run(again, XY, tokenizer)  # killed before its first checkpoint: the same command goes on
+    assert len(list((run / "set_aside").iterdir())) == len(aside)
+    write_checkpoint(run, 20)
+    run_folder.open_run(again, XY, tokenizer)
+    assert checkpoint.steps_in(run) == [20]
+    shutil.rmtree(run / "checkpoints")  # and the word was for the other past
+    with pytest.raises(UserError, match="--init.start_over=15: .* the newest of step 20"):
+        run_folder.open_run(again, XY, tokenizer)
+
+
+def test_a_run_that_goes_back_keeps_its_metrics(config, tokenizer):
+    run = past_of(config, tokenizer)
+    run.with_name("elsewhere").rename(run / "checkpoints")
+    (run / "checkpoints" / "15").rename(run / "15")
+    (note,) = seals.recover(config)
+    assert note.startswith("step 15 was saved once, and the run goes on from 10;")
+    (kept,) = (run / "set_aside").iterdir()
+    assert kept.read_bytes() == (run / "metrics.jsonl").read_bytes() and str(kept) in note
+    assert seals.last_saved(run) == 10 and seals.recover(config) == []
+
+
+def test_other_versions_are_said_and_the_old_ones_kept(config, tokenizer):
+    run_folder.open_run(config, XY, tokenizer)
+    run = checkpoint.Path(config.workdir)
+    write_checkpoint(run, 5)
+    assert run_folder.open_run(config, XY, tokenizer) == []
+    now = json.loads((run / "versions.json").read_text())
+    then = now | {"packages": now["packages"] | {"jax": "0.0.1"}, "devices": "8 x abacus"}
+    del then["before"]
+    (run / "versions.json").write_text(json.dumps(then))
+    (note,) = run_folder.open_run(config, XY, tokenizer)
+    assert f"jax 0.0.1 then, {jax.__version__} now" in note and "devices 8 x abacus then" in note and "numpy" not in note
+    assert json.loads((run / "versions.json").read_text()) == now | {"before": [{"until_step": 5, **then}]}
+    assert run_folder.open_run(config, XY, tokenizer) == []
+    assert json.loads((run / "versions.json").read_text())["before"] == [{"until_step": 5, **then}]
+
+
+def test_litpkds_files_are_held_to_what_the_run_saw_first(tiny_config, tiny_data, tmp_path):
+    litpkds.export(tiny_data / "a", "train", tmp_path / "data", "train_a", 10 * 17)
+    keys = {"data.sources": str(tmp_path / "data" / "train_a"), "workdir": str(tmp_path / "run")}
+
+    def opened(verify):
+        config = cli.override(tiny_config, keys | {"data.verify": verify})
+        sources = feed.open_sources(config)
+        assert len(feed.verify(config, sources)) == (verify == "true")
+        return run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
+
+    checksum = lambda: json.loads((tmp_path / "run" / "data.json").read_text())[0].get("sha256")
+    assert opened("false") == [] and checksum() is None
+    write_checkpoint(tmp_path / "run", 5)
+    assert opened("true") == [] and (first := checksum())
+    assert opened("false") == [] and checksum() == first
+    flip(next((tmp_path / "data").glob("*.bin")), at=-1)
+    assert opened("false") == []  # its header is as it was
+    with pytest.raises(UserError, match=r"train_a: its files are not those that the run has trained on; put those back"):
+        opened("true")
+    assert checksum() == first
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_save_that_fails_is_an_error_of_the_disk_and_the_one_before_is_kept(config, monkeypatch, number, as_text):
+    _, state = state_of(config)
+    checkpoints = checkpoint.Checkpoints(config)
+    checkpoints.save(10, state)
+    checkpoints.wait()
+
+    def fails(folder, skip):  # in a thread of Orbax's
+        error = OSError(number, os.strerror(number), "the file")
+        raise ValueError(f"INTERNAL: Error writing file: {os.strerror(number)}") if as_text else error
+
+    monkeypatch.setattr(seals, "seal", fails)
+    checkpoints.save(20, state)
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
+        while True:  # each step looks
+            checkpoints.check()
+    assert error.value.errno == number and checkpoint.steps_in(config.workdir) == [10]
+    assert seals.last_saved(checkpoint.Path(config.workdir)) == 10
+    checkpoints.__exit__(OSError)  # and does not wait
 
 
 @pytest.mark.parametrize("with_moments", [True, False])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cluster import Cluster
 
-from tinyllama_jax import checkpoint, cli, metrics, model, processes, replay, step, train
+from tinyllama_jax import checkpoint, cli, metrics, model, processes, replay, seals, step, train
 from tinyllama_jax import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.errors import UserError
@@ -323,7 +323,7 @@ def test_the_command_to_skip_works_and_the_steps_can_be_replayed(cube, tiny_conf
 
 def test_a_damaged_checkpoint_is_not_begun_with(cube, tmp_path, capsys):
     run = shutil.copytree(cube, tmp_path / "run")
-    (run / "checkpoints" / "15" / checkpoint.SEAL).unlink()
+    (run / "checkpoints" / "15" / seals.SEAL).unlink()
     assert again(run, 16) == 0 and "from its checkpoint of step 10" in capsys.readouterr().out
 
 

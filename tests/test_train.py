@@ -320,6 +320,51 @@ def test_a_workdir_that_cannot_be_made(tiny_config_file, tmp_path, where):
     assert process.returncode == 2 and out.startswith("error: ") and out.count("\n") == 1, out
 
 
+BREAKS_AT_10 = """
+import errno, os, resource, sys
+from pathlib import Path
+from tinyllama_jax import checkpoint, processes, seals, train
+
+save, seal, how = checkpoint.Checkpoints.save, seals.seal, sys.argv.pop(1)
+
+def sealed(folder, skip):
+    if list(folder.glob("10.*")):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "seal")
+    seal(folder, skip)
+
+def broken(self, step, state):
+    if step == 10 and how == "file size":
+        self.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    if step == 10 and how == "folder":
+        self.wait()
+        self._folder.rename(self._folder.with_name("away"))
+        self._folder.write_text("")
+    save(self, step, state)
+
+checkpoint.Checkpoints.save = broken
+if how == "seal":
+    seals.seal = sealed
+processes.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("how", ["seal", "file size", "folder"])
+def test_a_save_that_fails_ends_the_run_with_one_line(tiny_config_file, tmp_path, how):
+    argv = command(tiny_config_file, tmp_path / "run", log__eval_every=1_000, train__steps=100_000)
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.run(
+        [sys.executable, "-c", BREAKS_AT_10, how, *argv], env=env, capture_output=True, text=True, timeout=240
+    )
+    errors = process.stderr.splitlines()
+    words = {"seal": "the disk quota is used up", "file size": "File too large", "folder": "part of this path is a file"}[how]
+    assert process.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
+    if how == "folder":
+        (tmp_path / "run" / "checkpoints").unlink()
+        (tmp_path / "run" / "away").rename(tmp_path / "run" / "checkpoints")
+    assert checkpoint.find_step(tmp_path / "run") == 5
+
+
 @pytest.mark.parametrize("mount", ["ro", "size=200k"])
 def test_a_read_only_or_full_disk(quiet, tiny_config_file, tmp_path, mount):
     folder = tmp_path / "disk"

@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
 
 from tinyllama_jax import cli
 from tinyllama_jax import config as c
+from tinyllama_jax import step as step_lib
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
@@ -80,6 +83,55 @@ def test_counts_are_of_what_is_read_and_not_of_what_is_left_out(tiny_config):
     for step in range(1, 20):
         read += np.bincount(order.at(step)[0], minlength=2)
         assert order.counts(step).tolist() == read.tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"data.skip": "3:4"}, {"train.batch_ramp": "1024:256"}])
+def test_the_last_recorded_batches_are_read_again(tiny_config, tmp_path, changes):
+    config = cli.override(tiny_config, changes | {"workdir": str(tmp_path)})
+    sources = feed.open_sources(config)
+    order, lines = feed.order(config, sources), []
+    for step in range(1, 21):
+        tokens, length = feed.gather(sources, *order.at(step))
+        checksum = int(step_lib.checksum(step_lib.Batch(tokens.reshape(2, -1, 17), length.reshape(2, -1))))
+        lines.append({"step": step, "loss": None, "checksum": checksum})
+    write = lambda lines, end="": (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + end)
+    assert feed.check_batches(config, sources, 20) == []  # nothing is recorded yet
+    write([*lines, {"step": 20, "val_loss": 1.0}], '{"step": 2')
+    assert feed.check_batches(config, sources, 0) == []
+    for step, n in ((1, 1), (15, 15), (20, 20)):
+        assert feed.check_batches(config, sources, step) == [f"the last {n} recorded batches are as they were"]
+    for bad in (0, 13, 19):
+        write([*lines[:bad], lines[bad] | {"checksum": lines[bad]["checksum"] ^ 1}, *lines[bad + 1 :]])
+        with pytest.raises(UserError, match=rf"step {bad + 1}: its batch is not the one .* newest is .*put the old one back"):
+            feed.check_batches(config, sources, 20)
+        assert bad == 0 or feed.check_batches(config, sources, bad)
+
+
+def test_large_batches_are_read_again_three_times(tiny_config, tmp_path):
+    size = {"train.tokens_per_step": str(16 << 17), "workdir": str(tmp_path)}
+    config = cli.override(tiny_config, size)
+    sources = feed.open_sources(config)
+    batch = feed.gather(sources, *feed.order(config, sources).at(9))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "checksum": 0}}\n' for i in (1, 2, 3, 5, 7)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "checksum", lambda tokens, length: 0)
+        patch.setattr(feed, "gather", lambda *_: batch)
+        assert feed.check_batches(config, sources, 9) == ["the last 3 recorded batches are as they were"]
+
+
+def test_every_file_is_verified_if_asked(tiny_config, tiny_data, tmp_path):
+    shutil.copytree(tiny_data / "a", tmp_path / "a")
+    config = cli.override(tiny_config, {"data.sources": str(tmp_path / "a")})
+    file = next((tmp_path / "a").glob("blocks-train*"))
+    whole = file.read_bytes()
+    file.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))  # of the same size; what ArrayRecord pads with it does not look at
+    assert feed.verify(config, feed.open_sources(config)) == []
+    asked = cli.override(config, {"data.verify": "true"})
+    with pytest.raises(UserError, match=rf"{file}: is not as it was prepared .*copy or prepare the data again"):
+        feed.verify(asked, feed.open_sources(asked))
+    file.write_bytes(whole)
+    (line,) = feed.verify(asked, feed.open_sources(asked))
+    assert line.startswith("data.verify: 1 files, ") and "GB/s" in line
 
 
 def test_no_file_twice(tiny_config, tiny_data, tmp_path):

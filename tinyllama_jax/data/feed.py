@@ -220,8 +220,8 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
             newest = max(places, key=lambda file: file.stat().st_mtime)
             raise UserError(
                 f"step {line['step']:,}: its batch is not the one that the run in {config.workdir} was trained on (checksum "
-                f"{line['checksum']} then, {checksum_now} now): a data file has changed, the newest is {newest}; put the old one "
-                f"back, or start another run with --workdir=NEW --init.from={config.workdir}"
+                f"{line['checksum']}, and now {checksum_now}); a data file has changed, of which the newest is {newest}: "
+                f"put the old one back, or start another run with --workdir=NEW --init.from={config.workdir}"
             )
         checked += 1
     return [f"the last {checked} recorded batches are as they were"] if checked else []
@@ -235,7 +235,7 @@ def _recorded(path: Path, step: int) -> list[Line]:
         for text in f:
             with contextlib.suppress(ValueError):
                 lines.append(decode_json(text, Line))
-    return [line for line in lines if line["step"] <= step]
+    return [line for line in lines if 1 <= line["step"] <= step]
 
 
 def checksum(tokens: np.ndarray, length: np.ndarray) -> int:
