@@ -222,7 +222,7 @@ def test_scaling_laws_of_the_command(tmp_path):
         (["--on", "cpu:2"], "--config FILE and --on TARGET are needed"),
         (["--config", "CONFIG"], "--config FILE and --on TARGET are needed"),
         (["--config", "CONFIG", "--on", "cpu:2", "--mesh.data=4"],
-         "the 2 devices here; set one axis to -1 for the rest, such as --mesh.data=1 --mesh.fsdp=-1"),
+         "needs a multiple of 4 devices, and 2 are here, of 1 processes; set one axis to -1 for the rest, such as --mesh.data=1 --"),
         (["--config", "CONFIG", "--on", "cpu:2", "--train.seqs_per_device=3"], "--train.seqs_per_device=3: 8 sequences a step"),
         (["--config", "CONFIG", "--on", "cpu:2", "--model.attention=cudnn"], "--model.attention=cudnn: needs"),
         (["--config", "nowhere.py", "--on", "cpu:2"], "nowhere.py: no such file"),
