@@ -78,10 +78,9 @@ def test_local_kills_what_does_not_end_after_a_failure():
     assert "signals" not in out
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name
-)
-def test_local_passes_a_signal_on_to_each_process_once(number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_local_passes_a_signal_on_to_each_process_once(name):
+    number = signal.Signals[name]
     process = local(2, "wait", GRACE=0)  # and does not kill who saves, however long it takes
     first = [process.stdout.readline(), process.stdout.readline()]
     assert all('"words"' in line for line in first)

@@ -26,9 +26,7 @@ def test_minus_one_is_what_is_left(mesh, shape):
 
 @pytest.mark.parametrize("mesh", [c.Mesh(data=3), c.Mesh(data=2, fsdp=2, tensor=1), c.Mesh(data=16, fsdp=1)])
 def test_a_mesh_that_is_not_the_devices(mesh):
-    with pytest.raises(
-        UserError, match=r"needs (a multiple of )?\d+ devices, and 8 are here, of 1 processes; set one axis to -1"
-    ):
+    with pytest.raises(UserError, match=r"needs (a multiple of )?\d+ devices, and 8 are here; set one axis to -1 for the rest"):
         sharding.make_mesh(mesh)
 
 

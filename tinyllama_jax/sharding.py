@@ -30,9 +30,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
     text = " x ".join(f"{name}={n}" for name, n in axes.items())
     if len(devices) % said or (said != len(devices) and -1 not in axes.values()):
         needs, processes = "a multiple of " * (-1 in axes.values()), len({d.process_index for d in devices})
+        here = f"{len(devices)} are here" + (f", in {processes} processes" if processes > 1 else "")
         raise UserError(
-            f"--mesh: {text} needs {needs}{said} devices, and {len(devices)} are here, of {processes} processes; set one axis to "
-            "-1 for the rest, such as --mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=1"
+            f"--mesh: {text} needs {needs}{said} devices, and {here}; set one axis to -1 for the rest, such as "
+            "--mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=1"
         )
     shape = tuple(len(devices) // said if n == -1 else n for n in axes.values())
     try:
