@@ -5,7 +5,8 @@
 #   XLA_FLAGS=--xla_force_host_platform_device_count=4 launch/local.sh 2 -- --config configs/demo.py    (2 x 4 devices)
 #
 # Not for speed: one process drives all the GPUs of a machine.
-# Ctrl-C and SIGTERM go to every process once: they save and end. A second one ends them at once.
+# Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 go to every process once: they save and end. A second Ctrl-C or SIGTERM ends them
+# at once. All that listens does so on the loopback.
 # When one has failed, the others have GRACE seconds (30) to end by themselves and are then killed. The exit code is that of
 # the first that failed. PYTHON (.venv/bin/python) and MODULE (tinyllama_jax.train) say what is run.
 set -uo pipefail
@@ -34,6 +35,8 @@ pass_on() {
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM
 trap 'pass_on HUP' HUP
+trap 'pass_on USR1' USR1
+trap 'pass_on USR2' USR2
 for ((i = 0; i < n; i++)); do
     JAX_PROCESS_ID=$i "$python" -m "${MODULE:-tinyllama_jax.train}" "$@" </dev/null &
     pids+=($!)

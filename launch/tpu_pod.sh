@@ -60,12 +60,13 @@ setup)
 run)
     # One axis: within a slice every chip reaches every other one over ICI, and fsdp alone needs the least memory.
     # systemd, and not ssh, is the parent: a connection that breaks ends nothing; when the host is taken away or maintained, the
-    # processes get the SIGTERM upon which they save. It starts them again, but not after a mistake (2), a bug (1) or `stop`.
+    # processes get the SIGTERM upon which they save. It starts them again, but not after a bug (1), a mistake (2),
+    # a loss that jumped (3), or `stop`.
     # TINYLLAMA_JAX_JOIN: on a slice only JAX knows how to find the other hosts.
     # The limits are those of a login, which a service does not have: libtpu locks memory.
     words=$(printf ' %q' -m "${MODULE:-tinyllama_jax.train}" --mesh.data=1 --mesh.fsdp=-1 "$@")
     on_all "sudo systemd-run --unit=$unit --collect --uid=\$(id -u) --working-directory=\$HOME/tinyllama \
---setenv=PYTHONUNBUFFERED=1 --setenv=TINYLLAMA_JAX_JOIN=1 --property=Restart=on-failure --property=RestartPreventExitStatus='1 2' --property=RestartSec=30 \
+--setenv=PYTHONUNBUFFERED=1 --setenv=TINYLLAMA_JAX_JOIN=1 --property=Restart=on-failure --property=RestartPreventExitStatus='1 2 3' --property=RestartSec=30 \
 --property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 \$HOME/tinyllama/.venv/bin/python$words"
     ;;
 log)

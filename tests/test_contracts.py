@@ -22,6 +22,7 @@ RANK = {
     "files": -0.5,
     "config": 0,
     "cli": 0.4,
+    "cluster": 0.4,
     "processes": 0.5,
     "xla": 0.5,
     "sharding": 1,

@@ -78,8 +78,9 @@ def test_local_kills_what_does_not_end_after_a_failure():
     assert "signals" not in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_local_passes_a_signal_on_to_each_process_once(number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_local_passes_a_signal_on_to_each_process_once(name):
+    number = signal.Signals[name]
     process = local(2, "wait", GRACE=0)  # and does not kill who saves, however long it takes
     first = [process.stdout.readline(), process.stdout.readline()]
     assert all('"words"' in line for line in first)
@@ -119,11 +120,11 @@ def after_an_srun_that_ends_with(code: int, folder: Path, *arguments: str, **env
     return done.returncode, calls(folder)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 126, 127, 130, 134, 137, 139, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 75, 126, 127, 129, 130, 134, 137, 138, 139, 140, 143, 152])
 def test_slurm_queues_again_what_is_worth_another_try(tmp_path, code):
     returned, (_, *after) = after_an_srun_that_ends_with(code, tmp_path)
     assert returned == code
-    assert after == ([["scontrol", "requeue", "7"]] if code in (75, 134, 137, 139, 143) else [])
+    assert after == ([["scontrol", "requeue", "7"]] if code in (75, 134, 137, 138, 139, 140, 143, 152) else [])
 
 
 def test_slurm_gives_up_at_some_time(tmp_path):
@@ -224,7 +225,7 @@ def test_tpu_run_starts_the_same_command_on_all_hosts(tpu):
     options = sudo[1:program]
     assert options[0] == "systemd-run"
     assert all(option.startswith("--") for option in options[1:])
-    assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=1 2"} <= set(options)
+    assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=1 2 3"} <= set(options)
     assert {"--setenv=TINYLLAMA_JAX_JOIN=1", f"--working-directory={tpu.home}/tinyllama"} <= set(options)
     config = cli.load([*words[:-2], "--workdir=/shared/a b", "--data.sources=/shared/data"])
     assert (config.mesh.data, config.mesh.fsdp) == (1, -1)
@@ -287,7 +288,7 @@ def test_a_wrong_jobset_is_seen(jobset):
     assert wrong(jobset) == ["$.spec.failurePolicy"]
     del jobset["spec"]["failurePolicy"]["maxRestart"]
     job()["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"].append(256)
-    assert wrong(jobset)[0].endswith("onExitCodes.values[6]")
+    assert wrong(jobset)[0].endswith("onExitCodes.values[9]")
 
 
 def test_the_jobset_starts_one_process_a_host_and_tells_each_who_it_is(jobset):

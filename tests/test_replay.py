@@ -342,7 +342,7 @@ def test_mistakes(cube, tmp_path, monkeypatch):
         (cube, 3, ("--data.skip=1:1",), "--data.skip=1:1: is part of what the run was"),
         (cube, 3, ("--model.d_ff=1",), "--model.d_ff=1: is part of what the run was"),
         (cube, 3, ("--mesh.date=1",), "did you mean --mesh.data"),
-        (cube, 3, ("--mesh.data=3",), "does not come to the 8 devices here"),
+        (cube, 3, ("--mesh.data=3",), "devices, and 8 are here"),
     ]:
         with pytest.raises(UserError, match=words):
             again(run, number, *more)

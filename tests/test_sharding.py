@@ -26,7 +26,7 @@ def test_minus_one_is_what_is_left(mesh, shape):
 
 @pytest.mark.parametrize("mesh", [c.Mesh(data=3), c.Mesh(data=2, fsdp=2, tensor=1), c.Mesh(data=16, fsdp=1)])
 def test_a_mesh_that_is_not_the_devices(mesh):
-    with pytest.raises(UserError, match="does not come to the 8 devices here"):
+    with pytest.raises(UserError, match=r"needs (a multiple of )?\d+ devices, and 8 are here; set one axis to -1 for the rest"):
         sharding.make_mesh(mesh)
 
 
@@ -41,8 +41,12 @@ def test_every_parameter_is_split_over_fsdp_and_the_wide_ones_over_tensor():
 
 def test_what_does_not_divide_is_refused_with_the_shape():
     mesh = sharding.make_mesh(c.Mesh(data=1, fsdp=2, tensor=4))
-    with pytest.raises(UserError, match=r"--mesh.tensor=4: does not divide dimension K=2 of layers/k/kernel \(2, 32, 2, 8\)"):
+    with pytest.raises(UserError, match=r"tensor 4 does not divide dimension K=2 of layers/k/kernel \(2, 32, 2, 8\)") as error:
         sharding.parameter_shardings(mesh, MODEL)
+    assert str(error.value).endswith("; 8 devices fit as --mesh.data=1 --mesh.fsdp=4 --mesh.tensor=2")
+    sharding.parameter_shardings(sharding.make_mesh(c.Mesh(1, 4, 2)), MODEL)
+    with pytest.raises(UserError, match=r"^--mesh: fsdp 3 does not divide .*3 devices fit as --mesh.data=3 --mesh.fsdp=1 "):
+        sharding.parameter_shardings(sharding.make_mesh(c.Mesh(1, -1, 1), jax.devices()[:3]), MODEL)
 
 
 def test_an_axis_can_split_one_dimension_of_a_parameter(monkeypatch):

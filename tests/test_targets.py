@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import pytest
 
-from tinyllama_jax import targets
+from tinyllama_jax import targets, xla
 from tinyllama_jax.errors import UserError
 
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
@@ -48,7 +48,7 @@ def test_virtual_devices():
 def test_the_table_is_whole_and_in_the_units_it_says():
     for name, t in targets.TARGETS.items():
         assert t.source.count(";") >= 2 and "MFU" in t.source, name
-        assert 15 * 2**30 < t.memory < 151e9 and 0.8 <= t.usable <= 1, name
+        assert 15 * 2**30 < t.memory < 151e9, name
         assert 50e12 < t.flops < 1e15 and 0.5e12 < t.bandwidth < 5e12, name
         assert 10e9 < t.link <= 600e9 and t.between < 1e12 and 0.1 < t.price < 15 and 0.3 < t.mfu < 0.6, name
         assert bool(t.sm) == (t.platform == "cuda") == (t.between > 0), name
@@ -56,6 +56,29 @@ def test_the_table_is_whole_and_in_the_units_it_says():
             per_clock = {(8, 0): 2_048, (8, 6): 512, (8, 9): 512, (9, 0): 4_096}[t.sm.capability]
             assert t.flops == pytest.approx(t.sm.count * per_clock * t.sm.clock * 1e9, rel=0.09), name
             assert f"device_memory_size: {t.memory}" in targets._target_config(t)
+
+
+@pytest.mark.parametrize(
+    ("on", "n"),
+    [("cpu:1000000000", 10**9), ("a100-40g:100000x8", 800_000), ("v5p:64x64x64", 2**18), ("v5e:99999x99999", 1e10)],
+)
+def test_more_devices_than_there_are(on, n):
+    with pytest.raises(UserError, match=f"--on={on}: .* devices; at most (1,024|16,384)") as error:
+        targets.machine(on)
+    assert int(str(error.value).split()[1].replace(",", "")) == pytest.approx(n, rel=1e-4)
+
+
+def test_what_the_environment_says_of_the_memory(monkeypatch):
+    for name in xla.MEMORY_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    a100 = targets.Machine("a100-40g:1x1", targets.TARGETS["a100-40g"], [], 1)
+    assert a100.budget == int(a100.target.memory * 0.92)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert a100.budget == a100.target.memory // 2
+    for wrong in ("much", "nan", "0", "-1", "1.1", "1e999"):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(UserError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={wrong}: must be a part of a GPU's memory"):
+            _ = a100.budget
 
 
 def test_a_device_is_known_by_the_longest_name():

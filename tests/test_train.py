@@ -297,7 +297,7 @@ def test_mistakes_are_one_line_each(quiet, tiny_config_file, tmp_path):
         ({"data__sources": tmp_path / "nowhere"}, "nowhere"),
         ({"model__seq_len": 32}, "was prepared with --seq-len 16"),
         ({"workdir": quiet[0], "model__d_ff": 32}, "--model.d_ff=32: the run in"),
-        ({"mesh__data": 3, "mesh__fsdp": 1}, "does not come to the 8 devices here"),
+        ({"mesh__data": 3, "mesh__fsdp": 1}, "needs 3 devices, and 8 are here"),
         ({"init__from": tmp_path / "nowhere"}, "nowhere"),
         ({"init__from": quiet[0], "model__d_ff": 32}, "is of a model with d_ff=64"),
         ({"model__attention": "cudnn"}, "--model.attention=cudnn"),

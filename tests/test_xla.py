@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tinyllama_jax import cli, sharding, step, targets, xla
+from tinyllama_jax import cli, sharding, step, xla
 
 assert len(jax.devices()) == 8  # asked for here, before a test takes XLA_FLAGS out of the environment
 
@@ -92,7 +92,7 @@ def test_the_part_of_the_memory(monkeypatch):
     new, old = xla.MEMORY_NAMES
     monkeypatch.setenv(new, "")  # so that what is set here is undone
     xla.reserve_memory()
-    assert float(os.environ[new]) == xla.memory_fraction() == xla.MEMORY == targets.TARGETS["a100-40g"].usable
+    assert float(os.environ[new]) == xla.memory_fraction() == xla.MEMORY
     monkeypatch.setenv(new, "")
     monkeypatch.setenv(old, "0.5")  # jax refuses both
     xla.reserve_memory()

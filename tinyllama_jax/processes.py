@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from tinyllama_jax import cli
+from tinyllama_jax import cli, cluster
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.errors import UserError, run_main
 from tinyllama_jax.files import claim
@@ -106,19 +106,20 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def join(wait: float) -> None:
     """Meets the other processes, if there are any. Nothing of JAX's devices may have been asked for before."""
     global _place
-    if not several():
+    process, processes = _identity()
+    if cluster.one_machine(processes):
+        cluster.listen_on_loopback(processes)
+    if processes == 1:
         return
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train`
-    where = {}
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        process, processes = _identity()
-        where = {"coordinator_address": address, "num_processes": processes, "process_id": process}
     seconds = int(wait * STARTING) + 60  # after the parent's, whose line says who it is
+    where = cluster.arguments(process, processes, seconds)
     jax.distributed.initialize(
         **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
     )
+    cluster.check_gpus(jax.default_backend(), jax.local_device_count())
     if _CHANNEL in os.environ:
         _place = mmap.mmap(int(os.environ[_CHANNEL]), _PLACE.size)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

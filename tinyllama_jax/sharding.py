@@ -29,9 +29,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
     said = math.prod(n for n in axes.values() if n > 0)
     text = " x ".join(f"{name}={n}" for name, n in axes.items())
     if len(devices) % said or (said != len(devices) and -1 not in axes.values()):
+        needs, processes = "a multiple of " * (-1 in axes.values()), len({d.process_index for d in devices})
+        here = f"{len(devices)} are here" + (f", in {processes} processes" if processes > 1 else "")
         raise UserError(
-            f"--mesh: {text} does not come to the {len(devices)} devices here; set one axis to -1 for the rest, "
-            "such as --mesh.data=1 --mesh.fsdp=-1"
+            f"--mesh: {text} needs {needs}{said} devices, and {here}; set one axis to -1 for the rest, such as "
+            "--mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=1"
         )
     shape = tuple(len(devices) // said if n == -1 else n for n in axes.values())
     try:
@@ -63,8 +65,8 @@ def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, Name
                 )
             if axis and size % mesh.shape[axis]:
                 raise UserError(
-                    f"--mesh.{axis}={mesh.shape[axis]}: does not divide dimension {letter}={size} of {p.name} "
-                    f"{shape}; choose a divisor of {size}"
+                    f"--mesh: {axis} {mesh.shape[axis]} does not divide dimension {letter}={size} of {p.name} {shape}; "
+                    f"{mesh.size} devices fit as {_fitting(mesh, model)}"
                 )
         out[p.name] = NamedSharding(mesh, PartitionSpec(*axes))
     for letter, axis in PARAMETER_AXES.items():
@@ -74,6 +76,15 @@ def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, Name
                 f"{', '.join(sorted(set(''.join(p.dims for p in dims.PARAMETERS))))}); take the rule out of sharding.py"
             )
     return out
+
+
+def _fitting(mesh: jax.sharding.Mesh, model: Model) -> str:
+    """The options of a mesh near this one, of as many devices, whose axes divide the parameters."""
+    sizes = dims.sizes(model)
+    common = lambda axis: math.gcd(*(sizes.get(letter, 0) for letter, over in PARAMETER_AXES.items() if over == axis))
+    tensor = math.gcd(mesh.shape["tensor"], common("tensor"))
+    fsdp = math.gcd(mesh.size // tensor, common("fsdp"))
+    return f"--mesh.data={mesh.size // tensor // fsdp} --mesh.fsdp={fsdp} --mesh.tensor={tensor}"
 
 
 def state_sharding(path: str, shape: tuple[int, ...], table: dict[str, NamedSharding]) -> NamedSharding:

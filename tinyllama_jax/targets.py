@@ -36,7 +36,6 @@ class Target(NamedTuple):
     kind: str  # how `jax.Device.device_kind` begins
     shape: str  # an example of what follows the colon: NODESxGPUS, or a TPU slice's chips along each axis
     memory: int  # what programs can be given in all, as the driver or the TPU compiler says
-    usable: float  # the part of it that one program may plan with
     flops: float  # peak of dense bf16 matmuls with fp32 accumulation
     bandwidth: float  # of memory
     link: float  # to the other devices of its node or slice, in one direction, all links together
@@ -52,44 +51,42 @@ class Target(NamedTuple):
         return "cuda" if self.sm else "tpu"
 
 
-# Of a GPU's memory a run takes this part at its start. TPU compilers count everything, and refuse what does not fit.
-GPU, TPU = xla.memory_fraction(), 1.0
 _A100 = "NVIDIA A100 datasheet and architecture whitepaper; CUDA programming guide, compute capability 8.0; "
 _H100 = "NVIDIA Hopper whitepaper; CUDA programming guide, compute capability 9.0; "
 _EFA = "400 Gb/s of EFA a node"
 TARGETS = {
-    "a100-40g": Target("NVIDIA A100", "2x8", 42_298_834_944, GPU, 312e12, 1.555e12, 300e9, 50e9, 2.745, 0.52,
+    "a100-40g": Target("NVIDIA A100", "2x8", 42_298_834_944, 312e12, 1.555e12, 300e9, 50e9, 2.745, 0.52,
         _A100 + f"AWS p4d.24xlarge: {_EFA}, 21.96 USD an hour for 8 (2026-09; 32.77 before 2025-06); MFU: TinyLlama, 24,000 "
         "tokens/s",
         Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
-    "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, GPU, 312e12, 2.039e12, 300e9, 50e9, 3.431, 0.52,
+    "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, 312e12, 2.039e12, 300e9, 50e9, 3.431, 0.52,
         _A100 + f"AWS p4de.24xlarge: {_EFA}, 27.45 USD an hour for 8 (2026); MFU: llm-foundry's 1b, 24,200 tokens/s",
         Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
-    "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, GPU, 989e12, 3.352e12, 450e9, 400e9, 6.88, 0.37,
+    "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, 989e12, 3.352e12, 450e9, 400e9, 6.88, 0.37,
         _H100 + "AWS p5.48xlarge: 3,200 Gb/s a node, 55.04 USD an hour for 8 (2026-07); MFU: llm-foundry's 1b, 54,000 tokens/s",
         Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
-    "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, GPU, 989e12, 4.8e12, 450e9, 400e9, 7.912, 0.37,
+    "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, 989e12, 4.8e12, 450e9, 400e9, 7.912, 0.37,
         _H100 + "NVIDIA H200 datasheet; AWS p5en.48xlarge: 3,200 Gb/s a node, 63.30 USD an hour for 8 (2026-08); MFU: as h100",
         Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
-    "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, GPU, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, 0.50,
+    "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, 0.50,
         "NVIDIA GA102 whitepaper; CUDA programming guide, compute capability 8.6; PCIe 4.0 x16, 20 to 23 GB/s as users measure "
         "it; between nodes 10 Gb/s and MFU: assumed; RunPod, 0.50 USD an hour (2026-09)",
         Sm((8, 6), 82, 128, 1.695, 6_291_456, 1_536, 102_400)),
-    "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, GPU, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, 0.50,
+    "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, 0.50,
         "NVIDIA Ada whitepaper 2.02, appendix A; CUDA programming guide, compute capability 8.9; no NVLink nor peer-to-peer: "
         "31 GB/s both ways through the host (Puget Systems, 2023); between nodes 10 Gb/s and MFU: assumed; RunPod, 0.74 USD an "
         "hour (2026-10)",
         Sm((8, 9), 128, 128, 2.52, 75_497_472, 1_536, 102_400)),
-    "v4": Target("TPU v4", "2x2x4", 33_014_415_360, TPU, 275e12, 1.2e12, 300e9, 0, 3.22, 0.39,
+    "v4": Target("TPU v4", "2x2x4", 33_014_415_360, 275e12, 1.2e12, 300e9, 0, 3.22, 0.39,
         "docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB of which 30.75 can be used, 6 links of 50 GB/s; 3.22 USD an "
         "hour; MFU: 16,000 tokens/s, from MaxText's larger models"),
-    "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, TPU, 197e12, 0.819e12, 200e9, 0, 1.20, 0.45,
+    "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, 197e12, 0.819e12, 200e9, 0, 1.20, 0.45,
         "docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 15.75 GiB to use, 400 GB/s both ways; 1.20 USD an hour; MFU: "
         "Marin's 1.2b, 13,000 tokens/s"),
-    "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, TPU, 459e12, 2.765e12, 600e9, 0, 4.20, 0.44,
+    "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, 459e12, 2.765e12, 600e9, 0, 4.20, 0.44,
         "docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95.74 GiB to use, 1,200 GB/s both ways; 4.20 USD an hour; MFU: "
         "Marin's 1.2b, 30,000 tokens/s"),
-    "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, TPU, 918e12, 1.638e12, 400e9, 0, 2.70, 0.35,
+    "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, 918e12, 1.638e12, 400e9, 0, 2.70, 0.35,
         "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour; MFU: "
         "47,000 tokens/s, none public at this size"),
 }  # fmt: skip
@@ -114,7 +111,8 @@ class Machine(NamedTuple):
         """Bytes of one device that a program may plan with: of a CPU's, an equal part of what this machine has."""
         if self.target is None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.devices)
-        return int(self.target.memory * self.target.usable)
+        # a run takes this part of a GPU's memory at its start; TPU compilers count everything, and refuse what does not fit
+        return int(self.target.memory * (xla.memory_fraction() if self.target.sm else 1.0))
 
 
 def machine(on: str) -> Machine:
@@ -125,6 +123,9 @@ def machine(on: str) -> Machine:
     before jax was imported.
     """
     name, _, shape = on.partition(":")
+    most, shape = 1_024 if name == "cpu" else 16_384, shape[:100]
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and (n := math.prod(map(int, shape.split("x")))) > most:
+        raise UserError(f"--on={on[:100]}: {n:,} devices; at most {most:,}")
     if name == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
         return Machine(on, None, _virtual(on, int(shape)), int(shape))
     if name not in TARGETS or not re.fullmatch(r"[1-9]\d*x[1-9]\d*" if TARGETS[name].sm else r"[1-9]\d*(x[1-9]\d*)+", shape):

@@ -122,7 +122,8 @@ def describe(
     return [
         f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
         f"attention: {impl} ({reason}), {within(config)} documents; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
-        f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
+        f"mesh: {dict(mesh.shape)}, {mesh.size} of {jax.device_count()} devices of {jax.devices()[0].device_kind}, "
+        f"{jax.local_device_count()} a process",
         f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
         f"data: {data}",
         *(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from tinyllama_jax import dims
 from tinyllama_jax.config import Config
+from tinyllama_jax.errors import UserError
 
 # The part of a GPU's memory that JAX takes at its start; 0.75 unless told. The rest, 3.4 of an A100's 42.3 GB, is for what
 # XLA's allocator does not count: CUDA's context, cuDNN's and cuBLAS's handles, NCCL's buffers. NVIDIA's JAX-Toolbox has 0.8 or
@@ -63,14 +64,18 @@ def users_own() -> list[str]:
 
 
 def memory_fraction() -> float:
-    """The part of a GPU's memory that this run takes: the user's, or MEMORY."""
-    return next((float(os.environ[name]) for name in MEMORY_NAMES if os.environ.get(name)), MEMORY)
+    """The part of a GPU's memory that this run takes: the user's, or MEMORY. Raises UserError if that is none."""
+    name, text = next(((name, os.environ[name]) for name in MEMORY_NAMES if os.environ.get(name)), ("", str(MEMORY)))
+    if not re.fullmatch(r"0*\.\d+|1(\.0*)?", text) or float(text) == 0:
+        raise UserError(f"{name}={text}: must be a part of a GPU's memory, above 0 and at most 1")
+    return float(text)
 
 
 def reserve_memory() -> None:
     """Has JAX take that part. To be called before JAX looks for devices."""
+    fraction = memory_fraction()
     if not any(os.environ.get(name) for name in MEMORY_NAMES):
-        os.environ[MEMORY_NAMES[0]] = str(MEMORY)
+        os.environ[MEMORY_NAMES[0]] = str(fraction)
 
 
 def keep_compiled(config: Config) -> None:

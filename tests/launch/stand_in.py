@@ -17,7 +17,7 @@ SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME", "SL
 rank = int(os.environ.get("JAX_PROCESS_ID") or os.environ["SLURM_PROCID"])
 start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 got: list[int] = []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, _: got.append(number))
 given = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "SLURM_STEP_N")) or k in SLURM}
 # one write: lines of several processes do not mix; srun breaks those of more than 1,024 bytes
