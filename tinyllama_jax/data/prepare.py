@@ -303,23 +303,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text-key", default="", metavar="NAME", help="key or column that holds the text (by --corpus; text)")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
-    parser.add_argument(
-        "--filter",
-        action="append",
-        default=[],
-        dest="filters",
-        metavar="FILTER",
-        help="of " + ", ".join(clean.FILTERS.values()),
-    )
+    several = {"action": "append", "default": []}
+    parser.add_argument("--filter", **several, dest="filters", metavar="FILTER", help=", ".join(clean.FILTERS.values()))
     parser.add_argument("--dedup", default="", metavar="exact|minhash", help="keep the first of documents that are alike (no)")
     parser.add_argument("--dedup-threshold", type=float, metavar="J", help="Jaccard similarity from which they are (0.8)")
-    parser.add_argument(
-        "--scrub",
-        action="append",
-        default=[],
-        metavar="NAMES",
-        help=f"of {','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT",
-    )
+    parser.add_argument("--scrub", **several, metavar="NAMES", help=f"{','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT")
     parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")

@@ -116,6 +116,11 @@ def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float 
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
+    if f"--runner={DASK}" in beam_options and not any(o.startswith(("--dask_client", "--dask_sched")) for o in beam_options):
+        import distributed
+
+        cluster = distributed.LocalCluster(host="127.0.0.1", dashboard_address=None)  # which would be for anyone to look at
+        beam_options = [*beam_options, f"--dask_client_address={cluster.scheduler_address}"]
     # not "DirectRunner", which first tries to download another one
     runner = None if beam_options else FnApiRunner()
     parsed = PipelineOptions(beam_options)
