@@ -171,12 +171,16 @@ def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
     """
     names_below = []
     _is_new(top, seen)
-    for parent, folders, files in os.walk(top, followlinks=True):
+    for parent, folders, files in os.walk(top, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), seen)]
         names_below += [os.path.join(parent, name) for name in (*folders, *files) if not name.startswith(".")]
     # a link to nothing: an error later
     return [name for name in names_below if os.path.isfile(name) or os.path.isdir(name) or not os.path.exists(name)]
+
+
+def _unreadable(error: OSError) -> None:
+    raise error  # of a folder, which would be left out silently
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:

@@ -124,11 +124,10 @@ def prepare(
         raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
-    for option, value, least in (("seq-len", seq_len, 1), ("shard-mb", shard_mb, 0), ("workers", workers, 0)):
-        if value < least:
-            raise UserError(f"--{option} {value}: must be {least} or more")
-    if seq_len > MOST:
-        raise UserError(f"--seq-len {seq_len}: is more than {MOST:,} tokens, the longest block there is")
+    limits = ("seq-len", seq_len, 1, MOST), ("shard-mb", shard_mb, 0, 1 << 20), ("workers", workers, 0, 4_096)
+    for option, value, least, most in limits:
+        if not least <= value <= most:
+            raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
     for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
         if on and id_ < 0:
             raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
