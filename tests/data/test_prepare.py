@@ -524,7 +524,7 @@ def test_names_that_are_not_utf_8_and_terminals_that_are_not(model, tmp_path):
         file.write(b"{}")
     code, said, err = finished(command(*options[:4], "--output", tmp_path / "new", *options[6:], env=environment))
     assert code == 2 and err.count("\n") == 1 and "udcff.jsonl, line 1: has no key 'text'" in err
-    with pytest.raises(UserError, match="--output .*: is a name that is not UTF-8"):
+    with pytest.raises(UserError, match="--output .*: is not UTF-8; choose another name"):
         prepare(train=["."], tokenizer=model, output=os.fsdecode(folder) + "/out", seq_len=8)
 
 

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -115,8 +116,10 @@ def prepare(
     `beam_options`: its options. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: as clean.py has them, and
     docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
-    if os.fsencode(output) != str(output).encode(errors="replace"):
-        raise UserError(f"--output {output}: is a name that is not UTF-8, which the libraries that write there do not take")
+    for option, words in {"output": [output], "text-key": [text_key], "filter": filters, "scrub": scrub}.items():
+        for word in words:  # which the libraries that write there do not take, nor JSON
+            if re.search("[\ud800-\udfff]", str(word)):
+                raise UserError(f"--{option} {word}: is not UTF-8; choose another name")
     output = store.place(output, "--output")
     partial = folder_lib.partial_of(output)
     beam_options = runners.options(runner, list(beam_options))
