@@ -244,9 +244,7 @@ def _find(
 def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]], None]) -> list[Shard]:
     """The shards, each with the list of what is dropped of it, which is made first: see duplicates.py."""
     looking = dataclasses.replace(job, stage="looked")
-    kept = {
-        shard.file for shard, record in zip(planned, folder_lib.records_of(looking, planned).values(), strict=True) if record
-    }
+    kept = {file for file, record in folder_lib.records_of(looking, planned).items() if record}
     for name in store.names(looking.records):
         if name.rpartition(".")[0] not in kept:
             store.remove(looking.records / name)
