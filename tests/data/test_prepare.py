@@ -363,7 +363,7 @@ def test_two_workers_that_cannot_read_their_input(tmp_path, model, texts):
     bad.write_bytes(lines(texts) + b"{}\n" + lines(texts))
     arguments = ["--train", good, bad, "--tokenizer", model, "--output", tmp_path / "out", "--seq-len", 64, "--workers", 2]
     code, out, err = finished(command(*arguments, shard=1 << 14))
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, f"{tmp_path / 'out'}: a worker takes at most 2 GiB of memory\n")
     assert err == f"error: {bad}, line {len(texts) + 1}: has no key 'text'; it has : choose one with --text-key\n"
     assert not (tmp_path / "out").exists()
 
@@ -514,7 +514,7 @@ def test_names_that_are_not_utf_8_and_terminals_that_are_not(model, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["f"]}), tmp_path / "f.parquet")
     os.rename(os.fsencode(tmp_path / "f.parquet"), folder + b"/\xf0.parquet")
     out = tmp_path / "\u5b57"
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
     options = ["--train", os.fsdecode(folder), "--tokenizer", model, "--output", out, "--seq-len", 8, "--workers", 1]
     code, said, err = finished(command(*options, env=environment))
     assert (code, err) == (0, "") and "\\u5b57: train: 5 documents" in said
@@ -524,7 +524,7 @@ def test_names_that_are_not_utf_8_and_terminals_that_are_not(model, tmp_path):
         file.write(b"{}")
     code, said, err = finished(command(*options[:4], "--output", tmp_path / "new", *options[6:], env=environment))
     assert code == 2 and err.count("\n") == 1 and "udcff.jsonl, line 1: has no key 'text'" in err
-    with pytest.raises(UserError, match="--output .*: is a name that is not UTF-8"):
+    with pytest.raises(UserError, match="--output .*: is not UTF-8; choose another name"):
         prepare(train=["."], tokenizer=model, output=os.fsdecode(folder) + "/out", seq_len=8)
 
 
@@ -566,9 +566,11 @@ def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):
         ({"train": ["empty.jsonl", "empty.txt"]}, "--train: there is no text in its 2 files"),
         ({"validation": ["empty.txt"]}, "--validation: there is no text in its 1 files"),
         ({"validation": ["sub/../a.jsonl"]}, "--validation: .*a.jsonl is among the files of --train too"),
-        ({"seq_len": 0}, "--seq-len 0: must be 1 or more"),
-        ({"seq_len": 99_999_999_999}, "--seq-len 99999999999: is more than 16,777,216 tokens"),
-        ({"workers": -1}, "--workers -1: must be 0 or more"),
+        ({"seq_len": 0}, "--seq-len 0: must be from 1 to 16,777,216"),
+        ({"seq_len": 99_999_999_999}, "--seq-len 99999999999: must be from 1 to 16,777,216"),
+        ({"shard_mb": 10**9}, "--shard-mb 1000000000: must be from 0 to 1,048,576"),
+        ({"workers": 10**6}, "--workers 1000000: must be from 0 to 4,096"),
+        ({"workers": -1}, "--workers -1: must be from 0 to 4,096"),
         ({"tokenizer": "gone.model"}, "gone.model: no such tokenizer"),
         ({"output": "there"}, "there: has no manifest.json"),
         ({"output": "a.jsonl"}, "a.jsonl: must be a new folder"),

@@ -362,26 +362,21 @@ def _is_no_persons_ip(before: str, found: str) -> bool:
 
 _VERSION = re.compile(r"(?i)(?:\b(?:v|ver|versions?|release|rev|build|section)|[=<>~!]=)[\s.:='\"(]*$|\w[-_/@^]$")
 SCRUBS = {
-    scrub.name: scrub
-    for scrub in (
-        # begins where a word does, so that a long run of letters is looked at once
-        Scrub(
-            "email",
-            r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w@-])",
-            "<EMAIL>",
-        ),
-        Scrub(
-            "ip",
-            r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?<!:)(?![\w:])",
-            "<IP_ADDRESS>",
-            _is_no_persons_ip,
-        ),
-        # +49 30 1234567, (555) 234-5678, 555-234-5678; not a bare row of digits, which is more often something else
-        Scrub(
-            "phone",
-            r"(?<![\w+.-])(?:\+(?=[1-9](?:[ ().-]{0,2}\d){7})\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){1,2}(?:[ .-]?\d{2,4}){1,4}"
-            r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})(?![\w-]|\.\d)",
-            "<PHONE>",
-        ),
-    )
+    # begins where a word does, so that a long run of letters is looked at once
+    "email": (
+        r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w@-])",
+        "<EMAIL>",
+    ),
+    "ip": (
+        r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?<!:)(?![\w:])",
+        "<IP_ADDRESS>",
+        _is_no_persons_ip,
+    ),
+    # +49 30 1234567, (555) 234-5678, 555-234-5678; not a bare row of digits, which is more often something else
+    "phone": (
+        r"(?<![\w+.-])(?:\+(?=[1-9](?:[ ().-]{0,2}\d){7})\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){1,2}(?:[ .-]?\d{2,4}){1,4}"
+        r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})(?![\w-]|\.\d)",
+        "<PHONE>",
+    ),
 }
+SCRUBS = {name: Scrub(name, *how) for name, how in SCRUBS.items()}

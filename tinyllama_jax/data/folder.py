@@ -110,12 +110,8 @@ def begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
         if isinstance(settings, Path):
             _sync(settings)
     store.remove(partial / "failed")
-    for folder in (
-        job.failed,
-        partial / "done",
-        whole,
-        *([partial / "looked", partial / "copies"] if job.cleaning.dedup else []),
-    ):
+    passes = ("looked", "copies", "done") if job.cleaning.dedup else ("done",)
+    for folder in (job.failed, whole, *(partial / name for name in passes)):
         store.make_folder(folder)
     with tempfile.TemporaryDirectory() as folder:
         spm.save(Path(folder, "tokenizer"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import hashlib
@@ -11,11 +10,11 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tinyllama_jax.data.store import SCHEMES, filesystem
+from tinyllama_jax.data.store import SCHEMES, reaching
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.files import open_regular
 
@@ -54,9 +53,16 @@ class Source(NamedTuple):
         """The file, to be read and sought in. An object comes in parts of `FETCH` bytes."""
         if not _scheme(self.path):
             return io.BufferedReader(open_regular(self.path).detach(), READ)
-        with _reaching(self.path):
-            file = filesystem(self.path).open(self.path, "rb", block_size=FETCH, cache_type="readahead")
-        return io.BufferedReader(_Object(self.path, file), READ)
+        with reaching(self.path, absent=False) as store:
+            file = store.open(self.path, "rb", block_size=FETCH, cache_type="readahead")
+        fetch = file.cache.fetcher
+
+        def reached(start: int, end: int) -> bytes:
+            with reaching(self.path, absent=False):  # whose errors say nothing of the file: it may be read another time
+                return fetch(start, end)
+
+        file.cache.fetcher = reached
+        return io.BufferedReader(file, READ)
 
     def sha256(self) -> str:
         """Of its bytes, read once more."""
@@ -125,8 +131,8 @@ def _scheme(path: str) -> str:
 def _stat(path: str) -> tuple[int, int, str]:
     """(size, mtime_ns, etag)."""
     if _scheme(path):
-        with _reaching(path):
-            return _stat_of(filesystem(path).info(path))
+        with reaching(path, absent=False) as store:
+            return _stat_of(store.info(path))
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, ""
 
@@ -171,12 +177,16 @@ def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
     """
     names_below = []
     _is_new(top, seen)
-    for parent, folders, files in os.walk(top, followlinks=True):
+    for parent, folders, files in os.walk(top, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), seen)]
         names_below += [os.path.join(parent, name) for name in (*folders, *files) if not name.startswith(".")]
     # a link to nothing: an error later
     return [name for name in names_below if os.path.isfile(name) or os.path.isdir(name) or not os.path.exists(name)]
+
+
+def _unreadable(error: OSError) -> None:
+    raise error  # of a folder, which would be left out silently
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
@@ -189,56 +199,11 @@ def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
 # -- in object stores ---------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _reaching(path: str) -> Iterator[None]:
-    """What goes wrong on the way to an object, of no common type, as a UserError."""
-    hints = {
-        FileNotFoundError: "there is no such object or bucket",
-        PermissionError: "no permission; log in, or ask for access",
-    }
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        hint = next((f"{hint}: " for kind, hint in hints.items() if isinstance(error, kind)), "")
-        raise UserError(f"{path}: cannot be read: {hint}{said}") from None
-
-
-class _Object(io.RawIOBase):
-    """An object in a store, its errors made UserErrors: they say nothing of the file, which may be read another time."""
-
-    def __init__(self, path: str, file: BinaryIO):
-        self._path, self._file = path, file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        with _reaching(self._path):
-            return self._file.readinto(buffer)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def _objects(path: str, stats: dict[str, tuple[int, int, str]]) -> dict[str, list[str]]:
     """`_files` of a path in a store; also notes what the store says of each file."""
     scheme = _scheme(path)
-    store = filesystem(path)
     found = {}
-    with _reaching(path):
+    with reaching(path, absent=False) as store:
         try:
             there = store.glob(path, detail=True) if glob.has_magic(path) else {path: store.info(path)}
         except FileNotFoundError:

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -115,8 +116,10 @@ def prepare(
     `beam_options`: its options. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: as clean.py has them, and
     docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
-    if os.fsencode(output) != str(output).encode(errors="replace"):
-        raise UserError(f"--output {output}: is a name that is not UTF-8, which the libraries that write there do not take")
+    for option, words in {"output": [output], "text-key": [text_key], "filter": filters, "scrub": scrub}.items():
+        for word in words:  # which the libraries that write there do not take, nor JSON
+            if re.search("[\ud800-\udfff]", str(word)):
+                raise UserError(f"--{option} {word}: is not UTF-8; choose another name")
     output = store.place(output, "--output")
     partial = folder_lib.partial_of(output)
     beam_options = runners.options(runner, list(beam_options))
@@ -124,11 +127,10 @@ def prepare(
         raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
-    for option, value, least in (("seq-len", seq_len, 1), ("shard-mb", shard_mb, 0), ("workers", workers, 0)):
-        if value < least:
-            raise UserError(f"--{option} {value}: must be {least} or more")
-    if seq_len > MOST:
-        raise UserError(f"--seq-len {seq_len}: is more than {MOST:,} tokens, the longest block there is")
+    limits = ("seq-len", seq_len, 1, MOST), ("shard-mb", shard_mb, 0, 1 << 20), ("workers", workers, 0, 4_096)
+    for option, value, least, most in limits:
+        if not least <= value <= most:
+            raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
     for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
         if on and id_ < 0:
             raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
@@ -242,9 +244,7 @@ def _find(
 def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]], None]) -> list[Shard]:
     """The shards, each with the list of what is dropped of it, which is made first: see duplicates.py."""
     looking = dataclasses.replace(job, stage="looked")
-    kept = {
-        shard.file for shard, record in zip(planned, folder_lib.records_of(looking, planned).values(), strict=True) if record
-    }
+    kept = {file for file, record in folder_lib.records_of(looking, planned).items() if record}
     for name in store.names(looking.records):
         if name.rpartition(".")[0] not in kept:
             store.remove(looking.records / name)
@@ -303,23 +303,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text-key", default="", metavar="NAME", help="key or column that holds the text (by --corpus; text)")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
-    parser.add_argument(
-        "--filter",
-        action="append",
-        default=[],
-        dest="filters",
-        metavar="FILTER",
-        help="of " + ", ".join(clean.FILTERS.values()),
-    )
+    several = {"action": "append", "default": []}
+    parser.add_argument("--filter", **several, dest="filters", metavar="FILTER", help=", ".join(clean.FILTERS.values()))
     parser.add_argument("--dedup", default="", metavar="exact|minhash", help="keep the first of documents that are alike (no)")
     parser.add_argument("--dedup-threshold", type=float, metavar="J", help="Jaccard similarity from which they are (0.8)")
-    parser.add_argument(
-        "--scrub",
-        action="append",
-        default=[],
-        metavar="NAMES",
-        help=f"of {','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT",
-    )
+    parser.add_argument("--scrub", **several, metavar="NAMES", help=f"{','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT")
     parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
     parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")

@@ -116,6 +116,11 @@ def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float 
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
+    if f"--runner={DASK}" in beam_options and not any(o.startswith(("--dask_client", "--dask_sched")) for o in beam_options):
+        import distributed
+
+        cluster = distributed.LocalCluster(host="127.0.0.1", dashboard_address=None)  # which would be for anyone to look at
+        beam_options = [*beam_options, f"--dask_client_address={cluster.scheduler_address}"]
     # not "DirectRunner", which first tries to download another one
     runner = None if beam_options else FnApiRunner()
     parsed = PipelineOptions(beam_options)
@@ -194,20 +199,11 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
             print(f"what Beam says goes to {log}", file=sys.stderr)
         try:
             with open(log, "ab") as output:
+                words = [sys.executable, "-c", start, str(arguments)]
+                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": scratch}  # Beam leaves folders
+                pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
                 for _ in range(n):
-                    child = subprocess.Popen(
-                        [sys.executable, "-c", start, str(arguments)],
-                        env={
-                            **os.environ,
-                            "PYTHONPATH": os.pathsep.join(path),
-                            "TMPDIR": scratch,
-                        },  # Beam leaves folders behind
-                        stdin=subprocess.PIPE,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                    )
-                    children.append(child)
+                    children.append(subprocess.Popen(words, env=environment, start_new_session=True, **pipes))
             import tensorflow_datasets  # noqa: F401  `folder.finish` wants it: now, while there is nothing to do but wait
 
             ended = None
@@ -276,16 +272,9 @@ def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
     weights = {f"{shard.file}.json": sum(piece.weight for piece in shard.pieces) for shard in planned}
     console = rich.console.Console(stderr=True)
     stop = threading.Event()
-    with rich.progress.Progress(
-        TITLES[job.stage],
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    columns = (getattr(rich.progress, f"{name}Column")() for name in ("Bar", "Download", "TransferSpeed", "TimeRemaining"))
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with rich.progress.Progress(TITLES[job.stage], *columns, **options) as bar:
         total = sum(weights.values())
         task = bar.add_task("", total=total)
 

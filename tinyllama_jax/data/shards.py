@@ -59,43 +59,32 @@ class Shard(NamedTuple):
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-class Entry(TypedDict):
-    """What is in an output file."""
-
-    file: str
-    documents: Count
-    empty_documents: Count
-    tokens: Count
-    blocks: Count
-    bytes: Count
-    sha256: str
+# what workers write of each shard: in DIR.partial/done, with each of its output files; in looked/; and in copies/
+Entry = TypedDict(
+    "Entry", {"file": str, "sha256": str} | dict.fromkeys(("documents", "empty_documents", "tokens", "blocks", "bytes"), Count)
+)
 
 
-class Done(TypedDict):
-    """The record of a shard in DIR.partial/done."""
-
+class _Made(TypedDict):
     identity: str
     bad: dict[str, tuple[Count, str]]
+
+
+class Done(_Made):
     files: dict[str, Entry]
     dropped: dict[str, Count]
     scrubbed: dict[str, Count]
     sources: dict[str, str]
 
 
-class Looked(TypedDict):
-    """The record of a shard in DIR.partial/looked."""
-
-    identity: str
-    bad: dict[str, tuple[Count, str]]
+class Looked(_Made):
     dropped: list[tuple[Count, str]]
     pieces: list[Count]  # documents in each
 
 
 class Copies(TypedDict):
-    """The record of a shard in DIR.partial/copies; the last of each: [file, number in it] of what it is a copy of."""
-
     plan: str
-    dropped: list[tuple[Count, str, tuple[str, Count] | None]]
+    dropped: list[tuple[Count, str, tuple[str, Count] | None]]  # the last: [file, number in it] of what it is a copy of
 
 
 @dataclass(frozen=True)

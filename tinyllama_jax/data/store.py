@@ -73,25 +73,27 @@ def filesystem(url: str) -> Any:
 
 
 @contextlib.contextmanager
-def _system(at: Remote, writes: bool = False) -> Iterator[Any]:
-    """fsspec's file system for `at`. What goes wrong there is a UserError, or a FileNotFoundError where nothing is written."""
+def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iterator[Any]:
+    """fsspec's file system for `at`. What goes wrong there is a UserError, or a FileNotFoundError if that is an answer."""
     try:
-        yield filesystem(at.url)
+        yield filesystem(str(at))
     except UserError:
         raise
     except Exception as error:  # a store's library raises what it likes: credentials, names, the network
-        if isinstance(error, FileNotFoundError) and not writes:
+        if absent and isinstance(error, FileNotFoundError):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{at}: cannot be reached or written: {reason}") from None
+        hint = "no permission; log in, or ask for access: " if isinstance(error, PermissionError) else ""
+        raise UserError(f"{at}: cannot be {doing}: {hint}{' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def names(folder: Place, folders: bool = False) -> set[str]:
     """Of the files in `folder`, and of the folders in it if asked for; none if it is not there. See `files.listed`."""
     try:
         if isinstance(folder, Path):
-            return {name for name in listed(folder) if folders or (folder / name).is_file()}
-        with _system(folder) as system:
+            names_there = {*listed(folder)}
+            with os.scandir(folder) as entries:  # which need not look at each
+                return {entry.name for entry in entries if entry.name in names_there and (folders or entry.is_file())}
+        with reaching(folder) as system:
             entries = system.ls(folder.url, detail=True)
         return {e["name"].rstrip("/").rpartition("/")[2] for e in entries if folders or e["type"] == "file"}
     except FileNotFoundError:
@@ -102,7 +104,7 @@ def holds_something(folder: Place) -> bool:
     """Whether there is anything in `folder`, or a file in its place."""
     if isinstance(folder, Path):
         return folder.exists() and not (folder.is_dir() and not listed(folder))
-    with _system(folder) as system:
+    with reaching(folder) as system:
         return system.exists(folder.url)
 
 
@@ -112,7 +114,7 @@ def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
         with open_regular(file) as local:
             local.seek(start)
             return local.read(-1 if end is None else end - start)
-    with _system(file) as system:
+    with reaching(file) as system:
         return system.cat_file(file.url, start=start or None, end=end)
 
 
@@ -124,7 +126,7 @@ def write(file: Place, content: str | bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, file)
     else:
-        with _system(file, writes=True) as system:
+        with reaching(file, "written", absent=False) as system:
             system.pipe_file(file.url, content)
 
 
@@ -133,7 +135,7 @@ def put(local: Path, file: Place) -> None:
     if isinstance(file, Path):
         os.replace(local, file)
         return
-    with _system(file, writes=True) as system:
+    with reaching(file, "written", absent=False) as system:
         system.put_file(str(local), file.url)
     local.unlink()
 
@@ -158,7 +160,7 @@ def room(folder: Place) -> Path:
 def remove(at: Place) -> None:
     """Removes a file, or a folder and what is in it, if it is there."""
     if isinstance(at, Remote):
-        with contextlib.suppress(FileNotFoundError), _system(at) as system:
+        with contextlib.suppress(FileNotFoundError), reaching(at) as system:
             system.rm(at.url, recursive=True)
     elif at.is_dir():
         shutil.rmtree(at, ignore_errors=True)
@@ -171,7 +173,7 @@ def is_whole(file: Place, size: int, checksum: str) -> bool:
     try:
         if isinstance(file, Path):
             return sha256(file) == checksum
-        with _system(file) as system:
+        with reaching(file) as system:
             return system.size(file.url) == size
     except FileNotFoundError:
         return False
@@ -180,7 +182,7 @@ def is_whole(file: Place, size: int, checksum: str) -> bool:
 def modified_ns(file: Place) -> int:
     if isinstance(file, Path):
         return file.stat().st_mtime_ns
-    with _system(file) as system:
+    with reaching(file) as system:
         return int(system.modified(file.url).timestamp() * 1e9)
 
 
