@@ -134,12 +134,12 @@ def parts() -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def copies(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Array:
-    """[X, *w.shape] in `dtype`: the parameter `w`, whose dimensions are `letters`, gathered for each part of a batch.
+    """[X, *w.shape]: the parameter `w`, whose dimensions are `letters`, gathered in `dtype` for each part of a batch.
 
-    Its gradient is `sum_of_parts` of theirs.
+    They have w's dtype again, so that their gradients do, of which its own is `sum_of_parts`.
     """
-    w = constrain(w.astype(dtype), letters)
-    return constrain(jnp.broadcast_to(w, (parts(), *w.shape)), "B" + letters)
+    gathered = constrain(w.astype(dtype), letters)
+    return constrain(jnp.broadcast_to(gathered, (parts(), *w.shape)), "B" + letters).astype(w.dtype)
 
 
 def _copies_forward(w, letters, dtype, reduce_dtype):

@@ -187,6 +187,46 @@ def test_the_triton_kernel_adds_up_in_fp32(dtype):
     assert {e.outvars[0].aval.dtype for e in products} == {jnp.dtype(jnp.float32)}
 
 
+def products(f, *arrays):
+    """(dtypes of operands and result, multiplications) of every matmul in `f`, those of a loop as often as it runs."""
+
+    def within(jaxpr, times):
+        for e in jaxpr.eqns:
+            if e.primitive.name == "dot_general":
+                contracted = np.prod([e.invars[0].aval.shape[i] for i in e.params["dimension_numbers"][0][0]])
+                dtypes = tuple(v.aval.dtype.name for v in (*e.invars, *e.outvars))
+                yield dtypes, times * e.outvars[0].aval.size * int(contracted)
+            for inner in jaxprs_in_params(e.params):
+                yield from within(inner, times * e.params.get("length", 1))
+
+    return list(within(jax.make_jaxpr(f)(*arrays).jaxpr, 1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", ["a last block of one", "two documents", "a chunk after five"])
+def test_xla_multiplies_in_half_precision_and_adds_up_in_fp32_also_backward(case, dtype):
+    """fp32 operands, as autodiff would have them, are off a GPU's half-precision units."""
+    arrays, start, ids = inputs(case, dtype)
+    found = products(lambda *a: ours("xla", *a, start, ids), *arrays)
+    pieces = -(-CASES[case][1] // QUERY_BLOCK)
+    assert len(found) == 7 * pieces  # scores and output; scores, dv, the weights' gradient, dq, dk
+    name = jnp.dtype(dtype).name
+    assert {dtypes for dtypes, _ in found} == {(name, name, "float32")}
+
+
+@pytest.mark.parametrize(("blocks", "share"), [(1, 1), (2, 3 / 4), (8, 9 / 16), (16, 9 / 16)])
+def test_xla_leaves_out_keys_that_no_query_of_a_piece_sees(blocks, share):
+    """8 pieces at most: of 16 blocks two share the keys that the second sees."""
+    S = blocks * QUERY_BLOCK
+    arrays = [jnp.ones((2, S, n, 4), jnp.bfloat16) for n in (4, 2, 2, 4)]
+    count = lambda impl, *of: sum(n for _, n in products(lambda *a: ours(impl, *a, *of), *arrays))
+    every_pair = 2 * 4 * S * S * 4  # B N S T H
+    assert count("xla", 0) == 7 * every_pair * share
+    q, k, v, _ = arrays
+    traced = products(lambda start: attention(q, k, v, impl="xla", start=start), jnp.int32(0))
+    assert sum(n for _, n in traced) == 2 * every_pair  # what is not known cannot be left out
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_a_kernel_refuses_a_cache(impl):
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 8, 1, 8))

@@ -45,7 +45,7 @@ def ours(x, kernel, labels, weights, chunk, cotangent=1.0):
     return *sums[:2], *vjp(cotangents(cotangent, len(x)))
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4, S], ids=["reference", "one position", "four", "all"])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 5, S], ids=["reference", "one position", "four", "three of five", "all"])
 @pytest.mark.parametrize("cotangent", [1.0, 2.0**15, -0.3])
 def test_fp32(chunk, cotangent):
     arrays = inputs()
@@ -54,6 +54,16 @@ def test_fp32(chunk, cotangent):
     np.testing.assert_allclose(got[:2], (loss, correct), rtol=1e-6)
     for a, b in zip(got[2:], (dx * cotangent, dkernel * cotangent), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=0)
+
+
+def test_the_kernels_gradient_is_as_exact_as_the_kernel():
+    """Of an fp32 kernel it is fp32, from matmuls in bf16: rounded once a chunk, not once more before devices add it up."""
+    x, kernel, labels, weights = inputs(jnp.bfloat16)
+    *_, dkernel = ours(x, kernel.astype(jnp.float32), labels, weights, 4)
+    *_, rounded = ours(x, kernel, labels, weights, 4)
+    assert dkernel.dtype == jnp.float32 and rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dkernel.astype(jnp.bfloat16), rounded)
+    assert (dkernel != rounded.astype(jnp.float32)).any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1e-2), (jnp.float16, 1.5e-3)])
@@ -141,10 +151,11 @@ def test_the_loss_of_each_sequence(chunk):
         np.testing.assert_allclose(row, reference(x[i][None], kernel, labels[i][None], weights[i][None]).loss, rtol=1e-5)
 
 
-def test_losses_of_single_tokens():
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_losses_of_single_tokens(chunk):
     """Each is the reference's loss of that position alone; and the logits of all positions never exist."""
     x, kernel, labels, _ = inputs()
-    losses = token_losses(x, kernel, labels, 2)
+    losses = token_losses(x, kernel, labels, chunk)
     one_at_a_time = jnp.eye(B * S).reshape(B * S, B, S)
     expected = jax.vmap(lambda weights: reference(x, kernel, labels, weights).loss)(one_at_a_time)
     np.testing.assert_allclose(losses, expected.reshape(B, S), rtol=1e-5)
@@ -183,7 +194,11 @@ def test_a_loss_that_is_not_differentiated_computes_no_gradient():
         (2048, 8, 3000, 256),  # 375 does not divide 2,048
         (96, 4, 100, 24),
         (2048, 8, 4, 1),  # not even one position each: one, then
-        (7, 2, 13, 1),  # 7 is prime
+        (7, 2, 13, 4),  # 7 is prime: 4 and 3
+        (2039, 8, 2048, 255),  # prime: 7 of 255 and one of 254
+        (4078, 8, 2048, 255),  # 2 x 2039
+        (2039, 1, 4096, 2039),
+        (1, 5, 1, 1),
     ],
 )
 def test_chunk_of(seq_len, sequences, tokens, chunk):

@@ -34,19 +34,25 @@ def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weig
 def cross_entropy(
     x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, chunk: int, z_loss: float = 0.0
 ) -> Sums:
-    """`reference`, holding the logits of `chunk` positions of each sequence at a time; `chunk` must divide S.
+    """`reference`, its matmuls in x's dtype, holding the logits of `chunk` positions of each sequence at a time.
 
-    The gradients of x and kernel are computed with the loss, in one pass over the logits: the loss is linear in its
-    cotangent, so that backward only scales them. They are those of loss + z, whose cotangents must be the same. A forward pass
-    that is not differentiated computes no gradient.
+    The gradients of x and kernel, each in its dtype, are computed with the loss, in one pass over the logits: the loss is
+    linear in its cotangent, so that backward only scales them. They are those of loss + z, whose cotangents must be the same.
+    A forward pass that is not differentiated computes no gradient.
     """
-    n_chunks = x_BSD.shape[1] // chunk
+    n_chunks, kernel_DV = -(-x_BSD.shape[1] // chunk), kernel_DV.astype(x_BSD.dtype)
+    arrays = [_whole(a, chunk) for a in (x_BSD, labels_BS, weights_BS)]
 
     def body(sums: Sums, i: jax.Array) -> tuple[Sums, None]:
-        x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
+        x, labels, weights = (_slice(a, i, chunk) for a in arrays)
         return jax.tree.map(jnp.add, sums, _sums(_logits(x, kernel_DV), labels, weights, z_loss)), None
 
     return lax.scan(body, none(len(x_BSD)), jnp.arange(n_chunks))[0]
+
+
+def _whole(a_BS: jax.Array, chunk: int) -> jax.Array:
+    """`a_BS` with positions of zeros, of no weight, behind it, so that `chunk` divides them."""
+    return jnp.pad(a_BS, ((0, 0), (0, -a_BS.shape[1] % chunk), *((0, 0),) * (a_BS.ndim - 2)))
 
 
 def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
@@ -57,13 +63,16 @@ def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
 def token_losses(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, chunk: int) -> jax.Array:
     """What `cross_entropy` sums, position by position: negative log-likelihood [B, S], nats, fp32."""
 
+    S = x_BSD.shape[1]
+    arrays = [_whole(a, chunk) for a in (x_BSD, labels_BS)]
+
     def body(_, i: jax.Array) -> tuple[None, jax.Array]:
-        x, labels = (_slice(a, i, chunk) for a in (x_BSD, labels_BS))
+        x, labels = (_slice(a, i, chunk) for a in arrays)
         logits = _logits(x, kernel_DV)
         return None, jax.nn.logsumexp(logits, axis=-1) - _of_labels(logits, labels)
 
-    _, parts = lax.scan(body, None, jnp.arange(x_BSD.shape[1] // chunk))  # [S / chunk, B, chunk]
-    return jnp.swapaxes(parts, 0, 1).reshape(labels_BS.shape)
+    _, parts = lax.scan(body, None, jnp.arange(-(-S // chunk)))  # [S / chunk, B, chunk]
+    return jnp.swapaxes(parts, 0, 1).reshape(len(x_BSD), -1)[:, :S]
 
 
 def _of_labels(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
@@ -84,9 +93,12 @@ def _slice(a: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
 
 
 def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
+    S, like, kernel_DV = x_BSD.shape[1], jnp.zeros((), kernel_DV.dtype), kernel_DV.astype(x_BSD.dtype)
+    arrays = [_whole(a, chunk) for a in (x_BSD, labels_BS, weights_BS)]
+
     def body(carry, i):
         sums, dx_BSD, dkernel_DV = carry
-        x, labels, weights = (_slice(a, i, chunk) for a in (x_BSD, labels_BS, weights_BS))
+        x, labels, weights = (_slice(a, i, chunk) for a in arrays)
         logits = _logits(x, kernel_DV)
         sums = jax.tree.map(jnp.add, sums, _sums(logits, labels, weights, z_loss))
         one_hot = labels[..., None] == jnp.arange(logits.shape[-1])
@@ -98,22 +110,26 @@ def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
         dkernel_DV += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
         return (sums, dx_BSD, dkernel_DV), None
 
-    zeros = (none(len(x_BSD)), jnp.zeros_like(x_BSD), jnp.zeros(kernel_DV.shape, jnp.float32))
-    (sums, dx_BSD, dkernel_DV), _ = lax.scan(body, zeros, jnp.arange(x_BSD.shape[1] // chunk))
-    return sums, (dx_BSD, dkernel_DV)
+    zeros = (none(len(x_BSD)), jnp.zeros_like(arrays[0]), jnp.zeros(kernel_DV.shape, jnp.float32))
+    (sums, dx_BSD, dkernel_DV), _ = lax.scan(body, zeros, jnp.arange(-(-S // chunk)))
+    return sums, (dx_BSD[:, :S], dkernel_DV, like)
 
 
 def _backward(chunk, z_loss, residuals, cotangent):
     # fp32 until scaled: the kernel's gradient is a sum over all tokens, which can pass fp16's largest number, 65,504
-    compute_dtype = residuals[0].dtype
-    scaled = (d.astype(jnp.float32) * cotangent.loss for d in residuals)
-    dx_BSD, dkernel_DV = (d.astype(compute_dtype) for d in scaled)
-    return dx_BSD, dkernel_DV, None, None
+    dx_BSD, dkernel_DV, like = residuals
+    dx = (dx_BSD.astype(jnp.float32) * cotangent.loss).astype(dx_BSD.dtype)
+    return dx, (dkernel_DV * cotangent.loss).astype(like.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
 def chunk_of(seq_len: int, sequences: int, tokens: int) -> int:
-    """The largest divisor of `seq_len` for which `sequences` x it is at most `tokens` (at least 1)."""
-    return max((n for n in range(1, seq_len + 1) if seq_len % n == 0 and n * sequences <= tokens), default=1)
+    """Positions of a chunk: `sequences` x them are at most `tokens`, or it is 1. The largest divisor of `seq_len`.
+
+    If that is less than half of what may be, as of a prime: so many that the last chunk has the fewest too few.
+    """
+    most = min(max(tokens // sequences, 1), seq_len)
+    divisor = max(n for n in range(1, most + 1) if seq_len % n == 0)
+    return divisor if 2 * divisor >= most else -(-seq_len // -(-seq_len // most))

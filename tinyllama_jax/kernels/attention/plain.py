@@ -9,49 +9,87 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-QUERY_BLOCK = 512  # queries whose scores exist at one time in "xla": B x N x 512 x T, never S x T
+QUERY_BLOCK = 256  # queries whose scores exist at one time in "xla": B x N x 256 x T, never S x T
+PIECES = 8  # at most so many runs of blocks, each with the keys that its last query sees; each is compiled for itself
 
 
 def reference(
     q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
 ) -> jax.Array:
     """The definition: softmax(q k' / sqrt(H) + mask) v, all in fp32."""
-    f32 = partial(jnp.asarray, dtype=jnp.float32)
-    return _attend(f32(q_BSNH), f32(k_BTKH), f32(v_BTKH), ids_BS, ids_BS, jnp.int32(start)).astype(q_BSNH.dtype)
+    q_BSKGH, k_BTKH, v_BTKH = (x.astype(jnp.float32) for x in (_grouped(q_BSNH, k_BTKH), k_BTKH, v_BTKH))
+    weights_BKGST = _weights(q_BSKGH, k_BTKH, ids_BS, ids_BS, jnp.int32(start))
+    return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH).reshape(q_BSNH.shape).astype(q_BSNH.dtype)
 
 
-def _attend(q_BSNH, k_BTKH, v_BTKH, q_ids_BS: jax.Array | None, k_ids_BT: jax.Array | None, start: jax.Array) -> jax.Array:
-    B, S, N, H = q_BSNH.shape
-    T, K = k_BTKH.shape[1:3]
-    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
+def _grouped(q_BSNH: jax.Array, k_BTKH: jax.Array) -> jax.Array:
+    return q_BSNH.reshape(*q_BSNH.shape[:2], k_BTKH.shape[2], -1, q_BSNH.shape[3])
+
+
+def _weights(q_BSKGH, k_BTKH, q_ids_BS: jax.Array | None, k_ids_BT: jax.Array | None, start: jax.Array) -> jax.Array:
+    """What each query takes of each key, [B, K, G, S, T] in fp32."""
+    S, T = q_BSKGH.shape[1], k_BTKH.shape[1]
     # fp32 scores: bf16 has 8 bits, so two scores near 100 that differ by 0.5 would become equal
     scores_BKGST = jnp.einsum("bskgh,btkh->bkgst", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
     visible_BST = (jnp.arange(T)[None, :] <= start + jnp.arange(S)[:, None])[None]
     if q_ids_BS is not None:
-        visible_BST &= q_ids_BS[:, :, None] == k_ids_BT[:, None, :]
-    scores_BKGST *= jnp.float32(1 / math.sqrt(H))
-    scores_BKGST = jnp.where(visible_BST[:, None, None], scores_BKGST, jnp.float32(-jnp.inf))
-    weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKH.dtype)
-    return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH).reshape(B, S, N, H)
+        visible_BST &= q_ids_BS[:, :, None] == k_ids_BT[:, None, :T]
+    scores_BKGST *= jnp.float32(1 / math.sqrt(q_BSKGH.shape[-1]))
+    return jax.nn.softmax(jnp.where(visible_BST[:, None, None], scores_BKGST, jnp.float32(-jnp.inf)), axis=-1)
 
 
 def in_query_blocks(
     q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
 ) -> jax.Array:
-    """The same, its matmuls in the inputs' dtype and its scores never all at one time."""
-    S = q_BSNH.shape[1]
-    if S <= QUERY_BLOCK:
-        return _attend(q_BSNH, k_BTKH, v_BTKH, ids_BS, ids_BS, jnp.int32(start))
+    """The same, its scores never all at one time; all matmuls, backward's too, take the inputs' dtype and add up in fp32.
 
-    @jax.checkpoint  # backward computes a block's scores again rather than keep those of all blocks
-    def block(i: jax.Array, q_block: jax.Array) -> jax.Array:
-        q_ids = None if ids_BS is None else lax.dynamic_slice_in_dim(ids_BS, i, q_block.shape[1], axis=1)
-        return _attend(q_block, k_BTKH, v_BTKH, q_ids, ids_BS, i + start)
+    Where `start` is known, keys after the last query of a piece are left out: of S = T in n pieces 1/2 + 1/2n remains.
+    """
+    pieces = partial(_in_pieces, ids_BS=ids_BS, start=start)
+    return jax.checkpoint(pieces, prevent_cse=False)(q_BSNH, k_BTKH, v_BTKH)  # backward keeps q, k and v alone
 
-    whole = S - S % QUERY_BLOCK
-    blocks = jnp.moveaxis(q_BSNH[:, :whole].reshape(q_BSNH.shape[0], -1, QUERY_BLOCK, *q_BSNH.shape[2:]), 1, 0)
-    out = lax.map(lambda args: block(*args), (jnp.arange(0, whole, QUERY_BLOCK), blocks))
-    out_BSNH = jnp.moveaxis(out, 0, 1).reshape(q_BSNH.shape[0], whole, *q_BSNH.shape[2:])
-    if whole == S:
-        return out_BSNH
-    return jnp.concatenate([out_BSNH, block(jnp.int32(whole), q_BSNH[:, whole:])], axis=1)
+
+def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
+    S, T = q_BSNH.shape[1], k_BTKH.shape[1]
+    n, known = -(-S // QUERY_BLOCK), isinstance(start, int)
+    k_f32, v_f32 = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)  # for their gradients, sums over the blocks
+    size, pieces, first, out = -(-S // n), min(n, PIECES) if known else 1, 0, []
+    cut = lambda x: jnp.stack(jnp.split(jnp.pad(x, ((0, 0), (0, n * size - S), *((0, 0),) * (x.ndim - 2)), mode="edge"), n, 1))
+    q = cut(_grouped(q_BSNH, k_BTKH))  # blocks, B, S of a block, K, G, H
+    q_ids, at = None if ids_BS is None else cut(ids_BS), start + size * jnp.arange(n, dtype=jnp.int32)
+    for last in (n * (j + 1) // pieces for j in range(pieces)):
+        sees = min(start + last * size, T) if known else T
+        block = lambda of, sees=sees: _attend(of[0], k_f32, v_f32, of[1], ids_BS, of[2], sees)
+        out.append(lax.map(block, jax.tree.map(lambda x, part=slice(first, last): x[part], (q, q_ids, at))))
+        first = last
+    out_BSKGH = jnp.moveaxis(jnp.concatenate(out), 0, 1).reshape(len(q_BSNH), n * size, *q.shape[3:])
+    return out_BSKGH[:, :S].reshape(q_BSNH.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees: int) -> jax.Array:
+    """A block of queries on the first `sees` keys. k and v are in fp32, that their gradients are, and are cast to q's dtype."""
+    return _forward(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees)[0]
+
+
+def _forward(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees):
+    k_BTKH, v_BTKH = k_BTKH.astype(q_BSKGH.dtype), v_BTKH.astype(q_BSKGH.dtype)
+    weights_BKGST = _weights(q_BSKGH, k_BTKH[:, :sees], q_ids_BS, k_ids_BT, start).astype(q_BSKGH.dtype)
+    out_BSKGH = jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH[:, :sees], preferred_element_type=jnp.float32)
+    return out_BSKGH.astype(q_BSKGH.dtype), (q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start)
+
+
+def _backward(sees, kept, dout_BSKGH):
+    """The scores are computed again; their gradient is cast for its two matmuls, as the GPU's kernel does."""
+    (q, k, v, *mask), einsum = kept, partial(jnp.einsum, preferred_element_type=jnp.float32)
+    k, v, hidden = k[:, :sees], v[:, :sees], ((0, 0), (0, k.shape[1] - sees), (0, 0), (0, 0))
+    weights = _weights(q, k, *mask)
+    dweights = einsum("bskgh,btkh->bkgst", dout_BSKGH, v)
+    dscores = (weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True))).astype(q.dtype)
+    scale = jnp.float32(1 / math.sqrt(q.shape[-1]))
+    dq, dk = einsum("bkgst,btkh->bskgh", dscores, k) * scale, einsum("bkgst,bskgh->btkh", dscores, q) * scale
+    dv = einsum("bkgst,bskgh->btkh", weights.astype(q.dtype), dout_BSKGH)
+    return dq.astype(q.dtype), jnp.pad(dk, hidden), jnp.pad(dv, hidden), None, None, None
+
+
+_attend.defvjp(_forward, _backward)
