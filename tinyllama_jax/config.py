@@ -251,11 +251,12 @@ class Train(_Typed):
     deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
     z_loss: float = 0.0  # times the mean square of the logits' logsumexp, added to what is minimised (not to the loss shown)
     spike: float = 0.0  # the run stops at a loss so many nats above the mean of the 100 finite steps before; 0: it does not
+    give_up: int = 100  # steps in a row that may be skipped, as not finite, before the run stops; fp16 begins with up to 15
     wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("steps", "tokens_per_step", "seqs_per_device"):
+        for name in ("steps", "tokens_per_step", "seqs_per_device", "give_up"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _check(self.steps < 2**31, "train.steps", self.steps, "must be less than 2^31")
         for (_, before, _), (first, tokens, _) in itertools.pairwise(self.stages):

@@ -6,51 +6,109 @@ python -m tinyllama_jax.report RUN      writes RUN/loss.png
 from __future__ import annotations
 
 import argparse
-import json
+import typing
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.errors import UserError, read_json, run_main
+from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.files import Count, decode_json, open_regular, read_json
 
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
 
 
-def rows(run: str | Path) -> list[dict]:
+LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; that of a step that was skipped names its blocks
+Value = int | float | bool | str | list[float] | None
+
+
+class Line(typing.TypedDict, total=False):
+    """Of a line of metrics.jsonl what is read again. Of a step, of a validation, or of a save."""
+
+    step: typing.Required[Count]
+    loss: float | None
+    grad_norm: float | None
+    checksum: Count
+    lr: float | None
+    tokens: Count
+    finite: bool
+    val_loss: float | None
+    recent_losses: list[float]
+    skipping_since: Count
+    skipped_in_a_row: Count
+
+
+class Baseline(typing.TypedDict):
+    """unigram.json."""
+
+    val_loss: float
+
+
+def line(text: bytes) -> dict[str, Value]:
+    """A line of metrics.jsonl. Raises ValueError if it is no such."""
+    values = decode_json(text, dict[str, Value]) | decode_json(text, Line)
+    for name, value in values.items():
+        if "/" in name and not isinstance(value, int | float | None):  # of a source
+            raise ValueError(f"{name} is not a number")
+    return values
+
+
+def rows(run: str | Path) -> list[dict[str, Value]]:
     """The lines of RUN/metrics.jsonl, in order; a last one that is still being written is left out. Raises UserError."""
     path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
-    out = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            out.append(json.loads(line))
-            out[-1]["step"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number}: is damaged; take it out") from None
+    out, last = [], 0
+    with open_regular(path) as f:
+        for number, text in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
+            if not text.endswith(b"\n") and len(text) < LONGEST:
+                break
+            try:
+                out.append(line(text))
+                if out[-1]["step"] < last:
+                    raise ValueError(f"step {out[-1]['step']:,} after step {last:,}")
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: is damaged ({error}); take it out") from None
+            last = out[-1]["step"]
     return out
+
+
+def skipped(everything: list[dict]) -> str:
+    """How many steps of a run were skipped, and which; empty if none was."""
+    steps = [row["step"] for row in everything if row.get("finite") is False]
+    spans: list[list[int]] = []
+    for step in steps:
+        if not spans or step > spans[-1][1] + 1:
+            spans.append([step, step])
+        spans[-1][1] = step
+    named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in spans]
+    named = named if len(named) <= 10 else [*named[:5], f"... ({len(named) - 9} more)", *named[-4:]]
+    counted = f"{len(steps):,} step{'s' * (len(steps) > 1)} skipped (a number was not finite)"
+    return f"{counted}: {', '.join(named)}" if steps else ""
 
 
 def draw(run: str | Path) -> Path:
     """Writes RUN/loss.png: training and validation loss by step, the unigram model's line, and the learning rate.
 
-    Tokens a step and the sources' shares (means of as many steps as the loss's) too, where there is more than one of them.
+    Tokens a step and the sources' shares (means of as many steps as the loss's) too, where there is more than one of them;
+    and a mark for each step that was skipped.
 
     Returns its path. The old picture stays until the new one is whole. Raises UserError if there is nothing to draw.
     """
     run = Path(run)
     everything = rows(run)
-    train = [row for row in everything if row.get("loss") is not None]  # validation has rows of its own
+    of_steps = {row["step"]: row for row in everything if row.get("loss") is not None}  # validation has rows of its own
+    train = list(of_steps.values())
     validation = [row for row in everything if row.get("val_loss") is not None]
     if not train:
-        raise UserError(f"{run}: no step with a finite loss yet")
+        raise UserError(f"{run}: no step with a finite loss yet" + (f"; {none}" if (none := skipped(everything)) else ""))
 
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
     from matplotlib.ticker import EngFormatter
 
     steps, train_losses = np.array([(r["step"], r["loss"]) for r in train]).T
-    curves = {"learning rate": {"": [r["lr"] for r in train]}}
-    tokens = [r["tokens"] for r in train] if "tokens" in train[0] else []
+    curves = {"learning rate": {"": [r.get("lr", np.nan) for r in train]}}
+    tokens = [r["tokens"] for r in train if "tokens" in r]
+    tokens = tokens if len(tokens) == len(train) else []
     if tokens:
         sizes = np.diff(tokens) / np.diff(steps)  # of the steps since the line before
         curves |= {"tokens a step": {"": [*sizes[:1], *sizes]}} if len(set(sizes)) > 1 else {}
@@ -68,6 +126,10 @@ def draw(run: str | Path) -> Path:
     baseline = unigram(run)
     if baseline is not None:
         losses.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=f"unigram model, {baseline:.3f}")
+    if left_out := [row["step"] for row in everything if row.get("finite") is False]:
+        below = losses.get_xaxis_transform()  # steps across, 0 to 1 up
+        label = f"skipped: {len(left_out):,}"
+        losses.plot(left_out, [0.02] * len(left_out), "|", color="C3", transform=below, label=label)
     if len(tokens) > 1:
         at, there = [0, *steps, 2 * steps[-1]], [0, *tokens, tokens[-1] + steps[-1] * sizes[-1]]
         losses.set_xlim(0, steps[-1])
@@ -95,14 +157,17 @@ def draw(run: str | Path) -> Path:
 def unigram(run: Path) -> float | None:
     """The unigram model's validation loss, or None where nobody computed it."""
     path = run / UNIGRAM
-    return read_json(path, "val_loss")["val_loss"] if path.is_file() else None
+    return read_json(path, Baseline)["val_loss"] if path.exists() else None
 
 
 def main(argv: list[str]) -> int:
     """Draws; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
-    print(draw(parser.parse_args(argv).run))
+    run = parser.parse_args(argv).run
+    print(draw(run))
+    if left_out := skipped(rows(run)):
+        print(left_out)
     return 0
 
 

@@ -69,6 +69,7 @@ FREE = (
     "data.workers",
     "data.eval_blocks",
     "train.spike",
+    "train.give_up",
     "train.wait",
     "train.seqs_per_device",
     "mesh.",
