@@ -1,6 +1,8 @@
-"""`tinyllama_jax.train` whose loss is not finite at the steps in CHAOS_NONFINITE ("3,17"); all else is the real thing."""
+"""`tinyllama_jax.train` with faults: its loss is not finite at the steps in CHAOS_NONFINITE ("3,17"), and each checkpoint is
+sealed CHAOS_SEAL_SECONDS late; all else is the real thing."""
 
 import os
+import time
 
 from tinyllama_jax import processes
 
@@ -9,17 +11,22 @@ if __name__ == "__main__":
 
 import jax.numpy as jnp
 
-from tinyllama_jax import step, train
+from tinyllama_jax import checkpoint, step, train
 
-gradients = step.gradients
+gradients, seal = step.gradients, checkpoint._seal
 
 
 def poisoned(state, batch, cfg, eos_id):
     sums, grads = gradients(state, batch, cfg, eos_id)
-    bad = jnp.isin(state.step + 1, jnp.array([int(s) for s in os.environ["CHAOS_NONFINITE"].split(",")]))
+    bad = jnp.isin(state.step + 1, jnp.array([int(s) for s in os.environ.get("CHAOS_NONFINITE", "0").split(",")]))
     return sums._replace(loss=jnp.where(bad, jnp.nan, sums.loss)), grads
 
 
+def late(*args):
+    time.sleep(float(os.environ.get("CHAOS_SEAL_SECONDS", 0)))
+    seal(*args)
+
+
 if __name__ == "__main__":
-    step.gradients = poisoned
+    step.gradients, checkpoint._seal = poisoned, late
     processes.run(train.main)

@@ -46,7 +46,6 @@ _DISK = {
     errno.EISDIR: "is a folder; name a file",
     errno.ESTALE: "the file server no longer knows it; mount it again and run the same command again",
     errno.EPIPE: "nobody reads the output any more",
-    errno.EMFILE: "too many open files; allow more with ulimit -n",
 }
 
 

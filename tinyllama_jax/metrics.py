@@ -28,6 +28,7 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.errors import UserError, close_stream, disk_error
+from tinyllama_jax.files import open_regular
 
 
 class Clock:
@@ -118,8 +119,7 @@ def truncate_after(path: Path, step: int) -> None:
     """Cuts the lines of steps after `step`, and a last line cut short by a kill, off a metrics file. Reads only its end."""
     if not path.exists():
         return
-    if not path.is_file():
-        raise UserError(f"{path}: is not a regular file; move it away")
+    open_regular(path).close()  # a pipe would not end
     with path.open("rb+") as f:
         end = f.seek(0, os.SEEK_END)
         keep = end
@@ -232,10 +232,7 @@ class Reporter:
         self.pending: tuple[int, dict] | None = None
 
     def report(self, always: bool = False) -> None:
-        """Writes the pending step down, if there is one and log.every says so or `always`; one that was skipped with its data.
-
-        Raises Spike if its loss is one, or too many steps in a row were skipped.
-        """
+        """Writes the pending step down if log.every says so, or it was skipped, or `always`. Raises Spike, as that says."""
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None

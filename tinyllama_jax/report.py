@@ -21,20 +21,11 @@ LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; that of a step that was s
 Value = int | float | bool | str | list[float] | None
 
 
-class Line(typing.TypedDict, total=False):
-    """Of a line of metrics.jsonl what is read again. Of a step, of a validation, or of a save."""
-
-    step: typing.Required[Count]
-    loss: float | None
-    grad_norm: float | None
-    checksum: Count
-    lr: float | None
-    tokens: Count
-    finite: bool
-    val_loss: float | None
-    recent_losses: list[float]
-    skipping_since: Count
-    skipped_in_a_row: Count
+# What is read again of a line of metrics.jsonl, be it of a step, of a validation or of a save
+_NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss"), float | None)
+_COUNTS = dict.fromkeys(("checksum", "tokens", "skipping_since", "skipped_in_a_row"), Count)
+_OTHERS = {"step": typing.Required[Count], "finite": bool, "recent_losses": list[float]}
+Line = typing.TypedDict("Line", _NUMBERS | _COUNTS | _OTHERS, total=False)
 
 
 class Baseline(typing.TypedDict):
@@ -57,33 +48,28 @@ def rows(run: str | Path) -> list[dict[str, Value]]:
     path = Path(run) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
-    out, last = [], 0
+    out: list[dict] = []
     with open_regular(path) as f:
         for number, text in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
             if not text.endswith(b"\n") and len(text) < LONGEST:
                 break
             try:
                 out.append(line(text))
-                if out[-1]["step"] < last:
-                    raise ValueError(f"step {out[-1]['step']:,} after step {last:,}")
+                if out[-1]["step"] < out[max(len(out) - 2, 0)]["step"]:
+                    raise ValueError(f"step {out[-1]['step']:,} after step {out[-2]['step']:,}")
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: is damaged ({error}); take it out") from None
-            last = out[-1]["step"]
     return out
 
 
 def skipped(everything: list[dict]) -> str:
     """How many steps of a run were skipped, and which; empty if none was."""
-    steps = [row["step"] for row in everything if row.get("finite") is False]
-    spans: list[list[int]] = []
-    for step in steps:
-        if not spans or step > spans[-1][1] + 1:
-            spans.append([step, step])
-        spans[-1][1] = step
-    named = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in spans]
-    named = named if len(named) <= 10 else [*named[:5], f"... ({len(named) - 9} more)", *named[-4:]]
-    counted = f"{len(steps):,} step{'s' * (len(steps) > 1)} skipped (a number was not finite)"
-    return f"{counted}: {', '.join(named)}" if steps else ""
+    steps = dict.fromkeys(row["step"] for row in everything if row.get("finite") is False)
+    spans = zip((s for s in steps if s - 1 not in steps), (s for s in steps if s + 1 not in steps), strict=True)
+    named = [f"{first:,}" + (f" to {last:,}" if first < last else "") for first, last in spans]
+    if len(named) > 10:
+        named[5:-4] = [f"... ({len(named) - 9:,} more)"]
+    return f"{len(steps):,} step{'s' * (len(steps) > 1)} skipped as not finite: {', '.join(named)}" if steps else ""
 
 
 def draw(run: str | Path) -> Path:
@@ -100,7 +86,7 @@ def draw(run: str | Path) -> Path:
     train = list(of_steps.values())
     validation = [row for row in everything if row.get("val_loss") is not None]
     if not train:
-        raise UserError(f"{run}: no step with a finite loss yet" + (f"; {none}" if (none := skipped(everything)) else ""))
+        raise UserError(f"{run}: no step with a finite loss yet; {skipped(everything)}".removesuffix("; "))
 
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
     from matplotlib.ticker import EngFormatter
@@ -127,9 +113,8 @@ def draw(run: str | Path) -> Path:
     if baseline is not None:
         losses.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=f"unigram model, {baseline:.3f}")
     if left_out := [row["step"] for row in everything if row.get("finite") is False]:
-        below = losses.get_xaxis_transform()  # steps across, 0 to 1 up
-        label = f"skipped: {len(left_out):,}"
-        losses.plot(left_out, [0.02] * len(left_out), "|", color="C3", transform=below, label=label)
+        near_the_axis = {"transform": losses.get_xaxis_transform(), "label": f"skipped: {len(left_out):,}"}
+        losses.plot(left_out, [0.02] * len(left_out), "|", color="C3", **near_the_axis)
     if len(tokens) > 1:
         at, there = [0, *steps, 2 * steps[-1]], [0, *tokens, tokens[-1] + steps[-1] * sizes[-1]]
         losses.set_xlim(0, steps[-1])
@@ -165,9 +150,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
     run = parser.parse_args(argv).run
-    print(draw(run))
-    if left_out := skipped(rows(run)):
-        print(left_out)
+    print(*filter(None, (draw(run), skipped(rows(run)))), sep="\n")
     return 0
 
 
