@@ -76,7 +76,7 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
 def test_a_log_says_the_time_left(monkeypatch, capsys):
     now = [1_000.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(100, 1_000_000)
+    progress = metrics.Progress(100, 1_000_000, [])
     for step, seconds in ((101, 60), (111, 11), (112, 1), (1_000_000, 11)):  # the first was compiled before
         now[0] += seconds
         progress.update(step, 2.5, 1e6)
