@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,12 +78,14 @@ class Writer:
         self._wandb = _wandb(config) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         self._jsonl = (run / "metrics.jsonl").open("a")
+        threading.excepthook = _in_thread
         self._events = EventFileWriter(str(run / "tensorboard"))
         # TensorBoard drops the later steps of the event files before this one
         self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, report.Value]) -> None:
         """One line of metrics.jsonl: {"step": step, ...}. Floats read back to the same bits; NaN and inf are null."""
+        values = {k.encode(errors="backslashreplace").decode(): v for k, v in values.items()}  # folders not named in UTF-8
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._jsonl.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
         self._jsonl.flush()
@@ -106,6 +109,12 @@ class Writer:
             self._wandb.finish()
 
 
+def _in_thread(error: threading.ExceptHookArgs) -> None:
+    """Says nothing of a full disk in TensorBoard's thread, which the next event raises again."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
 def _wandb(config: Config):
     try:
         import wandb
@@ -121,8 +130,7 @@ def truncate_after(path: Path, step: int) -> None:
         return
     open_regular(path).close()  # a pipe would not end
     with path.open("rb+") as f:
-        end = f.seek(0, os.SEEK_END)
-        keep = end
+        keep, good, bad = f.seek(0, os.SEEK_END), 0, 0
         while keep > 0:
             line_start = _line_start(f, keep)
             f.seek(line_start)
@@ -130,9 +138,12 @@ def truncate_after(path: Path, step: int) -> None:
             try:
                 if line.endswith(b"\n") and report.line(line)["step"] <= step:
                     break
+                good += 1
             except ValueError:
-                pass  # a line that a full disk or a power cut left: out with it
+                bad += 1  # a line that a full disk or a power cut left: out with it
             keep = line_start
+        if not keep and bad > 1 > good:
+            raise UserError(f"{path}: none of its lines up to step {step:,} can be read; move it away, or mend it")
         f.truncate(keep)
 
 
