@@ -99,7 +99,13 @@ class Chaos:
 
     def start(self, workdir=None, nan_from=2**31 - 1):
         """The command, in 2 processes; every loss from the step `nan_from` on is NaN."""
-        keys = {"train__steps": self.steps, "train__wait": WAIT, "log__eval_every": 1_000_000, "train__seqs_per_device": 2}
+        keys = {
+            "train__steps": self.steps,
+            "train__give_up": 8,
+            "train__wait": WAIT,
+            "log__eval_every": 1_000_000,
+            "train__seqs_per_device": 2,
+        }
         if self.cable:
             named = ("unshare", "-u", "sh", "-c", 'hostname "$0"; exec "$@"')
             keys |= {"prefix": lambda i: ("ip", "netns", "exec", self.cable[i], *named, self.cable[i]), "address": "10.77.0.1"}

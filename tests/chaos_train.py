@@ -1,11 +1,12 @@
 """`tinyllama_jax.train` as it is, but for what the environment asks for.
 
 CHAOS_NONFINITE: steps ("3,17") whose loss is not finite      CHAOS_NONFINITE_FROM: the first of those from which on none is
-CHAOS_WRITE_ERROR: a file; while it is there, no checkpoint can be sealed
+CHAOS_WRITE_ERROR: a file; while it is there, no checkpoint can be sealed      CHAOS_SEAL_SECONDS: how late each is sealed
 """
 
 import errno
 import os
+import time
 from pathlib import Path
 
 from tinyllama_jax import processes
@@ -15,27 +16,25 @@ if __name__ == "__main__":
 
 import jax.numpy as jnp
 
-from tinyllama_jax import checkpoint, step, train
+from tinyllama_jax import seals, step, train
 
-gradients = step.gradients
+gradients, seal = step.gradients, seals.seal
 
 
 def poisoned(state, batch, cfg, eos_id):
     sums, grads = gradients(state, batch, cfg, eos_id)
-    bad = jnp.isin(state.step + 1, jnp.array([int(s) for s in os.environ["CHAOS_NONFINITE"].split(",")]))
-    bad |= state.step + 1 >= int(os.environ["CHAOS_NONFINITE_FROM"])
+    bad = jnp.isin(state.step + 1, jnp.array([int(s) for s in os.environ.get("CHAOS_NONFINITE", "0").split(",")]))
+    bad |= state.step + 1 >= int(os.environ.get("CHAOS_NONFINITE_FROM", 2**31 - 1))
     return sums._replace(loss=jnp.where(bad, jnp.nan, sums.loss)), grads
 
 
-seal = checkpoint._seal
-
-
-def failing(*args):
-    if Path(os.environ["CHAOS_WRITE_ERROR"]).exists():
+def troubled(*args):
+    if Path(os.environ.get("CHAOS_WRITE_ERROR", "/nonexistent")).exists():
         raise OSError(errno.EIO, os.strerror(errno.EIO), "seal.json")
+    time.sleep(float(os.environ.get("CHAOS_SEAL_SECONDS", 0)))
     seal(*args)
 
 
 if __name__ == "__main__":
-    step.gradients, checkpoint._seal = poisoned, failing
+    step.gradients, seals.seal = poisoned, troubled
     processes.run(train.main)

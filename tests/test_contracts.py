@@ -44,7 +44,7 @@ RANK = {
     "metrics": 4,
     "weights": 4.5,
     "generate": 5,
-    "report": 5,
+    "report": 3.5,
     "replay": 5.5,
     "compiled": 4,
     "plan": 5,

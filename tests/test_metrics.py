@@ -7,7 +7,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tinyllama_jax import cli, dims, metrics
+from tinyllama_jax import cli, dims, metrics, report
 from tinyllama_jax import config as c
 from tinyllama_jax.errors import UserError
 
@@ -46,6 +46,15 @@ def test_truncate_reads_only_the_end(tmp_path):
     assert path.read_text().endswith('{"step": 998}\n')
 
 
+def test_what_cannot_be_read_at_all_is_not_thrown_away(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for text in ("x\n" * 3, '{"step": "1"}\n' * 3):
+        path.write_text(text)
+        with pytest.raises(UserError, match="none of its lines up to step 2 can be read"):
+            metrics.truncate_after(path, 2)
+        assert path.read_text() == text
+
+
 @pytest.fixture
 def config(tmp_path):
     return c.Config(
@@ -62,11 +71,13 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
     for start, end in ((0, 7), (4, 10)):  # killed at 7, its last checkpoint at 4
         writer = metrics.Writer(config, start)
         for step in range(start + 1, end + 1):
-            writer.write(step, {"loss": 1 / 3 + step, "checksum": 2**32 - 1, "finite": True})
+            values = {"loss": 1 / 3 + step, "checksum": 2**32 - 1, "finite": True, "loss/caf\udce9": math.nan}
+            writer.write(step, values | {"recent_losses": [1.5]})
         writer.close()
         time.sleep(1.1)  # event files are named by the second
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == list(range(1, 11))
     assert lines(tmp_path / "metrics.jsonl")[2]["loss"] == 1 / 3 + 3  # to the bit
+    assert report.rows(tmp_path)[2]["loss/caf\\udce9"] is None
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
@@ -76,7 +87,7 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
 def test_a_log_says_the_time_left(monkeypatch, capsys):
     now = [1_000.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(100, 1_000_000)
+    progress = metrics.Progress(100, 1_000_000, [])
     for step, seconds in ((101, 60), (111, 11), (112, 1), (1_000_000, 11)):  # the first was compiled before
         now[0] += seconds
         progress.update(step, 2.5, 1e6)

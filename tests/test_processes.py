@@ -1,15 +1,20 @@
 """Several real processes as one run: the same numbers as one, agreement on where to stop, and no waiting without end."""
 
+import contextlib
 import json
+import mmap
 import os
 import signal
+import subprocess
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cluster import Cluster, signal_to
 
-from tinyllama_jax import checkpoint, processes
+from tinyllama_jax import checkpoint, cli, processes
 from tinyllama_jax.errors import UserError
 
 EXACT = ("step", "checksum", "tokens")
@@ -113,6 +118,91 @@ def test_a_users_mistake_ends_all_with_2(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, model__attention="cudnn")
     assert run.wait(60) == [2, 2]
     assert all("error: --model.attention=cudnn" in run.output(i) and "Traceback" not in run.output(i) for i in (0, 1))
+
+
+def test_a_save_may_take_longer_than_the_others_wait(tiny_config_file, tmp_path, monkeypatch):
+    """Told to stop by SIGHUP while a slow seal is under way: both wait for it and for their own, and end saved."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    monkeypatch.setenv("CHAOS_SEAL_SECONDS", str(WAIT + 3))
+    keys = {"train__seqs_per_device": 1, "train__wait": WAIT, "train__steps": 100_000}
+    run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, module="chaos_train", **keys)
+    assert run.until(5), run.output(0)
+    run.processes[1].send_signal(signal.SIGHUP)
+    assert run.wait() == [129, 129], run.output(0) + run.output(1)
+    assert f"stopped by SIGHUP after step {checkpoint.find_step(tmp_path / 'run')}, which is saved" in run.output(0)
+
+
+@contextlib.contextmanager
+def watch(config, own, other):
+    """What the parent of process 0 of two knows: where both are, and for how many seconds they have not moved."""
+    child = subprocess.Popen(["sleep", "60"])
+    with tempfile.TemporaryFile() as shared:
+        shared.write(processes._PLACE.pack(0, 2, own["moves"], 7, own["doing"].encode()))
+        shared.flush()
+        watch = processes._Watch(config, child, mmap.mmap(shared.fileno(), processes._PLACE.size))
+        try:
+            watch.look()
+            record = watch.own.last | {"process": 1, "moves": other["moves"], "doing": other["doing"], "host": "far"}
+            watch.others[0].hear(record)
+            watch.own.moved, watch.others[0].moved = (time.monotonic() - side["still"] for side in (own, other))
+            yield watch
+        finally:
+            child.kill()
+            child.wait()
+            os.close(watch.file)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "says"),
+    [
+        (("saving", 5, 900), ("saving", 5, 900), None),  # ten times as patient
+        (("training", 6, 900), ("saving", 5, 900), None),
+        (("training", 6, 2_000), ("saving", 5, 5), None),  # it writes
+        (
+            ("training", 6, 1_100),
+            ("saving", 5, 1_100),
+            "process 1 (far): the save of step 7 has neither read nor",
+        ),
+        (
+            ("saving", 5, 1_100),
+            ("saving", 5, 1_100),
+            "save of step 7 has neither read nor written for 1000 s; is the",
+        ),
+        (("saving", 6, 150), ("training", 5, 150), "process 1 (far): late, at step 7 (training) for more than 100 s"),
+        (("starting", 5, 500), ("starting", 5, 500), None),
+        (("training", 5, 150), ("training", 5, 150), "no process has moved for 100 s"),
+    ],
+)
+def test_how_long_what_is_waited_for(tiny_config_file, tmp_path, own, other, says):
+    config = cli.load(["--config", str(tiny_config_file), f"--workdir={tmp_path}", "--train.wait=100"])
+    sides = (dict(zip(("doing", "moves", "still"), side, strict=True)) for side in (own, other))
+    with watch(config, *sides) as parent:
+        verdict = parent.verdict()
+    assert verdict is None if says is None else (says in verdict[0] and verdict[1] == processes.TRY_AGAIN), verdict
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"moves": "many"}', b"[" * 1_000, b"\xff", b" " * 10_000])
+def test_what_is_no_record_is_not_there_yet(tmp_path, text):
+    (tmp_path / "0.json").write_bytes(text)
+    assert processes._read(tmp_path / "0.json") is None
+    os.mkfifo(tmp_path / "1.json")
+    assert processes._read(tmp_path / "1.json") is processes._read(tmp_path) is processes._read(tmp_path / "2.json") is None
+
+
+def test_signals_that_ask_to_stop():
+    """What a scheduler sends first does not make its SIGTERM a second one; what was to be ignored is, as after `nohup`."""
+    with processes.stop_on_signal() as stop:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop == [signal.SIGUSR1]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop and signal.SIGHUP not in processes.heeded()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert {128 + number for number in processes.POLITE} < set(processes.MEANT)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ ROWS = [
     {"step": 1, "loss": 5.0, "lr": 0.1},
     {"step": 2, "loss": 4.0, "lr": 0.2},
     {"step": 2, "val_loss": 4.5},
-    {"step": 3, "loss": None, "lr": 0.3},  # a step that was skipped
+    {"step": 3, "loss": None, "lr": 0.3, "finite": False},  # a step that was skipped
     {"step": 4, "loss": 3.0, "lr": 0.25},
     {"step": 4, "val_loss": 3.25},
 ]
@@ -52,7 +52,7 @@ def test_draws_training_validation_baseline_and_learning_rate(tmp_path, monkeypa
     seen, path = curves(run, monkeypatch)
     assert seen["training"] == ([1, 2, 4], [5.0, 4.0, 3.0])  # a skipped step has no place on the curve
     assert seen["validation, 3.250 at the end"] == ([2, 4], [4.5, 3.25])
-    assert seen["unigram model, 6.500"] == 6.5
+    assert seen["unigram model, 6.500"] == 6.5 and seen["skipped: 1"][0] == [3]
     assert seen["learning rate"] == ([1, 2, 4], [0.1, 0.2, 0.25])
     picture = matplotlib.image.imread(path)
     assert path == run / "loss.png" and picture.shape[0] > 300 and picture.min() < picture.max()
@@ -85,4 +85,44 @@ def test_nothing_to_draw_is_one_line(tmp_path, rows, message):
 def test_command_line(tmp_path, capsys):
     write(tmp_path, ROWS)
     assert report.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}\n1 step skipped as not finite: 3\n"
+
+
+def test_skipped_steps_are_counted_and_named():
+    rows = [{"step": step, "finite": step not in (2, 5, 6, 7, 11)} for step in range(1, 12)]
+    assert report.skipped(rows) == "5 steps skipped as not finite: 2, 5 to 7, 11"
+    assert report.skipped([{"step": 1, "finite": True, "loss": None}]) == ""  # nothing to predict
+    many = report.skipped([{"step": 2 * step, "finite": False} for step in range(100)])
+    assert many.startswith("100 steps skipped") and "(91 more)" in many and many.endswith("192, 194, 196, 198")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"step": 3, "loss": "low"}', r"Expected `float \| null`, got `str` - at `\$.loss`"),
+        (b'{"step": -3}', "Expected `int` >= 0"),
+        (b'{"loss": 3.0}', "missing required field `step`"),
+        (b'{"step": 3, "share/a": true, "share/b": "x"}', "share/b is not a number"),
+        (b'{"step": 3, "loss": {"a": 1}}', "got `object`"),
+        (b'{"step": 3, "loss": 1e999}', "out of range"),
+        (b"[" * 100_000, "Expected `object`"),
+        (b"\xff\xfe", "malformed"),
+        (b"", "truncated"),
+        (b'{"step": 1, "loss": 3.0, "lr": 0.1}', "step 1 after step 4"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, says):
+    write(tmp_path, ROWS)
+    with (tmp_path / "metrics.jsonl").open("ab") as f:
+        f.write(line + b"\n")
+    with pytest.raises(UserError, match=f"metrics.jsonl, line 7: is damaged .*{says}"):
+        report.draw(tmp_path)
+
+
+def test_lines_of_other_keys_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):
+    write(tmp_path, [{"step": 1, "loss": 5, "tokens": 10}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "new": [1, 2]}])
+    seen, _ = curves(tmp_path, monkeypatch)
+    assert seen["training"] == ([1, 2], [5.0, 4.0]) and "tokens a step" not in seen
+    (tmp_path / report.UNIGRAM).write_text('{"val_loss": "low"}')
+    with pytest.raises(UserError, match=r"unigram.json: is damaged .*val_loss"):
+        report.draw(tmp_path)

@@ -73,22 +73,39 @@ def test_state_is_split_as_its_parameters_and_the_batch_over_data_and_fsdp():
     assert program.batch.tokens.shard_shape((2, 8, 17)) == (2, 2, 17)
 
 
-@pytest.mark.parametrize(("bad_loss", "bad_gradient"), [(True, False), (False, True), (False, False)])
-def test_neither_a_loss_nor_a_gradient_that_is_not_finite_moves_anything(monkeypatch, bad_loss, bad_gradient):
-    config = c.Config("x", FP32, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 0, 0.1, 1.0), c.Train(10, 16, 1), c.Checkpoint(1))
+@pytest.mark.parametrize("bad", ["loss", "gradient", "new weights", ""])
+def test_what_is_not_finite_moves_nothing(monkeypatch, bad):
+    optim = c.Optim(1e3, 1e-4, 0, 3e38, 1.0) if bad == "new weights" else c.Optim(1e-3, 1e-4, 0, 0.1, 1.0)
+    config = c.Config("x", FP32, c.Data({"x": 1}), optim, c.Train(10, 16, 1), c.Checkpoint(1))
     state = step.new_state(model.init(jax.random.key(0), FP32), config)
     grads = jax.tree.map(jnp.ones_like, state.params)
-    if bad_gradient:
+    if bad == "gradient":
         grads["layers"]["q"]["kernel"] = grads["layers"]["q"]["kernel"].at[1, 2, 3, 4].set(jnp.nan)
-    sums = Sums(jnp.float32(jnp.inf if bad_loss else 1.0), jnp.float32(0), jnp.float32(0), None)
+    sums = Sums(jnp.float32(jnp.inf if bad == "loss" else 1.0), jnp.float32(0), jnp.float32(0), None)
     monkeypatch.setattr(step, "gradients", lambda *_: (sums, grads))
     new, metrics = step.train_step(state, batch_of((1, 1)), config)
-    good = not (bad_loss or bad_gradient)
+    good = not bad
     assert bool(metrics["finite"]) == good and int(new.skipped) == (not good) and int(new.step) == 1
     for before, after in zip(
         *map(jax.tree.leaves, ((state.params, state.opt_state), (new.params, new.opt_state))), strict=True
     ):
         assert bool((before == after).all()) != good
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_a_step_without_a_token_to_predict_changes_nothing(compute):
+    """Neither weights nor moments nor Adam's count nor the loss scale; its loss is no number; it is not counted as skipped."""
+    cfg = dataclasses.replace(FP32, precision=f"params=float32,compute={compute},output=float32")
+    config = c.Config("x", cfg, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 0, 0.1, 1.0), c.Train(10, 32, 1), c.Checkpoint(1))
+    train = jax.jit(lambda state, batch: step.train_step(state, batch, config))
+    state, metrics = train(step.new_state(model.init(jax.random.key(0), cfg), config), batch_of((2, 1)))
+    assert metrics["real_tokens"] == 32 and np.isfinite(metrics["loss"])
+    for lengths in ([[1], [1]], [[0], [1]]):
+        new, metrics = train(state, batch_of((2, 1))._replace(length=np.array(lengths, np.int32)))
+        assert int(new.step) == int(state.step) + 1
+        jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(new, step=state.step), state)
+        assert metrics["finite"] and np.isnan(metrics["loss"]) and metrics["real_tokens"] == 0
+    assert train(state, batch_of((2, 1))._replace(length=np.array([[1], [2]], np.int32)))[1]["real_tokens"] == 1
 
 
 def test_padding_is_not_trained_on():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, metrics, train
+from tinyllama_jax import checkpoint, cli, metrics, replay, train
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare import prepare
@@ -116,7 +116,7 @@ def curve_so_far(workdir):
     return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code):
     process = start(tiny_config_file, tmp_path / "run", checkpoint__every=1000)
     while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 3]:
@@ -128,6 +128,25 @@ def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code
     assert step >= 3 and f"after step {step}" in out
     steps, _ = curve(tmp_path / "run")
     assert exact(steps) == exact(curve(quiet[0])[0])[:step]
+
+
+def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_path):
+    """As `train | head` does."""
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    argv = [sys.executable, "-W", "error", "-m", "tinyllama_jax.train", *command(tiny_config_file, tmp_path / "run")]
+    argv += ["--train.steps=100_000", "--checkpoint.every=100_000"]
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("model: ")
+    while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 1]:
+        time.sleep(0.002)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(120) == 128 + signal.SIGPIPE, error
+    step = checkpoint.find_step(tmp_path / "run")
+    assert error.splitlines() == [
+        "standard output: nobody reads the output any more: the run saves and ends",
+        f"stopped by SIGPIPE after step {step}, which is saved; run the same command to go on",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -241,12 +260,38 @@ def bad_weights(quiet, tmp_path):
 EIGHT = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "optim__warmup_steps": 1}
 
 
-def test_a_run_that_only_skips_gives_up(bad_weights, tiny_config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "GIVE_UP", 3)
-    keys = EIGHT | {"init__from": bad_weights[0], "train__steps": 9}
-    with pytest.raises(UserError, match="the last 3 steps, up to 3, were not finite"):
+def test_a_run_that_only_skips_gives_up_also_over_a_restart(bad_weights, tiny_config_file, tmp_path, capsys):
+    """By its last step, where it can no longer learn, or after `train.give_up` steps, whatever was restarted in between."""
+    keys = EIGHT | {"init__from": bad_weights[0], "train__steps": 3, "log__every": 10}
+    for _ in range(2):  # the second time there is nothing to do: it is as bad as it was
+        assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 3
+        out = capsys.readouterr().out
+        assert "error: since step 1 all 3 steps, up to 3, were skipped as not finite (the run ends there)" in out
+        assert "--data.skip=1:3" in out
+    keys |= {"train__steps": 9, "train__give_up": 5}
+    with pytest.raises(UserError, match=r"since step 1 all 5 steps, up to 5, were skipped .*\(train.give_up=5\)") as error:
         train.main(command(tiny_config_file, tmp_path / "run", **keys))
-    assert not checkpoint.steps_in(tmp_path / "run")
+    assert error.value.code == 3 and checkpoint.steps_in(tmp_path / "run") == [3]
+
+
+def test_what_is_saved_is_logged_and_the_losses_before_it_are_remembered(quiet, tiny_config_file, tmp_path):
+    keys = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "log__every": 10, "checkpoint__every": 7}
+    run = tmp_path / "run"
+    assert train.main(command(tiny_config_file, run, **keys)) == 0
+    steps, _ = curve(run)
+    assert [x["step"] for x in steps] == [7, 10, 14, 20, 21, 24]
+    whole = {x["step"]: x for x in curve(quiet[0])[0]}
+    before = 0
+    for x in steps:  # shares are of the steps since the line before, however many
+        shares = [whole[step]["share/a"] for step in range(before + 1, x["step"] + 1)]
+        assert x["share/a"] == pytest.approx(np.mean(shares)) and x["tokens"] == whole[x["step"]]["tokens"]
+        before = x["step"]
+    assert replay.main(["--run", str(run), "--step", "24"]) == 0
+    losses, _, in_a_row = metrics.remembered(run, 24)
+    np.testing.assert_allclose(losses, [x["loss"] for x in whole.values()], rtol=2e-4)
+    assert in_a_row == 0
+    losses, _, _ = metrics.remembered(quiet[0], 24)
+    assert list(losses) == [x["loss"] for x in whole.values()]
 
 
 def test_when_a_checkpoint_is_saved_its_lines_are_written(tiny_config_file, tmp_path, monkeypatch):
@@ -280,9 +325,9 @@ def test_other_precision_is_refused(quiet, tiny_config_file):
 def test_a_step_that_is_not_finite_is_skipped_and_named(bad_weights, tiny_config_file, tmp_path, capsys, every):
     origin, params = bad_weights
     keys = EIGHT | {"init__from": origin, "train__steps": 2, "log__every": every}
-    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
+    assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 3  # it ends in them
     out = capsys.readouterr().out
-    assert "step 1: loss or gradient not finite" in out and "weights unchanged" in out
+    assert "step 1: loss, gradient or new weights not finite" in out and "weights unchanged" in out
     steps, _ = curve(tmp_path / "run")
     assert [x["skipped"] for x in steps] == [1, 2] and not steps[0]["finite"]
     sources, blocks = json.loads(steps[0]["blocks"])

@@ -27,7 +27,7 @@ LIMITS = {
         (1, 2**20): "model.d_model model.d_ff model.seq_len model.loss_chunk train.seqs_per_device",
         (1, 2**24): "model.vocab_size",
         (1, 2**30): "train.tokens_per_step",
-        (1, 2**31 - 1): "train.steps checkpoint.every checkpoint.keep log.every log.eval_every",
+        (1, 2**31 - 1): "train.steps train.give_up checkpoint.every checkpoint.keep log.every log.eval_every",
         (0, 2**31 - 1): "train.seed checkpoint.keep_every init.step optim.warmup_steps optim.decay_steps optim.cooldown_steps",
         (-1, 2**20): "mesh.data mesh.fsdp mesh.tensor",
         (0, 2**40): "data.eval_blocks",
@@ -289,6 +289,7 @@ class Train(_Typed):
     deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
     z_loss: float = 0.0  # times the mean square of the logits' logsumexp, added to what is minimised (not to the loss shown)
     spike: float = 0.0  # the run stops at a loss so many nats above the mean of the 100 finite steps before; 0: it does not
+    give_up: int = 100  # steps in a row that may be skipped, as not finite, before the run stops; fp16 begins with up to 15
     wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
     def __post_init__(self):

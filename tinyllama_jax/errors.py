@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -41,6 +43,9 @@ _DISK = {
     errno.EPERM: "not permitted; choose another folder",
     errno.ENAMETOOLONG: "is too long a name",
     errno.EIO: "the disk failed to read or write",
+    errno.EISDIR: "is a folder; name a file",
+    errno.ESTALE: "the file server no longer knows it; mount it again and run the same command again",
+    errno.EPIPE: "nobody reads the output any more",
 }
 
 
@@ -52,23 +57,64 @@ def disk_error(error: OSError) -> str:
     return (f"{where}: " if where else "") + what
 
 
+def open_streams() -> None:
+    """Makes standard output and error fit to be written to: closed ones go nowhere, characters that they lack are escaped."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file to be opened would be taken for one of them
+        os.set_inheritable(file, True)
+    os.close(file)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def close_stream(stream: typing.TextIO) -> None:
+    """Writes out what is kept of a standard stream, or lets it go nowhere if that fails: Python would try again at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def no_platform(error: Exception) -> str | None:
+    """What to say if `error` is that JAX has no device of the kind that JAX_PLATFORMS asks for; None if it is another."""
+    asked, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not (asked and jax and (isinstance(error, AssertionError) or "backend" in str(error))):
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as again:
+        why = (str(again).splitlines() or ["JAX finds no such device, or its plugin is not installed"])[0]
+        return f"JAX_PLATFORMS={asked}: {why.partition(' (set JAX_PLATFORMS')[0]}; unset it, or say cpu"
+    return None
+
+
 def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> None:
     """Run an entry point and exit. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
 
     `returns`: go on if `main` returns None.
     """
+    open_streams()
+    code, line = 2, ""
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
-        if str(error):  # of several processes one can speak for all
-            print(f"error: {error}", file=sys.stderr)
-        code = error.code
+        code, line = error.code, str(error) and f"error: {error}"  # of several processes one can speak for all
     except OSError as error:
-        print(f"error: {disk_error(error)}", file=sys.stderr)
-        code = 2
+        line = f"error: {disk_error(error)}"
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
-    sys.stdout.flush()
+        code, line = 130, "\ninterrupted"
+    except (RuntimeError, AssertionError) as error:
+        if (line := no_platform(error)) is None:
+            raise
+        line = f"error: {line}"
+    if line:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
+    close_stream(sys.stdout)
+    close_stream(sys.stderr)
     if not (returns and code is None):
         raise SystemExit(code or 0)

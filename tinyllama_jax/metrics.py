@@ -8,7 +8,9 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +24,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from tinyllama_jax import cli, dims, processes, targets
+from tinyllama_jax import cli, dims, processes, report, targets
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import skip as skip_lib
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.errors import UserError, close_stream, disk_error
+from tinyllama_jax.files import open_regular
 
 
 class Clock:
@@ -75,16 +78,18 @@ class Writer:
         self._wandb = _wandb(config) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         self._jsonl = (run / "metrics.jsonl").open("a")
+        threading.excepthook = _in_thread
         self._events = EventFileWriter(str(run / "tensorboard"))
         # TensorBoard drops the later steps of the event files before this one
         self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step: int, values: dict[str, float | int | bool | str]) -> None:
+    def write(self, step: int, values: dict[str, report.Value]) -> None:
         """One line of metrics.jsonl: {"step": step, ...}. Floats read back to the same bits; NaN and inf are null."""
+        values = {k.encode(errors="backslashreplace").decode(): v for k, v in values.items()}  # folders not named in UTF-8
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._jsonl.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
         self._jsonl.flush()
-        scalars = {k: float(v) for k, v in values.items() if k not in ("checksum", "blocks")}
+        scalars = {k: float(v) for k, v in values.items() if k != "checksum" and isinstance(v, int | float)}
         summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()])
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
         if self._wandb:
@@ -104,6 +109,12 @@ class Writer:
             self._wandb.finish()
 
 
+def _in_thread(error: threading.ExceptHookArgs) -> None:
+    """Says nothing of a full disk in TensorBoard's thread, which the next event raises again."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
 def _wandb(config: Config):
     try:
         import wandb
@@ -117,19 +128,22 @@ def truncate_after(path: Path, step: int) -> None:
     """Cuts the lines of steps after `step`, and a last line cut short by a kill, off a metrics file. Reads only its end."""
     if not path.exists():
         return
+    open_regular(path).close()  # a pipe would not end
     with path.open("rb+") as f:
-        end = f.seek(0, os.SEEK_END)
-        keep = end
+        keep, good, bad = f.seek(0, os.SEEK_END), 0, 0
         while keep > 0:
             line_start = _line_start(f, keep)
             f.seek(line_start)
             line = f.read(keep - line_start)
             try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                if line.endswith(b"\n") and report.line(line)["step"] <= step:
                     break
-            except (ValueError, TypeError, KeyError):
-                pass  # a line that a full disk or a power cut left: out with it
+                good += 1
+            except ValueError:
+                bad += 1  # a line that a full disk or a power cut left: out with it
             keep = line_start
+        if not keep and bad > 1 > good:
+            raise UserError(f"{path}: none of its lines up to step {step:,} can be read; move it away, or mend it")
         f.truncate(keep)
 
 
@@ -149,14 +163,11 @@ def _line_start(f, end: int) -> int:
 class Progress:
     """A live line on a terminal (step, loss, tokens/s, time left); elsewhere a plain line every ten seconds."""
 
-    def __init__(self, start: int, steps: int):
-        self.console = rich.console.Console(highlight=False)
-        self._steps, self._last, self._first = (
-            steps,
-            0.0,
-            None,
-        )  # the first step that was shown, and when: it was compiled before
-        self._bar = None
+    def __init__(self, start: int, steps: int, stop: list[signal.Signals]):
+        """`stop`: where it asks the run to end when nobody can read what it prints (see `processes.stop_on_signal`)."""
+        self.console, self._stop, self._lost = rich.console.Console(highlight=False), stop, False
+        self._steps, self._last = steps, 0.0
+        self._first = self._bar = None  # the first step that was shown, and when: it was compiled before
         if self.console.is_terminal:
             columns = (
                 rich.progress.TextColumn("{task.description}"),
@@ -172,21 +183,32 @@ class Progress:
         text = f"step {step:,}/{self._steps:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
-        elif time.monotonic() - self._last > 10 or step == self._steps:
+        elif not self._lost and (time.monotonic() - self._last > 10 or step == self._steps):
             self._last = time.monotonic()
             first, began = self._first = self._first or (step, self._last)
             if first < step < self._steps:
                 text += f", {cli.time_left((self._last - began) / (step - first) * (self._steps - step))} left"
-            print(text, flush=True)
+            self.say(text)
 
     def say(self, text: str) -> None:
-        """Prints a line above the live one."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        """Prints a line, above the live one if there is one; on standard error once standard output takes no more."""
+        try:
+            if self._bar and not self._lost:
+                self.console.print(text, soft_wrap=True, markup=False)
+            else:
+                print(text, flush=True, file=sys.stderr if self._lost else sys.stdout)
+        except OSError as error:
+            close_stream(sys.stderr if self._lost else sys.stdout)
+            if not self._lost:
+                self._lost = True
+                self._stop.append(signal.SIGPIPE)
+                self.say(f"standard output: {disk_error(error)}: the run saves and ends")
 
     def close(self) -> None:
         """Leaves the last state on the screen."""
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                self._bar.stop()
 
 
 class Silent:
@@ -199,12 +221,11 @@ class Silent:
     def close(self) -> None: ...
 
 
-GIVE_UP = 100  # steps in a row that are not finite; fp16's loss scale needs at most 15 to find its value
 BEFORE, LEAST = 100, 10  # finite steps that a loss is compared with, and how many there must be
 
 
 class Spike(UserError):
-    """What `train.spike` ends a run with. Only process 0 has something to say."""
+    """What `train.spike` and `train.give_up` end a run with. Only process 0 has something to say."""
 
     code = processes.SPIKE
 
@@ -214,29 +235,31 @@ class Reporter:
 
     def __init__(self, config, sources, writer, progress, clock, start: int, argv: list[str]):
         """`start`: the step before the first one here. `argv`: what the run was started with."""
-        self.argv, self.losses = argv, collections.deque(maxlen=BEFORE)
-        if config.train.spike:
-            self.losses.extend(losses_before(Path(config.workdir), start))
+        self.argv = argv
+        self.losses, self.since, self.in_a_row = remembered(Path(config.workdir), start)
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
-        self.counts = self.order.counts(start - start % config.log.every)  # samples of each source, at the line before
+        self.counts = self.order.counts(start)  # samples of each source, at the line before
         self.pending: tuple[int, dict] | None = None
-        self.in_a_row = 0  # steps that were not finite
 
-    def report(self) -> None:
-        """Writes the pending step down, if there is one; a step that was skipped is named with its data, whatever log.every."""
+    def report(self, always: bool = False) -> None:
+        """Writes the pending step down if log.every says so, or it was skipped, or `always`. Raises Spike, as that says."""
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None
         on_host = jax.device_get(on_device)
         values = {name: np.asarray(value).item() for name, value in on_host.items() if not name.startswith("source_")}
-        self.in_a_row = 0 if values["finite"] else self.in_a_row + 1
+        finite, predicts = values["finite"], values["real_tokens"] > 0
+        if not finite:
+            self.since, self.in_a_row = (self.since if self.in_a_row else step), self.in_a_row + 1
+        elif predicts:
+            self.in_a_row = 0
         mean = math.fsum(self.losses) / len(self.losses) if len(self.losses) >= LEAST else math.inf  # exact: alike everywhere
-        above = values["loss"] - mean if values["finite"] else 0.0
+        above = values["loss"] - mean if finite and predicts else 0.0
         spike = 0 < self.config.train.spike < above
-        if values["finite"] and not spike:
+        if finite and predicts and not spike:
             self.losses.append(values["loss"])
-        if step % self.config.log.every and values["finite"] and not spike:
+        if step % self.config.log.every and finite and not spike and not always:
             return
         values |= self.clock.lap(step) | {"tokens": self.clock.tokens_after(step)}
         before, self.counts = self.counts, self.order.counts(step)
@@ -245,44 +268,74 @@ class Reporter:
         if "source_loss" in on_host:  # NaN: none in this step
             since = self.counts - before  # the last such line
             values |= named("share", since / since.sum()) | named("loss", on_host["source_loss"])
-        if not values["finite"] or spike:
+        if not finite or spike:
             source, block = self.order.at(step)
             values["blocks"] = json.dumps([source.tolist(), block.tolist()])
-        if not values["finite"]:
+        if not finite:
             self.progress.say(
-                f"step {step:,}: loss or gradient not finite (loss {values['loss']}); weights unchanged, "
+                f"step {step:,}: loss, gradient or new weights not finite (loss {values['loss']}); weights unchanged, "
                 f"{values['skipped']} such steps so far; its blocks are in metrics.jsonl"
             )
+        elif not predicts:
+            self.progress.say(f"step {step:,}: has no token to predict; weights unchanged")
         self.writer.write(step, values)
         self.progress.update(step, values["loss"], values["tokens_per_second"])
         if spike:
-            raise Spike(self.how_to_skip(step, values["loss"], above) if jax.process_index() == 0 else "")
-        if self.in_a_row == GIVE_UP:
-            raise UserError(
-                f"{self.config.workdir}: the last {GIVE_UP} steps, up to {step:,}, were not finite, and changed nothing; the "
-                "weights or the data are bad: start again from an older checkpoint, or with a lower optim.peak_lr"
-            )
+            what = f"step {step:,}: loss {values['loss']:.4f}, {above:.4f} nats above the mean of the {len(self.losses)} finite"
+            what += f" steps before it (train.spike={self.config.train.spike:g}); nothing was saved after step {step - 1:,}"
+            raise Spike(self.how_to_go_on(what, step, step) if jax.process_index() == 0 else "")
+        if self.in_a_row >= self.config.train.give_up:
+            what = self.all_skipped(step, f"train.give_up={self.config.train.give_up}")
+            raise Spike(what if jax.process_index() == 0 else "")
 
-    def how_to_skip(self, step: int, loss: float, above: float) -> str:
-        """What to say of a spike at `step`."""
+    def end(self, step: int) -> int:
+        """Says so if the run, at `step`, ends in steps that were skipped; returns its exit code."""
+        if self.in_a_row < min(2, self.config.train.steps):  # one is what it takes to lower fp16's loss scale
+            return 0
+        self.progress.say("error: " + self.all_skipped(step, "the run ends there"))
+        return processes.SPIKE
+
+    def all_skipped(self, step: int, why: str) -> str:
+        """What to say when up to `step` nothing is learnt any more."""
+        what = f"since step {self.since:,} all {self.in_a_row:,} steps, up to {step:,}, were skipped as not finite ({why})"
+        what += "; if the weights are bad, go on from an older checkpoint with a lower optim.peak_lr"
+        return self.how_to_go_on(what, self.since, step)
+
+    def remember(self, step: int) -> None:
+        """Writes down with a save what the steps after it are compared with."""
+        state = {"recent_losses": list(self.losses), "skipping_since": self.since, "skipped_in_a_row": self.in_a_row}
+        self.writer.write(step, state)
+
+    def how_to_go_on(self, what: str, first: int, last: int) -> str:
+        """`what` happened in the steps `first` to `last`, and the commands for what to do about it."""
         again = [sys.executable, "-m", "tinyllama_jax.train"]
-        again += cli.skipping(self.argv, self.config.data, step, step)
-        look = [sys.executable, "-m", "tinyllama_jax.replay", "--run", self.config.workdir, "--step", str(step)]
+        again += cli.skipping(self.argv, self.config.data, first, last)
+        look = [sys.executable, "-m", "tinyllama_jax.replay", "--run", self.config.workdir, "--step", str(first)]
         return (
-            f"step {step:,}: loss {loss:.4f}, {above:.4f} nats above the mean of the {len(self.losses)} finite steps before it "
-            f"(train.spike={self.config.train.spike:g}); nothing was saved after step {step - 1:,}. To look at it:\n"
-            f"    {shlex.join(look)}\nTo go on from the checkpoint before it without its batch:\n    {shlex.join(again)}"
+            f"{what}. To look at {'it' if first == last else 'the first'}:\n    {shlex.join(look)}\n"
+            f"To go on from the checkpoint before it without {'its batch' if first == last else 'these batches'}:\n"
+            f"    {shlex.join(again)}"
         )
 
 
-def losses_before(run: Path, step: int) -> list[float]:
-    """The last finite losses up to `step`, at most `BEFORE`, from RUN/metrics.jsonl as process 0 reads it, for all alike."""
-    losses, path = np.full(BEFORE, np.nan, np.float32), run / "metrics.jsonl"
-    if jax.process_index() == 0 and path.is_file():
+def remembered(run: Path, step: int) -> tuple[collections.deque[float], int, int]:
+    """(the last finite losses up to `step`, since when steps were skipped, how many in a row), as `Reporter.remember` wrote.
+
+    From RUN/metrics.jsonl, which ends at `step`, as process 0 reads it, for all processes alike.
+    """
+    losses, row, path = np.full(BEFORE, np.nan, np.float32), np.zeros(2, np.int32), run / "metrics.jsonl"
+    if jax.process_index() == 0 and step and path.is_file():
+        last: list[float] = []
         with path.open("rb") as f:
             f.seek(max(f.seek(0, os.SEEK_END) - (1 << 20), 0))  # 100 lines and as many of validation are a tenth of it
-            lines = [json.loads(line) for line in f.read().split(b"\n") if line.startswith(b'{"step": ')]
-        last = [x["loss"] for x in lines if x["step"] <= step and x.get("finite") and x["loss"] is not None][-BEFORE:]
-        losses[: len(last)] = last
-    losses = multihost_utils.broadcast_one_to_all(losses)
-    return losses[np.isfinite(losses)].tolist()
+            for text in f:
+                with contextlib.suppress(ValueError):  # the first may be cut
+                    values = report.line(text)
+                    if values.get("finite") and values.get("loss") is not None:  # all that older versions kept
+                        last.append(values["loss"])
+                    if "recent_losses" in values:
+                        last = values["recent_losses"]
+                        row[:] = values["skipping_since"], values["skipped_in_a_row"]
+        losses[: len(last[-BEFORE:])] = last[-BEFORE:]
+    losses, (since, in_a_row) = multihost_utils.broadcast_one_to_all((losses, row))
+    return collections.deque(losses[np.isfinite(losses)].tolist(), maxlen=BEFORE), int(since), int(in_a_row)

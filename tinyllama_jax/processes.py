@@ -21,22 +21,26 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from tinyllama_jax import cli, cluster
 from tinyllama_jax import config as config_lib
-from tinyllama_jax.errors import UserError, run_main
-from tinyllama_jax.files import claim
+from tinyllama_jax.errors import UserError, close_stream, run_main
+from tinyllama_jax.files import claim, read_json
 
 STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
-SPIKE = 3  # exit code when the loss made the run stop (train.spike): run again, the same command would come to it again
-STARTING = 6  # how many times train.wait the way to the first step may take: restoring, compiling
+SPIKE = 3  # exit code when the losses made the run stop (train.spike, train.give_up): the same command would come to it again
+PATIENCE = {"starting": 6, "saving": 10}  # times train.wait: restoring and compiling; a save that neither reads nor writes
+PROGRESS = 1 << 26  # bytes read and written by which a save is seen to go on
+POLITE = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU  # save and end
 TOGETHER = 2.0  # seconds in which all meet the same mistake
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
-MEANT = (None, 0, SPIKE, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # None: not ended; the others: what all end with alike
+STOPPED = tuple(128 + number for number in (*POLITE, signal.SIGPIPE))  # exit codes of who was told to stop
+MEANT = (None, 0, SPIKE, *STOPPED)  # None: not ended; the others: what all end with alike
 AGAIN = "; run the same command again"
 BUSY = "another process is training in this folder; wait for it, or name another --workdir"
 _CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
@@ -47,10 +51,7 @@ _moves = 0
 
 
 def several() -> bool:
-    """Whether the environment says that this process is one of several: JAX_*, srun, mpirun, or TINYLLAMA_JAX_JOIN=1.
-
-    The last is for where only JAX knows how to ask, a Cloud TPU slice.
-    """
+    """Whether this process is one of several: JAX_*, srun, mpirun; TINYLLAMA_JAX_JOIN=1 where only JAX can tell, on a TPU."""
     return _identity()[1] != 1
 
 
@@ -68,9 +69,8 @@ def _identity() -> tuple[int, int]:
     try:
         index, count = (int(env[name]) for name in names)
     except (KeyError, ValueError):
-        raise UserError(
-            f"the environment has {' and '.join(f'{n}={env.get(n)}' for n in names)}; both must be numbers"
-        ) from None
+        values = " and ".join(f"{name}={env.get(name)}" for name in names)
+        raise UserError(f"the environment has {values}; both must be numbers") from None
     if not 0 <= index < count:
         raise UserError(f"the environment has {names[0]}={index}, which must lie in [0, {names[1]}={count})")
     return index, count
@@ -83,10 +83,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
         waits = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
-        if (_place is None and not waits) or code in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if (_place is None and not waits) or code in (None, 0, *STOPPED):
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
+        close_stream(sys.stdout)
         if _place is None:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
@@ -96,7 +95,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         else:
             time.sleep(SETTLE)  # if another process was the cause the parent ends this one, with a better line
             traceback.print_exc()
-        sys.stderr.flush()
+        close_stream(sys.stderr)
         os._exit(code)
 
 
@@ -114,7 +113,7 @@ def join(wait: float) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train`
-    seconds = int(wait * STARTING) + 60  # after the parent's, whose line says who it is
+    seconds = int(wait * PATIENCE["starting"]) + 60  # after the parent's, whose line says who it is
     where = cluster.arguments(process, processes, seconds)
     jax.distributed.initialize(
         **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
@@ -142,21 +141,27 @@ def _end_with_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)  # nobody watches any more
 
 
+def heeded() -> list[signal.Signals]:
+    """Of `POLITE` those that are not to be ignored: `nohup` has SIGHUP ignored."""
+    return [n for n in POLITE if n in POLITE[:2] or signal.getsignal(n) != signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[list[signal.Signals]]:
-    """A list that the first SIGINT or SIGTERM adds itself to: the loop then saves and ends. A second one ends at once."""
+    """A list that the first signal adds itself to: the loop then saves and ends. A second SIGINT or SIGTERM ends at once."""
     stop: list[signal.Signals] = []
-    first = 0.0
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first = 0.0  # when a SIGINT or SIGTERM came: a scheduler may announce it by another
+    before = {number: signal.getsignal(number) for number in heeded()}
 
     def handler(number: int, _: FrameType | None) -> None:
         nonlocal first
         if not stop:
-            first = time.monotonic()
             stop.append(signal.Signals(number))
-        elif time.monotonic() - first > 1:  # not the same one by another way: a scheduler signals parent and child
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if number in POLITE[:2]:
+            if first and time.monotonic() - first > 1:  # not the same one by another way: a scheduler signals parent and child
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            first = first or time.monotonic()
 
     for number in before:
         signal.signal(number, handler)
@@ -203,12 +208,12 @@ def barrier(name: str) -> None:
 
 
 def supervise(module: str) -> None:
-    """Becomes the parent of this command's child and ends with its exit code; returns at once if it has nothing to watch.
+    """Becomes the parent of this same command, `python -m module`, and ends with its exit code; returns if there is no need.
 
-    `module`: what was started with `python -m`. Called before the imports that take seconds.
+    Called before the imports that take seconds.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it imports there is nothing to save, and a traceback says nothing
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while it imports there is nothing to save
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if _CHANNEL not in os.environ and (not {"-h", "--help"} & set(sys.argv)):
         run_main(lambda argv: _supervised(module, argv) if several() else None, returns=True)
 
@@ -229,7 +234,7 @@ def _supervised(module: str, argv: list[str]) -> int:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in heeded():
             signal.signal(number, forward)
         try:
             return _Watch(config, child, mmap.mmap(shared.fileno(), _PLACE.size, access=mmap.ACCESS_READ)).until_the_end()
@@ -238,18 +243,23 @@ def _supervised(module: str, argv: list[str]) -> int:
             child.wait()
 
 
+_NUMBERS, _TEXTS = ("process", "processes", "moves", "step", "written", "beats"), ("doing", "host", "why")
+_KINDS = dict.fromkeys(_NUMBERS, int) | dict.fromkeys(_TEXTS, str) | {"ended": int | None, "stopped": bool}
+Record = typing.TypedDict("Record", _KINDS)  # RUN/processes/N.json. written: of PROGRESS bytes, while it saves
+
+
 class _Process:
     """What is known of one process, from what it last wrote."""
 
-    def __init__(self, index: int, first: dict | None):
+    def __init__(self, index: int, first: Record | None):
         self.index, self.last, self.here = index, first, False
         self.heard = self.moved = time.monotonic()
 
-    def hear(self, now: dict | None) -> None:
+    def hear(self, now: Record | None) -> None:
         if now is None or now == self.last:
             return
         self.here, self.heard = True, time.monotonic()
-        if self.last is None or now["moves"] != self.last["moves"]:
+        if self.last is None or (now["moves"], now["written"]) != (self.last["moves"], self.last["written"]):
             self.moved = self.heard
         self.last = now
 
@@ -265,7 +275,8 @@ class _Process:
 
     def end(self) -> str:
         code = self.ended
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
+        how = f"was killed by {name}" if code < 0 else f"ended with exit code {code}"
         return f"{self} {how} at {self.where()}"
 
 
@@ -279,13 +290,15 @@ class _Watch:
         self.own = _Process(self.now()["process"], None)
         self.trouble: float | None = None  # when another's end was first seen
 
-    def now(self, ended: int | None = None, why: str = "") -> dict:
+    def now(self, ended: int | None = None, why: str = "") -> Record:
         process, processes, moves, step, doing = _PLACE.unpack_from(self.place)
         self.beats += 1
         doing = doing.rstrip(b"\0").decode()
         place = {"process": process, "processes": processes, "moves": moves, "step": step, "doing": doing, "ended": ended}
-        state = {"host": socket.gethostname(), "beats": self.beats, "stopped": _is_stopped(self.child.pid), "why": why}
-        return place | state
+        moved = sum(int(line.split()[1]) for line in _proc(self.child.pid, "io").splitlines() if "char:" in line)
+        place["written"] = moved // PROGRESS if doing == "saving" else 0
+        stopped = _proc(self.child.pid, "stat").rpartition(")")[2].split()[:1] in (["T"], ["t"])
+        return place | {"host": socket.gethostname(), "beats": self.beats, "stopped": stopped, "why": why}
 
     def look(self, ended: int | None = None, why: str = "") -> None:
         """Writes down where this process is, and reads where the others are."""
@@ -311,7 +324,7 @@ class _Watch:
                 return self.give_up(*verdict)
             time.sleep(self.beat)
         self.look(code)
-        if code in (0, 2, SPIKE) or code in (-signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM) or code > 127:
+        if code in (0, 2, SPIKE, -signal.SIGKILL) or -code in POLITE or code > 127:
             return code if code >= 0 else 128 - code
         while any(other.ended is None for other in self.others):  # did it fail because another one is gone?
             if verdict := self.verdict():
@@ -357,31 +370,35 @@ class _Watch:
         everyone = [self.own, *self.others]
         if not all(p.here for p in everyone) or self.own.ended is not None:
             return None
-        patience = self.wait * (STARTING if self.own.last["doing"] == "starting" else 1)
-        if time.monotonic() - self.own.moved <= patience:
-            return None
         running = [p for p in everyone if p.ended is None]
         least = min(p.last["moves"] for p in running)
         late = [p for p in running if p.last["moves"] == least]
         late = [p for p in late if p.last["stopped"]] or late
+        doing = "stopped" if late[0].last["stopped"] else late[0].last["doing"]
+        patience = self.wait * PATIENCE.get(doing, 1)
+        if time.monotonic() - max(p.moved for p in (self.own, *late)) <= patience:
+            return None
+        who = " and ".join(map(str, late))
+        if doing == "saving":
+            disk = f"the save of step {late[0].last['step']:,} has neither read nor written for {patience:g} s"
+            return f"{who}: {disk}; is the disk of {self.folder.parent} slow or gone?{AGAIN}", TRY_AGAIN
         if len(late) < len(running):
-            who = " and ".join(map(str, late))
             return f"{who}: late, at {late[0].where()} for more than {patience:g} s; the others wait for it{AGAIN}", TRY_AGAIN
         hosts = ", ".join(sorted({p.last["host"] for p in everyone}))
         nobody = f"no process has moved for {patience:g} s: all are at {self.own.where()}"
         return f"{nobody}; is the network between {hosts} up?", TRY_AGAIN
 
 
-def _is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by SIGSTOP or a debugger; False where /proc does not say."""
+def _proc(pid: int, name: str) -> str:
+    """What the kernel says of a process; nothing where it has no /proc, or no longer that process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except (OSError, IndexError):
-        return False
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
 
 
-def _read(file: Path) -> dict | None:
+def _read(file: Path) -> Record | None:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # not there yet
+        return read_json(file, Record, largest=2 * _RECORD)
+    except (OSError, UserError):  # not there yet
         return None

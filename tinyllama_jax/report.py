@@ -6,51 +6,95 @@ python -m tinyllama_jax.report RUN      writes RUN/loss.png
 from __future__ import annotations
 
 import argparse
-import json
+import typing
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.errors import UserError, read_json, run_main
+from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.files import Count, decode_json, open_regular, read_json
 
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
 
 
-def rows(run: str | Path) -> list[dict]:
+LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; that of a step that was skipped names its blocks
+Value = int | float | bool | str | list[float] | None
+
+
+# What is read again of a line of metrics.jsonl, be it of a step, of a validation or of a save
+_NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss"), float | None)
+_COUNTS = dict.fromkeys(("checksum", "tokens", "skipping_since", "skipped_in_a_row"), Count)
+_OTHERS = {"step": typing.Required[Count], "finite": bool, "recent_losses": list[float]}
+Line = typing.TypedDict("Line", _NUMBERS | _COUNTS | _OTHERS, total=False)
+
+
+class Baseline(typing.TypedDict):
+    """unigram.json."""
+
+    val_loss: float
+
+
+def line(text: bytes) -> dict[str, Value]:
+    """A line of metrics.jsonl. Raises ValueError if it is no such."""
+    values = decode_json(text, dict[str, Value]) | decode_json(text, Line)
+    for name, value in values.items():
+        if "/" in name and not isinstance(value, int | float | None):  # of a source
+            raise ValueError(f"{name} is not a number")
+    return values
+
+
+def rows(run: str | Path) -> list[dict[str, Value]]:
     """The lines of RUN/metrics.jsonl, in order; a last one that is still being written is left out. Raises UserError."""
     path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
-    out = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            out.append(json.loads(line))
-            out[-1]["step"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number}: is damaged; take it out") from None
+    out: list[dict] = []
+    with open_regular(path) as f:
+        for number, text in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
+            if not text.endswith(b"\n") and len(text) < LONGEST:
+                break
+            try:
+                out.append(line(text))
+                if out[-1]["step"] < out[max(len(out) - 2, 0)]["step"]:
+                    raise ValueError(f"step {out[-1]['step']:,} after step {out[-2]['step']:,}")
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: is damaged ({error}); take it out") from None
     return out
+
+
+def skipped(everything: list[dict]) -> str:
+    """How many steps of a run were skipped, and which; empty if none was."""
+    steps = dict.fromkeys(row["step"] for row in everything if row.get("finite") is False)
+    spans = zip((s for s in steps if s - 1 not in steps), (s for s in steps if s + 1 not in steps), strict=True)
+    named = [f"{first:,}" + (f" to {last:,}" if first < last else "") for first, last in spans]
+    if len(named) > 10:
+        named[5:-4] = [f"... ({len(named) - 9:,} more)"]
+    return f"{len(steps):,} step{'s' * (len(steps) > 1)} skipped as not finite: {', '.join(named)}" if steps else ""
 
 
 def draw(run: str | Path) -> Path:
     """Writes RUN/loss.png: training and validation loss by step, the unigram model's line, and the learning rate.
 
-    Tokens a step and the sources' shares (means of as many steps as the loss's) too, where there is more than one of them.
+    Tokens a step and the sources' shares (means of as many steps as the loss's) too, where there is more than one of them;
+    and a mark for each step that was skipped.
 
     Returns its path. The old picture stays until the new one is whole. Raises UserError if there is nothing to draw.
     """
     run = Path(run)
     everything = rows(run)
-    train = [row for row in everything if row.get("loss") is not None]  # validation has rows of its own
+    of_steps = {row["step"]: row for row in everything if row.get("loss") is not None}  # validation has rows of its own
+    train = list(of_steps.values())
     validation = [row for row in everything if row.get("val_loss") is not None]
     if not train:
-        raise UserError(f"{run}: no step with a finite loss yet")
+        raise UserError(f"{run}: no step with a finite loss yet; {skipped(everything)}".removesuffix("; "))
 
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
     from matplotlib.ticker import EngFormatter
 
     steps, train_losses = np.array([(r["step"], r["loss"]) for r in train]).T
-    curves = {"learning rate": {"": [r["lr"] for r in train]}}
-    tokens = [r["tokens"] for r in train] if "tokens" in train[0] else []
+    curves = {"learning rate": {"": [r.get("lr", np.nan) for r in train]}}
+    tokens = [r["tokens"] for r in train if "tokens" in r]
+    tokens = tokens if len(tokens) == len(train) else []
     if tokens:
         sizes = np.diff(tokens) / np.diff(steps)  # of the steps since the line before
         curves |= {"tokens a step": {"": [*sizes[:1], *sizes]}} if len(set(sizes)) > 1 else {}
@@ -68,6 +112,9 @@ def draw(run: str | Path) -> Path:
     baseline = unigram(run)
     if baseline is not None:
         losses.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=f"unigram model, {baseline:.3f}")
+    if left_out := [row["step"] for row in everything if row.get("finite") is False]:
+        near_the_axis = {"transform": losses.get_xaxis_transform(), "label": f"skipped: {len(left_out):,}"}
+        losses.plot(left_out, [0.02] * len(left_out), "|", color="C3", **near_the_axis)
     if len(tokens) > 1:
         at, there = [0, *steps, 2 * steps[-1]], [0, *tokens, tokens[-1] + steps[-1] * sizes[-1]]
         losses.set_xlim(0, steps[-1])
@@ -95,14 +142,15 @@ def draw(run: str | Path) -> Path:
 def unigram(run: Path) -> float | None:
     """The unigram model's validation loss, or None where nobody computed it."""
     path = run / UNIGRAM
-    return read_json(path, "val_loss")["val_loss"] if path.is_file() else None
+    return read_json(path, Baseline)["val_loss"] if path.exists() else None
 
 
 def main(argv: list[str]) -> int:
     """Draws; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
-    print(draw(parser.parse_args(argv).run))
+    run = parser.parse_args(argv).run
+    print(*filter(None, (draw(run), skipped(rows(run)))), sep="\n")
     return 0
 
 

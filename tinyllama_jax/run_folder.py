@@ -72,6 +72,7 @@ FREE = (
     "data.verify",
     "data.eval_blocks",
     "train.spike",
+    "train.give_up",
     "train.wait",
     "train.seqs_per_device",
     "mesh.",

@@ -35,7 +35,7 @@ class TrainState:
     params: dict
     opt_state: tuple
     loss_scale: dict  # fp16 compute only: jmp's dynamic loss scale and its counter; else empty
-    skipped: jax.Array  # int32: steps whose loss or gradient was not finite, and which changed nothing
+    skipped: jax.Array  # int32: steps with a number that was not finite, and which changed nothing
 
 
 class Batch(NamedTuple):
@@ -214,32 +214,36 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step over all A micro-batches, and its metrics as scalars.
 
-    If the loss or any gradient is not finite, weights and moments stay as they were, `skipped` counts it, and the step
-    counter moves on to the next batch.
+    If the loss, any gradient or any parameter after the update is not finite, weights and moments stay as they were, `skipped`
+    counts it, and the step counter moves on to the next batch. Nothing to predict changes nothing either: its loss is NaN,
+    and it is not counted.
     """
     sums, grads = gradients(state, batch, config, eos_id)
     scale = scaler(state)
     grads = scale.unscale(grads)
-    loss = sums.loss / count_tokens(batch)
+    n_tokens, predicts = count_tokens(batch), (batch.length > 1).any()
+    mean = lambda total: jnp.where(predicts, total / n_tokens, jnp.nan)
     step = state.step + 1
     params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
-    finite = jmp.all_finite((loss, grads, metrics["grad_norm"]))  # squares of finite gradients can still overflow
-    scale_after = scale.adjust(finite)
+    # squares of finite gradients can still overflow
+    finite = jmp.all_finite((sums.loss, grads, metrics["grad_norm"], params)) | ~predicts
+    learns, scale_after = finite & predicts, scale.adjust(finite)
+    loss_scale = {"scale": scale_after.loss_scale, "counter": scale_after.counter} if state.loss_scale else {}
     new = TrainState(
         step=step,
-        params=jmp.select_tree(finite, params, state.params),
-        opt_state=jmp.select_tree(finite, opt_state, state.opt_state),
-        loss_scale={"scale": scale_after.loss_scale, "counter": scale_after.counter} if state.loss_scale else {},
+        params=jmp.select_tree(learns, params, state.params),
+        opt_state=jmp.select_tree(learns, opt_state, state.opt_state),
+        loss_scale=jmp.select_tree(predicts, loss_scale, state.loss_scale),
         skipped=state.skipped + jnp.int32(~finite),
     )
     metrics |= {
-        "loss": loss,
-        "accuracy": sums.correct / count_tokens(batch),
+        "loss": mean(sums.loss),
+        "accuracy": mean(sums.correct),
         "finite": finite,
         "skipped": new.skipped,
         "loss_scale": jnp.float32(scale.loss_scale),
-        "real_tokens": count_tokens(batch),
-        **({"z_loss": sums.z / count_tokens(batch)} if config.train.z_loss else {}),
+        "real_tokens": jnp.where(predicts, n_tokens, 0),
+        **({"z_loss": mean(sums.z)} if config.train.z_loss else {}),
         **({} if batch.source is None else by_source(sums.rows, batch)),
         "checksum": checksum(batch),
     }

@@ -55,10 +55,9 @@ def main(argv: list[str]) -> int:
         phases.append(("weights", time.perf_counter()))
         writer = metrics.Writer(config, start) if first else metrics.Silent()
         at_end.callback(writer.close)
-        progress = metrics.Progress(start, config.train.steps) if first else metrics.Silent()
+        progress = metrics.Progress(start, config.train.steps, stop) if first else metrics.Silent()
         at_end.callback(progress.close)
-        for line in [*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]:
-            progress.say(line)
+        progress.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
             progress.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps goes on")
 
@@ -92,7 +91,7 @@ def main(argv: list[str]) -> int:
                 progress.say("started in: " + ", ".join(f"{what} {at - before:.1f} s" for (what, at), before in times))
             last = step == config.train.steps
             if held_out and (last or step % config.log.eval_every == 0):
-                reporter.report()
+                reporter.report(always=True)
                 with clock.spent_on("elsewhere"):
                     scores = evaluate(program, config, state.params, held_out, step)
                 writer.write(step, scores)
@@ -101,14 +100,16 @@ def main(argv: list[str]) -> int:
             # asked after validation, which can take long: what is left of a grace time is for saving
             stopping = agreement.stop(stop)
             if last or stopping or step % config.checkpoint.every == 0:
-                reporter.report()
+                processes.at(step, "saving")
+                reporter.report(always=True)
+                reporter.remember(step)
                 writer.sync()  # what is on disk never lags behind the checkpoint
                 with clock.spent_on("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
                 progress.say(f"stopped by {stopping.name} after step {step:,}, which is saved; run the same command to go on")
                 return 128 + stopping
-    return 0
+        return reporter.end(max(start, config.train.steps))
 
 
 def describe(
