@@ -11,8 +11,8 @@ import pytest
 from array_record.python import array_record_module
 from generated import texts
 
-from tinyllama_jax import cli
-from tinyllama_jax.data import audit, feed, litpkds, shards, survey
+from tinyllama_jax import cli, files
+from tinyllama_jax.data import audit, feed, litpkds, survey
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Record
@@ -63,7 +63,7 @@ def rewrite(folder: Path, change, split: str = "train", **says) -> str:
 
     def fits(manifest):
         entry = manifest["splits"][split]["shards"][0]
-        entry |= {"bytes": file.stat().st_size, "sha256": shards.sha256(file)}
+        entry |= {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
         manifest["splits"][split] |= says
 
     edit(folder, fits)
@@ -261,6 +261,52 @@ def test_damage_is_named_and_the_rest_is_read(data, findings):
     )
 
 
+@pytest.mark.parametrize("content", [bytes, lambda n: b"\xff" * n], ids=["zeros", "ones"])
+def test_a_split_whose_every_file_is_damaged(data, tmp_path, capsys, content):
+    files = Blocks(data, "train").files()
+    for file, _, _ in files:
+        file.write_bytes(content(file.stat().st_size))
+    n, held_out = len(Blocks(data, "train")), len(Blocks(data, "validation"))
+    assert audit.main([str(data)]) == 4
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{data} (train): {n:,} blocks, 0 tokens (0.00% of what fits), 0 documents")
+    assert said[1].startswith(f"{data} (validation): {held_out:,} blocks, ")
+    assert sum("is not the file that was written (sha256)" in line for line in said) == len(files)
+    assert sum("is damaged; copy or prepare" in line for line in said) == survey.MOST
+    assert f"wrong: {data} (train): damage: {n - survey.MOST:,} more" in said
+    page = (tmp_path / "audit.html").read_text()
+    assert f"{data} (train)" in page and page.count("<img") == 1  # there is nothing of it to draw
+
+
+def test_what_is_wrong_is_told_though_a_run_could_not_read_the_data(data, config_file, findings):
+    file = Blocks(data, "train").files()[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    said = findings("--config", config_file)
+    assert said[0].startswith(f"{data} (train): {file}: has ")
+
+
+def test_what_cannot_be_read_is_told_and_the_other_source_is_looked_at(data, tiny_data, findings):
+    (data / "tokenizer" / "tokenizer.model").write_bytes(b"damaged")
+    tokens = Blocks(tiny_data / "one", "train").manifest["splits"]["train"]["tokens"]
+    edit(
+        other := Path(shutil.copytree(tiny_data / "one", data.parent / "one")), lambda m: m["splits"]["train"].update(tokens=99)
+    )
+    said = findings(data, other)
+    assert said[:2] == [
+        f"{data} ({s}): {data}/tokenizer/tokenizer.model: is not a SentencePiece model" for s in ("train", "validation")
+    ]
+    assert said[2:] == [f"{other} (train): manifest.json: speaks of 99 tokens; there are {tokens}"]
+
+
+def test_a_page_that_cannot_be_written_hides_nothing(data, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "draw", lambda _: b"")
+    edit(data, lambda manifest: manifest["splits"]["train"].update(tokens=1))
+    monkeypatch.setattr(audit, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "audit.html")))
+    with pytest.raises(OSError, match="No space left"):
+        audit.main([str(data)])
+    assert "wrong: " in capsys.readouterr().out
+
+
 def test_other_bytes_that_are_as_good(data, findings):
     manifest = (data / "manifest.json").read_bytes()
     size = Blocks(data, "train").files()[0][0].stat().st_size
@@ -283,6 +329,12 @@ def test_a_split_that_does_not_open(data, findings):
 def test_another_tokenizer(data, tiny_data, findings):
     shutil.copy(tiny_data / "400.model", data / "tokenizer" / "tokenizer.model")
     assert f"{data} (train): {data}/tokenizer: is another tokenizer than the manifest's" in findings(data)
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(data, findings):
+    edit(data, lambda manifest: manifest["tokenizer"].update(vocab_size=600))
+    line = f"{data} (train): manifest.json: speaks of 600 pieces; the tokenizer has 512"
+    assert findings(data) == [line, line.replace("train", "validation")]
 
 
 def test_counts_that_are_not_the_manifests(data, findings):
@@ -431,9 +483,12 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--processes=2"], "--processes: is about a training run"),
         (["data", "--config=gone.py"], "--config=gone.py: no such file"),
         (["data", "--config=run.py", "--processes=3"], "do not divide into 3 devices"),
-        (["data", "--config=run.py", "--processes=0"], "--processes 0: must be positive"),
-        (["data", "--seq-len=0"], "--seq-len 0: must be positive"),
-        (["data", "--samples=-1"], "--samples -1: must be 0 or more"),
+        (["data", "--config=run.py", "--processes=0"], "--processes 0: must be 1 to 1,048,576"),
+        (["data", "--seq-len=0"], "--seq-len 0: must be 1 to 16,777,216"),
+        (["data", "--seq-len=99999999999"], "--seq-len 99999999999: must be 1 to 16,777,216"),
+        (["data", "--samples=20000000"], "--samples 20000000: must be 0 to 1,000"),
+        (["data", "--page=gone/page.html"], "--page gone/page.html: is a folder, or in none"),
+        (["data", "--samples=-1"], "--samples -1: must be 0 to 1,000"),
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),
         (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, overlap, filling"),

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import pickle
 import random
 import resource
@@ -239,10 +240,74 @@ def test_what_is_no_data_set(copy, tmp_path):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(UserError, match="manifest.json: is of format 99, and this version reads format 1"):
         Blocks(copy, "train")
-    for text in ("{", "[]", "{}"):
-        (copy / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="manifest.json: is damaged"):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        "[" * 100_000,
+        '{"format": ' + "1" * 5_000 + "}",
+        "\xff",
+        '{"format": "\\ud800"}',
+    ):
+        (copy / "manifest.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="manifest.json: is damaged .*; copy or prepare the data again"):
             Blocks(copy, "train")
+
+
+SHARD = ("splits", "train", "shards", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ((*SHARD, "blocks"), -1, r"Expected `int` >= 0 - at `\$.splits\[...\].shards\[0\].blocks`"),
+        ((*SHARD, "blocks"), 10**30, "blocks"),
+        ((*SHARD, "blocks"), 2**60, "more blocks than bytes"),
+        ((*SHARD, "bytes"), "4", "Expected `int`, got `str`"),
+        ((*SHARD, "file"), "../train", "matching regex"),
+        ((*SHARD, "file"), "/etc/passwd", "matching regex"),
+        ((*SHARD, "file"), "..", "matching regex"),
+        ((*SHARD, "file"), "a\0b", "matching regex"),
+        (("splits", "train", "shards"), [], "length >= 1"),
+        (("splits", "train", "shards"), {}, "Expected `array`, got `object`"),
+        (("splits", "train"), None, "Expected `object`, got `null`"),
+        (("splits",), {}, "length >= 1"),
+        (("seq_len",), 10**12, "<= 16777216"),
+        (("seq_len",), 0, ">= 1"),
+        (("seq_len",), 32.5, "Expected `int`, got `float`"),
+        (("dtype",), "float64", "Invalid enum value 'float64'"),
+        (("bos",), 1, "Expected `bool`, got `int`"),
+        (("tokenizer",), [], "Expected `object`, got `array`"),
+        (("tokenizer", "eos_id"), -2, ">= -1"),
+        (("tokenizer", "vocab_size"), 2**40, "<= "),
+    ],
+)
+def test_a_manifest_with_a_value_that_cannot_be(copy, path, value, words):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    at = manifest
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=words) as raised:
+        blocks_lib.read_manifest(copy)
+    assert str(raised.value).startswith(f"{copy}/manifest.json: is damaged (") and "\n" not in str(raised.value)
+
+
+def test_a_manifest_that_names_a_file_twice(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"] += manifest["splits"]["train"]["shards"][:1]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="a file twice"):
+        Blocks(copy, "train")
+
+
+def test_a_manifest_that_is_no_file(copy):
+    (copy / "manifest.json").unlink()
+    os.mkfifo(copy / "manifest.json")  # a writer would be waited for without end
+    with pytest.raises(UserError, match="has no manifest.json"):
+        Blocks(copy, "train")
 
 
 @pytest.mark.parametrize("seq_len", [44, 5_759, 5_790, 5_822])  # the byte that says how long the tokens are is like the tokens

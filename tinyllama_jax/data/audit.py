@@ -26,9 +26,10 @@ import rich.progress
 from tinyllama_jax import cli
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import feed, litpkds
-from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged, read_manifest
+from tinyllama_jax.data.blocks import LONGEST, MANIFEST, Blocks, Damaged, read_manifest
 from tinyllama_jax.data.survey import OCTAVE, Findings, Survey, duplicates, name_of, survey
-from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.errors import UserError, disk_error, run_main
+from tinyllama_jax.files import write
 
 WRONG = 4  # exit code
 ALLOWED = ("duplicate", "overlap", "filling")  # can be: small corpora repeat themselves, and filling is left out
@@ -49,11 +50,20 @@ def open_splits(path: str, seq_len: int, findings: Findings) -> list[Blocks]:
         return []
     opened = []
     for split in splits:
-        try:
+        with _found(findings, f"{path} ({split})", Damaged):
             opened.append(litpkds.Packed(path, split, seq_len) if packed else Blocks(path, split))
-        except Damaged as error:
-            findings.add("damage", f"{path} ({split})", str(error))
     return opened
+
+
+@contextlib.contextmanager
+def _found(findings: Findings, source: str, kind: type[UserError]) -> Iterator[None]:
+    """What ends the block, of `kind` or of the file system, is a finding: there is more to look at."""
+    try:
+        yield
+    except kind as error:
+        findings.add("damage", source, str(error))
+    except OSError as error:
+        findings.add("damage", source, disk_error(error))
 
 
 # -- what a run would read ------------------------------------------------------------------------------------------------
@@ -121,8 +131,10 @@ def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[s
     items = lambda rows: "<ul>" + "".join(f"<li>{html.escape(row)}</li>" for row in rows) + "</ul>"
     parts = [f"<h1>{verdict}</h1>", items(findings), items(lines)]
     for found in surveys:
-        picture = base64.b64encode(draw(found)).decode()
-        parts.append(f"<h2>{html.escape(found.name)}</h2><p>{found.summary()}</p><img src='data:image/png;base64,{picture}'>")
+        parts.append(f"<h2>{html.escape(found.name)}</h2><p>{found.summary()}</p>")
+        if not found.tokens:  # all of it is damaged
+            continue
+        parts.append(f"<img src='data:image/png;base64,{base64.b64encode(draw(found)).decode()}'>")
         common = np.argsort(-found.counts_V, kind="stable")[:30]
         share = found.counts_V / max(found.tokens, 1)
         shown = (f"{found.text(common[i : i + 1])!r} ({common[i]}) {share[common[i]]:.2%}" for i in range(len(common)))
@@ -181,20 +193,27 @@ def audit(
     surveys, lines = [], []
     with _progress(sum(map(len, opened)), "reading") as advance:
         for blocks in opened:
-            surveys.append(survey(blocks, findings, advance))
+            with _found(findings, name_of(blocks), UserError):
+                surveys.append(survey(blocks, findings, advance))
     if surveys:
         n = duplicates(surveys, findings)
         lines += [f"{found.name}: {found.summary()}" for found in surveys] + [f"{n:,} blocks are there a second time"]
     seconds, tokens = time.perf_counter() - began, sum(found.tokens for found in surveys)
     lines.append(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} a second")
     if config is not None:
-        lines += coverage(config, feed.open_sources(config), processes, findings)
+        try:
+            lines += coverage(config, feed.open_sources(config), processes, findings)
+        except UserError as error:
+            if not findings.lines:
+                raise
+            lines.append(f"order: was not looked at: {error}")
     found, allowed = findings.all(allow)
     n = sum(times for (kind, _), times in findings.times.items() if not kind.startswith(allow))
     verdict = f"{n:,} finding{'s' * (n > 1)}" if found else "nothing wrong found"
-    page_file.write_text(page(surveys, [*lines, *allowed], verdict, found, samples), encoding="utf-8")
     for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in found)]:
         print(line)
+    text = page(surveys, [*lines, *allowed], verdict, found, samples)
+    write(page_file, text.encode(errors="backslashreplace"))  # names of files can be of any bytes
     print(verdict, f"({page_file})")
     return found
 
@@ -236,10 +255,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--page {args.page}: is a page, and its name ends in .html")
     if not args.config and (rest or args.processes):
         raise UserError(f"{rest[0] if rest else '--processes'}: is about a training run; give its --config too")
-    for option in ("processes", "seq_len", "samples"):
-        if (value := getattr(args, option)) is not None and value < (option != "samples"):
-            least = "0 or more" if option == "samples" else "positive"
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least}")
+    if args.page.is_dir() or not args.page.parent.is_dir():
+        raise UserError(f"--page {args.page}: is a folder, or in none; name a file")
+    for option, least, most in (("processes", 1, 1 << 20), ("seq_len", 1, LONGEST), ("samples", 0, 1_000)):
+        if (value := getattr(args, option)) is not None and not least <= value <= most:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} to {most:,}")
     config = cli.override(cli.read(args.config), cli.pairs(rest)) if args.config else None
     paths = args.dirs or (list(config.data.sources) if config else [])
     if not paths:

@@ -2,22 +2,85 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import threading
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from array_record.python import array_record_module
 
-from tinyllama_jax import files
-from tinyllama_jax.errors import UserError, read_json
+from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import Count, read_json, sha256
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
+LONGEST = 1 << 24  # tokens in a block
+Name = typing.Annotated[str, msgspec.Meta(pattern=r"\A(?!\.\.?\Z)[^/\\\0]+\Z")]  # of a file in the folder itself
+Id = typing.Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # of a token; -1: there is none
+
+
+class Vocabulary(typing.TypedDict):
+    """The tokenizer that the tokens are of."""
+
+    sha256: str
+    vocab_size: typing.Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+    bos_id: Id
+    eos_id: Id
+
+
+class File(typing.TypedDict):
+    """One ArrayRecord file."""
+
+    file: Name
+    blocks: Count
+    tokens: Count
+    bytes: Count
+    sha256: str
+
+
+class Input(typing.TypedDict, total=False):
+    """A file that the data were made of, or one that could not be read."""
+
+    file: typing.Required[str]
+    bytes: typing.Required[Count]
+    sha256: str
+    reason: str
+
+
+class Split(typing.TypedDict, total=False):
+    """A split; its other keys say what became of the input."""
+
+    shards: typing.Required[typing.Annotated[list[File], msgspec.Meta(min_length=1)]]
+    documents: typing.Required[Count]
+    tokens: typing.Required[Count]
+    blocks: typing.Required[Count]
+    empty_documents: Count
+    dropped: dict[str, Count]
+    scrubbed: dict[str, Count]
+    sources: typing.Required[list[Input]]
+    bad_files: list[Input]
+
+
+class Manifest(typing.TypedDict, total=False):
+    """manifest.json; the keys that need not be there only say how the data were made."""
+
+    format: typing.Required[typing.Literal[FORMAT]]
+    seq_len: typing.Required[typing.Annotated[int, msgspec.Meta(ge=1, le=LONGEST)]]
+    dtype: typing.Required[typing.Literal["uint16", "int32"]]
+    bos: typing.Required[bool]
+    eos: typing.Required[bool]
+    tokenizer: typing.Required[Vocabulary]
+    splits: typing.Required[typing.Annotated[dict[str, Split], msgspec.Meta(min_length=1)]]
+    text_key: str
+    shard_mb: Count
+    corpus: str
+    held_out: float
+    cleaning: dict
 
 
 class Damaged(UserError):
@@ -83,11 +146,14 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     if not path.is_file():
         raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.data.prepare`")
     again = "copy or prepare the data again"
-    found = read_json(path, "format", remedy=again)["format"]
-    if found != FORMAT:
-        raise UserError(f"{path}: is of format {found}, and this version reads format {FORMAT}; prepare the data again")
-    manifest = read_json(path, "seq_len", "dtype", "bos", "eos", "tokenizer", "splits", remedy=again)
-    return manifest, hashlib.sha256(path.read_bytes()).hexdigest()
+    written = read_json(path, typing.TypedDict("Format", {"format": int}), again)["format"]
+    if written != FORMAT:
+        raise UserError(f"{path}: is of format {written}, and this version reads format {FORMAT}; prepare the data again")
+    manifest = read_json(path, Manifest, again)
+    files = [file for split in manifest["splits"].values() for file in split["shards"]]
+    if len({file["file"] for file in files}) < len(files) or any(file["blocks"] > file["bytes"] for file in files):
+        raise UserError(f"{path}: is damaged (a file twice, or more blocks than bytes); {again}")
+    return manifest, sha256(path)
 
 
 class Blocks:
@@ -182,7 +248,7 @@ class Blocks:
 
     def _checksums(self) -> Iterator[str]:
         with ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run
-            yield from pool.map(files.sha256, self._files)
+            yield from pool.map(sha256, self._files)
 
     def _records(self, file: int, positions: list[int]) -> list[bytes]:
         reader = self._readers[file] or self._reader(file)

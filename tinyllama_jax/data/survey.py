@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyllama_jax.data import litpkds, shards
+from tinyllama_jax.data import litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged
+from tinyllama_jax.files import sha256
 
 MOST = 10  # lines on one kind of finding in one source; the others are counted
 AT_ONCE = 1 << 22  # tokens in memory
@@ -62,6 +63,10 @@ class Survey:
         self.tokenizer = tokenizer_lib.load(blocks.tokenizer)
         if self.tokenizer.sha256 != vocabulary["sha256"]:
             findings.add("tokenizer", self.name, f"{blocks.tokenizer}: is another tokenizer than the manifest's")
+        elif (size := self.tokenizer.vocab_size) != self.vocab_size:
+            findings.add(
+                "tokenizer", self.name, f"{MANIFEST}: speaks of {self.vocab_size:,} pieces; the tokenizer has {size:,}"
+            )
         self.apart = {self.bos: "bos", self.eos: "eos"}  # what never stands twice in a row
         self.edges = sum(self.manifest[name] for name in ("bos", "eos")) if self.bos == self.eos else 1  # to a document
         if self.edges == 2:
@@ -204,7 +209,7 @@ def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -
     checksums = {entry["file"]: entry["sha256"] for entry in entries}
     step = max(AT_ONCE // (blocks.seq_len + 1), 1)
     for file, first, last in blocks.files():
-        if file.name in checksums and shards.sha256(file) != checksums[file.name]:  # which leaves it in the page cache
+        if file.name in checksums and sha256(file) != checksums[file.name]:  # which leaves it in the page cache
             findings.add("checksums", found.name, f"{file.name}: is not the file that was written (sha256)")
         for start in range(first, last, step):
             found.read(start, min(start + step, last))
