@@ -69,3 +69,13 @@ def test_a_lock_is_of_one_process(tmp_path):
         second = subprocess.run(child, capture_output=True, text=True)
         assert (second.returncode, second.stderr) == (2, "error: busy\n")
     assert subprocess.run(child).returncode == 0
+
+
+def test_what_file_managers_and_nfs_leave_is_not_listed(tmp_path):
+    left = [".DS_Store", "._a", ".nfs0000000012", "lost+found", "@eaDir", ".snapshot", "Thumbs.db", "desktop.ini", "Icon\r"]
+    for name in left:
+        (tmp_path / name).touch()
+    assert files.listed(tmp_path) == []
+    for name in ("b", "a.partial", "a", "thumbs"):
+        (tmp_path / name).touch()
+    assert files.listed(tmp_path) == ["a", "a.partial", "b", "thumbs"]

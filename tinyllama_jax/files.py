@@ -55,6 +55,14 @@ def decode_json(text: bytes | str, kind: type[T]) -> T:
         raise ValueError("is nested too deeply") from None
 
 
+_LEFT = {"lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "system volume information", "$recycle.bin"}
+
+
+def listed(folder: str | Path) -> list[str]:
+    """Names in `folder`, sorted, without what file managers, NFS and servers leave: hidden ones, `lost+found`, `@eaDir`."""
+    return sorted(n for n in os.listdir(folder) if not n.startswith((".", "@", "#")) and n.lower() not in _LEFT)
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is either the old one or the new one, whole, also after a power cut."""
     partial = path.with_name(path.name + ".partial")
