@@ -20,7 +20,7 @@ import sentencepiece
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
 from test_hf_tokenizer import KINDS, train
 
-from tinyllama_jax import checkpoint, convert, hf, model, optim, sharding
+from tinyllama_jax import checkpoint, convert, dims, hf, lit, model, optim, sharding, tensor_files
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.errors import UserError
@@ -143,7 +143,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_cleans_u
     hang += f"convert.export({str(run)!r}, {str(tmp_path / 'hf')!r})"
     process = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not (tmp_path / ".hf.partial/model.safetensors").is_file() and time.monotonic() < deadline:
+    while not (tmp_path / ".hf.partial/whole/model.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -172,7 +172,11 @@ def test_mistakes_are_one_line(run, tmp_path, arguments, says):
 def test_there_and_back_is_the_identity(run, tmp_path):
     convert.export(run, tmp_path / "hf")
     done = command("convert_from_torch.py", "--checkpoint", tmp_path / "hf", "--output", tmp_path / "back")
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{tmp_path / 'back'}: weights\n")
+    assert (done.returncode, done.stderr, done.stdout) == (
+        0,
+        "",
+        f"{tmp_path / 'back'}: {dims.n_parameters(SMALL):,} weights of {tmp_path / 'hf'}\n",
+    )
     params, config, step = checkpoint.load_params(tmp_path / "back")
     assert_same(params, random_params(SMALL, seed=12))
     assert step == 0 and config.workdir == str(tmp_path / "back")
@@ -304,6 +308,10 @@ def lit_checkpoint(torch, cfg: config_lib.Model, steps: int, optimizer_keys: str
     return held, module, adamw
 
 
+def lit_tree(tensors: dict, cfg: config_lib.Model, origin: str) -> dict:
+    return lit._tree(tensor_files.to_arrays(tensors, origin), cfg, origin)
+
+
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="the original's checkpoints are pickles")
@@ -322,7 +330,8 @@ def test_a_lit_checkpoint_is_gone_on_with(torch, run, tmp_path, config_file, key
     arguments = ("--checkpoint", tmp_path / "iter-000024-ckpt.pth", "--output", tmp_path / "run", "--config", config_file)
     done = command("convert_from_torch.py", *arguments, "--tokenizer", run / "tokenizer")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{tmp_path / 'run'}: weights and AdamW's moments after step 3\n"
+    what = f"{dims.n_parameters(SMALL):,} weights and AdamW's moments after step 3 of {tmp_path / 'iter-000024-ckpt.pth'}"
+    assert done.stdout == f"{tmp_path / 'run'}: {what}\n"
 
     config = checkpoint.load_config(tmp_path / "run")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
@@ -346,10 +355,10 @@ def test_a_lit_checkpoint_is_gone_on_with(torch, run, tmp_path, config_file, key
     for name, parameter in module.named_parameters():
         parameter.grad = gradient[name]
     adamw.step()
-    tree = convert.lit._tree(gradient, SMALL, "gradient")
+    tree = lit_tree(gradient, SMALL, "gradient")
     params, opt_state = jax.device_get((state.params, state.opt_state))
     params, _, _ = optim.update(jax.tree.map(jnp.asarray, tree), opt_state, params, jnp.int32(4), config)
-    after = convert.lit._tree({name: p.detach() for name, p in module.named_parameters()}, SMALL, "after")
+    after = lit_tree({name: p.detach() for name, p in module.named_parameters()}, SMALL, "after")
     for name, array in model.flatten(after).items():
         np.testing.assert_allclose(model.flatten(params)[name], array, rtol=2e-6, atol=2e-7, err_msg=name)
 
@@ -362,7 +371,7 @@ def test_lit_weights_alone(torch, run, tmp_path, cfg, bare):
     (tmp_path / "config.py").write_text(config_source(config_for(cfg, tmp_path / "run")))
     (tmp_path / "tokenizer.model").write_bytes((run / "tokenizer/tokenizer.model").read_bytes())  # beside the weights
     said = convert.import_checkpoint(tmp_path / "lit_model.pth", tmp_path / "run", str(tmp_path / "config.py"))
-    assert said == f"{tmp_path / 'run'}: weights"
+    assert said == f"{tmp_path / 'run'}: {dims.n_parameters(cfg):,} weights of {tmp_path / 'lit_model.pth'}"
     params, config, _ = checkpoint.load_params(tmp_path / "run")
     assert_is_lit(params, held["model"], cfg)
     assert config.model == cfg
