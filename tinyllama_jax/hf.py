@@ -119,7 +119,7 @@ _COMPUTED = {
 def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> dict:
     """The contents of config.json, in words that Transformers 4 and 5 both read."""
     # with linear scaling, the length before it: readers multiply by the factor, and must not come to more than was trained
-    scaled, before = model.rope_scaling != 1, int(model.seq_len / model.rope_scaling)
+    scaled, before = model.rope_scaling != 1, max(int(model.seq_len / model.rope_scaling), 1)
     inexact = {} if round(before * model.rope_scaling) == model.seq_len else {"seq_len": model.seq_len}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -147,29 +147,21 @@ def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> 
     }
 
 
-class _Rope(typing.TypedDict, total=False):
-    type: str
-    rope_type: str
-    factor: files.Positive
-    rope_theta: files.Positive
-    partial_rotary_factor: float | None
-
-
-class _Described(typing.TypedDict, total=False):
-    num_hidden_layers: files.Size
-    hidden_size: files.Size
-    intermediate_size: files.Size
-    vocab_size: files.Size
-    num_attention_heads: files.Size
-    num_key_value_heads: files.Size | None
-    head_dim: files.Size | None
-    max_position_embeddings: files.Size
-    seq_len: object
-    rms_norm_eps: files.Positive
-    rope_theta: files.Positive
-    rope_scaling: _Rope | None
-    rope_parameters: _Rope | None
-    tie_word_embeddings: bool | None
+_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_NUMBERS = dict.fromkeys(_KEYS, files.Size) | dict.fromkeys(("rms_norm_eps", "rope_theta"), files.Positive)
+_NUMBERS |= dict.fromkeys(("num_key_value_heads", "head_dim"), files.Size | None) | {"seq_len": object}
+_ROPE = dict.fromkeys(("type", "rope_type"), str) | dict.fromkeys(("factor", "rope_theta"), files.Positive)
+_Rope = typing.TypedDict("_Rope", _ROPE | {"partial_rotary_factor": float | None}, total=False)
+_Described = typing.TypedDict(
+    "_Described", _NUMBERS | dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None), total=False
+)
 
 
 def from_hf_config(config: dict, origin: str = "config.json") -> Model:
@@ -195,7 +187,7 @@ def from_hf_config(config: dict, origin: str = "config.json") -> Model:
             raise UserError(f"num_hidden_layers is {described['num_hidden_layers']:,}, and {MOST_LAYERS:,} are the most")
         scaling = rope["factor"] if kind == "linear" else 1.0
         before, length = described["max_position_embeddings"], described.get("seq_len")
-        exact = isinstance(length, int) and int(length / scaling) == before  # as `to_hf_config` says it
+        exact = isinstance(length, int) and max(int(length / scaling), 1) == before  # as `to_hf_config` says it
         return Model(
             n_layers=described["num_hidden_layers"],
             d_model=width,

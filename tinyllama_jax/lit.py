@@ -63,17 +63,12 @@ def to_hf(
     return out
 
 
-class _Group(typing.TypedDict):
-    params: list[int | str]
-
-
 class _Optimizer(typing.TypedDict, total=False):
     state: dict[int | str, dict[str, object]]
-    param_groups: list[_Group]
+    param_groups: list[dict[str, object]]
 
 
 class _Held(typing.TypedDict, total=False):
-    model: object
     optimizer: _Optimizer | None
     step_count: files.Count
 
@@ -83,14 +78,14 @@ def read(path: Path, model: Model, allow_non_finite: bool = False) -> Checkpoint
     held = tensor_files.read_pickle(path)
     weights = held.get("model", held) if isinstance(held, dict) else held
     weights = tensor_files.to_arrays(weights, str(path))
-    params, moments, step = _tree(weights, model, str(path), allow_non_finite), None, 0
+    params, moments = _tree(weights, model, str(path), allow_non_finite), None
     try:
         held = files.typed(held, _Held) if "model" in held else {}
+        step, optimizer = held.get("step_count", 0), held.get("optimizer") or {}
+        *both, step = _adam(optimizer, list(weights), str(path)) if optimizer.get("state") else (step,)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    step = held.get("step_count", 0)
-    if (held.get("optimizer") or {}).get("state"):
-        *both, step = _adam(held["optimizer"], list(weights), str(path))
+    if both:
         origins = [f"{path}, {name}" for name in _MOMENTS]
         both = [tensor_files.to_arrays(moment, origin) for moment, origin in zip(both, origins, strict=True)]
         for name, second in both[1].items():
@@ -117,14 +112,12 @@ def _adam(optimizer: _Optimizer, names: list[str], origin: str) -> tuple[dict, d
     FSDP's full state names the parameters; plain PyTorch numbers them, in the order in which the model lists its own.
     """
     state = optimizer["state"]
-    numbers = [key for group in optimizer.get("param_groups", []) for key in group["params"]]
+    numbers = [key for group in optimizer.get("param_groups", []) for key in files.typed(group.get("params"), list[int | str])]
     if all(isinstance(key, int) for key in state):
         if len(numbers) != len(names):
             raise UserError(f"{origin}: AdamW knows {len(numbers)} parameters, but the model has {len(names)}")
         if len(set(numbers)) < len(numbers) or not set(state) <= set(numbers):
-            raise UserError(
-                f"{origin}: AdamW's param_groups name a parameter twice, or its state has one that they do not name"
-            )
+            raise UserError(f"{origin}: AdamW's param_groups have a parameter twice, or its state has one that they do not")
         state = {name: state[number] for number, name in zip(numbers, names, strict=True) if number in state}
     elif all(isinstance(key, str) for key in state):
         state = {tensor_files.without_wrappers(name): entry for name, entry in state.items()}
@@ -146,5 +139,5 @@ def _whole(step: object, what: str) -> int:
             raise UserError(f"{what} {unfit}, and should be one number")
         step = step.item()
     if type(step) not in (int, float) or not 0 <= step < 2**31 or step != int(step):
-        raise UserError(f"{what} is {step!r}, and should be a whole number from 0 up")
+        raise UserError(f"{what} is {step!r:.60}, and should be a whole number from 0 up")
     return int(step)

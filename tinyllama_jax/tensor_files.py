@@ -57,10 +57,8 @@ def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], origin: str
 def check_names(names: Iterable[str], expected: Iterable[str], origin: str) -> None:
     """Raises UserError naming the first tensor that is too much or that is not there."""
     names, expected = dict.fromkeys(names), dict.fromkeys(expected)
-    for what, wrong in (
-        ("no", [n for n in expected if n not in names]),
-        ("unknown", sorted(n for n in names if n not in expected)),
-    ):
+    missing, unknown = [n for n in expected if n not in names], sorted(n for n in names if n not in expected)
+    for what, wrong in (("no", missing), ("unknown", unknown)):
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise UserError(f"{origin}: {what} tensor {shown(wrong[0])}{more}; the tensors do not fit the model's description")
@@ -68,12 +66,9 @@ def check_names(names: Iterable[str], expected: Iterable[str], origin: str) -> N
 
 def check_finite(name: str, array: np.ndarray, origin: str) -> None:
     """Raises UserError if a number in `array` is NaN or infinite."""
-    if not np.isfinite(array).all():
-        n = array.size - np.count_nonzero(np.isfinite(array))
-        raise UserError(
-            f"{origin}: {name} has {n:,} numbers that are NaN or infinite, so the model is ruined; take an older checkpoint "
-            "(the converters in tools/ take it as it is with --allow-non-finite)"
-        )
+    if n := array.size - np.count_nonzero(np.isfinite(array)):
+        remedy = "take an older checkpoint (with --allow-non-finite the converters in tools/ take it as it is)"
+        raise UserError(f"{origin}: {name} has {n:,} numbers that are NaN or infinite; {remedy}")
 
 
 def shown(name: object) -> str:
@@ -88,16 +83,11 @@ def without_wrappers(name: str) -> str:
 
 def _unwrapped(tensors: Tensors, origin: str) -> Tensors:
     out = {without_wrappers(name): tensor for name, tensor in tensors.items()}
-    if wrappers := sorted({part for name in tensors for part in WRAPPERS.findall(name)}):
+    if wrappers := ", ".join(sorted({part for name in tensors for part in WRAPPERS.findall(name)})):
         if len(out) < len(tensors):
-            raise UserError(
-                f"{origin}: without {', '.join(wrappers)} two of its tensors have the same name; take one of them out"
-            )
-        print(f"{origin}: took {', '.join(wrappers)} out of the names of its tensors")
+            raise UserError(f"{origin}: without {wrappers} two of its tensors have the same name; take one of them out")
+        print(f"{origin}: took {wrappers} out of the names of its tensors")
     return out
-
-
-# -- safetensors --------------------------------------------------------------------------------------------------------
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -110,9 +100,6 @@ def _read_safetensors(path: Path) -> Tensors:
         return {name: Stored(file, name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: is not a whole safetensors file: {shown(str(error))}") from None
-
-
-# -- pickles ------------------------------------------------------------------------------------------------------------
 
 
 def read_pickle(path: Path) -> object:
@@ -132,11 +119,10 @@ def read_pickle(path: Path) -> object:
     except Exception as error:  # torch has no type of its own for a file that is not its own
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
+        reason = "is not a whole PyTorch file"
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path}: was not loaded: it holds {code[1]}, which is neither tensor nor number; a pickle can run any code"
-            ) from None
-        raise UserError(f"{path}: is not a whole PyTorch file") from None
+            reason = f"was not loaded: it holds {code[1]}, which is neither tensor nor number; a pickle can run any code"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def _check_zip(path: Path) -> None:
@@ -173,10 +159,8 @@ def unfit(name: object, tensor: object) -> str | None:
     """Why an entry of a table is no named tensor with numbers of its own in this machine's memory, or None."""
     import torch
 
-    if not isinstance(name, str):
-        return "is no name"
-    if not isinstance(tensor, torch.Tensor):
-        return f"is of type {type(tensor).__name__}"
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        return f"is of type {type(tensor).__name__}" if isinstance(name, str) else "is no name"
     if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_nested:
         return "is quantised" if tensor.is_quantized else f"is sparse or nested ({tensor.layout})"
     if tensor.device.type != "cpu":

@@ -300,17 +300,15 @@ def _move(place: Path, folder: Path, output: Path) -> None:
 
 
 def _take_back(place: Path, output: Path) -> None:
-    """Removes from `output` the files that `_move` put there: those that `place` names, and nobody has written since."""
+    """Removes the files that a `_move` out of `place` put into `output`, unless somebody has written them since."""
     record = place / MOVED
     for name, identity in (files.read_json(record, dict[str, list[int]]) if record.is_file() else {}).items():
-        file = output / Path(name).name
-        if file.is_file() and _identity(file) == identity:
+        if (file := output / Path(name).name).is_file() and _identity(file) == identity:
             file.unlink()
 
 
 def _identity(file: Path) -> list[int]:
-    told = file.stat()
-    return [told.st_ino, told.st_size, told.st_mtime_ns]
+    return [file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def main(argv: list[str]) -> None:
