@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax import checkpoint, cli, dims, files, hf, hf_tokenizer, lit, run_folder
+from tinyllama_jax import checkpoint, cli, dims, files, hf, hf_tokenizer, lit, run_folder, tensor_files
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config, Model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -39,8 +39,8 @@ def export(
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; a run folder is wanted, as `train` makes")
     with _made_whole(output) as folder:
         params, config, step = checkpoint.load_params(run, step)
-        if not allow_non_finite:
-            hf.check_finite(params, config.model, f"{run}, step {step:,}")
+        for name, tensor in () if allow_non_finite else hf.to_hf(params, config.model):
+            tensor_files.check_finite(name, tensor, f"{run}, step {step:,}")
         bos, eos = _export_tokenizer(run, folder, config.model.seq_len)
         hf.save_folder(params, config.model, folder, dtype, bos, eos)
     return step

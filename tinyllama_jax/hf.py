@@ -96,12 +96,6 @@ def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_no
     return params
 
 
-def check_finite(params: dict, model: Model, origin: str) -> None:
-    """Raises UserError naming the first of `params`, as Hugging Face calls it, that holds NaN or infinity."""
-    for name, tensor in to_hf(params, model):
-        tensor_files.check_finite(name, tensor, origin)
-
-
 # -- config.json --------------------------------------------------------------------------------------------------------
 
 # Fields that would change what is computed, and their values that do not (the default of an absent one is among them).
@@ -167,17 +161,20 @@ _Described = typing.TypedDict(
 def from_hf_config(config: dict, origin: str = "config.json") -> Model:
     """The architecture that a config.json describes. Raises UserError for what this model does not compute."""
     if config.get("model_type") != "llama":
-        raise UserError(f"{origin}: model_type is {_cut(config.get('model_type'))}; only 'llama' can be read")
+        raise UserError(f"{origin}: model_type is {config.get('model_type')!r:.200}; only 'llama' can be read")
     for key, harmless in _COMPUTED.items():
         if key in config and config[key] not in harmless:
-            raise UserError(f"{origin}: {key} is {_cut(config[key])}, which this model does not compute (only {harmless[0]!r})")
+            raise UserError(
+                f"{origin}: {key} is {config[key]!r:.200}, which this model does not compute (only {harmless[0]!r})"
+            )
     try:
         described = files.typed(config, _Described)
         rope, raw_rope = (c.get("rope_scaling") or c.get("rope_parameters") or {} for c in (described, config))
         kind, whole = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor") in (1, None)
         if kind not in ("default", "linear") or not whole or any(isinstance(value, dict) for value in raw_rope.values()):
-            text = json.dumps(raw_rope)[:200]
-            raise UserError(f"RoPE is {text}; only the types 'default' and 'linear' are computed, on whole heads")
+            raise UserError(
+                f"RoPE is {json.dumps(raw_rope):.200}; only the types 'default' and 'linear' are computed, on whole heads"
+            )
         heads, width = described["num_attention_heads"], described["hidden_size"]
         if described.get("head_dim") and described["head_dim"] * heads != width:
             raise UserError(
@@ -204,10 +201,6 @@ def from_hf_config(config: dict, origin: str = "config.json") -> Model:
         raise UserError(f"{origin}: does not say {error}") from None
     except (UserError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from None
-
-
-def _cut(value: object) -> str:
-    return repr(value)[:200]
 
 
 # -- writing a folder ---------------------------------------------------------------------------------------------------

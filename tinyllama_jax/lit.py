@@ -120,7 +120,7 @@ def _adam(optimizer: _Optimizer, names: list[str], origin: str) -> tuple[dict, d
             raise UserError(f"{origin}: AdamW's param_groups have a parameter twice, or its state has one that they do not")
         state = {name: state[number] for number, name in zip(numbers, names, strict=True) if number in state}
     elif all(isinstance(key, str) for key in state):
-        state = {tensor_files.without_wrappers(name): entry for name, entry in state.items()}
+        state = {tensor_files.WRAPPERS.sub("", name): entry for name, entry in state.items()}
     try:
         steps = sorted({_whole(entry["step"], f"{origin}: AdamW's step of {name}") for name, entry in state.items()})
         first, second = ({name: entry[moment] for name, entry in state.items()} for moment in _MOMENTS)

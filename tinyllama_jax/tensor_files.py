@@ -18,6 +18,7 @@ from tinyllama_jax.errors import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 LARGEST = 1 << 24  # bytes of an index, or of a header; those of 405B are 0.1 MB
+# what torch.compile, DDP, FSDP and Fabric put into the names of tensors
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ROTARY = "rotary_emb.inv_freq"  # how the names of tables end that old checkpoints hold, and that nobody needs
 
@@ -76,13 +77,8 @@ def shown(name: object) -> str:
     return (name if isinstance(name, str) and name and name.isprintable() else ascii(name))[:200]
 
 
-def without_wrappers(name: str) -> str:
-    """The name of a tensor without what torch.compile, DDP, FSDP and Fabric put into it."""
-    return WRAPPERS.sub("", name)
-
-
 def _unwrapped(tensors: Tensors, origin: str) -> Tensors:
-    out = {without_wrappers(name): tensor for name, tensor in tensors.items()}
+    out = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if wrappers := ", ".join(sorted({part for name in tensors for part in WRAPPERS.findall(name)})):
         if len(out) < len(tensors):
             raise UserError(f"{origin}: without {wrappers} two of its tensors have the same name; take one of them out")
@@ -211,7 +207,7 @@ def _read_indexed(folder: Path, index: Path) -> Tensors:
             if name in place:
                 raise UserError(f"{folder}: {shown(name)} is in {place[name]} and in {file}; take it out of one of them")
             tensors[name], place[name] = tensor, file
-    said = {without_wrappers(name): file for name, file in weight_map.items()}
+    said = {WRAPPERS.sub("", name): file for name, file in weight_map.items()}
     for name, file in said.items():
         if place.get(name, file) != file:
             raise UserError(f"{index}: says that {shown(name)} is in {file}, but it is in {place[name]}")

@@ -88,7 +88,9 @@ def test_files_are_those_of_the_builder(tiny_data, tmp_path, stream, chunk, tail
     assert [file.name for file in files] == [f"train_slim_{i:010d}.bin" for i in range(len(want))]
     assert [file.read_bytes() for file in files] == want
     left = len(want) * chunk - n
-    assert (f"{left:,} bos fill up" if tail == "fill" else f"the last {-left:,} tokens are dropped") in capsys.readouterr().out
+    assert (
+        f"{left:,} bos fill up" if tail == "fill" else f"{-left:,} tokens at the end are dropped"
+    ) in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".bin") == ["tokenizer"]
 
 

@@ -273,12 +273,8 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
         files.settle(folder)
         _move(place, folder, output)
     apart = n_files * chunk - n
-    end = (
-        f"{apart:,} bos fill up the last one"
-        if apart >= 0
-        else f"the last {-apart:,} tokens are dropped (--tail fill keeps them)"
-    )
-    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {end}")
+    end = "bos fill up the last one" if apart >= 0 else "tokens at the end are dropped (--tail fill keeps them)"
+    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {abs(apart):,} {end}")
     return _numbered(output, prefix)
 
 
