@@ -169,6 +169,11 @@ def test_a_run_of_weights_that_are_not_finite_is_refused_unless_it_is_asked_for(
     assert_same(checkpoint.load_params(tmp_path / "back")[0], ruined)
 
 
+def test_a_url_is_no_folder(run):
+    with pytest.raises(UserError, match="^--output=s3://bucket/hf: is a URL, and must be a local path"):
+        convert.export(run, "s3://bucket/hf")
+
+
 def test_a_failed_export_leaves_nothing(run, tmp_path):
     broken = random_params(SMALL)
     broken["lm_head"]["kernel"][0, 0] = 1e6

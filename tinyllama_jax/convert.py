@@ -125,6 +125,7 @@ def _unscheduled(model: Model) -> Config:
 @contextlib.contextmanager
 def _made_whole(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which takes its name once the block has ended well, and else is removed."""
+    files.check_local("--output", output)
     output = Path(os.path.abspath(output))
     if os.path.lexists(output) and (not output.is_dir() or files.listed(output) or output == Path.cwd()):
         raise UserError(f"--output {output}: is already there; name a folder that is not, or remove it")

@@ -7,12 +7,13 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
+import re
 import stat
 import time
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 
 import msgspec
 
@@ -20,9 +21,18 @@ from tinyllama_jax.errors import UserError
 
 T = typing.TypeVar("T")
 LARGEST_JSON = 1 << 28  # bytes; the manifest of SlimPajama's 5,000 shards is about 1 MB
-Size = typing.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]  # of a model's dimension
-Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 Count = typing.Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of things, or bytes
+
+
+def check_local(option: str, path: str | Path) -> None:
+    """Raises UserError if a path that must be local is a URL, such as gs://BUCKET/RUN: as a path that is the folder gs:/.
+
+    `option`: what it was given with, such as "--workdir".
+    """
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", str(path), re.DOTALL):
+        cure = f"write /{url[3]}" if url[1].lower() == "file" else "mount it, or copy it to a disk, and name that folder"
+        slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib makes one of two
+        raise UserError(f"{option}={url[1]}:{slashes}{url[3]}: is a URL, and must be a local path; {cure}")
 
 
 def open_regular(path: str | Path) -> typing.BinaryIO:
@@ -56,6 +66,10 @@ def decode_json(text: bytes | str, kind: type[T]) -> T:
         return msgspec.json.decode(text, type=kind)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+Size = typing.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]  # of a model's dimension
+Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 
 
 def typed(value: object, kind: type[T]) -> T:
@@ -143,7 +157,7 @@ def workplace(path: Path, busy: str) -> Iterator[Path]:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            rmtree(path, ignore_errors=True)
     finally:
         os.close(file)
 

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,7 @@ def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monk
         ({"chunk": 0}, "--chunk-size 0: must be positive"),
         ({"chunk": 10**12}, "--chunk-size 1000000000000: must be positive, and 268,435,456 at most"),
         ({"prefix": "a/b"}, "--prefix a/b: must be what the files' names begin with"),
+        ({"output": Path("gs://bucket/x")}, "--output=gs://bucket/x: is a URL, and must be a local path"),
         ({"prefix": ".."}, "--prefix ..: must be what the files' names begin with"),
         ({"source": "nowhere"}, "nowhere: no such folder"),
         ({"split": "test"}, "has no split 'test'"),

@@ -254,6 +254,7 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
         raise UserError(f"--prefix {prefix}: must be what the files' names begin with, such as train_slim")
     if tail == "fill" and vocabulary["bos_id"] < 0:
         raise UserError("--tail fill: fills up with bos, which this tokenizer does not have; say --tail drop")
+    files.check_local("--output", output)
     busy = f"--output {output}: another process is writing {prefix}_*.bin there"
     with files.workplace(output / f".{prefix}.partial", busy) as place:
         _take_back(place, output)  # of a call that was killed while it moved them
