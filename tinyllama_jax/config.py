@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import check_local
 
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
@@ -366,7 +365,6 @@ class Init(_Typed):
 
     def __post_init__(self):
         super().__post_init__()
-        check_local("--init.from", self.from_)
         _check(self.step >= 0, "init.step", self.step, "must be 0 (the newest) or more")
         _one_of("init.state", self.state, ("weights", "moments", "all"))
         _check(
@@ -394,7 +392,6 @@ class Config(_Typed):
     def __post_init__(self):
         super().__post_init__()
         _check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
-        check_local("--workdir", self.workdir)
         for i, (_, _, tokens) in enumerate(self.train.stages):
             key = "batch_ramp" if i else "tokens_per_step"
             remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"
