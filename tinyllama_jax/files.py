@@ -68,15 +68,6 @@ def decode_json(text: bytes | str, kind: type[T]) -> T:
         raise ValueError("is nested too deeply") from None
 
 
-Size = typing.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]  # of a model's dimension
-Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
-
-
-def typed(value: object, kind: type[T]) -> T:
-    """A value that is no JSON any more as `kind`, with its other keys left out. Raises ValueError as `decode_json` does."""
-    return msgspec.convert(value, kind)
-
-
 _LEFT = {"lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "system volume information", "$recycle.bin"}
 
 
@@ -99,6 +90,15 @@ def sha256(path: str | Path) -> str:
     """Of a file's bytes, in hex."""
     with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+Size = typing.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]  # of a model's dimension
+Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
+
+
+def typed(value: object, kind: type[T]) -> T:
+    """A value that is no JSON any more as `kind`, with its other keys left out. Raises ValueError as `decode_json` does."""
+    return msgspec.convert(value, kind)
 
 
 def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
