@@ -20,7 +20,7 @@ import sentencepiece
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
 from test_hf_tokenizer import KINDS, train
 
-from tinyllama_jax import checkpoint, convert, hf, model, optim, sharding
+from tinyllama_jax import checkpoint, convert, dims, files, hf, lit, model, optim, sharding, tensor_files
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.errors import UserError
@@ -124,8 +124,54 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
     done = command("convert_to_torch.py", "--checkpoint", run, "--output", tmp_path / "hf")
     assert done.returncode == 2 and done.stderr.startswith(f"error: --output {tmp_path / 'hf'}: is already there")
     assert [path.name for path in tmp_path.joinpath("hf").iterdir()] == ["precious"]
-    (tmp_path / "hf/precious").unlink()
-    assert convert.export(run, tmp_path / "hf") == 12  # an empty folder is no loss
+    (tmp_path / "hf/precious").rename(tmp_path / "hf/.DS_Store")
+    assert convert.export(run, tmp_path / "hf") == 12  # a folder with nothing of a person's is no loss
+    assert (tmp_path / "hf/.DS_Store").is_file() and hf.load_folder(tmp_path / "hf")[1].n_layers == 3
+
+
+@pytest.mark.parametrize("write", ["export", "import"])
+def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(run, tmp_path, write):
+    partial = tmp_path / ".out.partial"
+    convert.export(run, tmp_path / "hf")
+    make = lambda: (
+        convert.export(run, tmp_path / "out")
+        if write == "export"
+        else convert.import_checkpoint(tmp_path / "hf", tmp_path / "out")
+    )
+    partial.mkdir()
+    (partial / "precious").touch()
+    with pytest.raises(
+        UserError, match=r"\.out\.partial: is needed for what is half made, and holds other things; move it away"
+    ):
+        make()
+    assert [path.name for path in partial.iterdir()] == ["precious"]
+    (partial / "precious").unlink()
+    with files.workplace(partial, ""), pytest.raises(UserError, match=r"--output .*out: another process is writing it"):
+        make()
+    make()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_a_run_of_weights_that_are_not_finite_is_refused_unless_it_is_asked_for(run, tmp_path):
+    ruined = random_params(SMALL)
+    ruined["layers"]["o"]["kernel"][2, 1, 0, 3] = np.nan
+    checkpoint.save_import(tmp_path / "run", config_for(SMALL, tmp_path / "run"), ruined, step=4)
+    shutil.copytree(run / "tokenizer", tmp_path / "run/tokenizer")
+    where = r"model\.layers\.2\.self_attn\.o_proj\.weight has 1 numbers that are NaN or infinite"
+    with pytest.raises(UserError, match=f"run, step 4: {where}.*--allow-non-finite"):
+        convert.export(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    arguments = ("--checkpoint", tmp_path / "run", "--output", tmp_path / "hf")
+    assert command("convert_to_torch.py", *arguments, "--allow-non-finite").returncode == 0
+    done = command("convert_from_torch.py", "--checkpoint", tmp_path / "hf", "--output", tmp_path / "back")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "o_proj.weight has 1 numbers" in done.stderr
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "back", allow_non_finite=True)
+    assert_same(checkpoint.load_params(tmp_path / "back")[0], ruined)
+
+
+def test_a_url_is_no_folder(run):
+    with pytest.raises(UserError, match="^--output=s3://bucket/hf: is a URL, and must be a local path"):
+        convert.export(run, "s3://bucket/hf")
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path):
@@ -143,7 +189,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_cleans_u
     hang += f"convert.export({str(run)!r}, {str(tmp_path / 'hf')!r})"
     process = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not (tmp_path / ".hf.partial/model.safetensors").is_file() and time.monotonic() < deadline:
+    while not (tmp_path / ".hf.partial/whole/model.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -172,7 +218,11 @@ def test_mistakes_are_one_line(run, tmp_path, arguments, says):
 def test_there_and_back_is_the_identity(run, tmp_path):
     convert.export(run, tmp_path / "hf")
     done = command("convert_from_torch.py", "--checkpoint", tmp_path / "hf", "--output", tmp_path / "back")
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{tmp_path / 'back'}: weights\n")
+    assert (done.returncode, done.stderr, done.stdout) == (
+        0,
+        "",
+        f"{tmp_path / 'back'}: {dims.n_parameters(SMALL):,} weights of {tmp_path / 'hf'}\n",
+    )
     params, config, step = checkpoint.load_params(tmp_path / "back")
     assert_same(params, random_params(SMALL, seed=12))
     assert step == 0 and config.workdir == str(tmp_path / "back")
@@ -304,6 +354,10 @@ def lit_checkpoint(torch, cfg: config_lib.Model, steps: int, optimizer_keys: str
     return held, module, adamw
 
 
+def lit_tree(tensors: dict, cfg: config_lib.Model, origin: str) -> dict:
+    return lit._tree(tensor_files.to_arrays(tensors, origin), cfg, origin)
+
+
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="the original's checkpoints are pickles")
@@ -322,7 +376,8 @@ def test_a_lit_checkpoint_is_gone_on_with(torch, run, tmp_path, config_file, key
     arguments = ("--checkpoint", tmp_path / "iter-000024-ckpt.pth", "--output", tmp_path / "run", "--config", config_file)
     done = command("convert_from_torch.py", *arguments, "--tokenizer", run / "tokenizer")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{tmp_path / 'run'}: weights and AdamW's moments after step 3\n"
+    what = f"{dims.n_parameters(SMALL):,} weights and AdamW's moments after step 3 of {tmp_path / 'iter-000024-ckpt.pth'}"
+    assert done.stdout == f"{tmp_path / 'run'}: {what}\n"
 
     config = checkpoint.load_config(tmp_path / "run")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
@@ -346,10 +401,10 @@ def test_a_lit_checkpoint_is_gone_on_with(torch, run, tmp_path, config_file, key
     for name, parameter in module.named_parameters():
         parameter.grad = gradient[name]
     adamw.step()
-    tree = convert.lit._tree(gradient, SMALL, "gradient")
+    tree = lit_tree(gradient, SMALL, "gradient")
     params, opt_state = jax.device_get((state.params, state.opt_state))
     params, _, _ = optim.update(jax.tree.map(jnp.asarray, tree), opt_state, params, jnp.int32(4), config)
-    after = convert.lit._tree({name: p.detach() for name, p in module.named_parameters()}, SMALL, "after")
+    after = lit_tree({name: p.detach() for name, p in module.named_parameters()}, SMALL, "after")
     for name, array in model.flatten(after).items():
         np.testing.assert_allclose(model.flatten(params)[name], array, rtol=2e-6, atol=2e-7, err_msg=name)
 
@@ -362,7 +417,7 @@ def test_lit_weights_alone(torch, run, tmp_path, cfg, bare):
     (tmp_path / "config.py").write_text(config_source(config_for(cfg, tmp_path / "run")))
     (tmp_path / "tokenizer.model").write_bytes((run / "tokenizer/tokenizer.model").read_bytes())  # beside the weights
     said = convert.import_checkpoint(tmp_path / "lit_model.pth", tmp_path / "run", str(tmp_path / "config.py"))
-    assert said == f"{tmp_path / 'run'}: weights"
+    assert said == f"{tmp_path / 'run'}: {dims.n_parameters(cfg):,} weights of {tmp_path / 'lit_model.pth'}"
     params, config, _ = checkpoint.load_params(tmp_path / "run")
     assert_is_lit(params, held["model"], cfg)
     assert config.model == cfg
@@ -382,6 +437,52 @@ def test_lit_weights_alone(torch, run, tmp_path, cfg, bare):
         (lambda h: h["optimizer"]["state"][4].pop("exp_avg_sq"), "has no 'exp_avg_sq' for every parameter"),
         (lambda h: h["optimizer"]["param_groups"][0]["params"].pop(), "AdamW knows 23 parameters, but the model has 24"),
         (lambda h: h.update(step_count=4), "step_count is 4, but AdamW has made 3 steps"),
+        (lambda h: h.update(step_count=True), "Expected `int`, got `bool` - at `$.step_count`"),
+        (lambda h: h.update(step_count=-3), "Expected `int` >= 0 - at `$.step_count`"),
+        (lambda h: h.update(step_count=3.0), "Expected `int`, got `float` - at `$.step_count`"),
+        (lambda h: h.update(optimizer=None, step_count=2**40), "is at step 1,099,511,627,776, which is beyond"),
+        (lambda h: h.update(optimizer=[1]), "Expected `object | null`, got `array` - at `$.optimizer`"),
+        (lambda h: h["optimizer"].update(state=[1]), "Expected `object`, got `array` - at `$.optimizer.state`"),
+        (
+            lambda h: h["optimizer"].update(state={True: {}}),
+            "Expected `int | str`, got `bool` - at `key` in `$.optimizer.state`",
+        ),
+        (lambda h: h["optimizer"]["state"].update({4: 3}), "Expected `object`, got `int` - at `$.optimizer.state[...]`"),
+        (lambda h: h["optimizer"].update(param_groups={}), "Expected `array`, got `object` - at `$.optimizer.param_groups`"),
+        (lambda h: h["optimizer"].update(param_groups=[{}]), "Expected `array`, got `null`"),
+        (lambda h: h["optimizer"].pop("param_groups"), "AdamW knows 0 parameters, but the model has 24"),
+        (lambda h: h["optimizer"]["param_groups"][0]["params"].__setitem__(3, 4), "param_groups have a parameter twice"),
+        (lambda h: h["optimizer"]["state"].update({99: h["optimizer"]["state"][0]}), "or its state has one that they do not"),
+        (lambda h: h["optimizer"]["state"].update(a=h["optimizer"]["state"].pop(0)), "exp_avg: is not a table of tensors"),
+        (lambda h: h["optimizer"]["state"][4].update(step=True), "AdamW's step of transformer.h.0.attn.proj.weight is True"),
+        (lambda h: h["optimizer"]["state"][4].update(step=-1), "is -1, and should be a whole number from 0 up"),
+        (lambda h: h["optimizer"]["state"][4].update(step=2.5), "is 2.5, and should"),
+        (lambda h: h["optimizer"]["state"][4].update(step=1e300), "is 1e+300, and should"),
+        (lambda h: h["optimizer"]["state"][4].update(step=float("nan")), "is nan, and should"),
+        (lambda h: h["optimizer"]["state"][4].update(step="3"), "is '3', and should"),
+        (
+            lambda h: h["optimizer"]["state"][4].update(step=h["model"]["lm_head.weight"]),
+            "has the shape [1003, 24], and should",
+        ),
+        (lambda h: h["optimizer"]["state"][4]["step"].fill_(float("inf")), "is inf, and should"),
+        (lambda h: h["optimizer"]["state"][4].update(step=h["optimizer"]["state"][4]["step"].to("meta")), "is a meta tensor"),
+        (
+            lambda h: h["optimizer"]["state"][4]["exp_avg_sq"].view(-1)[5:6].fill_(-1e-9),
+            "exp_avg_sq: transformer.h.0.attn.proj.weight is negative",
+        ),
+        (
+            lambda h: h["optimizer"]["state"][4]["exp_avg_sq"].view(-1)[5:6].fill_(float("nan")),
+            "exp_avg_sq: transformer.h.0.attn.proj.weight has 1 numbers",
+        ),
+        (
+            lambda h: h["optimizer"]["state"][4]["exp_avg"].view(-1)[5:6].fill_(float("inf")),
+            "exp_avg: transformer.h.0.attn.proj.weight has 1 numbers",
+        ),
+        (lambda h: h["optimizer"]["state"][4].update(exp_avg=7), "transformer.h.0.attn.proj.weight is of type int"),
+        (lambda h: h["model"]["lm_head.weight"].view(-1)[:2].fill_(float("nan")), "lm_head.weight has 2 numbers that are NaN"),
+        (lambda h: h["model"].update({3: h["model"].pop("lm_head.weight")}), "3 is no name"),
+        (lambda h: h.update(model=[h["model"]]), "is not a table of tensors by name"),
+        (lambda h: h.pop("model"), "is not a table of tensors by name: hparams is of type dict"),
         (lambda h: h.update(model=7), "is not a table of tensors by name"),
     ],
 )
@@ -394,6 +495,16 @@ def test_a_wrong_lit_checkpoint_is_refused(torch, run, tmp_path, config_file, ch
         convert.import_checkpoint(tmp_path / "a.pth", tmp_path / "run", str(config_file), str(run / "tokenizer"))
     assert says in str(refused.value)
     assert not (tmp_path / "run").exists() and not (tmp_path / ".run.partial").exists()
+
+
+def test_wrappers_are_taken_off_a_lit_checkpoint_and_its_moments(torch, run, tmp_path, config_file, capsys):
+    held, module, _ = lit_checkpoint(torch, SMALL, steps=3, optimizer_keys="names")
+    put_on = lambda table: {f"_forward_module._orig_mod.{name}": value for name, value in table.items()}
+    held["model"], held["optimizer"]["state"] = put_on(held["model"]), put_on(held["optimizer"]["state"])
+    torch.save(held, tmp_path / "a.pth")
+    convert.import_checkpoint(tmp_path / "a.pth", tmp_path / "run", str(config_file), str(run / "tokenizer"))
+    assert "took _forward_module., _orig_mod. out of the names of its tensors" in capsys.readouterr().out
+    assert_is_lit(checkpoint.load_params(tmp_path / "run")[0], dict(module.state_dict()), SMALL)
 
 
 def test_a_lit_checkpoint_needs_a_config(torch, run, tmp_path):

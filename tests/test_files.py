@@ -46,6 +46,35 @@ def test_json_of_another_kind_is_one_line_that_names_the_key(tmp_path, text, say
     assert "\n" not in str(error.value)
 
 
+def test_a_workplace_is_for_one_and_only_one_of_ours_is_removed(tmp_path):
+    place = tmp_path / "below" / ".x.partial"
+    with files.workplace(place, "somebody is there"):
+        (place / "half").mkdir()
+        (place / "half/made").touch()
+        with pytest.raises(UserError, match="^somebody is there$"), files.workplace(place, "somebody is there"):
+            pass
+        assert (place / "half/made").is_file()
+    assert not place.exists()
+    place.mkdir()
+    (place / files.MARK).touch()
+    (place / "left").touch()  # by one that was killed
+    with files.workplace(place, ""):
+        assert (place / "left").is_file()
+    assert not place.exists()
+    for name in ("precious", ".precious"):
+        place.mkdir()
+        (place / name).touch()
+        with pytest.raises(UserError, match="holds other things; move it away"), files.workplace(place, ""):
+            pass
+        assert [path.name for path in place.iterdir()] == [name]
+        place.rename(tmp_path / name)
+    (tmp_path / "precious" / files.MARK).touch()
+    place.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="move it away"), files.workplace(place, ""):
+        pass
+    assert len(list((tmp_path / "precious").iterdir())) == 2
+
+
 def test_json_of_the_kind_comes_back_as_it_is(tmp_path):
     value = {"splits": {"train": [{"file": "é", "blocks": 3}]}}
     (tmp_path / "m.json").write_text(json.dumps(value))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tinyllama_jax import dims, hf, model
+from tinyllama_jax import dims, hf, model, tensor_files
 from tinyllama_jax.config import Model
 from tinyllama_jax.errors import UserError
 
@@ -81,7 +81,7 @@ def test_a_row_of_q_proj_is_a_column_of_the_kernel():
 def test_import_after_export_is_the_identity(cfg):
     params = random_params(cfg)
     params["final_norm"]["scale"][:4] = [np.nan, np.inf, -0.0, 1e-45]  # bits, not numbers
-    assert_same(hf.from_hf(dict(hf.to_hf(params, cfg)), cfg), params)
+    assert_same(hf.from_hf(dict(hf.to_hf(params, cfg)), cfg, allow_non_finite=True), params)
 
 
 def test_export_after_import_is_the_identity():
@@ -148,6 +148,18 @@ def test_linear_scaling_is_said_as_hugging_face_says_it():
     assert hf.from_hf_config(there).seq_len == 8_192
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "scaling"), [(2_048, 3.0), (2_048, 1.5), (8_192, 4.0), (2_047, 7.3), (4_096, 1.1), (16, 64.0)]
+)
+def test_the_length_comes_back_whatever_the_scaling(seq_len, scaling):
+    cfg = dataclasses.replace(GQA, seq_len=seq_len, rope_scaling=scaling)
+    there = json.loads(json.dumps(hf.to_hf_config(cfg, 1, 2, "float32")))
+    assert there["max_position_embeddings"] * scaling <= max(seq_len + 0.5, scaling)  # no reader goes beyond what was trained
+    assert hf.from_hf_config(there).seq_len == seq_len
+    there["seq_len"] = 7_777  # of somebody else, or not true any more
+    assert hf.from_hf_config(there).seq_len == round(there["max_position_embeddings"] * scaling)
+
+
 def test_multi_head_attention_of_before_grouped_queries():
     there = hf.to_hf_config(MODELS["mha"], 1, 2, "float32")
     del there["num_key_value_heads"], there["head_dim"]
@@ -168,12 +180,55 @@ def test_multi_head_attention_of_before_grouped_queries():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'RoPE is {"rope_type": "llama3"'),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "on whole heads"),
         ({"num_key_value_heads": 5}, "model.n_kv_heads=5: must divide"),
-        ({"rms_norm_eps": None}, "config.json: "),
+        ({"rms_norm_eps": None}, "config.json: Expected `float`, got `null` - at `$.rms_norm_eps`"),
+        ({"rms_norm_eps": 0}, "`float` > 0.0 - at `$.rms_norm_eps`"),
+        ({"rms_norm_eps": True}, "`$.rms_norm_eps`"),
+        ({"rope_theta": 1e30}, "`$.rope_theta`"),
+        ({"rope_theta": "1e4"}, "`$.rope_theta`"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, and 4,096 are the most"),
+        ({"num_hidden_layers": 10**30}, "`$.num_hidden_layers`"),
+        ({"num_hidden_layers": 0}, "`$.num_hidden_layers`"),
+        ({"num_hidden_layers": 2.5}, "Expected `int`, got `float` - at `$.num_hidden_layers`"),
+        ({"num_hidden_layers": True}, "Expected `int`, got `bool` - at `$.num_hidden_layers`"),
+        ({"hidden_size": -24}, "Expected `int` >= 1 - at `$.hidden_size`"),
+        ({"hidden_size": "24"}, "Expected `int`, got `str` - at `$.hidden_size`"),
+        ({"intermediate_size": 10**12}, "`$.intermediate_size`"),
+        ({"vocab_size": [101]}, "Expected `int`, got `array` - at `$.vocab_size`"),
+        ({"max_position_embeddings": None}, "`$.max_position_embeddings`"),
+        ({"num_attention_heads": 0}, "`$.num_attention_heads`"),
+        ({"rope_scaling": 3}, "`$.rope_scaling`"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "`$.rope_scaling.factor`"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e300}}, "`$.rope_scaling.factor`"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "model.rope_scaling=0.5: must be 1"),
+        ({"rope_scaling": {"type": "linear"}}, "does not say 'factor'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, 'RoPE is {"full_attention"'),
+        ({"model_type": ["llama"]}, "model_type is ['llama']"),
+        ({"attention_bias": "x" * 10**6}, "attention_bias is 'xxx"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, says):
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(says)) as error:
         hf.from_hf_config(hf.to_hf_config(GQA, 1, 2, "float32") | change)
+    assert len(str(error.value)) < 400
+
+
+def test_a_model_that_its_files_do_not_hold_is_refused_before_it_is_made(tmp_path):
+    folder(tmp_path)
+    wide = hf.to_hf_config(GQA, 1, 2, "float32") | {"intermediate_size": 2**31 - 1, "num_hidden_layers": 4_096}
+    for change, says in (
+        ({}, "no tensor model.layers.3"),
+        ({"num_hidden_layers": 3}, "gate_proj.weight has shape [52, 24], but "),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(wide | change))  # 10^14 weights
+        with pytest.raises(UserError, match=re.escape(says)):
+            hf.load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "", "{", '{"model_type": "llama"', "\xff", '{"a": ' + "[" * 10**5, '{"a": 1e999}'])
+def test_a_config_that_is_none_is_one_line(tmp_path, text):
+    (folder(tmp_path) / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.json: is damaged \([^\n]*$"):
+        hf.load_folder(tmp_path)
 
 
 def test_what_is_not_said_is_refused():
@@ -431,4 +486,4 @@ def test_a_broken_pickle_is_one_clear_line(torch, tmp_path, content):
 def test_without_torch_a_pickle_is_an_error_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(UserError, match="needs PyTorch to read: pip install torch"):
-        hf.read_pickle(tmp_path / "pytorch_model.bin")
+        tensor_files.read_pickle(tmp_path / "pytorch_model.bin")

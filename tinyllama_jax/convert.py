@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax import checkpoint, cli, hf, hf_tokenizer, lit, run_folder
+from tinyllama_jax import checkpoint, cli, dims, files, hf, hf_tokenizer, lit, run_folder, tensor_files
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config, Model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -26,17 +26,21 @@ TOKENIZER_FILES = (
 )
 
 
-def export(run: str | Path, output: str | Path, step: int | None = None, dtype: str = "float32") -> int:
+def export(
+    run: str | Path, output: str | Path, step: int | None = None, dtype: str = "float32", allow_non_finite: bool = False
+) -> int:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, from a run's newest (or given) step; returns it.
 
     float32, the dtype of the weights, loses nothing. `output` must not exist, or be empty; it appears when it is whole.
-    Raises UserError.
+    Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and hf.describes(run):
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; a run folder is wanted, as `train` makes")
     with _made_whole(output) as folder:
         params, config, step = checkpoint.load_params(run, step)
+        for name, tensor in () if allow_non_finite else hf.to_hf(params, config.model):
+            tensor_files.check_finite(name, tensor, f"{run}, step {step:,}")
         bos, eos = _export_tokenizer(run, folder, config.model.seq_len)
         hf.save_folder(params, config.model, folder, dtype, bos, eos)
     return step
@@ -64,13 +68,17 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def import_checkpoint(
-    source: str | Path, output: str | Path, config_file: str | None = None, tokenizer: str | None = None
+    source: str | Path,
+    output: str | Path,
+    config_file: str | None = None,
+    tokenizer: str | None = None,
+    allow_non_finite: bool = False,
 ) -> str:
     """Writes a run folder from a Hugging Face folder (or one file of it), or a lit-gpt .pth; returns a line that says what.
 
     `config_file`: what the run is to be gone on with. A .pth needs it, since it does not say its model; without it the run
     has no data or schedule of its own, and is for `--init.from` and `generate`. `tokenizer`: a file or folder, if there is
-    none beside the weights. Raises UserError.
+    none beside the weights. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
@@ -86,9 +94,9 @@ def import_checkpoint(
                 f"{source}: a lit-gpt checkpoint does not say its model; add --config FILE, configs/3t.py for the original's"
             )
         config = given
-        params, moments, step = lit.read(source, given.model)
+        params, moments, step = lit.read(source, given.model, allow_non_finite)
     else:
-        params, model = hf.load_folder(source)
+        params, model = hf.load_folder(source, allow_non_finite)
         if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or _unscheduled(model)
@@ -98,7 +106,8 @@ def import_checkpoint(
             tokenizer_lib.load(tokenizer).save(folder / "tokenizer")
         else:
             _copy_tokenizer(beside, folder / "tokenizer")
-    return f"{output}: " + (f"weights and AdamW's moments after step {step:,}" if moments else "weights")
+    what = f"{dims.n_parameters(config.model):,} weights" + (f" and AdamW's moments after step {step:,}" if moments else "")
+    return f"{output}: {what} of {source}"
 
 
 def _unscheduled(model: Model) -> Config:
@@ -116,18 +125,17 @@ def _unscheduled(model: Model) -> Config:
 @contextlib.contextmanager
 def _made_whole(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which takes its name once the block has ended well, and else is removed."""
+    files.check_local("--output", output)
     output = Path(os.path.abspath(output))
-    if output.exists() and (not (output.is_dir() and not any(output.iterdir())) or output == Path.cwd()):
+    if os.path.lexists(output) and (not output.is_dir() or files.listed(output) or output == Path.cwd()):
         raise UserError(f"--output {output}: is already there; name a folder that is not, or remove it")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:  # on disk before the name is, or a power cut could leave a hollow folder
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    busy = f"--output {output}: another process is writing it"
+    with files.workplace(output.with_name(f".{output.name}.partial"), busy) as place:
+        folder = place / "whole"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
+        yield folder
+        for name in os.listdir(output) if output.is_dir() else ():  # what a file manager left there, see `files.listed`
+            os.replace(output / name, folder / name)
+        files.settle(folder)
+        os.replace(folder, output)

@@ -13,6 +13,7 @@ import time
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 
 import msgspec
 
@@ -91,6 +92,15 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+Size = typing.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]  # of a model's dimension
+Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
+
+
+def typed(value: object, kind: type[T]) -> T:
+    """A value that is no JSON any more as `kind`, with its other keys left out. Raises ValueError as `decode_json` does."""
+    return msgspec.convert(value, kind)
+
+
 def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
     """Locks the file at `path`, made if absent, and returns its descriptor: close it to let go. The kernel does if we die.
 
@@ -123,3 +133,38 @@ def locked(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+MARK = ".tinyllama_jax"  # in a folder of half-made things: that it is one, and who holds its lock is at work there
+
+
+@contextlib.contextmanager
+def workplace(path: Path, busy: str) -> Iterator[Path]:
+    """The folder `path` for half-made things, for this process alone; it is removed when the block ends.
+
+    What a killed process left in it is still there. Raises UserError(busy) if another process works there, and UserError if
+    something else made that folder, which stays as it is.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    foreign = not (path / MARK).is_file() and any(not name.startswith(".nfs") for name in os.listdir(path))
+    if path.is_symlink() or foreign:
+        raise UserError(f"{path}: is needed for what is half made, and holds other things; move it away")
+    file = claim(path / MARK, busy, seconds=1)
+    try:
+        mark = os.stat(path / MARK) if (path / MARK).exists() else None
+        if not mark or not os.path.samestat(mark, os.fstat(file)):
+            raise UserError(busy)  # it ended this very moment, and removed what we have locked
+        try:
+            yield path
+        finally:
+            rmtree(path, ignore_errors=True)
+    finally:
+        os.close(file)
+
+
+def settle(folder: Path) -> None:
+    """Waits until `folder` and all that is in it are on the disk: a power cut leaves no hollow file of that name."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -6,6 +6,7 @@ python -m tinyllama_jax.generate --checkpoint RUN_OR_HF_DIR --prompt TEXT
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -196,15 +197,17 @@ class Text:
 def main(argv: list[str]) -> int:
     """Prints samples; returns the exit code."""
     args = _arguments(argv)
-    params, cfg, tokenizer = load(args.checkpoint, args.step)
+    with contextlib.redirect_stdout(sys.stderr):  # the text alone goes to stdout
+        params, cfg, tokenizer = load(args.checkpoint, args.step)
     prompt = first_tokens(args.checkpoint, tokenizer, args.prompt)
     sampling = Sampling(0.0) if args.greedy else Sampling(args.temperature, args.top_k, args.top_p)
     answer = partial(stream, params, cfg, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling)
-    answers = [answer(eos_id=tokenizer.eos_id, seed=args.seed, sample=sample) for sample in range(args.samples)]
+    answer(eos_id=tokenizer.eos_id)  # a prompt that cannot be is refused before a word is printed
     how = "greedy" if args.greedy else f"temperature {args.temperature:g}, top-k {args.top_k}, top-p {args.top_p:g}"
     _note(f"{args.checkpoint}: {dims.n_parameters(cfg):,} parameters, {cfg.compute_dtype} on {jax.devices()[0].device_kind}")
     _note(f"{how}, seed {args.seed}; prompt of {len(prompt):,} tokens, context of {cfg.seq_len:,}")
-    for sample, tokens in enumerate(answers):
+    for sample in range(args.samples):
+        tokens = answer(eos_id=tokenizer.eos_id, seed=args.seed, sample=sample)
         if args.samples > 1:
             print(f"--- sample {sample + 1} of {args.samples} ---", flush=True)
         _note(_print(tokens, cfg, tokenizer, prompt))
@@ -253,12 +256,16 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # how Python shows bytes that are no UTF-8
         raise UserError(f"--prompt {args.prompt!a}: is not UTF-8")
     for name, ok, remedy in (
-        ("max_new_tokens", args.max_new_tokens >= 1, "must be at least 1"),
-        ("temperature", args.temperature > 0, "must be positive; for the most likely token say --greedy"),
-        ("top_k", args.top_k >= 0, "must be 0 (all) or more"),
+        ("max_new_tokens", 1 <= args.max_new_tokens < 2**31, "must be at least 1, and less than 2^31"),
+        (
+            "temperature",
+            1e-3 <= args.temperature <= 1e3,
+            "must lie between 0.001 and 1,000; for the most likely token say --greedy",
+        ),
+        ("top_k", 0 <= args.top_k < 2**31, "must be 0 (all) or more, and less than 2^31"),
         ("top_p", 0 < args.top_p <= 1, "must lie in (0, 1]"),
         ("seed", 0 <= args.seed < 2**31, "must lie in [0, 2^31)"),
-        ("samples", args.samples >= 1, "must be at least 1"),
+        ("samples", 1 <= args.samples <= 10_000, "must lie between 1 and 10,000"),
     ):
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")

@@ -10,20 +10,18 @@ import functools
 import itertools
 import json
 import math
-import re
 import struct
-import zipfile
+import typing
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
-from tinyllama_jax import dims
+from tinyllama_jax import dims, files, tensor_files
 from tinyllama_jax.config import Model
-from tinyllama_jax.errors import UserError, read_json
+from tinyllama_jax.errors import UserError
+from tinyllama_jax.tensor_files import DTYPES, Tensors
 
 NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -39,8 +37,9 @@ NAMES = {
     "final_norm/scale": "model.norm.weight",
     "lm_head/kernel": "lm_head.weight",
 }
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 SHARD_BYTES = 5_000_000_000  # Hugging Face's "5GB"
+LARGEST_CONFIG = 1 << 20  # bytes of a config.json
+MOST_LAYERS = 4_096  # a description with more is an error, and would take memory for their names
 
 
 # -- names and shapes ---------------------------------------------------------------------------------------------------
@@ -76,16 +75,18 @@ def to_hf(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
         yield name, array.reshape(-1, _hf_shape(p, model)[0]).T if p.fan_in else array
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], model: Model, origin: str = "checkpoint") -> dict:
+def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_non_finite: bool = False) -> dict:
     """Inverse of `to_hf`: nested dict of fp32 arrays. Each tensor is asked for once.
 
-    Raises UserError naming the first unknown, missing or misshapen tensor; rotary tables of old checkpoints are left out.
+    Raises UserError naming the first unknown, missing or misshapen tensor, and unless `allow_non_finite` one that holds NaN or
+    infinity; rotary tables of old checkpoints are left out.
     """
-    expected = shapes(model)
-    check_names([name for name in tensors if not name.endswith("rotary_emb.inv_freq")], expected, origin)
+    tensor_files.check(tensors, shapes(model), origin)  # before anything is read, and anything of the model's size is made
     flat = {p.name: np.empty(dims.shape(p, model), np.float32) for p in dims.PARAMETERS}
     for name, p, layer in _tensors(model):
-        tensor = fetch(tensors, name, expected[name], origin)
+        tensor = np.asarray(tensors[name])
+        if not allow_non_finite:
+            tensor_files.check_finite(name, tensor, origin)
         ours = (tensor.T if p.fan_in else tensor).reshape(_layer_shape(p, model))
         flat[p.name][... if layer is None else layer] = ours
     params: dict = {}
@@ -93,25 +94,6 @@ def from_hf(tensors: Mapping[str, np.ndarray], model: Model, origin: str = "chec
         *parents, last = name.split("/")
         functools.reduce(lambda node, part: node.setdefault(part, {}), parents, params)[last] = array
     return params
-
-
-def check_names(names: Iterable[str], expected: Iterable[str], origin: str) -> None:
-    """Raises UserError naming the first tensor that is too much or that is not there."""
-    names, expected = list(names), list(expected)
-    for what, wrong in (("no", [n for n in expected if n not in set(names)]), ("unknown", sorted(set(names) - set(expected)))):
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise UserError(f"{origin}: {what} tensor {wrong[0]}{more}; the tensors do not fit the model's description")
-
-
-def fetch(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], origin: str) -> np.ndarray:
-    """The tensor `name`. Raises UserError if its shape is another or its numbers are not fp32, bf16 or fp16."""
-    tensor = tensors[name]
-    if tensor.shape != shape:
-        raise UserError(f"{origin}: {name} has shape {list(tensor.shape)}, but the model's description says {list(shape)}")
-    if tensor.dtype not in DTYPES.values():
-        raise UserError(f"{origin}: {name} is of dtype {tensor.dtype}; only {', '.join(DTYPES)} can be read")
-    return tensor
 
 
 # -- config.json --------------------------------------------------------------------------------------------------------
@@ -130,7 +112,9 @@ _COMPUTED = {
 
 def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> dict:
     """The contents of config.json, in words that Transformers 4 and 5 both read."""
-    scaled = model.rope_scaling != 1
+    # with linear scaling, the length before it: readers multiply by the factor, and must not come to more than was trained
+    scaled, before = model.rope_scaling != 1, max(int(model.seq_len / model.rope_scaling), 1)
+    inexact = {} if round(before * model.rope_scaling) == model.seq_len else {"seq_len": model.seq_len}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -142,8 +126,8 @@ def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> 
         "num_key_value_heads": model.n_kv_heads,
         "head_dim": model.d_head,
         "hidden_act": "silu",
-        # with linear scaling, the length before it: readers multiply by the factor
-        "max_position_embeddings": round(model.seq_len / model.rope_scaling),
+        "max_position_embeddings": before,
+        **inexact,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "rope_scaling": {"type": "linear", "factor": model.rope_scaling} if scaled else None,
@@ -157,47 +141,65 @@ def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> 
     }
 
 
+_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_NUMBERS = dict.fromkeys(_KEYS, files.Size) | dict.fromkeys(("rms_norm_eps", "rope_theta"), files.Positive)
+_NUMBERS |= dict.fromkeys(("num_key_value_heads", "head_dim"), files.Size | None) | {"seq_len": object}
+_ROPE = dict.fromkeys(("type", "rope_type"), str) | dict.fromkeys(("factor", "rope_theta"), files.Positive)
+_Rope = typing.TypedDict("_Rope", _ROPE | {"partial_rotary_factor": float | None}, total=False)
+_Described = typing.TypedDict(
+    "_Described", _NUMBERS | dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None), total=False
+)
+
+
 def from_hf_config(config: dict, origin: str = "config.json") -> Model:
     """The architecture that a config.json describes. Raises UserError for what this model does not compute."""
     if config.get("model_type") != "llama":
-        raise UserError(f"{origin}: model_type is {config.get('model_type')!r}; only 'llama' can be read")
+        raise UserError(f"{origin}: model_type is {config.get('model_type')!r:.200}; only 'llama' can be read")
     for key, harmless in _COMPUTED.items():
         if key in config and config[key] not in harmless:
-            raise UserError(f"{origin}: {key} is {config[key]!r}, which this model does not compute (only {harmless[0]!r})")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{origin}: rope_scaling is {json.dumps(rope)}, not a table")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear") or rope.get("partial_rotary_factor") not in (1, None):
-        raise UserError(
-            f"{origin}: RoPE is {json.dumps(rope)}; only the types 'default' and 'linear' are computed, on whole heads"
-        )
-    for key in ("num_attention_heads", "hidden_size", "head_dim", "num_key_value_heads", "max_position_embeddings"):
-        if not isinstance(config.get(key) or 0, int):
-            raise UserError(f"{origin}: {key} is {json.dumps(config[key])}, not a whole number")
-    heads, width = config.get("num_attention_heads", 0), config.get("hidden_size")
-    if config.get("head_dim") and config["head_dim"] * heads != width:
-        raise UserError(
-            f"{origin}: head_dim is {config['head_dim']}, but only hidden_size / heads = {width} / {heads} is computed"
-        )
+            raise UserError(
+                f"{origin}: {key} is {config[key]!r:.200}, which this model does not compute (only {harmless[0]!r})"
+            )
     try:
-        scaling = float(rope["factor"]) if kind == "linear" else 1.0
+        described = files.typed(config, _Described)
+        rope, raw_rope = (c.get("rope_scaling") or c.get("rope_parameters") or {} for c in (described, config))
+        kind, whole = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor") in (1, None)
+        if kind not in ("default", "linear") or not whole or any(isinstance(value, dict) for value in raw_rope.values()):
+            raise UserError(
+                f"RoPE is {json.dumps(raw_rope):.200}; only the types 'default' and 'linear' are computed, on whole heads"
+            )
+        heads, width = described["num_attention_heads"], described["hidden_size"]
+        if described.get("head_dim") and described["head_dim"] * heads != width:
+            raise UserError(
+                f"head_dim is {described['head_dim']}, but only hidden_size / heads = {width} / {heads} is computed"
+            )
+        if described["num_hidden_layers"] > MOST_LAYERS:
+            raise UserError(f"num_hidden_layers is {described['num_hidden_layers']:,}, and {MOST_LAYERS:,} are the most")
+        scaling = rope["factor"] if kind == "linear" else 1.0
+        before, length = described["max_position_embeddings"], described.get("seq_len")
+        exact = isinstance(length, int) and max(int(length / scaling), 1) == before  # as `to_hf_config` says it
         return Model(
-            n_layers=config["num_hidden_layers"],
-            d_model=config["hidden_size"],
-            n_heads=config["num_attention_heads"],
-            # absent in checkpoints from before grouped-query attention
-            n_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            d_ff=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            seq_len=round(config["max_position_embeddings"] * scaling),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            n_layers=described["num_hidden_layers"],
+            d_model=width,
+            n_heads=heads,
+            n_kv_heads=described.get("num_key_value_heads") or heads,  # absent before grouped-query attention
+            d_ff=described["intermediate_size"],
+            vocab_size=described["vocab_size"],
+            seq_len=length if exact else round(before * scaling),
+            rope_theta=rope.get("rope_theta", described.get("rope_theta", 10_000.0)),
             rope_scaling=scaling,
-            norm_eps=float(config["rms_norm_eps"]),
+            norm_eps=described["rms_norm_eps"],
         )
     except KeyError as error:
         raise UserError(f"{origin}: does not say {error}") from None
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from None
 
 
@@ -272,87 +274,7 @@ def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 # -- reading a folder ---------------------------------------------------------------------------------------------------
 
 
-class Shards(Mapping):
-    """The tensors of safetensors files by name, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        """Raises UserError for a file that is not whole."""
-        self._file = {}
-        for file in files:
-            with self._open(file) as f:
-                self._file |= dict.fromkeys(f.keys(), file)
-
-    @staticmethod
-    def _open(file: Path):
-        try:
-            return safetensors.safe_open(file, framework="np")
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{file}: is not a whole safetensors file: {error}") from None
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        with self._open(self._file[name]) as f:
-            return f.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
-
-    def __len__(self) -> int:
-        return len(self._file)
-
-
-def read_pickle(path: Path) -> object:
-    """What a .bin, .pt or .pth file holds, its tensors memory-mapped; no code in it is run. Raises UserError."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: is a pickle, which needs PyTorch to read: pip install torch") from None
-    path.open("rb").close()  # a file that cannot be opened says so itself
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch has no type of its own for a file that is not its own
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path}: was not loaded: it holds {code[1]}, which is neither tensor nor number; a pickle can run any code"
-            ) from None
-        raise UserError(f"{path}: is not a whole PyTorch file") from None
-
-
-def to_arrays(held: object, origin: str) -> dict[str, np.ndarray]:
-    """A dict of torch tensors as numpy arrays over the same memory. Raises UserError if `held` is anything else."""
-    import torch
-
-    if not isinstance(held, dict) or not all(isinstance(t, torch.Tensor) for t in held.values()):
-        raise UserError(f"{origin}: is not a table of tensors by name")
-    bf16 = lambda t: t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # which numpy itself does not have
-    return {name: bf16(t.detach()) if t.dtype == torch.bfloat16 else t.detach().numpy() for name, t in held.items()}
-
-
-def _read_pickles(files: list[Path]) -> Mapping[str, np.ndarray]:
-    return ChainMap(*(to_arrays(read_pickle(file), str(file)) for file in files))
-
-
-def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
-    """Name -> tensor of a Hugging Face folder (safetensors before .bin) or of one file. Raises UserError."""
-    if path.is_file():
-        return Shards([path]) if path.suffix == ".safetensors" else _read_pickles([path])
-    for name, read in (("model.safetensors", Shards), ("pytorch_model.bin", _read_pickles)):
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index, "weight_map")["weight_map"]
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{index}: is damaged (its weight_map does not name a file for each tensor)")
-            tensors = read([_shard(path, file) for file in sorted(set(weight_map.values()))])
-            check_names(tensors, weight_map, str(index))
-            return tensors
-        if (path / name).is_file():
-            return read([path / name])
-    raise UserError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index")
-
-
-def _shard(folder: Path, name: str) -> Path:
-    if Path(name).name != name or not (folder / name).is_file():
-        raise UserError(f"{folder}: its index names {name}, which is not in it")
-    return folder / name
+# -- reading a folder ---------------------------------------------------------------------------------------------------
 
 
 def load_model(path: str | Path) -> Model:
@@ -360,35 +282,38 @@ def load_model(path: str | Path) -> Model:
     return from_hf_config(_read_config(Path(path)), str(path))
 
 
-def load_folder(path: str | Path) -> tuple[dict, Model]:
+def load_folder(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model]:
     """(parameters as fp32 numpy arrays in a nested dict, model) of a Hugging Face folder, or of a file beside its config.json.
 
     Tied embeddings come as two equal tables. Raises UserError.
     """
     path = Path(path)
-    model, tensors = load_model(path), read_tensors(path)
+    model, tensors = load_model(path), tensor_files.read(path)
     if _read_config(path).get("tie_word_embeddings"):
-        tensors = _untie(tensors, str(path))
-    return from_hf(tensors, model, str(path)), model
+        tensors = _untie(tensors, model, str(path))
+    return from_hf(tensors, model, str(path), allow_non_finite), model
 
 
 def _read_config(path: Path) -> dict:
     described = (path.parent if path.is_file() else path) / "config.json"
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path}: is neither a file nor a folder" if path.exists() else f"{path}: no such folder")
     if not described.is_file():
-        raise UserError(
-            f"{path}: no such folder" if not path.exists() else f"{described}: no such file; it describes the model"
-        )
-    return read_json(described, "model_type")
+        raise UserError(f"{described}: no such file; it describes the model")
+    return files.read_json(described, dict, largest=LARGEST_CONFIG)
 
 
 def describes(folder: Path) -> bool:
     """Whether `folder` says of itself that it is one of Hugging Face's."""
-    return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
+    return (folder / "config.json").is_file() and "model_type" in _read_config(folder)
 
 
-def _untie(tensors: Mapping[str, np.ndarray], origin: str) -> Mapping[str, np.ndarray]:
+def _untie(tensors: Tensors, model: Model, origin: str) -> Tensors:
     head, embedding = NAMES["lm_head/kernel"], NAMES["embed/embedding"]
-    if head in tensors and embedding in tensors and not np.array_equal(tensors[head], tensors[embedding]):
-        raise UserError(f"{origin}: tie_word_embeddings is true, but {head} and {embedding} differ")
+    both = {name: shapes(model)[name] for name in (head, embedding)}
+    if set(both) <= set(tensors):
+        tensor_files.check({name: tensors[name] for name in both}, both, origin)
+        if not np.array_equal(*(np.asarray(tensors[name], np.float32) for name in both), equal_nan=True):
+            raise UserError(f"{origin}: tie_word_embeddings is true, but {head} and {embedding} differ")
     print(f"{origin}: its embedding is also its head (tie_word_embeddings); here they become two tables, and train apart")
     return ChainMap({head: tensors[embedding]}, tensors) if embedding in tensors else tensors

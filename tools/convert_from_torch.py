@@ -23,8 +23,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tokenizer", help="a SentencePiece model or a tokenizer's folder, if there is none beside the weights"
     )
+    parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite as they are")
     arguments = parser.parse_args(argv)
-    print(convert.import_checkpoint(arguments.checkpoint, arguments.output, arguments.config, arguments.tokenizer))
+    source, output, config, tokenizer = arguments.checkpoint, arguments.output, arguments.config, arguments.tokenizer
+    print(convert.import_checkpoint(source, output, config, tokenizer, arguments.allow_non_finite))
     return 0
 
 

@@ -23,8 +23,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=list(hf.DTYPES), default="float32", help="float32 (default) loses nothing; the others halve the size"
     )
+    parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite as they are")
     arguments = parser.parse_args(argv)
-    step = convert.export(arguments.checkpoint, arguments.output, arguments.step, arguments.dtype)
+    step = convert.export(arguments.checkpoint, arguments.output, arguments.step, arguments.dtype, arguments.allow_non_finite)
     print(f"{arguments.output}: step {step:,} of {arguments.checkpoint} in {arguments.dtype}")
     return 0
 

@@ -3,15 +3,20 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tinyllama_jax import config as c
+from tinyllama_jax import files
 from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged
@@ -84,7 +89,9 @@ def test_files_are_those_of_the_builder(tiny_data, tmp_path, stream, chunk, tail
     assert [file.name for file in files] == [f"train_slim_{i:010d}.bin" for i in range(len(want))]
     assert [file.read_bytes() for file in files] == want
     left = len(want) * chunk - n
-    assert (f"{left:,} bos fill up" if tail == "fill" else f"the last {-left:,} tokens are dropped") in capsys.readouterr().out
+    assert (
+        f"{left:,} bos fill up" if tail == "fill" else f"{-left:,} tokens at the end are dropped"
+    ) in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".bin") == ["tokenizer"]
 
 
@@ -112,25 +119,86 @@ def test_the_files_appear_when_all_are_written(tiny_data, tmp_path, monkeypatch)
     assert not litpkds.files_of(out / "train_x")
     monkeypatch.undo()
     files = litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
-    assert litpkds.files_of(out / "train_x") == files and not (out / "train_x.partial").exists()
+    assert litpkds.files_of(out / "train_x") == files and not (out / ".train_x.partial").exists()
     with pytest.raises(UserError, match="train_x_0000000000.bin: exists already; choose another --prefix"):
         litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
     with pytest.raises(UserError, match="has the tokenizer of other data"):
         litpkds.export(tiny_data / "other", "train", out, "train_y", 1_000)
 
 
-def test_a_call_that_was_killed_takes_nothing_of_another_prefix_with_it(tiny_data, tmp_path):
+KILLED = """
+import os, sys
+from tinyllama_jax.data import litpkds
+right, left = os.replace, int(sys.argv[3])
+def replace(source, target):
+    global left
+    if str(target).endswith(".bin"):
+        if not left:
+            os._exit(9)
+        left -= 1
+    right(source, target)
+os.replace = replace
+litpkds.export(sys.argv[1], "train", litpkds.Path(sys.argv[2]), "train", 1_000)
+"""
+
+
+def test_after_a_kill_while_they_are_moved_only_those_are_removed(tiny_data, tmp_path, stream):
     others = litpkds.export(tiny_data / "a", "train", tmp_path, "train_star", 5_000)
-    (tmp_path / "train.partial").mkdir()  # what a killed --prefix train leaves
-    litpkds.export(tiny_data / "a", "validation", tmp_path, "train", 1_000)
-    assert others and all(file.is_file() for file in others)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tiny_data / "a"), str(tmp_path), "3"], timeout=300)
+    moved = sorted(tmp_path.glob("train_0*.bin"))
+    assert killed.returncode == 9 and len(moved) == 3 and (tmp_path / ".train.partial" / files.MARK).is_file()
+    moved[1].write_bytes(b"somebody's")  # since then
+    with pytest.raises(UserError, match=f"{moved[1]}: exists already"):
+        litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
+    assert [file.name for file in sorted(tmp_path.glob("train_0*.bin"))] == [moved[1].name]
+    assert moved[1].read_bytes() == b"somebody's" and others and all(file.is_file() for file in others)
+    moved[1].unlink()
+    again = litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
+    assert [file.read_bytes() for file in again] == as_the_builder_would(stream.tolist(), 1_000, "fill")
+
+
+def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(tiny_data, tmp_path):
+    export = lambda: litpkds.export(tiny_data / "a", "validation", tmp_path, "x", 500)
+    for foreign in ("x.partial", ".x.partial"):
+        (tmp_path / foreign).mkdir()
+        (tmp_path / foreign / "precious").touch()
+    (tmp_path / "x_0000000000.bin").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"\.x\.partial: is needed for what is half made, and holds other things; move it away"):
+        export()
+    shutil.rmtree(tmp_path / ".x.partial")
+    with pytest.raises(UserError, match=r"x_0000000000\.bin: exists already"):
+        export()
+    assert (tmp_path / "x_0000000000.bin").read_bytes() == b"precious" and (tmp_path / "x.partial/precious").is_file()
+    (tmp_path / "x_0000000000.bin").unlink()
+    (tmp_path / ".DS_Store").touch()
+    with files.workplace(tmp_path / ".x.partial", ""):
+        litpkds.export(tiny_data / "a", "train", tmp_path, "y", 5_000)  # another prefix is another output
+        with pytest.raises(UserError, match=r"--output .*: another process is writing x_\*\.bin there"):
+            export()
+    assert len(export()) == 4 and not (tmp_path / ".x.partial").exists()
+
+
+def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monkeypatch):
+    right = os.replace
+
+    def full(source, target):
+        if str(target).endswith("2.bin"):
+            raise OSError(28, "No space left on device", str(target))
+        right(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"chunk": 0}, "--chunk-size 0: must be positive"),
+        ({"chunk": 10**12}, "--chunk-size 1000000000000: must be positive, and 268,435,456 at most"),
         ({"prefix": "a/b"}, "--prefix a/b: must be what the files' names begin with"),
+        ({"output": Path("gs://bucket/x")}, "--output=gs://bucket/x: is a URL, and must be a local path"),
         ({"prefix": ".."}, "--prefix ..: must be what the files' names begin with"),
         ({"source": "nowhere"}, "nowhere: no such folder"),
         ({"split": "test"}, "has no split 'test'"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import mmap
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllama_jax import files
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged
 from tinyllama_jax.errors import UserError, run_main
@@ -34,6 +36,8 @@ CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32"
 WRITTEN = {"uint16": 8, "int32": 4}  # what the original's builder takes for tokens
 CHUNK = 2049 * 1024  # tokens in a file
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
+LARGEST_CHUNK = 1 << 28  # of which one is in memory when it is written
+MOVED = "moved.json"  # which files of a finished export are being moved to where they belong
 AHEAD = 256  # files whose headers a thread reads at once
 
 
@@ -248,40 +252,64 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
     """
     blocks = Blocks(source, split)
     vocabulary = blocks.manifest["tokenizer"]
-    if chunk < 1:
-        raise UserError(f"--chunk-size {chunk}: must be positive; the original has {CHUNK} (2049 x 1024)")
+    if not 1 <= chunk <= LARGEST_CHUNK:
+        raise UserError(f"--chunk-size {chunk}: must be positive, and {LARGEST_CHUNK:,} at most; the original has {CHUNK:,}")
     if prefix.startswith(".") or not prefix or Path(prefix).name != prefix:
         raise UserError(f"--prefix {prefix}: must be what the files' names begin with, such as train_slim")
     if tail == "fill" and vocabulary["bos_id"] < 0:
         raise UserError("--tail fill: fills up with bos, which this tokenizer does not have; say --tail drop")
-    partial = output / f"{prefix}.partial"
-    there = [file for file in files_of(output / f"{prefix}_") if re.fullmatch(r"\d{10}\.bin", file.name[len(prefix) + 1 :])]
-    if there and not partial.is_dir():
-        raise UserError(f"{there[0]}: exists already; choose another --prefix or --output, or delete what begins with it")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if not (output / "tokenizer").is_dir():
-        tokenizer_lib.load(blocks.tokenizer).save(output / "tokenizer")
-    elif _tokenizer(output).sha256 != blocks.tokenizer_sha256:
-        raise UserError(f"--output {output}: has the tokenizer of other data; choose another folder")
-    dtype = "uint16" if vocabulary["vocab_size"] < 65_500 else "int32"  # as the original's builder chooses
-    n_files, n = write(stream(blocks), partial, prefix, chunk, dtype, vocabulary["bos_id"] if tail == "fill" else None)
-    if not n_files:
-        raise UserError(f"--tail drop: there is one file of {n:,} tokens; say --tail fill, or a --chunk-size below {n:,}")
-    for file in there:
-        file.unlink()  # of a call that was killed while it moved them
-    files = sorted(partial.iterdir())
-    for file in files:
-        os.replace(file, output / file.name)
-    partial.rmdir()
+    files.check_local("--output", output)
+    busy = f"--output {output}: another process is writing {prefix}_*.bin there"
+    with files.workplace(output / f".{prefix}.partial", busy) as place:
+        _take_back(place, output)  # of a call that was killed while it moved them
+        if there := _numbered(output, prefix):
+            raise UserError(f"{there[0]}: exists already; choose another --prefix or --output, or delete what begins with it")
+        if not (output / "tokenizer").is_dir():
+            tokenizer_lib.load(blocks.tokenizer).save(output / "tokenizer")
+        elif _tokenizer(output).sha256 != blocks.tokenizer_sha256:
+            raise UserError(f"--output {output}: has the tokenizer of other data; choose another folder")
+        folder = place / "whole"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        dtype = "uint16" if vocabulary["vocab_size"] < 65_500 else "int32"  # as the original's builder chooses
+        n_files, n = write(stream(blocks), folder, prefix, chunk, dtype, vocabulary["bos_id"] if tail == "fill" else None)
+        if not n_files:
+            raise UserError(f"--tail drop: there is one file of {n:,} tokens; say --tail fill, or a --chunk-size below {n:,}")
+        files.settle(folder)
+        _move(place, folder, output)
     apart = n_files * chunk - n
-    said = (
-        f"{apart:,} bos fill up the last one"
-        if apart >= 0
-        else f"the last {-apart:,} tokens are dropped (--tail fill keeps them)"
-    )
-    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {said}")
-    return [output / file.name for file in files]
+    end = "bos fill up the last one" if apart >= 0 else "tokens at the end are dropped (--tail fill keeps them)"
+    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {abs(apart):,} {end}")
+    return _numbered(output, prefix)
+
+
+def _numbered(output: Path, prefix: str) -> list[Path]:
+    """The files there are of this very prefix."""
+    return [f for f in files_of(output / f"{prefix}_") if re.fullmatch(r"\d{10}\.bin", f.name[len(prefix) + 1 :])]
+
+
+def _move(place: Path, folder: Path, output: Path) -> None:
+    """Moves all files of `folder` to `output`, or none; who is killed leaves in `place` which they were."""
+    names = sorted(os.listdir(folder))
+    files.write(place / MOVED, json.dumps({name: _identity(folder / name) for name in names}))
+    try:
+        for name in names:
+            os.replace(folder / name, output / name)
+    except BaseException:
+        _take_back(place, output)
+        raise
+
+
+def _take_back(place: Path, output: Path) -> None:
+    """Removes the files that a `_move` out of `place` put into `output`, unless somebody has written them since."""
+    record = place / MOVED
+    for name, identity in (files.read_json(record, dict[str, list[int]]) if record.is_file() else {}).items():
+        if (file := output / Path(name).name).is_file() and _identity(file) == identity:
+            file.unlink()
+
+
+def _identity(file: Path) -> list[int]:
+    return [file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def main(argv: list[str]) -> None:

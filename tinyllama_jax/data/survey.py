@@ -141,10 +141,10 @@ class Survey:
         self.open = size - int(edges[-1]) if edges.size else self.open + size
 
     def _look_at_filling(self, indices: np.ndarray, length: np.ndarray) -> None:
-        """Blocks of one file that was filled up at its end."""
+        """Blocks of one file that was filled up at its end, as who exports fills up the last file; any other is a finding."""
         filling = self.blocks.stored(indices) - length
         rows = np.flatnonzero(filling)
-        if rows.size:
+        if rows.size and self.blocks.place(int(indices[-1]))[0] != self.blocks.place(len(self.blocks) - 1)[0]:
             file, record = self.blocks.place(int(indices[rows[0]]))
             line = f"{file.name}, record {record}: is the first of {rows.size:,} blocks that end in bos or eos over and over"
             line += f", {filling.sum():,} in all, left out when they are read"
