@@ -34,7 +34,7 @@ RANK = {
     "model": 2,
     "optim": 2.5,
     "hf": 2,
-    "hf_tokenizer": 2,
+    "hf_tokenizer": 1.9,
     "lit": 2.5,
     "step": 3,
     "stages": 3,

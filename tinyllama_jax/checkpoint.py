@@ -239,12 +239,6 @@ def load_config(run: str | Path) -> Config:
     return config_lib.from_json(path.read_bytes(), str(path))
 
 
-def documents_begin_with_bos(run: Path) -> bool:
-    """Whether the data of a run folder put bos before each document; False if it does not know its data (an import)."""
-    data = run / "data.json"
-    return data.is_file() and any(source["bos"] for source in read_json(data, "bos", kind=list))
-
-
 def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
     """(parameters as fp32 numpy arrays in a nested dict, config, step) of a run folder, on the host. Raises UserError."""
     step, config = find_step(run, step), load_config(run)

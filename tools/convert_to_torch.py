@@ -23,8 +23,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=list(hf.DTYPES), default="float32", help="float32 (default) loses nothing; the others halve the size"
     )
+    parser.add_argument(
+        "--tokenizer",
+        choices=["checked", "none"],
+        default="checked",
+        help="none: no tokenizer.json is made or checked; the run's own tokenizer lies beside the weights as it is",
+    )
     arguments = parser.parse_args(argv)
-    step = convert.export(arguments.checkpoint, arguments.output, arguments.step, arguments.dtype)
+    checked = arguments.tokenizer == "checked"
+    step = convert.export(arguments.checkpoint, arguments.output, arguments.step, arguments.dtype, checked)
     print(f"{arguments.output}: step {step:,} of {arguments.checkpoint} in {arguments.dtype}")
     return 0
 
