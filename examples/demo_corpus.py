@@ -20,8 +20,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
-
+from tinyllama_jax.data import vocabulary
 from tinyllama_jax.errors import UserError
 
 SOURCES = ("text", "code")
@@ -117,8 +116,7 @@ def take_apart(source: str) -> Document:
 def train_tokenizer(corpus: Path, shares: dict[str, float], vocab_size: int) -> bytes:
     """A SentencePiece BPE model of `vocab_size` pieces from the training split in `corpus`, mixed by `shares` of characters.
 
-    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581): that is
-    how SentencePiece writes a space. The same corpus gives the same bytes.
+    `vocabulary.train` says of which kind. The same corpus gives the same bytes.
     """
     documents = {source: _documents(corpus / f"{source}.train.jsonl") for source in SOURCES}
     total = min(sum(map(len, documents[source])) / share for source, share in shares.items())
@@ -126,28 +124,7 @@ def train_tokenizer(corpus: Path, shares: dict[str, float], vocab_size: int) -> 
     for source, share in shares.items():
         ends = itertools.accumulate(map(len, documents[source]))
         sentences += [d for d, end in zip(documents[source], ends, strict=True) if end <= share * total]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        byte_fallback=True,  # what has no piece is spelt in bytes: no text is unknown
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,  # the ids of a text do not depend on whether it begins a document
-        allow_whitespace_only_pieces=True,  # indentation is one token
-        character_coverage=0.9995,  # of the corpus's characters; rarer ones are spelt in bytes
-        max_sentence_length=1 + max(len(d.encode()) for d in sentences),  # longer ones would be left out silently
-        num_threads=1,  # it takes a second
-        minloglevel=2,  # errors only
-    )
-    return model.getvalue()
+    return vocabulary.train(sentences, vocab_size)
 
 
 def _documents(path: Path) -> list[str]:

@@ -36,7 +36,7 @@ RANK = {
     "optim": 2.5,
     "tensor_files": 1,
     "hf": 2,
-    "hf_tokenizer": 2,
+    "hf_tokenizer": 1.9,
     "lit": 2.5,
     "step": 3,
     "stages": 3,

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import threading
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,18 +162,6 @@ def load_config(run: str | Path) -> Config:
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
     with files.open_regular(path) as f:
         return config_lib.from_json(f.read(1 << 20), str(path))
-
-
-class Begins(typing.TypedDict):
-    """What of a source in data.json says how its documents begin."""
-
-    bos: bool
-
-
-def documents_begin_with_bos(run: Path) -> bool:
-    """Whether the data of a run folder put bos before each document; False if it does not know its data (an import)."""
-    data = run / "data.json"
-    return data.is_file() and any(source["bos"] for source in files.read_json(data, list[Begins]))
 
 
 def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:

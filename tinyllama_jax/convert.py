@@ -15,24 +15,20 @@ from tinyllama_jax.config import Config, Model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.errors import UserError
 
-# What a tokenizer is made of in a Hugging Face folder; one of the first two is always there.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-
 
 def export(
-    run: str | Path, output: str | Path, step: int | None = None, dtype: str = "float32", allow_non_finite: bool = False
+    run: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    dtype: str = "float32",
+    tokenizer: bool = True,
+    allow_non_finite: bool = False,
 ) -> int:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, from a run's newest (or given) step; returns it.
 
-    float32, the dtype of the weights, loses nothing. `output` must not exist, or be empty; it appears when it is whole.
-    Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
+    float32, the dtype of the weights, loses nothing. `output` must not exist, or be empty; it appears when it is whole, and its
+    tokenizer, loaded as users will, has given the ids of training. `tokenizer`: False: the run's tokenizer as it is, unchanged
+    and unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and hf.describes(run):
@@ -41,30 +37,41 @@ def export(
         params, config, step = checkpoint.load_params(run, step)
         for name, tensor in () if allow_non_finite else hf.to_hf(params, config.model):
             tensor_files.check_finite(name, tensor, f"{run}, step {step:,}")
-        bos, eos = _export_tokenizer(run, folder, config.model.seq_len)
-        hf.save_folder(params, config.model, folder, dtype, bos, eos)
+        add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(run)
+        ours = (
+            _export_tokenizer(run / "tokenizer", folder, add_bos, config.model.seq_len) if tokenizer else _as_it_is(run, folder)
+        )
+        bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
+        hf.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
+        if (theirs := run / "tokenizer/generation_config.json").is_file():
+            shutil.copyfile(theirs, folder / theirs.name)
+        if tokenizer and not hf_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
+            print(f"{output}: whether Transformers reads this tokenizer as training did is not checked: it is not installed")
     return step
 
 
-def _export_tokenizer(run: Path, folder: Path, seq_len: int) -> tuple[int | None, int | None]:
-    """Writes the tokenizer's files and returns the ids of bos and eos, where there are any."""
-    ours = run / "tokenizer"
-    if (ours / "tokenizer.json").is_file():  # it came from a Hugging Face folder: back it goes as it was
-        _copy_tokenizer(ours, folder)
-        model = tokenizer_lib.HuggingFaceTokenizer(ours / "tokenizer.json")
-    elif not (ours / "tokenizer.model").is_file():
-        raise UserError(f"{ours}: holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export")
-    else:  # as the data were: a prompt then begins as the documents did
-        model = hf_tokenizer.write(ours / "tokenizer.model", folder, checkpoint.documents_begin_with_bos(run), seq_len)
-    bos, eos = (None if id_ < 0 else id_ for id_ in (model.bos_id, model.eos_id))
-    return bos, eos
+def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -> tokenizer_lib.Tokenizer:
+    """Writes the tokenizer's files for Transformers; returns the one of training."""
+    if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
+        what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
+        raise UserError(f"{source}: {what}{hf_tokenizer.REMEDY}")
+    ours = tokenizer_lib.load(source)
+    try:
+        ours.export(folder, add_bos, seq_len)
+    except UserError as error:
+        raise UserError(f"{error}{hf_tokenizer.REMEDY}") from None
+    return ours
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def _as_it_is(run: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
+    """Copies a run's tokenizer; returns it if it can be read, for the ids of bos and eos."""
+    if (run / "tokenizer").is_dir():
+        shutil.copytree(run / "tokenizer", folder, dirs_exist_ok=True)
+    try:
+        return tokenizer_lib.load(run / "tokenizer")
+    except UserError as error:
+        print(f"no bos and eos in the model's config.json: {error}")
+        return None
 
 
 def import_checkpoint(
@@ -85,7 +92,7 @@ def import_checkpoint(
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
-    if not tokenizer and source.exists() and not any((beside / name).is_file() for name in TOKENIZER_FILES[:2]):
+    if not tokenizer and source.exists() and not any((beside / f"tokenizer.{end}").is_file() for end in ("model", "json")):
         raise UserError(f"{beside}: holds no tokenizer; add --tokenizer FILE_OR_FOLDER: a run folder keeps its own")
     moments, step = None, 0
     if source.is_file() and source.suffix == ".pth":
@@ -102,10 +109,7 @@ def import_checkpoint(
         config = given or _unscheduled(model)
     with _made_whole(output) as folder:
         checkpoint.save_import(folder, dataclasses.replace(config, workdir=str(output)), params, moments, step)
-        if tokenizer:
-            tokenizer_lib.load(tokenizer).save(folder / "tokenizer")
-        else:
-            _copy_tokenizer(beside, folder / "tokenizer")
+        tokenizer_lib.load(tokenizer or beside).save(folder / "tokenizer")
     what = f"{dims.n_parameters(config.model):,} weights" + (f" and AdamW's moments after step {step:,}" if moments else "")
     return f"{output}: {what} of {source}"
 

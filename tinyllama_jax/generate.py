@@ -24,7 +24,7 @@ from tinyllama_jax import checkpoint, dims, hf, model
 from tinyllama_jax.config import Model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.errors import UserError, read_json, run_main
+from tinyllama_jax.errors import UserError, run_main
 
 
 class Sampling(NamedTuple):
@@ -157,19 +157,9 @@ def first_tokens(path: str | Path, tokenizer: Tokenizer, prompt: str) -> list[in
     An empty prompt asks for a new document: it is bos, or else eos, which stood between documents.
     """
     ids = tokenizer.encode(prompt)
-    if _documents_begin_with_bos(Path(path)):
+    if tokenizer.bos_id >= 0 and tokenizer_lib.documents_begin_with_bos(Path(path)):
         return [tokenizer.bos_id, *ids]
     return ids or ([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])
-
-
-def _documents_begin_with_bos(path: Path) -> bool:
-    if (path / "data.json").is_file():  # a run
-        return checkpoint.documents_begin_with_bos(path)
-    for file in (path / "tokenizer/tokenizer_config.json", path / "tokenizer_config.json"):  # an imported run, Hugging Face
-        if file.is_file():
-            settings = read_json(file)
-            return settings.get("add_bos_token", str(settings.get("tokenizer_class")).startswith("Llama"))  # its default
-    return False
 
 
 class Text:

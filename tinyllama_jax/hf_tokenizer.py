@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as tokenizer.json and tokenizer_config.json, with the same ids.
+"""A tokenizer as tokenizer.json and tokenizer_config.json that give Transformers the ids of training, and the proof of it.
 
 Transformers' own readers of `tokenizer.model` give other ids (a dummy prefix that is left out before a space, merges in another
 order), so the files are written here and nothing is left to guess. How SentencePiece's rules are said in a tokenizer.json:
@@ -6,9 +6,12 @@ order), so the files are written here and nothing is left to guess. How Sentence
 | SentencePiece                                   | tokenizer.json                                            |
 |-------------------------------------------------|-----------------------------------------------------------|
 | the pair that makes the best-scored piece joins | `merges`: each way to cut a piece in two, by score        |
+| unigram                                         | model: `Unigram`; pieces that no text has get `NEVER`     |
+| a normalisation rule such as nmt_nfkc           | normalizer: `Precompiled`, which knows fewer combinations |
 | `remove_extra_whitespaces`                      | normalizer: three `Replace`                               |
 | `add_dummy_prefix`, but not on an empty text    | normalizer: `Prepend` ▁                                   |
 | `escape_whitespaces`                            | normalizer: `Replace` space by ▁                          |
+| user-defined symbols                            | pre-tokenizer: `Split`; a part that is a piece stays one  |
 | `byte_fallback`                                 | model: `byte_fallback`; decoder: `ByteFallback`           |
 
 One difference is deliberate, since users of Transformers build prompts by it: a special token written out in a text ("</s>")
@@ -18,21 +21,55 @@ becomes its id, and the text after it is encoded as a text of its own. With `spl
 
 from __future__ import annotations
 
+import base64
 import json
-import shutil
+import re
 import struct
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within pieces
 
-# sentencepiece_model.proto: kinds of a piece, and the only kind of model that a list of merges can express
+# sentencepiece_model.proto: kinds of a piece, and the kinds of model that a tokenizer.json can express
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
+# the class that takes a tokenizer.json as it is; LlamaTokenizer and others make their own normalizer from what they read
+AS_WRITTEN = "PreTrainedTokenizerFast"
+# Llama takes no token_type_ids
+PLAIN = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+REMEDY = "; --tokenizer none writes the weights, with the tokenizer as it is beside them"
+TEXTS = (
+    *(
+        "",
+        "a",
+        " a",
+        "a ",
+        "  two  spaces   here ",
+        " " * 40,
+        "\n",
+        "line\n\n\nline\r\n\tx\t\t y",
+        "#" * 9,
+        "def f(x):\n    return  x",
+    ),
+    *(
+        "naïve e\u0301 n\u0303",
+        "日本語、한국어 你好。",
+        "नमस्ते שלום",
+        "👩‍👩‍👧 👍🏽 🇨🇭",
+        "▁ a▁b ▁▁",
+        "a\0b\x01\x7f",
+        "3.14 1,000",
+        "\ufeffx",
+    ),
+    *("<s>a</s> b<unk>", "<|im_start|>user\n<|im_end|>", "[INST] <0x0A> [PAD]", "ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ\u00a0x"),
+)
+NEVER = -1e6  # score of a piece that no text has: its spelling in other pieces is always better
 
 
 class Piece(NamedTuple):
@@ -54,6 +91,9 @@ class SentencePiece(NamedTuple):
     byte_fallback: bool
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
+    model_type: int
+    rule: str  # name of the normalisation rule
+    charsmap: bytes  # that rule, compiled; b"" for none
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -116,30 +156,33 @@ def read(path: str | Path) -> SentencePiece:
         byte_fallback=bool(trainer.get(35, 0)),
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        model_type=trainer.get(3, UNIGRAM),
+        rule=normalizer.get(1, b"").decode(errors="replace"),
+        charsmap=normalizer.get(2, b""),
     )
 
 
 def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: dict, denormalizer: dict) -> None:
+    model_type = trainer.get(3, UNIGRAM)
     by_score = Counter(piece.score for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1)
-    tied = {piece.text for piece in pieces if piece.kind == NORMAL and by_score[piece.score] > 1}
+    tied = {piece.text for piece in pieces if piece.kind == NORMAL and by_score[piece.score] > 1 and model_type == BPE}
     tied -= {SPACE * n for n in range(1, len(tied) + 2)}  # Llama 2 ties the runs of spaces: see `merges`
-    odd = [piece.text for piece in pieces if piece.kind in (USER_DEFINED, UNUSED)]
-    name = normalizer.get(1, b"").decode(errors="replace")
-    model_type = {UNIGRAM: "a unigram", 3: "a word", 4: "a character"}.get(trainer.get(3, UNIGRAM))
+    # what normalisation would change is matched before it in SentencePiece, and after it here
+    symbols = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    plain = re.compile("[!-~]+" if normalizer.get(2) else f"[^{SPACE}]+" if normalizer.get(4, 1) else ".+", re.DOTALL)
+    odd = [text for text in symbols if not plain.fullmatch(text) or (b"cf" in normalizer.get(1, b"") and text != text.lower())]
+    unused = [piece.text for piece in pieces if piece.kind == UNUSED]
     for refused, what, remedy in (
-        (model_type, f"is {model_type} model", "train with model_type=bpe"),
-        (normalizer.get(2) or denormalizer.get(2), f"normalises by {name!r}", "train with normalization_rule_name=identity"),
-        (not normalizer.get(5, 1), "does not escape spaces", "train with escape_whitespaces=true"),
-        (trainer.get(24), "puts the space after a word", "train with treat_whitespace_as_suffix=false"),
-        (odd, f"has {len(odd)} user-defined or unused pieces, {odd[0] if odd else ''!r} first", "train without them"),
-        (
-            tied,
-            f"has pieces of equal score, {min(tied, default='')!r} among them",
-            "train with model_type=bpe, which ranks them",
-        ),
+        (model_type not in (UNIGRAM, BPE), f"is a {'word' if model_type == 3 else 'character'} model", "model_type=bpe"),
+        (denormalizer.get(2), "changes text again when it decodes", "no denormalization_rule_tsv"),
+        (not normalizer.get(5, 1), "does not escape spaces", "escape_whitespaces=true"),
+        (trainer.get(24), "puts the space after a word", "treat_whitespace_as_suffix=false"),
+        (odd, f"has user-defined symbols that its normalisation changes, {min(odd, default='')!r} among them", "others"),
+        (unused, f"has {len(unused)} unused pieces, {min(unused, default='')!r} among them", "no such pieces"),
+        (tied, f"has pieces of equal score, {min(tied, default='')!r} among them", "model_type=bpe, which ranks them"),
     ):
         if refused:
-            raise UserError(f"{path}: {what}, which a tokenizer.json cannot express with the same ids; {remedy}")
+            raise UserError(f"{path}: {what}, which a tokenizer.json cannot express with the same ids; train one with {remedy}")
 
 
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
@@ -162,52 +205,69 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 def tokenizer_json(model: SentencePiece, add_bos: bool) -> dict:
     """The contents of tokenizer.json. `add_bos`: texts are encoded with bos in front unless the caller says otherwise."""
     strip = model.add_dummy_prefix or model.remove_extra_whitespaces
-    normalizers = []
-    if model.remove_extra_whitespaces:
-        normalizers += [
-            _replace({"Regex": r"\A +"}, ""),
-            _replace({"Regex": " +"}, " "),
-            _replace({"Regex": rf"[ {SPACE}]+\z"}, ""),
-        ]
-    if model.add_dummy_prefix:
-        normalizers += [{"type": "Prepend", "prepend": SPACE}]
-    normalizers += [_replace({"String": " "}, SPACE)]
     decoders = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    symbols = sorted((p.text for p in model.pieces if p.kind == USER_DEFINED), key=len, reverse=True)
+    split = {"pattern": {"Regex": "|".join(map(re.escape, symbols))}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": id_, **token} for id_, token in added_tokens(model).items()],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": _bos_template(model) if add_bos else None,
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(model)},
+        "pre_tokenizer": {"type": "Split", **split} if symbols else None,
+        "post_processor": _bos_template(model.pieces[model.bos_id].text, model.bos_id) if add_bos else None,
         "decoder": {
             "type": "Sequence",
             "decoders": decoders + ([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if strip else []),
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": model.pieces[model.unk_id].text,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.byte_fallback,
-            "ignore_merges": False,
-            "vocab": {piece.text: id_ for id_, piece in enumerate(model.pieces)},
-            # "left right" and not [left, right], which releases before 2024 cannot read; no piece holds a space
-            "merges": [f"{left} {right}" for left, right in merges(model.pieces)],
-        },
+        "model": _unigram(model) if model.model_type == UNIGRAM else _bpe(model, bool(symbols)),
     }
+
+
+def _normalizers(model: SentencePiece) -> list[dict]:
+    normalizers, prefix = [], SPACE
+    if model.charsmap:
+        charsmap = base64.b64encode(model.charsmap).decode()
+        normalizers = [{"type": "Precompiled", "precompiled_charsmap": charsmap}]
+    if model.rule.startswith("nmt"):  # Precompiled reads clusters, SentencePiece characters; U+0001 parts clusters, and goes
+        normalizers.insert(0, _replace({"String": "\r\n"}, "\r\x01\n"))
+        prefix += "\x01"
+    if model.remove_extra_whitespaces:
+        regexes = {r"\A +": "", " +": " ", rf"[ {SPACE}]+\z": ""}
+        normalizers += [_replace({"Regex": regex}, content) for regex, content in regexes.items()]
+    if model.add_dummy_prefix:  # of what is left of a text, or of any text that is not empty
+        late = model.remove_extra_whitespaces or prefix == SPACE
+        normalizers.insert(len(normalizers) if late else 0, {"type": "Prepend", "prepend": SPACE if late else prefix})
+    return [*normalizers, _replace({"String": " "}, SPACE)]
+
+
+def _bpe(model: SentencePiece, symbols: bool) -> dict:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.pieces[model.unk_id].text,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.byte_fallback,
+        "ignore_merges": symbols,  # nothing merges into a user-defined symbol
+        "vocab": {piece.text: id_ for id_, piece in enumerate(model.pieces)},
+        # "left right" and not [left, right], which releases before 2024 cannot read; no piece holds a space
+        "merges": [f"{left} {right}" for left, right in merges(model.pieces)],
+    }
+
+
+def _unigram(model: SentencePiece) -> dict:
+    scores = {NORMAL: lambda piece: piece.score, USER_DEFINED: lambda piece: 0.0}
+    vocabulary = [[piece.text, scores.get(piece.kind, lambda piece: NEVER)(piece)] for piece in model.pieces]
+    return {"type": "Unigram", "unk_id": model.unk_id, "vocab": vocabulary, "byte_fallback": model.byte_fallback}
 
 
 def _replace(pattern: dict, content: str) -> dict:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _bos_template(model: SentencePiece) -> dict:
-    bos = model.pieces[model.bos_id].text
-
+def _bos_template(bos: str, id_: int) -> dict:
     def sequence(name: str, type_id: int) -> list[dict]:
         return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
 
@@ -215,7 +275,7 @@ def _bos_template(model: SentencePiece) -> dict:
         "type": "TemplateProcessing",
         "single": sequence("A", 0),
         "pair": sequence("A", 0) + sequence("B", 1),
-        "special_tokens": {bos: {"id": bos, "ids": [model.bos_id], "tokens": [bos]}},
+        "special_tokens": {bos: {"id": bos, "ids": [id_], "tokens": [bos]}},
     }
 
 
@@ -229,26 +289,98 @@ def tokenizer_config(model: SentencePiece, add_bos: bool, seq_len: int) -> dict:
     """The contents of tokenizer_config.json: the class, the special tokens, and the longest text it is made for."""
     named = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id, "pad_token": model.pad_id}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer would make its own normalizer from what it reads
+        "tokenizer_class": AS_WRITTEN,
         **{name: model.pieces[id_].text for name, id_ in named.items() if id_ >= 0},
         "add_bos_token": add_bos,
         "add_eos_token": False,
         "added_tokens_decoder": {str(id_): token for id_, token in added_tokens(model).items()},
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which Llama does not take
         "model_max_length": seq_len,
     }
 
 
-def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> SentencePiece:
-    """Writes tokenizer.json, tokenizer_config.json and tokenizer.model (for llama.cpp) into `folder`. Raises UserError."""
+def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
+    """Writes tokenizer.json and tokenizer.model (for llama.cpp) into `folder`, and what differs into its tokenizer_config.json.
+
+    Raises UserError.
+    """
     model = read(model_file)
     if add_bos and model.bos_id < 0:
         raise UserError(f"{model_file}: has no bos piece, but the data was written with one in front of each document")
-    for name, content in {
-        "tokenizer.json": tokenizer_json(model, add_bos),
-        "tokenizer_config.json": tokenizer_config(model, add_bos, seq_len),
-    }.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.copyfile(model_file, folder / "tokenizer.model")
-    return model
+    _write_json(folder / "tokenizer.json", tokenizer_json(model, add_bos))
+    _update_config(folder, tokenizer_config(model, add_bos, seq_len))
+    (folder / "tokenizer.model").write_bytes(Path(model_file).read_bytes())
+
+
+def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str | None, add_bos: bool) -> None:
+    """Makes the copy of a Hugging Face tokenizer in `folder` give the ids of training under any release of Transformers.
+
+    `content`: of its tokenizer.json. `bos`: token and id.
+    """
+    processors = _processors(content.get("post_processor"))
+    templates = [p for p in processors if p["type"] in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")]
+    steps = [step for p in templates for step in p.get("single", [{"SpecialToken": {}}, {"SpecialToken": {}}])]
+    put = [step["SpecialToken"].get("id") for step in steps if "SpecialToken" in step]
+    if put != ([bos[0]] if add_bos else []) or (add_bos and "SpecialToken" not in steps[0]):
+        wanted = [*(p for p in processors if p not in templates), *([_bos_template(*bos)] if add_bos else [])]
+        content["post_processor"] = {"type": "Sequence", "processors": wanted} if len(wanted) > 1 else (wanted or [None])[0]
+    if not (folder / "tokenizer.json").is_file() or content != read_json(folder / "tokenizer.json", dict):
+        _write_json(folder / "tokenizer.json", content)
+    named = {"bos_token": bos and bos[0], "eos_token": eos, "add_bos_token": add_bos, "add_eos_token": False}
+    _update_config(folder, {"tokenizer_class": AS_WRITTEN, **named})
+
+
+def _processors(processor: dict | None) -> list[dict]:
+    return processor["processors"] if processor and processor["type"] == "Sequence" else [processor] if processor else []
+
+
+def puts_in_front(processor: dict | None, token: str) -> bool:
+    """Whether the post-processor of a tokenizer.json puts `token` before a text."""
+    first = [
+        p["single"][0].get("SpecialToken", {}).get("id") if "single" in p else p.get("cls", [None])[0]
+        for p in _processors(processor)
+    ]
+    return token in first
+
+
+def _update_config(folder: Path, ours: dict) -> None:
+    path = folder / "tokenizer_config.json"
+    theirs = read_json(path, dict) if path.is_file() else {}
+    content = lambda token: token.get("content", token) if isinstance(token, dict) else token
+    changed = {key: value for key, value in ours.items() if key not in theirs or content(theirs[key]) != value}
+    config = {key: value for key, value in (PLAIN | theirs | changed).items() if key != "auto_map"}  # whose code is not here
+    if config != theirs:
+        _write_json(path, config)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, add_bos: bool) -> bool:
+    """Loads a folder as its users will, and compares; False if Transformers is not installed.
+
+    `encode`: the ids of training, without bos; an id of -1: there is none. Raises UserError if a text has other ids.
+    """
+    try:
+        import transformers
+    except ImportError:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a release says of other releases
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many types
+            raise UserError(
+                f"{folder}: Transformers cannot load this tokenizer: {str(error).splitlines()[0]}{REMEDY}"
+            ) from error
+        special = [theirs.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
+        for text in (*TEXTS, "".join(f" x{token}\n{token}y" for token in special)):
+            got = theirs(text, split_special_tokens=True)["input_ids"]
+            want = [bos] * add_bos + encode(text)
+            if got != want:
+                what = f"gives {text!r} the ids {got[:20]}, and training gave it {want[:20]}"
+                raise UserError(f"{folder}: Transformers {transformers.__version__} {what}{REMEDY}")
+        ids = [-1 if id_ is None else id_ for id_ in (theirs.bos_token_id, theirs.eos_token_id)]
+    if ids != [bos, eos]:
+        raise UserError(f"{folder}: Transformers takes {ids} for bos and eos, and training took {[bos, eos]}{REMEDY}")
+    return True

@@ -24,9 +24,16 @@ def main(argv: list[str]) -> int:
         "--dtype", choices=list(hf.DTYPES), default="float32", help="float32 (default) loses nothing; the others halve the size"
     )
     parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite as they are")
-    arguments = parser.parse_args(argv)
-    step = convert.export(arguments.checkpoint, arguments.output, arguments.step, arguments.dtype, arguments.allow_non_finite)
-    print(f"{arguments.output}: step {step:,} of {arguments.checkpoint} in {arguments.dtype}")
+    parser.add_argument(
+        "--tokenizer",
+        choices=["checked", "none"],
+        default="checked",
+        help="none: no tokenizer.json is made or checked; the run's own tokenizer lies beside the weights as it is",
+    )
+    args = parser.parse_args(argv)
+    checked = args.tokenizer == "checked"
+    step = convert.export(args.checkpoint, args.output, args.step, args.dtype, checked, args.allow_non_finite)
+    print(f"{args.output}: step {step:,} of {args.checkpoint} in {args.dtype}")
     return 0
 
 

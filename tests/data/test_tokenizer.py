@@ -183,9 +183,12 @@ def test_hugging_face_folder_that_names_no_bos(hugging_face):
     assert (ours.bos_id, ours.eos_id) == (-1, 1)
 
 
-def test_a_folder_with_both_is_read_by_sentencepiece(hugging_face, model):
-    (hugging_face / "tokenizer.model").write_bytes(model.read_bytes())
-    assert tokenizer.load(hugging_face).sha256 == tokenizer.load(model).sha256
+def test_of_a_folder_with_both_transformers_choice_is_read(hugging_face, model, models, tmp_path):
+    (hugging_face / "tokenizer.model").write_bytes(model.read_bytes())  # of another tokenizer
+    assert tokenizer.load(hugging_face).encode("a far b") == tokenizer.load(hugging_face / "tokenizer.json").encode("a far b")
+    tokenizer.load(model).export(tmp_path / "same", add_bos=False, seq_len=64)
+    assert (tmp_path / "same/tokenizer.json").is_file()
+    assert tokenizer.load(tmp_path / "same").sha256 == tokenizer.load(model).sha256  # the other files add nothing
 
 
 def test_without_the_tokenizers_package(hugging_face, monkeypatch):

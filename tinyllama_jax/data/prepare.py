@@ -30,6 +30,7 @@ from pathlib import Path
 from tinyllama_jax.data import clean, corpora, documents, duplicates, inputs, runners, store
 from tinyllama_jax.data import folder as folder_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data import vocabulary as vocabulary_lib
 from tinyllama_jax.data.blocks import FORMAT
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.data.shards import HELD_OUT, MEMORY, Job, Shard
@@ -171,6 +172,8 @@ def prepare(
             f"holds folders named {', '.join(sorted(apart))}, which are trained on; a pattern such as '*/train' leaves them out"
         )
         print(f"--train: warning: {what}", file=sys.stderr)
+    for line in vocabulary_lib.warnings(spm, sources["train"], text_key):
+        print(line, file=sys.stderr)
     started = time.monotonic()
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
     bad = {} if bad_files == "skip" else None

@@ -3,38 +3,157 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-from tinyllama_jax.errors import UserError, read_json
+from tinyllama_jax import hf_tokenizer
+from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.files import Count, open_regular, read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character
 LONGEST = 1 << 20  # characters of a part at most; a longer one is cut, where ids may change: at white space if there is some
 WINDOW = 32  # characters looked at on each side of a cut
-# what a Hugging Face tokenizer folder may hold; the first is the tokenizer, the others name bos and eos
-HUGGING_FACE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# what a folder holds beside the tokenizer: what no id depends on but its users need
+BESIDE = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "vocab.json", "merges.txt")
+
+
+class _Token(typing.TypedDict, total=False):
+    content: typing.Required[str]
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
+
+
+class _Added(_Token):
+    id: Count
+
+
+class _Named(typing.TypedDict, total=False):
+    bos_token: str | _Token | None
+    eos_token: str | _Token | None
+    unk_token: str | _Token | None
+    pad_token: str | _Token | None
+    additional_special_tokens: list[str | _Token] | None
+
+
+class _Config(_Named, total=False):
+    tokenizer_class: str | None
+    add_bos_token: bool | None
+    added_tokens_decoder: dict[Count, _Token]
+
+
+class _Model(typing.TypedDict):
+    vocab: dict[str, Count] | list[tuple[str, float]]
+
+
+class _Json(typing.TypedDict, total=False):
+    model: typing.Required[_Model]
+    added_tokens: list[_Added]
+    post_processor: dict | None
+
+
+class Naming(typing.NamedTuple):
+    """What the JSON files of a folder say of its tokens, read as Transformers 5 reads them."""
+
+    ids: dict[str, int]  # of every token that one of them lists
+    added: dict[int, tuple[_Token, str]]  # those that tokenizer.json does not list, and where they are listed
+    tokens: dict[str, str | None]  # bos_token, eos_token: what they are, where that is said
+    begin_with_bos: bool  # whether a text gets bos in front
+
+
+NAMING = {"tokenizer_config.json": _Config, "special_tokens_map.json": _Named, "added_tokens.json": dict[str, Count]}
+
+
+def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
+    """What the files of `folder` say. Raises UserError naming two that disagree.
+
+    As in Transformers, special_tokens_map.json overrules tokenizer_config.json unless that has `added_tokens_decoder`, and the
+    post-processor of tokenizer.json overrules `add_bos_token`.
+    """
+    read = lambda name, kind: read_json(folder / name, kind) if (folder / name).is_file() else {}
+    config, mapped, added = (read(*each) for each in NAMING.items())
+    whole = read(main, _Json) if main.endswith(".json") else {}
+    named = config if "added_tokens_decoder" in config else {**config, **mapped}
+    text = lambda token: token["content"] if isinstance(token, dict) else token
+    tokens = {name: text(named[name]) for name in ("bos_token", "eos_token") if name in named}
+    special = {text(token) for name in _Named.__annotations__ for token in _listed(named.get(name))}
+    vocabulary = whole["model"]["vocab"] if whole else {}
+    ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
+    ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+    llama = (config.get("tokenizer_class") or "").startswith(("Llama", "CodeLlama"))
+    extra, origin = {}, dict.fromkeys(ids, main)
+    contents = {id_: content for content, id_ in ids.items()}
+    listed = [("tokenizer_config.json", token, id_) for id_, token in config.get("added_tokens_decoder", {}).items()]
+    for content, id_ in added.items():
+        token = {"content": content, "special": content in special, "normalized": content not in special}
+        listed.append(("added_tokens.json", token, id_))
+    for file, token, id_ in listed:
+        content = token["content"]
+        if ids.setdefault(content, id_) != id_ or contents.setdefault(id_, content) != content:
+            other = content if ids[content] != id_ else contents[id_]
+            what = f"{other!r} the id {ids[other]}, and {file} gives {content!r} the id {id_}"
+            raise UserError(f"{folder}: {origin[other]} gives {what}; keep the file that is right")
+        if origin.setdefault(content, file) != main:
+            extra[id_] = token, file
+    if llama:  # what its class takes where nothing is said
+        tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
+    bos = tokens.get("bos_token")
+    begin = bool(bos) and hf_tokenizer.puts_in_front(whole.get("post_processor"), bos)
+    return Naming(ids, extra, tokens, begin if whole else bool(config.get("add_bos_token", llama)))
+
+
+def _listed(value: str | _Token | list | None) -> list:
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece file, or a folder with tokenizer.model or (Hugging Face) tokenizer.json.
 
-    Raises UserError if there is none, or if the file is something else.
+    A folder that adds tokens to its tokenizer.model, or names another bos or eos, is read as Transformers would: its
+    tokenizer.json if it has one. Raises UserError if there is none, if it is something else, or if its files disagree.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer; give a SentencePiece .model file or a folder with a tokenizer")
-    if path.is_dir():
-        files = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not files:
-            raise UserError(f"{path}: holds neither tokenizer.model (SentencePiece) nor tokenizer.json (Hugging Face)")
-        path = files[0]
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if not path.is_dir():
+        return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    if not files:
+        raise UserError(f"{path}: holds neither tokenizer.model (SentencePiece) nor tokenizer.json (Hugging Face)")
+    if files[-1].suffix == ".model":
+        try:
+            spm = SentencePieceTokenizer(files[-1], path)
+        except UserError:  # TikToken's files have that name, too
+            if len(files) == 1:
+                raise
+        else:
+            if spm.agrees(naming(path)):
+                return spm
+    return HuggingFaceTokenizer(files[0], path)
+
+
+class _Source(typing.TypedDict):
+    bos: bool
+
+
+def documents_begin_with_bos(folder: Path) -> bool:
+    """Whether bos stands before each document: as the data of a run had it, else as the tokenizer's files say.
+
+    `folder`: a run, or one of Hugging Face's.
+    """
+    if (folder / "data.json").is_file():
+        return any(source["bos"] for source in read_json(folder / "data.json", list[_Source]))
+    return naming(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).begin_with_bos
 
 
 class Tokenizer:
@@ -47,9 +166,14 @@ class Tokenizer:
     bos_id: int
     eos_id: int
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    def __init__(self, path: Path, folder: Path | None = None):
+        with open_regular(path) as f:
+            self._content = f.read()
+        self.path, self._folder = path, folder
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_content"}
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos and eos. A control token spelt out in the text ("</s>") is text like any other."""
@@ -80,9 +204,13 @@ class Tokenizer:
         if rest:
             yield rest
 
-    def files(self) -> list[Path]:
-        """What has to be copied for `load` to give the same tokenizer."""
-        return [self.path]
+    def files(self) -> dict[str, Path]:
+        """What has to be copied for `load` to give the same tokenizer, and what users need beside it, by name in a folder."""
+        both = {name: self._folder / name for name in ("tokenizer.model", "tokenizer.json", *NAMING)} if self._folder else {}
+        others = (
+            {str(p.relative_to(self._folder)): p for glob in BESIDE for p in self._folder.glob(glob)} if self._folder else {}
+        )
+        return {name: p for name, p in (both | others).items() if p.is_file()} | {self.name: self.path}
 
     def save(self, folder: str | Path) -> None:
         """Writes a new folder that `load` reads; it appears when it is whole. Raises UserError if it exists."""
@@ -92,23 +220,33 @@ class Tokenizer:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as partial:
             inner = Path(partial) / "tokenizer"
-            inner.mkdir()
-            for file in self.files():
-                shutil.copyfile(file, inner / self._name_in_folder(file))
+            self.copy(inner)
             os.rename(inner, folder)
 
-    def _name_in_folder(self, file: Path) -> str:
-        return file.name
+    def copy(self, folder: Path) -> None:
+        """Copies `files` into a folder, which is made if absent."""
+        for name, file in self.files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+
+    def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
+        """Copies `files` into a folder, changed so that Transformers gives the ids of `encode`, after bos if `add_bos`.
+
+        Raises UserError if a tokenizer.json cannot say that.
+        """
+        raise NotImplementedError
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model of any type."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    name = "tokenizer.model"
+
+    def __init__(self, path: Path, folder: Path | None = None):
+        super().__init__(path, folder)
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
-            self._sp.LoadFromSerializedProto(path.read_bytes())
+            self._sp.LoadFromSerializedProto(self._content)
         except RuntimeError:
             raise UserError(f"{path}: is not a SentencePiece model") from None
         self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
@@ -121,8 +259,17 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
 
-    def _name_in_folder(self, file: Path) -> str:
-        return "tokenizer.model"
+    def agrees(self, named: Naming) -> bool:
+        """Whether the files beside it list no other tokens, and name no other bos and eos."""
+        pieces = dict(zip(self._sp.id_to_piece(list(range(self.vocab_size))), range(self.vocab_size), strict=True))
+        mine = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return named.ids.items() <= pieces.items() and all(
+            pieces.get(token, -1) == mine[name] for name, token in named.tokens.items()
+        )
+
+    def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
+        self.copy(folder)
+        hf_tokenizer.write(self.path, folder, add_bos, seq_len)
 
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
         if not self._can_cut:
@@ -178,39 +325,55 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json; bos and eos are what tokenizer_config.json or special_tokens_map.json beside it say."""
+    """A tokenizer.json, or what it would be of a tokenizer.model, with the tokens that files beside it add and name."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, folder: Path | None = None):
         try:
             import tokenizers  # only who brings such a tokenizer needs it
         except ImportError:
             raise UserError(f"{path}: reading a Hugging Face tokenizer takes `pip install tokenizers`") from None
-        super().__init__(path)
+        super().__init__(path, folder or path.parent)
+        self.name = "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
+        names, content = {}, self._content
+        if path.suffix == ".model":
+            model = hf_tokenizer.read(path)
+            names = {n: model.pieces[i].text for n, i in (("bos_token", model.bos_id), ("eos_token", model.eos_id)) if i >= 0}
+            content = json.dumps(hf_tokenizer.tokenizer_json(model, add_bos=False)).encode()
         try:
-            self._hf = tokenizers.Tokenizer.from_file(str(path))
+            self._hf = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: is not a Hugging Face tokenizer: {str(error).splitlines()[0]}") from None
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # as text
+        named = naming(path.parent, path.name)
+        for id_, (token, file) in sorted(named.added.items()):
+            self._hf.add_tokens([tokenizers.AddedToken(**token)])  # as Transformers does: it takes the next id that is free
+            if (got := self._hf.token_to_id(token["content"])) != id_:
+                what = f"{file} gives {token['content']!r} the id {id_}, and beside {path.name} it is {got}"
+                raise UserError(f"{path.parent}: {what}; keep the file that is right")
+        names |= named.tokens
+        for name, token in names.items():
+            if token is not None and self._hf.token_to_id(token) is None:
+                raise UserError(f"{path.parent}: {name} is {token!r}, which {path.name} does not have; name one that it has")
+        self._names = [names.get(name) for name in ("bos_token", "eos_token")]
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
-        self.bos_id, self.eos_id = self._id_of("bos_token"), self._id_of("eos_token")
+        self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
+        self._whole = path.suffix == ".json" and not named.added  # tokenizer.json lists every token
+        also = [self.bos_id, self.eos_id, sorted((i, token) for i, (token, _) in named.added.items())]
+        self.sha256 = hashlib.sha256(self._content + json.dumps(also).encode()).hexdigest()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._hf.encode_special_tokens = True  # the one setting that the library does not pickle
 
-    def _id_of(self, name: str) -> int:
-        for file in self.files()[1:]:
-            token = read_json(file).get(name)
-            if token is not None:
-                found = self._hf.token_to_id(token["content"] if isinstance(token, dict) else str(token))
-                return -1 if found is None else found
-        return -1
-
-    def files(self) -> list[Path]:
-        beside = [self.path.with_name(name) for name in HUGGING_FACE[1:]]
-        return [self.path, *(file for file in beside if file.is_file())]
+    def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
+        if add_bos and self.bos_id < 0:
+            raise UserError(f"{self.path}: names no bos, but the data was written with one in front of each document")
+        self.copy(folder)
+        bos, eos = self._names
+        content = read_json(self.path, dict) if self._whole else json.loads(self._hf.to_str())
+        hf_tokenizer.rewrite(folder, content, bos and (bos, self.bos_id), eos, add_bos)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._hf.encode(text, add_special_tokens=False).ids for text in texts]
@@ -219,3 +382,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if any(not 0 <= i < self.vocab_size for i in ids):
             raise IndexError(f"ids must lie in [0, {self.vocab_size})")
         return self._hf.decode([int(i) for i in ids])
+
+
+if __name__ == "__main__":
+    from tinyllama_jax.data import vocabulary  # which imports this module
+
+    run_main(vocabulary.main)

@@ -1,0 +1,151 @@
+"""A tokenizer for one's own text: trained on a sample of it, and what a tokenizer loses of a sample, told before training."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from tinyllama_jax.data import documents, inputs, tokenizer
+from tinyllama_jax.data.inputs import Source
+from tinyllama_jax.errors import UserError
+
+FILES = 1_000  # that a sample is from, spread evenly over all
+LONGEST = 1 << 20  # characters of a document in a sample
+LOOK = 1 << 20  # characters by which `warnings` judges
+
+
+def sample(sources: list[Source], text_key: str, size: int, longest: int = LONGEST, files: int = FILES) -> Iterator[str]:
+    """Beginnings of documents, together about `size` characters: as much of a file as it has of all text, evenly spread.
+
+    The same files give the same sample, whatever the machine. Raises BadFile.
+    """
+    chosen = sources[:: -(-len(sources) // files)]
+    total = sum(source.size * source.factor for source in chosen)
+    target = max(size // 64, 1 << 16)  # bytes between two places to read from
+    for source in chosen:
+        pieces = documents.pieces(source, documents.units(source, text_key), target)
+        quota = size if total <= size else size * source.size * source.factor / total / max(len(pieces), 1)
+        for piece in pieces:
+            left = quota
+            for parts in documents.read(piece, text_key, {}, Counter()):
+                text = _beginning(parts, min(longest, int(left) + 1))
+                left -= len(text)
+                yield text
+                if left <= 0:
+                    break
+
+
+def _beginning(parts: Iterable[str], n: int) -> str:
+    text = ""
+    for part in parts:
+        text += part
+        if len(text) >= n:
+            break
+    return text[:n]
+
+
+def train(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model of `vocab_size` pieces. The same texts give the same bytes.
+
+    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581): that is
+    how SentencePiece writes a space. Raises UserError if the texts are too little for so many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,  # what has no piece is spelt in bytes: no text is unknown
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,  # the ids of a text do not depend on whether it begins a document
+            allow_whitespace_only_pieces=True,  # indentation is one token
+            character_coverage=0.9995,  # of the corpus's characters; rarer ones are spelt in bytes
+            max_sentence_length=4 * LONGEST,  # bytes; longer ones would be left out silently
+            num_threads=1,  # most of the work is not shared
+            minloglevel=3,  # what is wrong is raised, and said below
+        )
+    except (RuntimeError, ValueError) as error:
+        if most := re.search(r"value <= (\d+)", str(error)):
+            reason = f"the text is too little for so many pieces; it makes {int(most[1]):,} at most, so give more or say fewer"
+        elif least := re.search(r"vs (\d+)", str(error)):
+            reason = f"its bytes and characters alone take {int(least[1]):,}; say more"
+        else:
+            reason = "there is no text to learn from" if "[" in str(error) else str(error).splitlines()[0]
+        raise UserError(f"--vocab-size {vocab_size}: {reason}") from None
+    return model.getvalue()
+
+
+def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) -> list[str]:
+    """What a tokenizer loses of a sample of the text, and what cannot be exported of it; a line each."""
+    lines, texts = [], []
+    with contextlib.suppress(documents.BadFile):  # whoever reads them all says so
+        texts += [text for text in sample(sources, text_key, LOOK, 1 << 14, 64) if text]
+    came_back = [ours.decode(ids) for ids in ours.encode_batch(texts)]
+    lost = [(a, b) for a, b in zip(texts, came_back, strict=True) if a != b]
+    if lost:
+        at = next((i for i, (a, b) in enumerate(zip(*lost[0], strict=False)) if a != b), min(map(len, lost[0])))
+        was, became = (text[max(at - 8, 0) : at + 12] for text in lost[0])
+        share = f"{len(lost):,} of {len(texts):,} documents of a sample ({len(lost) / len(texts):.1%}) do not come back"
+        lines.append(f"{ours.path}: warning: {share} from its ids as they were: {was!r} becomes {became!r}")
+    without = "a run on it is exported with --tokenizer none, without tokenizer.json"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours.export(Path(folder), False, 1)
+            theirs = tokenizer.HuggingFaceTokenizer(Path(folder) / "tokenizer.json")
+    except UserError as error:
+        return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; as it is, {without}"])]
+    pairs = zip(theirs.encode_batch(texts), ours.encode_batch(texts), strict=True)
+    if differ := sum(a != b for a, b in pairs):
+        what = f"{differ:,} of {len(texts):,} documents of a sample ({differ / len(texts):.1%}) get other ids"
+        lines.append(f"{ours.path}: warning: {what} from what a tokenizer.json can say of it; unless that is little, {without}")
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    """The command line: train."""
+    parser = argparse.ArgumentParser(prog="python -m tinyllama_jax.data.tokenizer", description=__doc__, allow_abbrev=False)
+    command = parser.add_subparsers(required=True, metavar="train").add_parser(
+        "train",
+        help="make a tokenizer of one's own text",
+        description=f"A SentencePiece model that loses nothing, as the demo has it. FILES: {' '.join(inputs.KINDS)}, folders "
+        "or patterns, as `prepare --train` takes them. Takes about 20 bytes of memory a character of the sample.",
+        allow_abbrev=False,
+    )
+    command.add_argument("files", nargs="+", metavar="FILES", help="the text to learn from")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; 32000 as Llama 2's")
+    command.add_argument("--output", required=True, metavar="DIR", help="new folder, for tokenizer.model")
+    command.add_argument("--text-key", default="text", metavar="NAME", help="key or column that holds the text (text)")
+    command.add_argument("--sample-mb", type=int, default=256, metavar="M", help="millions of characters to learn from (256)")
+    command.add_argument("--data-dir", metavar="DIR", help="where tfds: data sets lie (~/tensorflow_datasets)")
+    args = parser.parse_args(argv)
+    for option, value, most in (("vocab-size", args.vocab_size, 1 << 20), ("sample-mb", args.sample_mb, 1 << 14)):
+        if not 1 <= value <= most:
+            raise UserError(f"--{option} {value}: must lie in [1, {most:,}]")
+    if Path(args.output).exists():
+        raise UserError(f"--output {args.output}: exists already; choose a new folder")
+    sources, _ = inputs.find(args.files, "FILES", data_dir=args.data_dir)
+    counted = itertools.count()
+    texts = (text for text in sample(sources, args.text_key, args.sample_mb * 10**6) if next(counted) >= 0)
+    model = train(texts, args.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(model)
+        tokenizer.load(folder).save(args.output)
+    said = f"{args.vocab_size:,} pieces, of {next(counted):,} documents of {len(sources):,} files"
+    print(f"{args.output}: SentencePiece BPE, {said}")
