@@ -25,7 +25,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite as they are")
     arguments = parser.parse_args(argv)
-    step = convert.export(arguments.checkpoint, arguments.output, arguments.step, arguments.dtype, arguments.allow_non_finite)
+    step = convert.export(
+        arguments.checkpoint,
+        arguments.output,
+        arguments.step,
+        arguments.dtype,
+        allow_non_finite=arguments.allow_non_finite,
+    )
     print(f"{arguments.output}: step {step:,} of {arguments.checkpoint} in {arguments.dtype}")
     return 0
 
