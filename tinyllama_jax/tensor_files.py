@@ -74,7 +74,7 @@ def check_finite(name: str, array: np.ndarray, origin: str) -> None:
 
 def shown(name: object) -> str:
     """A name out of a file, for a message of one line."""
-    return (name if isinstance(name, str) and name and name.isprintable() else ascii(name))[:200]
+    return " ".join((name if isinstance(name, str) and name.strip() and name.isprintable() else ascii(name)).split())[:200]
 
 
 def _unwrapped(tensors: Tensors, origin: str) -> Tensors:
