@@ -59,6 +59,13 @@ def test_override_by_type(config):
             {"model.attention": "flash"},
             "must be one of auto, reference, xla, pallas_triton, ",
         ),
+        *[
+            (
+                {"model.precision": f"params={dtype},compute=float16,output=float32"},
+                f"params={dtype},compute=float16,output=float32: params must be float32",
+            )
+            for dtype in ("float16", "bfloat16")
+        ],
         ({"model.precision": "bf16"}, "--model.precision=bf16: is not a policy"),
         ({"model.n_heads": "5"}, "--model.n_heads=5: must divide model.d_model=32"),
         ({"model.n_kv_heads": "3"}, "--model.n_kv_heads=3: must divide model.n_heads=4"),

@@ -25,8 +25,9 @@ def gradients(mesh: tuple[int, int, int], model_config: c.Model = MODEL, eos_id:
     data, fsdp, _ = mesh
     train = c.Train(10, 32 * MODEL.seq_len, 16 // (data * fsdp))
     config = c.Config(
-        "x", model_config, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), train, c.Checkpoint(1), c.Mesh(*mesh)
-    )
+        "x", model_config, c.Data({"x": 1}, document_mask=eos_id is not None), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), train,
+        c.Checkpoint(1), c.Mesh(*mesh)
+    )  # fmt: skip
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 104, (2, 16, 17)).astype(np.uint16)
     tokens[..., ::3] = 7  # a token that every device meets many times

@@ -280,6 +280,31 @@ def test_dtypes(impl, compute, residual):
     assert set(products) <= allowed and jnp.dtype(compute) in products
 
 
+def test_an_fp32_residual_stream_begins_with_the_embedding_as_it_is():
+    """1 + 2^-12 is not 1, which it is in bf16."""
+    table, tokens = jnp.full((5, 4), 1 + 2.0**-12), jnp.array([[1, 4]])
+    assert (model.lookup(table, tokens, "float32", "float32") == 1 + 2.0**-12).all()
+    cfg = dataclasses.replace(TINY, precision=FP32.replace("compute=float32", "compute=bfloat16"))
+    params = jax.eval_shape(partial(model.init, model=cfg), jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lambda p: model.hidden(p, some_tokens(cfg), cfg))(params).jaxpr
+    shape = (cfg.vocab_size, cfg.d_model)
+    assert not [
+        e
+        for e in equations(jaxpr)
+        if e.outvars and e.outvars[0].aval.shape == shape and e.outvars[0].aval.dtype == jnp.bfloat16
+    ]
+
+
+@pytest.mark.parametrize(("compute", "stream"), [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")])
+def test_the_residual_stream_unless_it_is_said(compute, stream):
+    cfg = dataclasses.replace(TINY, precision=f"params=float32,compute={compute},output=float32", residual="auto")
+    assert cfg.residual_dtype == stream
+    params = jax.eval_shape(partial(model.init, model=cfg), jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lambda p: model.hidden(p, some_tokens(cfg), cfg))(params).jaxpr
+    (scan,) = (e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == cfg.n_layers)
+    assert [v.aval.dtype for v in scan.outvars if v.aval.shape == (2, 20, 24)] == [jnp.dtype(stream)]
+
+
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 def test_bf16_is_close_to_fp32(residual):
     half = dataclasses.replace(TINY, precision=FP32.replace("compute=float32", "compute=bfloat16"), residual=residual)

@@ -96,6 +96,16 @@ def test_copies_are_gathered_and_their_gradients_summed_into_shards(reduce_dtype
     np.testing.assert_array_equal(jax.grad(lambda w: sharding.copies(w, "DV", "float32", reduce_dtype).sum())(w), 1)
 
 
+def test_gradients_of_copies_are_not_rounded_to_the_dtype_that_these_are_gathered_in():
+    """Each of 4 parts gives 1 + 2^-12, which is 1 in bf16."""
+    w, mesh = np.ones((8, 6), np.float32), sharding.make_mesh(c.Mesh(2, 2, 2))
+    with jax.set_mesh(mesh):
+        for reduce_dtype, want in (("float32", 4 + 2.0**-10), ("bfloat16", 4)):
+            total = lambda w, to=reduce_dtype: (sharding.copies(w, "DV", "bfloat16", to) * (1 + 2.0**-12)).sum()
+            where = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+            np.testing.assert_array_equal(jax.jit(jax.grad(total))(jax.device_put(w, where)), want)
+
+
 def test_constrain_without_a_mesh_is_nothing():
     x = jax.numpy.ones((2, 3, 4))
     assert sharding.constrain(x, "BSD") is x

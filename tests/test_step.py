@@ -9,6 +9,7 @@ import pytest
 
 from tinyllama_jax import config as c
 from tinyllama_jax import model, sharding, step
+from tinyllama_jax.data.blocks import Bos
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.kernels.cross_entropy import Sums
 from tinyllama_jax.step import Batch, build, checksum, count_tokens, loss_sums
@@ -169,7 +170,8 @@ def test_with_the_document_mask_each_document_is_as_if_alone(impl):
     params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), cfg))
     tokens = np.random.default_rng(0).integers(3, 104, (1, 17)).astype(np.int32)
     tokens[0, [4, 5, 11]] = EOS  # documents of 5, 1, 6 and 5 tokens
-    assert step.documents(jnp.asarray(tokens), EOS).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
+    assert step.documents(jnp.asarray(tokens), config, EOS).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
+    assert step.documents(jnp.asarray(tokens), config, Bos(EOS)).tolist() == [[0] * 4 + [1] + [2] * 6 + [3] * 6]
     batch = Batch(jnp.asarray(tokens), jnp.full((1,), 17))
     losses = np.asarray(step.token_losses(params, batch, config, 1, EOS))
     for first, end in ((0, 5), (5, 6), (6, 12), (12, 16)):
@@ -198,6 +200,52 @@ def test_the_mask_reaches_the_jitted_step_and_only_if_it_is_asked_for():
             _, metrics = program.train(state, Batch(*map(jax.device_put, batch, program.batch)))
             losses[mask] = float(metrics["loss"]), *found
     assert all(abs(a - b) > 1e-3 for a, b in zip(losses[False], losses[True], strict=True))
+
+
+def test_what_follows_eos_is_not_counted_if_it_is_left_out():
+    """Of 16 predictions, 3 of them from eos, one of these of padding; in the loss, its gradient, and every mean."""
+    config = c.Config("x", FP32, c.Data({"x": 0.5, "y": 0.5}, eod_mask_loss=True), c.Optim(1e-3, 1e-4, 0, 0.1, 1.0),
+                      c.Train(10, 2 * 16, 2), c.Checkpoint(1))  # fmt: skip
+    off = dataclasses.replace(config, data=dataclasses.replace(config.data, eod_mask_loss=False))
+    tokens = np.random.default_rng(0).integers(3, 104, (1, 2, 17)).astype(np.uint16)
+    tokens[0, 0, [4, 15]] = tokens[0, 1, [0, 9]] = EOS
+    length, source = np.array([[17, 10]], np.int32), np.array([[0, 1]], np.int32)  # the last real token of the second is eos
+    batch = Batch(*map(jnp.asarray, (tokens, length, source)))
+    assert step.predicted(batch).tolist() == [[16, 9]] and step.predicted(batch, EOS).tolist() == [[14, 8]]
+    params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), FP32))
+    micro = jax.tree.map(lambda a: a[0], batch)
+    losses = np.asarray(step.token_losses(params, micro, config, 2, EOS))
+    np.testing.assert_array_equal(losses, step.token_losses(params, micro, off, 2))  # attention is as it was
+    rows = losses[0].sum() - losses[0, [4, 15]].sum(), losses[1, 1:9].sum()
+    sums, n = loss_sums(params, micro, config, 2, EOS)
+    assert int(n) == 22 and float(sums.loss) == pytest.approx(sum(rows), rel=1e-5)
+    state = step.new_state(params, config)
+    metrics = jax.device_get(step.train_step(state, batch, config, EOS)[1])
+    assert metrics["real_tokens"] == 22 and metrics["loss"] == pytest.approx(sum(rows) / 22, rel=1e-5)
+    assert metrics["source_tokens"].tolist() == [14, 8]
+    assert metrics["source_loss"] == pytest.approx([rows[0] / 14, rows[1] / 8], rel=1e-5)
+    before = jax.device_get(step.train_step(state, batch, off, EOS)[1])
+    assert before["real_tokens"] == 25 and before["checksum"] == metrics["checksum"]
+    other = batch._replace(tokens=batch.tokens.at[0, 0, 16].set(51))  # it follows eos, and is read by none
+    head = lambda *of: np.asarray(step.gradients(state, *of, EOS)[1]["lm_head"]["kernel"])
+    np.testing.assert_array_equal(head(batch, config), head(other, config))
+    assert (head(batch, off) != head(other, off)).any()
+
+
+@pytest.mark.parametrize("S", [2039, 17])
+def test_a_prime_number_of_positions(S):
+    """The loss of chunks that do not divide them is that of all positions at one time."""
+    cfg = dataclasses.replace(FP32, n_layers=1, seq_len=S)
+    config = c.Config("w", cfg, c.Data({"a": 1}), c.Optim(1e-3, 1e-4, 1, 0.1, 1.0), c.Train(3, S, 1), c.Checkpoint(1))
+    params, tokens = model.init(jax.random.key(0), cfg), np.random.default_rng(0).integers(0, 104, (1, S + 1))
+    batch, out = Batch(jnp.asarray(tokens), jnp.full(1, S)), []
+    for chunk in (S // 2, S):
+        config = dataclasses.replace(config, model=dataclasses.replace(cfg, loss_chunk=chunk))
+        sums, n = loss_sums(params, batch, config, 1)
+        assert int(n) == S - 1
+        out.append((float(sums.loss), step.token_losses(params, batch, config, 1)))
+    assert out[0][0] == pytest.approx(out[1][0], rel=1e-6)
+    np.testing.assert_allclose(out[0][1], out[1][1], rtol=1e-5)
 
 
 def test_z_loss_is_minimised_and_not_shown():

@@ -117,7 +117,7 @@ class Model(_Typed):
     norm_eps: float = 1e-5
     init: str = "tinyllama"  # or "torch_default": see dims.init_std
     precision: str = "params=float32,compute=bfloat16,output=float32"  # a jmp policy
-    residual: str = "bfloat16"  # dtype of the residual stream; "float32" is what the original most likely had
+    residual: str = "auto"  # dtype of the residual stream; auto: bfloat16 if that is the compute dtype, else float32
     reduce_dtype: str = "float32"  # in which gradients are added up over devices; "bfloat16": half the bytes on the wire
     remat: str = "none"  # what backward recomputes: see REMAT
     attention: str = "auto"  # see ATTENTION
@@ -134,7 +134,7 @@ class Model(_Typed):
         fits = parameters <= PARAMETERS
         _check(fits, "model.d_model", self.d_model, f"makes {parameters:.3g} parameters; at most {PARAMETERS:.0e}")
         _one_of("model.init", self.init, ("tinyllama", "torch_default"))
-        _one_of("model.residual", self.residual, ("float32", "bfloat16", "float16"))
+        _one_of("model.residual", self.residual, ("auto", "float32", "bfloat16", "float16"))
         _one_of("model.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
         _one_of("model.remat", self.remat, REMAT)
         _one_of("model.attention", self.attention, ATTENTION)
@@ -146,6 +146,8 @@ class Model(_Typed):
             self.precision,
             'is not a policy of the form "params=float32,compute=bfloat16,output=float32"',
         )
+        remedy = "params must be float32: in 16 bits most updates, of a learning rate of 4e-5, round to nothing"
+        _check(policy["params"] == "float32", "model.precision", self.precision, remedy)
 
     @property
     def d_head(self) -> int:
@@ -157,6 +159,11 @@ class Model(_Typed):
         """The policy's compute dtype, by name."""
         return dict(part.split("=") for part in self.precision.split(","))["compute"]
 
+    @property
+    def residual_dtype(self) -> str:
+        """The residual stream's dtype, by name. fp16, whose largest number is 65,504, only if it is asked for."""
+        return self.residual if self.residual != "auto" else "bfloat16" if self.compute_dtype == "bfloat16" else "float32"
+
 
 @dataclass(frozen=True)
 class Data(_Typed):
@@ -166,7 +173,8 @@ class Data(_Typed):
     # ((tokens, share), ...), linear between these and constant outside. The shares are normalised.
     sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
-    document_mask: bool = False  # attention within each document alone (they end with eos); the original had none
+    document_mask: bool = False  # attention within each document alone, between eos or, where there is none, from bos on
+    eod_mask_loss: bool = False  # no loss for what follows eos, the next document's first token (Megatron's name)
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out, each in the numbers that those before it gave
     workers: int = 2  # threads that read ahead; no effect on what is read
     verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json

@@ -73,7 +73,7 @@ def update(
     """One AdamW step: (new params, new state, {"grad_norm" before clipping, "lr"}). `step` counts from 1."""
     grad_norm = optax.tree.norm(grads)
     clip = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-    grads = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g * clip, grads)
     direction, opt_state = adamw(config).update(grads, opt_state, params)
     lr = schedule(config.optim, config.train)(step)
     direction = optax.tree.scale(-lr, direction)

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax import model, optim, sharding, xla
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import skip as skip_lib
+from tinyllama_jax.data.blocks import Bos
 from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, none
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
@@ -143,13 +144,13 @@ def loss_sums(
 ) -> tuple[Sums, jax.Array]:
     """Summed next-token loss (nats, fp32; as `rows`, of each source) and hits of `batch` [B, S + 1], and the tokens predicted.
 
-    Padding is neither counted nor trained on: position s counts if token s + 1 is real.
+    Padding is neither counted nor trained on: position s counts if `counts` says so.
     """
     with jax.numpy_dtype_promotion("strict"):
         cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
         labels_BS = tokens_BS[:, 1:]
-        real_BS = (jnp.arange(1, cfg.seq_len + 1, dtype=jnp.int32) < batch.length[:, None]).astype(jnp.float32)
-        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, documents(tokens_BS[:, :-1], eos_id))
+        real_BS = counts(batch, left_out(config, eos_id)).astype(jnp.float32)
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, documents(tokens_BS[:, :-1], config, eos_id))
         kernel_XDV = sharding.copies(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
         chunk = chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk)
         # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once in every chunk
@@ -171,17 +172,32 @@ def token_losses(params: dict, batch: Batch, config: Config, sequences_per_devic
     """Loss (nats, fp32) of each next token of `batch` [B, S + 1]: [B, S]. That of padding is there too and means nothing."""
     with jax.numpy_dtype_promotion("strict"):
         cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
-        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, documents(tokens_BS[:, :-1], eos_id))
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, documents(tokens_BS[:, :-1], config, eos_id))
         kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
         return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], chunk_of(cfg.seq_len, sequences_per_device, cfg.loss_chunk))
 
 
-def documents(tokens_BS: jax.Array, eos_id: int | None) -> jax.Array | None:
-    """Segment ids [B, S] for attention: of each token the number of documents that end before it in its block."""
-    if eos_id is None:
+def documents(tokens_BS: jax.Array, config: Config, eos_id: int | None) -> jax.Array | None:
+    """Segment ids [B, S] for attention: of each token the number of documents that end before it in its block.
+
+    `eos_id`: what ends a document, or a `Bos`, which begins one.
+    """
+    if eos_id is None or not config.data.document_mask:
         return None
-    ends_BS = (tokens_BS == eos_id).astype(jnp.int32)
-    return jnp.cumsum(ends_BS, axis=1) - ends_BS
+    edges_BS = (tokens_BS == jnp.int32(eos_id)).astype(jnp.int32)
+    return jnp.cumsum(edges_BS, axis=1) - (0 if isinstance(eos_id, Bos) else edges_BS)
+
+
+def left_out(config: Config, eos_id: int | None) -> int | None:
+    """The token after which no prediction counts, if there is one."""
+    return eos_id if config.data.eod_mask_loss else None
+
+
+def counts(batch: Batch, left_out: int | None = None) -> jax.Array:
+    """Whether position s counts, bool [..., S]: if token s + 1 is real and token s is not `left_out`."""
+    tokens = batch.tokens[..., :-1]
+    real = jnp.arange(1, tokens.shape[-1] + 1, dtype=jnp.int32) < batch.length[..., None]
+    return real if left_out is None else real & (tokens != left_out)
 
 
 def gradients(state: TrainState, batch: Batch, config: Config, eos_id: int | None = None) -> tuple[Sums, dict]:
@@ -189,7 +205,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, eos_id: int | Non
 
     The mean is over the whole step: a micro-batch with padding does not weigh more per token than another.
     """
-    n_tokens = count_tokens(batch)
+    n_tokens = count_tokens(batch, left_out(config, eos_id))
 
     def micro_batch(params: dict, micro: Batch) -> tuple[jax.Array, Sums]:
         sums, _ = loss_sums(params, micro, config, config.train.seqs_per_device, eos_id)
@@ -221,7 +237,8 @@ def train_step(
     sums, grads = gradients(state, batch, config, eos_id)
     scale = scaler(state)
     grads = scale.unscale(grads)
-    n_tokens, predicts = count_tokens(batch), (batch.length > 1).any()
+    after = left_out(config, eos_id)
+    n_tokens, predicts = count_tokens(batch, after), (predicted(batch, after) > 0).any()
     mean = lambda total: jnp.where(predicts, total / n_tokens, jnp.nan)
     step = state.step + 1
     params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
@@ -244,22 +261,26 @@ def train_step(
         "loss_scale": jnp.float32(scale.loss_scale),
         "real_tokens": jnp.where(predicts, n_tokens, 0),
         **({"z_loss": mean(sums.z)} if config.train.z_loss else {}),
-        **({} if batch.source is None else by_source(sums.rows, batch)),
+        **({} if batch.source is None else by_source(sums.rows, batch, after)),
         "checksum": checksum(batch),
     }
     return new, metrics
 
 
-def by_source(losses: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def by_source(losses: jax.Array, batch: Batch, left_out: int | None) -> dict[str, jax.Array]:
     """Mean loss and tokens predicted of each source [n_sources]; NaN where there are none."""
-    predicted = jnp.maximum(batch.length - 1, 0).astype(jnp.float32)
-    tokens = sum_by_source(predicted, batch.source, len(losses))
+    tokens = sum_by_source(predicted(batch, left_out).astype(jnp.float32), batch.source, len(losses))
     return {"source_loss": losses / tokens, "source_tokens": tokens}
 
 
-def count_tokens(batch: Batch) -> jax.Array:
+def predicted(batch: Batch, left_out: int | None = None) -> jax.Array:
+    """Tokens predicted in each sequence, int32 [A, B]: how many positions of it count."""
+    return jnp.maximum(batch.length - 1, 0) if left_out is None else counts(batch, left_out).sum(-1, dtype=jnp.int32)
+
+
+def count_tokens(batch: Batch, left_out: int | None = None) -> jax.Array:
     """Tokens predicted in the batch, at least 1, as fp32 (exact below 2^24 = 16.8 M)."""
-    return jnp.maximum(jnp.maximum(batch.length - 1, 0).sum(), 1).astype(jnp.float32)
+    return jnp.maximum(predicted(batch, left_out).sum(), 1).astype(jnp.float32)
 
 
 def checksum(batch: Batch) -> jax.Array:
@@ -295,10 +316,9 @@ def within(config: Config) -> str:
 def build(config: Config, mesh: jax.sharding.Mesh, eos_id: int | None = None) -> Program:
     """Jit everything for `mesh`: the one place where shardings, donation and XLA's options are put on. Raises UserError.
 
-    `eos_id`: what ends a document, for `data.document_mask`.
+    `eos_id`: what ends or begins a document, for `data.document_mask` and `data.eod_mask_loss`.
     """
     impl, _ = choose_attention(config, mesh.devices.flat[0])
-    eos_id = eos_id if config.data.document_mask else None
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=impl), train=skip_lib.in_steps(config)
     )

@@ -121,7 +121,8 @@ def describe(
     said = zip(config.data.sources.items(), sources, strict=True)
     data = ", ".join(f"{config_lib.weight_text(w)} x {p} ({len(s):,} blocks)" for (p, w), s in said)
     return [
-        f"model: {dims.n_parameters(model):,} parameters, {model.precision}, residual {model.residual}, remat {model.remat}",
+        f"model: {dims.n_parameters(model):,} parameters, {model.precision}, "
+        f"residual {model.residual_dtype}, remat {model.remat}",
         f"attention: {impl} ({reason}), {within(config)} documents; loss: xla, {model.loss_chunk:,} tokens' logits at a time",
         f"mesh: {dict(mesh.shape)}, {mesh.size} of {jax.device_count()} devices of {jax.devices()[0].device_kind}, "
         f"{jax.local_device_count()} a process",

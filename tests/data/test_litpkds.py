@@ -19,7 +19,7 @@ from tinyllama_jax import config as c
 from tinyllama_jax import files
 from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.blocks import Blocks, Damaged
+from tinyllama_jax.data.blocks import Blocks, Bos, Damaged
 from tinyllama_jax.data.litpkds import Packed
 from tinyllama_jax.errors import UserError
 
@@ -325,6 +325,68 @@ def test_pickled_threads_and_few_files_at_once(folder, stream, monkeypatch):
         assert litpkds._may_map(10**9) == hard - 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- where documents end -----------------------------------------------------------------------------------------------------
+
+
+EDGES = {  # tokens of a file: whether documents begin with bos, whether they end with eos
+    "eos": ([5, 6, EOS, 7, 8, EOS, 9, 9, 9, EOS] * 8, (False, True)),
+    "bos": ([BOS, 5, 6, BOS, 7, 8, BOS, 9, 9, 9] * 8, (True, False)),
+    "both": ([BOS, 5, EOS, BOS, 7, 8, EOS, BOS, 9, EOS] * 8, (True, True)),
+    "neither": ([5, 6, 7, 8, 9] * 16, (False, False)),
+    "bos everywhere, eos at times": ([BOS, 5, EOS, BOS, 6, 7, BOS, 8, 9, 9] * 8, (True, False)),
+    "eos everywhere, bos at times": ([BOS, 5, EOS, 6, 7, EOS, 8, 9, 9, EOS] * 8, (False, True)),
+    "some with bos alone, some with eos alone": ([BOS, 5, 6, 7, EOS, 8, 9, BOS, 9, 9] * 8, (False, False)),
+    "eos, filled up with one bos": ([5, 6, EOS, 7, 8, EOS, 9, 9, 9, EOS] * 6 + [5, 6, 7, 8, 9, 9, EOS, BOS], (False, True)),
+    "eos, filled up": ([5, 6, EOS, 7, 8, EOS, 9, 9, 9, EOS] * 6 + [BOS] * 60, (False, True)),
+}
+
+
+@pytest.mark.parametrize("what", EDGES)
+def test_bos_and_eos_are_those_that_are_there(folder, what):
+    tokens, want = EDGES[what]
+    manifest = Packed(put(folder, tokens), "train", S).manifest
+    assert (manifest["bos"], manifest["eos"]) == want
+
+
+def test_they_are_looked_for_in_blocks_from_begin_to_end(folder, monkeypatch):
+    path = put(folder, [5] * 17 * 299 + [5, 6, EOS] * 5 + [5, 6])
+    assert not Packed(path, "train", S).manifest["bos"] and Packed(path, "train", S).manifest["eos"]
+    read = []
+    monkeypatch.setattr(Packed, "read", lambda self, at, right=Packed.read: (read.append(at), right(self, at))[1])
+    Packed(path, "train", S)
+    assert len(read) == 1 and len(read[0]) == 64 and (read[0][0], read[0][-1]) == (0, 299)
+
+
+def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data):
+    shutil.copy(tiny_data / "512.model", tmp_path / "tokenizer.model")
+    names = {key: str(put(tmp_path, EDGES[key][0], prefix=f"train_{key}")) for key in ("eos", "bos", "both", "neither")}
+    bos, both, neither = (names[key] for key in ("bos", "both", "neither"))
+
+    def mark(*keys, **options):
+        config = dataclasses.replace(tiny_config, data=c.Data({names[key]: 1.0 for key in keys}, **options))
+        return feed.eos_id(config, feed.open_sources(config))
+
+    mask = {"document_mask": True}
+    for keys, want in ((("eos",), EOS), (("eos", "both"), EOS), (("both", "bos"), Bos(BOS)), (("bos",), Bos(BOS))):
+        found = mark(*keys, **mask)
+        assert found == want and type(found) is type(want)
+    assert mark("neither") == mark("bos") == EOS  # nobody asks
+    seen = "has 0 bos and 0 eos, 0 of them together, in 5 blocks of it"
+    with pytest.raises(
+        UserError, match=rf"^--data.document_mask=true: needs eos after every document, or bos .*: {neither} {seen};"
+    ):
+        mark("neither", **mask)
+    with pytest.raises(
+        UserError, match=rf"in all sources: {names['eos']} has 0 bos and \d+ eos, .*; {bos} has \d+ bos and 0 eos,"
+    ):
+        mark("eos", "bos", **mask)
+    assert mark("eos", "both", eod_mask_loss=True) == EOS
+    with pytest.raises(
+        UserError, match=rf"^--data.eod_mask_loss=true: needs eos after every document in all sources: {bos} has"
+    ):
+        mark("bos", eod_mask_loss=True, **mask)
 
 
 # -- what is not whole --------------------------------------------------------------------------------------------------

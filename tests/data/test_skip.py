@@ -58,6 +58,19 @@ def test_a_larger_batch_comes_earlier_by_what_is_left_out_before_it(skip, tiny_c
     assert [clock.tokens_after(step) for step in range(1, 41)] == np.cumsum(sizes).tolist()
 
 
+def test_every_step_of_a_stage_left_out(tiny_config):
+    """It is as if there were no such stage; of the first, whose steps the learning rate counts, it is refused."""
+    ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40"}  # steps 1 to 8, 9 to 12, and on
+    config = cli.override(tiny_config, ramp | {"data.skip": "9:12"})
+    assert skip_lib.in_steps(config).stages == [(0, 0, 128), (8, 1024, 1024)]
+    order = feed.order(config, feed.open_sources(config))
+    assert [order.size(step) for step in (8, 9)] == [8, 64]
+    assert skip_lib.in_steps(cli.override(config, {"data.skip": "2:500"})).stages == [(0, 0, 128), (1, 128, 1024)]
+    for skip in ("1:8", "1:40", "1:4,1:4"):
+        with pytest.raises(UserError, match=rf"--data.skip={skip}: leaves out all 8 steps of train.tokens_per_step=128"):
+            skip_lib.in_steps(cli.override(config, {"data.skip": skip}))
+
+
 @pytest.mark.parametrize("skip", ["3", "3:", "a:b", "0:3", "5:3", "1:2000000", "1:2:3"])
 def test_mistakes(skip):
     with pytest.raises(UserError, match=r"--data\.skip="):

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import litpkds
-from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.data.blocks import Blocks, Bos
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
 from tinyllama_jax.data.skip import NONE, batch_of, left_out
@@ -61,14 +61,18 @@ def open_sources(config: Config) -> list[Blocks]:
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
-    """What ends a document. Raises UserError if `data.document_mask` needs it and a source does not have it."""
-    for path, blocks in zip(config.data.sources, sources, strict=True):
-        if config.data.document_mask and not blocks.manifest["eos"]:
-            raise UserError(
-                f"--data.document_mask=true: {path} was prepared with --no-eos, so that nothing says where a document ends; "
-                "prepare it again with --eos"
-            )
-    return sources[0].manifest["tokenizer"]["eos_id"]
+    """What ends a document, or a `Bos` for `data.document_mask` where not every source has eos and all have bos.
+
+    Raises UserError if there is no such token, and with `data.eod_mask_loss` if it is not eos.
+    """
+    manifests, vocabulary = [blocks.manifest for blocks in sources], sources[0].manifest["tokenizer"]
+    if all(manifest["eos"] for manifest in manifests) or not (config.data.document_mask or config.data.eod_mask_loss):
+        return vocabulary["eos_id"]
+    if not config.data.eod_mask_loss and all(manifest["bos"] for manifest in manifests):
+        return Bos(vocabulary["bos_id"])
+    option, more = ("eod_mask_loss", "") if config.data.eod_mask_loss else ("document_mask", ", or bos before every document,")
+    has = "; ".join(f"{path} has {litpkds.edges(b)[2]}" for path, b in zip(config.data.sources, sources, strict=True))
+    raise UserError(f"--data.{option}=true: needs eos after every document{more} in all sources: {has}; prepare it with --eos")
 
 
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:

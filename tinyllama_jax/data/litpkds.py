@@ -38,6 +38,7 @@ CHUNK = 2049 * 1024  # tokens in a file
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
 LARGEST_CHUNK = 1 << 28  # of which one is in memory when it is written
 MOVED = "moved.json"  # which files of a finished export are being moved to where they belong
+SAMPLE = 64  # blocks, of 2,049 tokens some 100 documents' ends, in which bos and eos are looked for
 AHEAD = 256  # files whose headers a thread reads at once
 
 
@@ -57,6 +58,18 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".bin")]
     return [Path(folder, name) for name in sorted(names)]
+
+
+def edges(blocks: Blocks) -> tuple[bool, bool, str]:
+    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLE` blocks of a source."""
+    indices = np.unique(np.linspace(0, len(blocks) - 1, SAMPLE).astype(np.int64))
+    tokens, length = blocks.read(indices)
+    inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
+    begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
+    bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
+    n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
+    seen = f"{n:,} bos and {m:,} eos, {both:,} of them together, in {len(indices):,} blocks of it"
+    return n > 0 and both == m, m > 0 and both == n, seen
 
 
 class Packed(Blocks):
@@ -84,11 +97,12 @@ class Packed(Blocks):
         spm = _tokenizer(self._files[0].parent)
         self.tokenizer, self.tokenizer_sha256 = spm.path, spm.sha256
         vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
-        self.manifest = {"seq_len": seq_len, "dtype": self.dtype.name, "bos": False, "eos": True, "tokenizer": vocabulary}
+        self.manifest = {"seq_len": seq_len, "dtype": self.dtype.name, "tokenizer": vocabulary}
         self.manifest["splits"] = {name: {"files": len(found)} for name, found in files.items() if found}
         self._per_file = -(-self._chunk // (seq_len + 1))
         self._ends = np.arange(1, len(self._files) + 1) * self._per_file
         self._open()
+        self.manifest["bos"], self.manifest["eos"], _ = edges(self)  # the format does not say
 
     def _open(self) -> None:
         self._readers: dict[int, tuple[mmap.mmap, np.ndarray]] = {}

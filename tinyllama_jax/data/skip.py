@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 
 from tinyllama_jax.config import Config, Data, Train
+from tinyllama_jax.errors import UserError
 
 NONE = np.empty(0, np.int64)
 
@@ -33,10 +34,20 @@ def same_batches(ours: Data, theirs: Data, steps: int) -> bool:
 
 
 def in_steps(config: Config) -> Train:
-    """`config.train` with its stages as steps come to them: what `data.skip` leaves out brings a larger batch forward."""
+    """`config.train` with its stages as steps come to them: what `data.skip` leaves out brings a larger batch forward.
+
+    A stage of which nothing is left has none. Raises UserError if that is the first, whose steps the learning rate counts.
+    """
     skip, train, ramp, step, tokens = left_out(config.data), config.train, [], 0, 0
     for (_, _, each), (batches, _, later) in itertools.pairwise(train.stages):
         then = batches - int(np.searchsorted(skip, batches, side="right"))
+        if not then:
+            raise UserError(
+                f"--data.skip={config.data.skip}: leaves out all {batches:,} steps of train.tokens_per_step={each}, before the "
+                "larger ones of train.batch_ramp; leave out fewer"
+            )
+        if then == step:
+            ramp.pop()
         tokens, step = tokens + (then - step) * each, then
         ramp.append(f"{tokens}:{later}")
     return dataclasses.replace(train, batch_ramp=",".join(ramp))
