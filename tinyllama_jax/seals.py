@@ -251,7 +251,8 @@ def start_over(config: Config) -> None:
             f"mount or restore {run / 'checkpoints'}, or begin again with --init.start_over={before}, which moves the rest "
             f"to {run / 'set_aside'}"
         )
-    stay = {"lock", "processes", "set_aside", "config.json", NEWEST, *(() if _names(run) else ("checkpoints",))}
+    stay = ["lock", "processes", "set_aside", "config.json", NEWEST]
+    stay += ["checkpoints"] if (run / "checkpoints").is_dir() and not _names(run) else []  # it can be where a disk is mounted
     for name in files.listed(run):
         if name not in stay:
             set_aside(run, run / name)
