@@ -25,7 +25,7 @@ from tinyllama_jax.errors import UserError
 SEAL = "seal.json"
 NEWEST = "newest.json"
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
-OLD = ".old"  # at the end of the name of one that is being deleted
+OLD = f"{PARTIAL}-deleted"  # at the end of the name of one that is being deleted
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after the seal
 
 
@@ -70,7 +70,7 @@ def _strays(run: str | Path) -> list[str]:
 
 def unfinished(name: str) -> bool:
     """Whether this is the name of a checkpoint that is being written or deleted."""
-    return re.fullmatch(rf"[0-9]+({re.escape(PARTIAL)}.*|{re.escape(OLD)})", name) is not None
+    return re.fullmatch(rf"[0-9]+{re.escape(PARTIAL)}.*", name) is not None
 
 
 def exists(path: Path) -> bool:
@@ -108,7 +108,7 @@ def _say(line: str) -> None:
 
 def seal(folder: Path, skip: str) -> None:
     """Writes the seal of the checkpoint that is being written in `folder`, whose files are all there."""
-    for partial in folder.glob(f"*{PARTIAL}*"):
+    for partial in (path for path in folder.glob(f"*{PARTIAL}*") if not path.name.endswith(OLD)):
         paths = [f for f in partial.rglob("*") if f.is_file() and f.name not in UNSEALED]
         named = dict(zip((str(f.relative_to(partial)) for f in paths), _checksums(paths), strict=True))
         content = {"step": int(partial.name.partition(".")[0]), "skip": skip, "files": named}
