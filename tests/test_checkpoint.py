@@ -17,7 +17,7 @@ from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
 
-XY, XZ = ([{"manifest_sha256": h, "bos": False} for h in names] for names in ("xy", "xz"))
+XY, XZ = ([{"manifest_sha256": h, "bos": False, "sha256": None} for h in names] for names in ("xy", "xz"))
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_a_save_that_fails_is_an_error_of_the_disk_and_the_one_before_is_kept(co
     _, state = state_of(config)
     checkpoints = checkpoint.Checkpoints(config)
     checkpoints.save(10, state)
-    checkpoints.wait()
+    checkpoints.check(wait=True)
 
     def fails(folder, skip):  # in a thread of Orbax's
         error = OSError(number, os.strerror(number), "the file")
@@ -499,6 +499,7 @@ def test_the_run_describes_itself(config, tokenizer):
         "weight": 0.3,
         "manifest_sha256": "y",
         "bos": False,
+        "sha256": None,
     }
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert set(run_folder.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])

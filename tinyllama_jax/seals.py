@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +22,7 @@ from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.errors import UserError
 
 SEAL = "seal.json"
-NEWEST = "newest.json"
+NEWEST = "newest.json"  # the newest step that a checkpoint was ever whole of: it tells checkpoints gone from none yet
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 OLD = f"{PARTIAL}-deleted"  # at the end of the name of one that is being deleted
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after the seal
@@ -36,12 +35,6 @@ class Seal(typing.TypedDict):
     skip: str  # data.skip: what of the config its batches depend on
     files: dict[str, str]  # path within the checkpoint -> sha256
     sha256: str  # of the seal itself: see `_own`
-
-
-class Newest(typing.TypedDict):
-    """The newest step that a checkpoint was ever whole of: it tells checkpoints that are gone from none yet."""
-
-    step: files.Count
 
 
 # -- listed ---------------------------------------------------------------------------------------------------------------
@@ -93,14 +86,8 @@ def find_step(run: str | Path, step: int | None = None, option: str = "--step ")
     if step is not None and step not in steps:
         raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}{passed}")
     if step is None and strays:
-        _say(f"{run}: its newest checkpoint is of step {steps[-1]:,}{passed}")
+        print(f"{run}: its newest checkpoint is of step {steps[-1]:,}{passed}", file=sys.stderr)
     return steps[-1] if step is None else step
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """Prints a line, once."""
-    print(line, file=sys.stderr)
 
 
 # -- whole, and unchanged -------------------------------------------------------------------------------------------------
@@ -272,11 +259,11 @@ def set_aside(run: Path, path: Path, move: Callable[[Path, Path], object] = os.r
 
 def remember(run: Path, step: int) -> None:
     """Writes down in the run folder that there is a whole checkpoint of `step`."""
-    files.write(run / NEWEST, json.dumps({"step": step}) + "\n")
+    files.write(run / NEWEST, f"{step}\n")
 
 
 def last_saved(run: Path) -> int:
     """The newest step that there ever was a whole checkpoint of, as the run folder remembers it; 0 if there was none."""
     if not exists(run / NEWEST):
         return 0
-    return files.read_json(run / NEWEST, Newest, f"if no checkpoint of {run} is missing, delete it")["step"]
+    return files.read_json(run / NEWEST, files.Count, f"if no checkpoint of {run} is missing, delete it")
