@@ -17,7 +17,7 @@ from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.step import Batch, build
 
-XY, XZ = ([{"manifest_sha256": h, "bos": False} for h in names] for names in ("xy", "xz"))
+XY, XZ = ([{"manifest_sha256": h, "bos": False, "sha256": None} for h in names] for names in ("xy", "xz"))
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_skip_that_is_forgotten_is_a_mistake_and_no_wish_to_go_back(all_kept, 
     assert seals.recover(all_kept) == []
 
 
-STRAYS = ("0019", "²", "১৭", "17 copy", "notes.txt", "+18", "1e1")
+STRAYS = ("0019", "²", "১৭", "15.old", "17 copy", "notes.txt", "+18", "1e1")
 
 
 def test_what_is_no_checkpoint_is_passed_over_and_named(config, capsys):
@@ -261,15 +261,15 @@ def test_what_is_no_checkpoint_is_passed_over_and_named(config, capsys):
     for step in (10, 15):
         write_checkpoint(run, step)
     folder = run / "checkpoints"
-    for name in ("17", *STRAYS[:4], "16.orbax-checkpoint-tmp"):
+    for name in ("17", *STRAYS[:5], "16.orbax-checkpoint-tmp"):
         (folder / name).mkdir()
-    for name in ("18", *STRAYS[4:], ".DS_Store", "5.old"):
+    for name in ("18", *STRAYS[5:], ".DS_Store", f"5{seals.OLD}"):
         (folder / name).write_text("x")
     assert checkpoint.steps_in(run) == [10, 15]
     files.write(run / "config.json", c.to_json(config))
     assert checkpoint.find_step(run) == 15
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(name in said for name in ("17", "18", *STRAYS)) and ".old" not in said
+    assert said.count("\n") == 1 and all(name in said for name in ("17", "18", *STRAYS)) and "-tmp" not in said
     with pytest.raises(UserError, match="has checkpoints of the steps 10, 15 "):
         checkpoint.find_step(run, 17)
     notes = seals.recover(config)
@@ -282,14 +282,14 @@ def test_a_save_is_not_hindered_by_what_lies_there(config):
     _, state = state_of(config)
     folder = checkpoint.Path(config.workdir) / "checkpoints"
     with checkpoint.Checkpoints(config) as checkpoints:
-        for name in ("²", "0010", "30", "lost+found"):
+        for name in ("²", "0010", "30", "10.old", "lost+found"):
             (folder / name).mkdir()
         (folder / "20").write_text("not a checkpoint")
         for step in (10, 20, 30):
             checkpoints.save(step, state)
         checkpoints.save(30, state)
     assert checkpoint.steps_in(config.workdir) == [20, 30] and seals.last_saved(folder.parent) == 30
-    assert {p.name for p in folder.iterdir()} == {"20", "30", "²", "0010", "lost+found"}
+    assert {p.name for p in folder.iterdir()} == {"20", "30", "²", "0010", "10.old", "lost+found"}
     assert {p.name[:3] for p in (folder.parent / "set_aside").iterdir()} == {"20-", "30-"}
 
 
@@ -456,7 +456,7 @@ def test_a_save_that_fails_is_an_error_of_the_disk_and_the_one_before_is_kept(co
     _, state = state_of(config)
     checkpoints = checkpoint.Checkpoints(config)
     checkpoints.save(10, state)
-    checkpoints.wait()
+    checkpoints.check(wait=True)
 
     def fails(folder, skip):  # in a thread of Orbax's
         error = OSError(number, os.strerror(number), "the file")
@@ -499,6 +499,7 @@ def test_the_run_describes_itself(config, tokenizer):
         "weight": 0.3,
         "manifest_sha256": "y",
         "bos": False,
+        "sha256": None,
     }
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert set(run_folder.PACKAGES) == set(json.loads((run / "versions.json").read_text())["packages"])

@@ -40,6 +40,7 @@ RANK = {
     "lit": 2.5,
     "step": 3,
     "stages": 3,
+    "seals": 3.5,
     "checkpoint": 4,
     "run_folder": 4.2,
     "metrics": 4,

@@ -379,10 +379,10 @@ def sealed(folder, skip):
 
 def broken(self, step, state):
     if step == 10 and how == "file size":
-        self.wait()
+        self.check(wait=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     if step == 10 and how == "folder":
-        self.wait()
+        self.check(wait=True)
         self._folder.rename(self._folder.with_name("away"))
         self._folder.write_text("")
     save(self, step, state)

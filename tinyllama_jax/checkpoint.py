@@ -54,7 +54,7 @@ class Checkpoints:
         """Starts to save; returns as soon as `state` may be overwritten. An error of an earlier save is raised here."""
         if step == self._last:
             return
-        self.wait()
+        self.check(wait=True)
         if self._first and os.path.lexists(self._folder / str(step)):  # somebody has made it since the run began
             seals.set_aside(self._run, self._folder / str(step))
         params, rest = _parts(state)
@@ -66,18 +66,11 @@ class Checkpoints:
             self._writer.save(self._folder / str(step), args=_items(params=params, train=rest))
         self._last, self._saving = step, True
 
-    def check(self) -> None:
-        """Raises the error of a save that failed in the background; does not wait."""
+    def check(self, wait: bool = False) -> None:
+        """Raises the error of a save that failed in the background. `wait`: until what was saved is on disk."""
         with self._disk_errors():
-            self._writer.check_for_errors()
+            self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
             if self._first and self._saving and seals.exists(self._folder / str(self._last) / seals.SEAL):
-                self._rotate()
-
-    def wait(self) -> None:
-        """Waits until what was saved is on disk. Raises its error."""
-        with self._disk_errors():
-            self._writer.wait_until_finished()
-            if self._first and self._saving:
                 self._rotate()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -94,7 +87,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until what was saved is on disk, and what is no longer kept is deleted."""
-        self.wait()
+        self.check(wait=True)
         for thread in self._deleting:
             thread.join()
         self._writer.close()

@@ -95,7 +95,7 @@ class Source(typing.TypedDict):
     weight: Number | list[tuple[Number, Number]]
     manifest_sha256: str
     bos: bool
-    sha256: typing.NotRequired[str]  # of its files, where no manifest says it and `data.verify` was on
+    sha256: str | None  # of its files, where no manifest says it and `data.verify` was on
 
 
 class Versions(typing.TypedDict):
@@ -201,8 +201,9 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
 def _keep_checksums(there: list[Source], data: list[dict]) -> None:
     """Keeps in `data` what was recorded of its files. Raises UserError if they were read again and differ."""
     for then, source in zip(there, data, strict=False):
-        same = then["manifest_sha256"] == source["manifest_sha256"] and "sha256" in then
-        if same and source.setdefault("sha256", then["sha256"]) != then["sha256"]:
+        recorded = then["sha256"] if then["manifest_sha256"] == source["manifest_sha256"] else None
+        source["sha256"] = source["sha256"] or recorded
+        if recorded and source["sha256"] != recorded:
             raise UserError(f"{source['path']}: its files are not those that the run has trained on; put those back")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -23,9 +22,9 @@ from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.errors import UserError
 
 SEAL = "seal.json"
-NEWEST = "newest.json"
+NEWEST = "newest.json"  # the newest step that a checkpoint was ever whole of: it tells checkpoints gone from none yet
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
-OLD = ".old"  # at the end of the name of one that is being deleted
+OLD = f"{PARTIAL}-deleted"  # at the end of the name of one that is being deleted
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after the seal
 
 
@@ -36,12 +35,6 @@ class Seal(typing.TypedDict):
     skip: str  # data.skip: what of the config its batches depend on
     files: dict[str, str]  # path within the checkpoint -> sha256
     sha256: str  # of the seal itself: see `_own`
-
-
-class Newest(typing.TypedDict):
-    """The newest step that a checkpoint was ever whole of: it tells checkpoints that are gone from none yet."""
-
-    step: files.Count
 
 
 # -- listed ---------------------------------------------------------------------------------------------------------------
@@ -70,7 +63,7 @@ def _strays(run: str | Path) -> list[str]:
 
 def unfinished(name: str) -> bool:
     """Whether this is the name of a checkpoint that is being written or deleted."""
-    return re.fullmatch(rf"[0-9]+({re.escape(PARTIAL)}.*|{re.escape(OLD)})", name) is not None
+    return re.fullmatch(rf"[0-9]+{re.escape(PARTIAL)}.*", name) is not None
 
 
 def exists(path: Path) -> bool:
@@ -93,14 +86,8 @@ def find_step(run: str | Path, step: int | None = None, option: str = "--step ")
     if step is not None and step not in steps:
         raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}{passed}")
     if step is None and strays:
-        _say(f"{run}: its newest checkpoint is of step {steps[-1]:,}{passed}")
+        print(f"{run}: its newest checkpoint is of step {steps[-1]:,}{passed}", file=sys.stderr)
     return steps[-1] if step is None else step
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """Prints a line, once."""
-    print(line, file=sys.stderr)
 
 
 # -- whole, and unchanged -------------------------------------------------------------------------------------------------
@@ -108,7 +95,7 @@ def _say(line: str) -> None:
 
 def seal(folder: Path, skip: str) -> None:
     """Writes the seal of the checkpoint that is being written in `folder`, whose files are all there."""
-    for partial in folder.glob(f"*{PARTIAL}*"):
+    for partial in (path for path in folder.glob(f"*{PARTIAL}*") if not path.name.endswith(OLD)):
         paths = [f for f in partial.rglob("*") if f.is_file() and f.name not in UNSEALED]
         named = dict(zip((str(f.relative_to(partial)) for f in paths), _checksums(paths), strict=True))
         content = {"step": int(partial.name.partition(".")[0]), "skip": skip, "files": named}
@@ -251,7 +238,8 @@ def start_over(config: Config) -> None:
             f"mount or restore {run / 'checkpoints'}, or begin again with --init.start_over={before}, which moves the rest "
             f"to {run / 'set_aside'}"
         )
-    stay = {"lock", "processes", "set_aside", "config.json", NEWEST, *(() if _names(run) else ("checkpoints",))}
+    stay = ["lock", "processes", "set_aside", "config.json", NEWEST]
+    stay += ["checkpoints"] if (run / "checkpoints").is_dir() and not _names(run) else []  # it can be where a disk is mounted
     for name in files.listed(run):
         if name not in stay:
             set_aside(run, run / name)
@@ -271,11 +259,11 @@ def set_aside(run: Path, path: Path, move: Callable[[Path, Path], object] = os.r
 
 def remember(run: Path, step: int) -> None:
     """Writes down in the run folder that there is a whole checkpoint of `step`."""
-    files.write(run / NEWEST, json.dumps({"step": step}) + "\n")
+    files.write(run / NEWEST, f"{step}\n")
 
 
 def last_saved(run: Path) -> int:
     """The newest step that there ever was a whole checkpoint of, as the run folder remembers it; 0 if there was none."""
     if not exists(run / NEWEST):
         return 0
-    return files.read_json(run / NEWEST, Newest, f"if no checkpoint of {run} is missing, delete it")["step"]
+    return files.read_json(run / NEWEST, files.Count, f"if no checkpoint of {run} is missing, delete it")

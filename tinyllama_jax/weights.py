@@ -49,8 +49,7 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
 
 def described(sources: list[Blocks]) -> list[dict]:
     """What data.json says of sources besides their paths and weights."""
-    said = [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"], "sha256": s.sha256} for s in sources]
-    return [{name: value for name, value in source.items() if value is not None} for source in said]
+    return [{"manifest_sha256": s.manifest_sha256, "bos": s.manifest["bos"], "sha256": s.sha256} for s in sources]
 
 
 def first_step(config: Config) -> int:

@@ -107,16 +107,15 @@ def test_the_last_recorded_batches_are_read_again(tiny_config, tmp_path, changes
         assert bad == 0 or feed.check_batches(config, sources, bad)
 
 
-def test_large_batches_are_read_again_three_times(tiny_config, tmp_path):
-    size = {"train.tokens_per_step": str(16 << 17), "workdir": str(tmp_path)}
-    config = cli.override(tiny_config, size)
+@pytest.mark.parametrize(("tokens", "n"), [(0, 3), (8 * 16 * 4, 4), (1 << 22, 5)])
+def test_at_least_three_batches_are_read_again_and_not_too_many_tokens(tiny_config, tmp_path, monkeypatch, tokens, n):
+    config = cli.override(tiny_config, {"workdir": str(tmp_path)})
     sources = feed.open_sources(config)
-    batch = feed.gather(sources, *feed.order(config, sources).at(9))
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "checksum": 0}}\n' for i in (1, 2, 3, 5, 7)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "checksum", lambda tokens, length: 0)
-        patch.setattr(feed, "gather", lambda *_: batch)
-        assert feed.check_batches(config, sources, 9) == ["the last 3 recorded batches are as they were"]
+    batches = [feed.gather(sources, *feed.order(config, sources).at(step)) for step in (1, 2, 3, 5, 7)]
+    lines = [{"step": s, "checksum": feed.checksum(*batch)} for s, batch in zip((1, 2, 3, 5, 7), batches, strict=True)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(feed, "READ_AGAIN", tokens)
+    assert feed.check_batches(config, sources, 9) == [f"the last {n} recorded batches are as they were"]
 
 
 def test_every_file_is_verified_if_asked(tiny_config, tiny_data, tmp_path):

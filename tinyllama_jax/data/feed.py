@@ -23,6 +23,7 @@ from tinyllama_jax.errors import UserError
 from tinyllama_jax.files import decode_json
 
 MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
+READ_AGAIN = 1 << 22  # tokens of the last batches that are read again when a run goes on: a second or two from a disk
 
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
@@ -216,7 +217,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
     lines = _recorded(path, step) if path.is_file() and step else []
     for line in reversed(lines[-64:]):
         source, block = data_order.at(line["step"])
-        if checked >= 3 and (checked + 1) * len(block) * config.model.seq_len > 1 << 22:
+        if checked >= 3 and (checked + 1) * len(block) * config.model.seq_len > READ_AGAIN:
             break
         checksum_now = checksum(*gather(sources, source, block))
         if checksum_now != line["checksum"]:
