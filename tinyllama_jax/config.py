@@ -436,6 +436,9 @@ class Config(_Typed):
             key = "batch_ramp" if i else "tokens_per_step"
             remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"
             _check(tokens % self.model.seq_len == 0, f"train.{key}", getattr(self.train, key), remedy)
+        model, most = self.model, max(tokens for _, _, tokens in self.train.stages)
+        wide = max(model.seq_len * model.n_heads, model.n_layers * max(model.d_model, model.d_ff))
+        _check(most * wide <= 2**55, "train.tokens_per_step", most, f"with {wide:,} numbers a token arrays exceed 2^55 numbers")
         steps = self.train.tokens / self.train.tokens_per_step
         for name, most in (("warmup_steps", steps), ("cooldown_steps", steps - self.optim.warmup_steps)):
             less = f" less optim.warmup_steps={self.optim.warmup_steps}" if name == "cooldown_steps" else ""
