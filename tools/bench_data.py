@@ -1,11 +1,12 @@
 """Data at speed: preparing it against a bare SentencePiece loop, reading blocks at random, loading batches.
 
     python tools/bench_data.py [--tokenizer PATH] [--mb 128] [--workers N] [--json OUT]
-    python tools/bench_data.py --hours|--memory [--tokenizer PATH] [--mb 128] [--json OUT]
+    python tools/bench_data.py --hours|--memory|--bombs [--tokenizer PATH] [--mb 128] [--json OUT]
 
 The text is Python's own library, 128 MB of it. `make demo` makes the default tokenizer. --hours: processor time on prose
 (this machine's documentation, as jsonl.zst) and on code (Python modules, as parquet), by which the hours of SlimPajama and
-StarCoder are estimated: a busy machine matters little. --memory: what a worker takes with files of 1 GB.
+StarCoder are estimated: a busy machine matters little. --memory: what a worker takes with files of 1 GB. --bombs: with what
+is made to take much.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def memory(model: Path, folder: Path) -> dict:
     return out
 
 
-def bombs(model: Path, folder: Path) -> dict:
+def bombs(model: Path, folder: Path, only: str = "") -> dict:
     """What a worker takes with small files that unpack to much, and with documents that are hard to hold."""
     mb, emoji = 10**6, "\U0001f600"
 
@@ -193,13 +194,20 @@ def bombs(model: Path, folder: Path) -> dict:
         data.mkdir(parents=True)
         features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
         writer = array_record_module.ArrayRecordWriter(str(data / "bomb-train.array_record-00000-of-00001"), "group_size:1")
-        for _ in range(3):
-            writer.write(features.serialize_example({"text": text}))
+        record = text.encode()
+        for before in (b"", b"", b"\x0a\x04text", b"", b""):  # a tf.train.Example, whose library would take 20 GB for it
+            length, number = b"", len(record)
+            while True:
+                length, number = length + bytes([number & 127 | (number > 127) << 7]), number >> 7
+                if not number:
+                    break
+            record = before + (b"\x12" if before else b"\x0a") + length + record
+        writer.write(record)
         writer.close()
         template = tfds.core.ShardedFileTemplate(
             data_dir=data, dataset_name="bomb", split="train", filetype_suffix="array_record"
         )
-        info = tfds.core.SplitInfo(name="train", shard_lengths=[3], num_bytes=0, filename_template=template)
+        info = tfds.core.SplitInfo(name="train", shard_lengths=[1], num_bytes=0, filename_template=template)
         tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=[info], check_data=False)
         path.write_text("")
 
@@ -226,12 +234,14 @@ def bombs(model: Path, folder: Path) -> dict:
             p, "x " * 25 * mb, 64, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}
         ),
         "a text of 1.9 GB.parquet": lambda p: write_parquet(p, "x" * 1900 * mb, 1, use_dictionary=False),
-        "three records of 100 MB": lambda p: write_tfds(p, "words " * (100 * mb // 6)),
-        "three records of 1.5 GB": lambda p: write_tfds(p, "x" * 1500 * mb),
+        "a record of 100 MB": lambda p: write_tfds(p, "words " * (100 * mb // 6)),
+        "a record of 1 GB": lambda p: write_tfds(p, "x" * 1000 * mb),
     }
     out = {}
     for name, make in cases.items():
-        path, tfds_ = folder / name, "records" in name
+        if only and only not in name:
+            continue
+        path, tfds_ = folder / name, "record" in name
         make(path)
         words = [
             "--train",

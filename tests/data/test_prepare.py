@@ -349,7 +349,7 @@ def test_nothing_listens_and_nobody_is_left(long_corpus, model, tmp_path, dies):
 
 def test_more_memory_than_a_worker_may_have(tmp_path, model, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"x")
-    monkeypatch.setattr(shards, "MEMORY", 64 << 20)
+    monkeypatch.setattr(shards, "MEMORY", 256 << 20)
     monkeypatch.setattr(shards.os, "cpu_count", lambda: 0)
     monkeypatch.setattr(shards.documents, "_text", lambda source: iter(["x" * (1 << 30)]))
     with pytest.raises(UserError, match="blocks-train.array_record-00000-of-00001: took more memory than the 0 GiB that"):

@@ -358,9 +358,9 @@ def _array_record(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
         for _ in range(record, min(piece.end * ROWS, reader.num_records())):
             try:
                 row = feature.deserialize_example_np(reader.read())
-            except MemoryError:
-                raise
             except Exception as error:  # ArrayRecord's, protobuf's and TFDS's own
+                if isinstance(error, MemoryError) or "Could not allocate" in str(error):
+                    raise MemoryError from None
                 raise _BadDocument(f"is damaged: {str(error).splitlines()[0]}") from None
             record += 1
             yield (_decoded(functools.partial(row.get, text_key), text_key),)

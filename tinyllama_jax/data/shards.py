@@ -163,17 +163,17 @@ def telling(job: Job, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Lets this process take no more than `MEMORY` beyond what it has: what a file unpacks to may not be known before.
+    """Lets this process take no more than `MEMORY`, or half of that beyond what it has: a file may not say what it unpacks to.
 
     The kernel counts the stacks of threads too, of which libraries start some for each processor. Only Linux does.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        _, resident, _, _, _, data, _ = (int(n) * resource.getpagesize() for n in Path("/proc/self/statm").read_text().split())
     except OSError:
         yield
         return
-    most = pages * resource.getpagesize() + MEMORY + (os.cpu_count() or 1) * (16 << 20)
+    most = data + max(MEMORY - resident, MEMORY // 2) + (os.cpu_count() or 1) * (16 << 20)
     resource.setrlimit(resource.RLIMIT_DATA, (min(n for n in (most, soft, hard) if n != resource.RLIM_INFINITY), hard))
     try:
         yield
