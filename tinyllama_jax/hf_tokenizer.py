@@ -330,16 +330,13 @@ def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str |
 
 
 def _processors(processor: dict | None) -> list[dict]:
-    return processor["processors"] if processor and processor["type"] == "Sequence" else [processor] if processor else []
+    return processor.get("processors", [processor]) if processor else []
 
 
 def puts_in_front(processor: dict | None, token: str) -> bool:
     """Whether the post-processor of a tokenizer.json puts `token` before a text."""
-    first = [
-        p["single"][0].get("SpecialToken", {}).get("id") if "single" in p else p.get("cls", [None])[0]
-        for p in _processors(processor)
-    ]
-    return token in first
+    first = [[*p.get("single", ()), {}][0].get("SpecialToken", {}).get("id") for p in _processors(processor)]
+    return token in first or token in [p["cls"][0] for p in _processors(processor) if "cls" in p]
 
 
 def _update_config(folder: Path, ours: dict) -> None:

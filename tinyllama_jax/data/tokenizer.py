@@ -55,10 +55,17 @@ class _Model(typing.TypedDict):
     vocab: dict[str, Count] | list[tuple[str, float]]
 
 
+class _Processor(typing.TypedDict, total=False):
+    type: str
+    processors: list[_Processor]
+    single: list[dict[str, dict]]
+    cls: tuple[str, Count]
+
+
 class _Json(typing.TypedDict, total=False):
     model: typing.Required[_Model]
     added_tokens: list[_Added]
-    post_processor: dict | None
+    post_processor: _Processor | None
 
 
 class Naming(typing.NamedTuple):
@@ -68,6 +75,7 @@ class Naming(typing.NamedTuple):
     added: dict[int, tuple[_Token, str]]  # those that tokenizer.json does not list, and where they are listed
     tokens: dict[str, str | None]  # bos_token, eos_token: what they are, where that is said
     begin_with_bos: bool  # whether a text gets bos in front
+    whole: bool  # whether there is a tokenizer.json, so that `ids` are all
 
 
 NAMING = {"tokenizer_config.json": _Config, "special_tokens_map.json": _Named, "added_tokens.json": dict[str, Count]}
@@ -108,7 +116,7 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
         tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
     bos = tokens.get("bos_token")
     begin = bool(bos) and hf_tokenizer.puts_in_front(whole.get("post_processor"), bos)
-    return Naming(ids, extra, tokens, begin if whole else bool(config.get("add_bos_token", llama)))
+    return Naming(ids, extra, tokens, begin if whole else bool(config.get("add_bos_token", llama)), bool(whole))
 
 
 def _listed(value: str | _Token | list | None) -> list:
@@ -158,7 +166,7 @@ def documents_begin_with_bos(folder: Path) -> bool:
 class Tokenizer:
     """What the two kinds have in common. Can be pickled. An id of -1 says that the tokenizer has no such token.
 
-    path: the file it came from      sha256: of that file's bytes      vocab_size: one more than the largest id
+    path: the file it came from      sha256: of all that its ids depend on      vocab_size: one more than the largest id
     """
 
     vocab_size: int
@@ -254,9 +262,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether the files beside it list no other tokens, and name no other bos and eos."""
         pieces = dict(zip(self._sp.id_to_piece(list(range(self.vocab_size))), range(self.vocab_size), strict=True))
         mine = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        return named.ids.items() <= pieces.items() and all(
-            pieces.get(token, -1) == mine[name] for name, token in named.tokens.items()
-        )
+        listed = named.ids == pieces if named.whole else named.ids.items() <= pieces.items()
+        return listed and all(pieces.get(token, -1) == mine[name] for name, token in named.tokens.items())
 
     def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
         self.copy(folder)
@@ -341,8 +348,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
         self._whole = path.suffix == ".json" and not named.added  # tokenizer.json lists every token
-        also = [self.bos_id, self.eos_id, sorted((i, token) for i, (token, _) in named.added.items())]
-        self.sha256 = hashlib.sha256(self._content + json.dumps(also).encode()).hexdigest()
+        # of what ids, bos and eos depend on: an export whose bos is another has the same hash
+        parts = {k: v for k, v in json.loads(content).items() if k not in ("post_processor", "truncation", "padding")}
+        parts["beside"] = [self._names, sorted((i, token) for i, (token, _) in named.added.items())]
+        self.sha256 = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
