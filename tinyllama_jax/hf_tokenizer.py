@@ -342,7 +342,7 @@ def puts_in_front(processor: dict | None, token: str) -> bool:
 def _update_config(folder: Path, ours: dict) -> None:
     path = folder / "tokenizer_config.json"
     theirs = read_json(path, dict) if path.is_file() else {}
-    content = lambda token: token.get("content", token) if isinstance(token, dict) else token
+    content = lambda token: token.get("content") if isinstance(token, dict) and "__type" in token else token
     changed = {key: value for key, value in ours.items() if key not in theirs or content(theirs[key]) != value}
     config = {key: value for key, value in (PLAIN | theirs | changed).items() if key != "auto_map"}  # whose code is not here
     if config != theirs:
@@ -368,7 +368,7 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
             theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many types
             raise UserError(
-                f"{folder}: Transformers cannot load this tokenizer: {str(error).splitlines()[0]}{REMEDY}"
+                f"Transformers cannot load the exported tokenizer: {str(error).splitlines()[0]}{REMEDY}"
             ) from error
         special = [theirs.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
         for text in (*TEXTS, "".join(f" x{token}\n{token}y" for token in special)):
@@ -376,8 +376,8 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
             want = [bos] * add_bos + encode(text)
             if got != want:
                 what = f"gives {text!r} the ids {got[:20]}, and training gave it {want[:20]}"
-                raise UserError(f"{folder}: Transformers {transformers.__version__} {what}{REMEDY}")
+                raise UserError(f"Transformers {transformers.__version__}, reading the exported tokenizer, {what}{REMEDY}")
         ids = [-1 if id_ is None else id_ for id_ in (theirs.bos_token_id, theirs.eos_token_id)]
     if ids != [bos, eos]:
-        raise UserError(f"{folder}: Transformers takes {ids} for bos and eos, and training took {[bos, eos]}{REMEDY}")
+        raise UserError(f"Transformers takes {ids} for bos and eos of the exported tokenizer, and training took {[bos, eos]}{REMEDY}")
     return True
