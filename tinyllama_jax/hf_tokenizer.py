@@ -316,13 +316,9 @@ def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str |
 
     `content`: of its tokenizer.json. `bos`: token and id.
     """
-    processors = _processors(content.get("post_processor"))
-    templates = [p for p in processors if p["type"] in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")]
-    steps = [step for p in templates for step in p.get("single", [{"SpecialToken": {}}, {"SpecialToken": {}}])]
-    put = [step["SpecialToken"].get("id") for step in steps if "SpecialToken" in step]
-    if put != ([bos[0]] if add_bos else []) or (add_bos and "SpecialToken" not in steps[0]):
-        wanted = [*(p for p in processors if p not in templates), *([_bos_template(*bos)] if add_bos else [])]
-        content["post_processor"] = {"type": "Sequence", "processors": wanted} if len(wanted) > 1 else (wanted or [None])[0]
+    others = [p for p in _processors(content.get("post_processor")) if "single" not in p and "cls" not in p]
+    wanted = [*others, *([_bos_template(*bos)] if add_bos else [])]
+    content["post_processor"] = {"type": "Sequence", "processors": wanted} if len(wanted) > 1 else (wanted or [None])[0]
     if not (folder / "tokenizer.json").is_file() or content != read_json(folder / "tokenizer.json", dict):
         _write_json(folder / "tokenizer.json", content)
     named = {"bos_token": bos and bos[0], "eos_token": eos, "add_bos_token": add_bos, "add_eos_token": False}
@@ -367,9 +363,7 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many types
-            raise UserError(
-                f"Transformers cannot load the exported tokenizer: {str(error).splitlines()[0]}{REMEDY}"
-            ) from error
+            raise UserError(f"Transformers cannot load the exported tokenizer: {str(error).splitlines()[0]}{REMEDY}") from error
         special = [theirs.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
         for text in (*TEXTS, "".join(f" x{token}\n{token}y" for token in special)):
             got = theirs(text, split_special_tokens=True)["input_ids"]
@@ -379,5 +373,7 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
                 raise UserError(f"Transformers {transformers.__version__}, reading the exported tokenizer, {what}{REMEDY}")
         ids = [-1 if id_ is None else id_ for id_ in (theirs.bos_token_id, theirs.eos_token_id)]
     if ids != [bos, eos]:
-        raise UserError(f"Transformers takes {ids} for bos and eos of the exported tokenizer, and training took {[bos, eos]}{REMEDY}")
+        raise UserError(
+            f"Transformers takes {ids} for bos and eos of the exported tokenizer, and training took {[bos, eos]}{REMEDY}"
+        )
     return True

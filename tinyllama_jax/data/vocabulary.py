@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
 import re
 import tempfile
 from collections import Counter
@@ -121,31 +120,25 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
 def main(argv: list[str]) -> None:
     """The command line: train."""
     parser = argparse.ArgumentParser(prog="python -m tinyllama_jax.data.tokenizer", description=__doc__, allow_abbrev=False)
-    command = parser.add_subparsers(required=True, metavar="train").add_parser(
-        "train",
-        help="make a tokenizer of one's own text",
-        description=f"A SentencePiece model that loses nothing, as the demo has it. FILES: {' '.join(inputs.KINDS)}, folders "
-        "or patterns, as `prepare --train` takes them. Takes about 20 bytes of memory a character of the sample.",
-        allow_abbrev=False,
+    text = (
+        f"A SentencePiece model that loses nothing, as the demo has it. FILES: {' '.join(inputs.KINDS)}, folders or patterns."
     )
+    commands = parser.add_subparsers(required=True, metavar="train")
+    command = commands.add_parser("train", help="make a tokenizer of one's own text", description=text, allow_abbrev=False)
     command.add_argument("files", nargs="+", metavar="FILES", help="the text to learn from")
-    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; 32000 as Llama 2's")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; Llama 2 has 32000")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder, for tokenizer.model")
     command.add_argument("--text-key", default="text", metavar="NAME", help="key or column that holds the text (text)")
     command.add_argument("--sample-mb", type=int, default=256, metavar="M", help="millions of characters to learn from (256)")
-    command.add_argument("--data-dir", metavar="DIR", help="where tfds: data sets lie (~/tensorflow_datasets)")
     args = parser.parse_args(argv)
     for option, value, most in (("vocab-size", args.vocab_size, 1 << 20), ("sample-mb", args.sample_mb, 1 << 14)):
         if not 1 <= value <= most:
             raise UserError(f"--{option} {value}: must lie in [1, {most:,}]")
     if Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists already; choose a new folder")
-    sources, _ = inputs.find(args.files, "FILES", data_dir=args.data_dir)
-    counted = itertools.count()
-    texts = (text for text in sample(sources, args.text_key, args.sample_mb * 10**6) if next(counted) >= 0)
-    model = train(texts, args.vocab_size)
+    sources, _ = inputs.find(args.files, "FILES")
+    model = train(sample(sources, args.text_key, args.sample_mb * 10**6), args.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(model)
         tokenizer.load(folder).save(args.output)
-    said = f"{args.vocab_size:,} pieces, of {next(counted):,} documents of {len(sources):,} files"
-    print(f"{args.output}: SentencePiece BPE, {said}")
+    print(f"{args.output}: SentencePiece BPE, {args.vocab_size:,} pieces, of {len(sources):,} files")
