@@ -81,6 +81,14 @@ def test_a_sample_is_of_all_files_and_of_its_size(files):
     assert max(map(len, vocabulary.sample(sources, "text", 10**9, longest=50))) == 50
 
 
+def test_a_sample_has_the_end_of_a_long_document_too(tmp_path):
+    lines = [f"line {i}\n" for i in range(300_000)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    sources, _ = inputs.find([tmp_path], "FILES")
+    parts = list(vocabulary.sample(sources, "text", 10**9))
+    assert "".join(parts) == "".join(lines) and max(map(len, parts)) <= vocabulary.LONGEST
+
+
 def test_what_a_tokenizer_loses_is_told(models, tmp_path):
     rows = [f"line {i}\nand another" if i % 4 else "one line" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
