@@ -20,7 +20,20 @@ import sentencepiece
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
 from test_hf_tokenizer import KINDS, train
 
-from tinyllama_jax import checkpoint, convert, dims, files, hf, lit, model, optim, sharding, tensor_files
+from tinyllama_jax import (
+    checkpoint,
+    convert,
+    dims,
+    files,
+    generate,
+    hf,
+    hf_tokenizer,
+    lit,
+    model,
+    optim,
+    sharding,
+    tensor_files,
+)
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.errors import UserError
@@ -262,11 +275,72 @@ def test_a_folder_without_tokenizer_needs_one(run, tmp_path):
         convert.export(tmp_path / "imported", tmp_path / "again")
 
 
+def theirs_as(folder: Path, add_bos: bool, **settings) -> None:
+    """Makes an exported folder as many are: of the Prepend kind, for `LlamaTokenizer`, without a tokenizer.model."""
+    (folder / "tokenizer.model").unlink()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = hf_tokenizer._bos_template("<s>", 1) if add_bos else None
+    content["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": add_bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": True} | settings))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": [2, 5]}')
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("data", [None, False, True])
+def test_an_exported_tokenizer_begins_texts_as_the_data_did(run, tmp_path, theirs, data):
+    transformers = pytest.importorskip("transformers", reason="the reader of what is exported")
+    convert.export(run, tmp_path / "hf")
+    theirs_as(tmp_path / "hf", theirs)
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported")
+    if data is not None:
+        (tmp_path / "imported/data.json").write_text(json.dumps([{"path": "somewhere", "bos": data}]))
+    convert.export(tmp_path / "imported", tmp_path / "out")
+    ours = generate.tokenizer_lib.load(tmp_path / "imported/tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    first = [1] if (theirs if data is None else data) else []
+    for text in ("def f(x):", " \n\n  x", "", "▁ 👩‍👩‍👧"):
+        assert tokenizer(text)["input_ids"] == first + ours.encode(text)
+        if text:
+            assert generate.first_tokens(tmp_path / "imported", ours, text) == first + ours.encode(text)
+            out = generate.tokenizer_lib.load(tmp_path / "out")
+            assert generate.first_tokens(tmp_path / "out", out, text) == first + ours.encode(text)
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["add_bos_token"] is bool(first)
+    assert out.sha256 == ours.sha256  # so that data prepared with the one go on from weights with the other
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def test_an_export_that_transformers_reads_otherwise_is_an_error(run, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="the reader of what is exported")
+    monkeypatch.setattr(hf_tokenizer, "AS_WRITTEN", "LlamaTokenizer")  # which makes a normalizer of its own
+    with pytest.raises(UserError, match=r"Transformers 5.* gives .* the ids .*, and training gave it .*; --tokenizer none"):
+        convert.export(run, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_can_be_exported_without_a_tokenizer_json(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    train(tmp_path / "run/tokenizer/tokenizer.model", treat_whitespace_as_suffix=True)
+    with pytest.raises(UserError, match="puts the space after a word.*--tokenizer none"):
+        convert.export(tmp_path / "run", tmp_path / "hf")
+    arguments = ("--checkpoint", tmp_path / "run", "--output", tmp_path / "hf", "--tokenizer", "none")
+    done = command("convert_to_torch.py", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    model = (tmp_path / "run/tokenizer/tokenizer.model").read_bytes()
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == model and not (tmp_path / "hf/tokenizer.json").exists()
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 2
+    shutil.rmtree(tmp_path / "run/tokenizer")
+    assert convert.export(tmp_path / "run", tmp_path / "bare", tokenizer=False) == 12
+
+
 def test_a_hugging_face_tokenizer_goes_back_as_it_came(run, tmp_path):
     convert.export(run, tmp_path / "hf")
     (tmp_path / "hf/tokenizer.model").unlink()
     theirs = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
-    theirs |= {"eos_token": {"content": "</s>", "special": True}, "bos_token": None, "chat_template": "{{ messages }}"}
+    theirs |= {"eos_token": {"__type": "AddedToken", "content": "</s>"}, "bos_token": None, "chat_template": "{{ messages }}"}
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(theirs))
     convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported")
     convert.export(tmp_path / "imported", tmp_path / "out")

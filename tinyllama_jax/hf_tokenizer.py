@@ -316,13 +316,9 @@ def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str |
 
     `content`: of its tokenizer.json. `bos`: token and id.
     """
-    processors = _processors(content.get("post_processor"))
-    templates = [p for p in processors if p["type"] in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")]
-    steps = [step for p in templates for step in p.get("single", [{"SpecialToken": {}}, {"SpecialToken": {}}])]
-    put = [step["SpecialToken"].get("id") for step in steps if "SpecialToken" in step]
-    if put != ([bos[0]] if add_bos else []) or (add_bos and "SpecialToken" not in steps[0]):
-        wanted = [*(p for p in processors if p not in templates), *([_bos_template(*bos)] if add_bos else [])]
-        content["post_processor"] = {"type": "Sequence", "processors": wanted} if len(wanted) > 1 else (wanted or [None])[0]
+    others = [p for p in _processors(content.get("post_processor")) if "single" not in p and "cls" not in p]
+    wanted = [*others, *([_bos_template(*bos)] if add_bos else [])]
+    content["post_processor"] = {"type": "Sequence", "processors": wanted} if len(wanted) > 1 else (wanted or [None])[0]
     if not (folder / "tokenizer.json").is_file() or content != read_json(folder / "tokenizer.json", dict):
         _write_json(folder / "tokenizer.json", content)
     named = {"bos_token": bos and bos[0], "eos_token": eos, "add_bos_token": add_bos, "add_eos_token": False}
@@ -330,22 +326,19 @@ def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str |
 
 
 def _processors(processor: dict | None) -> list[dict]:
-    return processor["processors"] if processor and processor["type"] == "Sequence" else [processor] if processor else []
+    return processor.get("processors", [processor]) if processor else []
 
 
 def puts_in_front(processor: dict | None, token: str) -> bool:
     """Whether the post-processor of a tokenizer.json puts `token` before a text."""
-    first = [
-        p["single"][0].get("SpecialToken", {}).get("id") if "single" in p else p.get("cls", [None])[0]
-        for p in _processors(processor)
-    ]
-    return token in first
+    first = [[*p.get("single", ()), {}][0].get("SpecialToken", {}).get("id") for p in _processors(processor)]
+    return token in first or token in [p["cls"][0] for p in _processors(processor) if "cls" in p]
 
 
 def _update_config(folder: Path, ours: dict) -> None:
     path = folder / "tokenizer_config.json"
     theirs = read_json(path, dict) if path.is_file() else {}
-    content = lambda token: token.get("content", token) if isinstance(token, dict) else token
+    content = lambda token: token.get("content") if isinstance(token, dict) and "__type" in token else token
     changed = {key: value for key, value in ours.items() if key not in theirs or content(theirs[key]) != value}
     config = {key: value for key, value in (PLAIN | theirs | changed).items() if key != "auto_map"}  # whose code is not here
     if config != theirs:
@@ -370,17 +363,17 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many types
-            raise UserError(
-                f"{folder}: Transformers cannot load this tokenizer: {str(error).splitlines()[0]}{REMEDY}"
-            ) from error
+            raise UserError(f"Transformers cannot load the exported tokenizer: {str(error).splitlines()[0]}{REMEDY}") from error
         special = [theirs.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
         for text in (*TEXTS, "".join(f" x{token}\n{token}y" for token in special)):
             got = theirs(text, split_special_tokens=True)["input_ids"]
             want = [bos] * add_bos + encode(text)
             if got != want:
                 what = f"gives {text!r} the ids {got[:20]}, and training gave it {want[:20]}"
-                raise UserError(f"{folder}: Transformers {transformers.__version__} {what}{REMEDY}")
+                raise UserError(f"Transformers {transformers.__version__}, reading the exported tokenizer, {what}{REMEDY}")
         ids = [-1 if id_ is None else id_ for id_ in (theirs.bos_token_id, theirs.eos_token_id)]
     if ids != [bos, eos]:
-        raise UserError(f"{folder}: Transformers takes {ids} for bos and eos, and training took {[bos, eos]}{REMEDY}")
+        raise UserError(
+            f"Transformers takes {ids} for bos and eos of the exported tokenizer, and training took {[bos, eos]}{REMEDY}"
+        )
     return True

@@ -9,6 +9,7 @@ import sys
 import pytest
 import sentencepiece
 
+from tinyllama_jax import hf_tokenizer
 from tinyllama_jax.data import tokenizer
 from tinyllama_jax.errors import UserError
 
@@ -189,6 +190,121 @@ def test_of_a_folder_with_both_transformers_choice_is_read(hugging_face, model, 
     tokenizer.load(model).export(tmp_path / "same", add_bos=False, seq_len=64)
     assert (tmp_path / "same/tokenizer.json").is_file()
     assert tokenizer.load(tmp_path / "same").sha256 == tokenizer.load(model).sha256  # the other files add nothing
+
+
+CHAT = {"[PAD]": 700, "<|im_start|>": 701, "<|im_end|>": 702}
+
+
+@pytest.fixture
+def chat(models, tmp_path):
+    """`chat(tokenizer.json?)`: a folder such as TinyLlama-Chat v0.3's: it adds three tokens, one of them eos."""
+    pytest.importorskip("tokenizers")
+
+    def make(whole: bool):
+        folder = tmp_path / f"chat {whole}"
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(models("prefix").read_bytes())
+        (folder / "added_tokens.json").write_text(json.dumps(CHAT))
+        named = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "[PAD]", "unk_token": "<unk>"}
+        (folder / "special_tokens_map.json").write_text(json.dumps(named))
+        config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        if whole:
+            content = hf_tokenizer.tokenizer_json(hf_tokenizer.read(models("prefix")), add_bos=True)
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            content["added_tokens"] += [{"id": id_, "content": token, **flags} for token, id_ in CHAT.items()]
+            (folder / "tokenizer.json").write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_tokens_that_files_add_to_a_sentencepiece_model(chat, models, tmp_path, odd, whole):
+    folder = chat(whole)
+    ours = tokenizer.load(folder)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (703, 1, 702)  # as special_tokens_map.json says
+    assert ours.encode_batch(odd) == reference(models("prefix")).encode(odd)
+    assert ours.decode([*ours.encode("Hello"), 702]) == "Hello" and "⁇" not in ours.decode([701])
+    ours.save(tmp_path / "copy")
+    assert (tmp_path / "copy/chat_template.jinja").read_text() == "{{ messages }}"
+    for other in (tokenizer.load(tmp_path / "copy"), pickle.loads(pickle.dumps(ours))):
+        assert (other.sha256, other.eos_id, other.encode_batch(odd)) == (ours.sha256, 702, ours.encode_batch(odd))
+    if whole:
+        transformers = pytest.importorskip("transformers", reason="whose choice it is")
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 702, 703)
+
+
+def test_each_file_of_a_folder_counts(chat, models):
+    folder = chat(True)
+    first = tokenizer.load(folder).sha256
+    assert first != tokenizer.load(models("prefix")).sha256
+    (folder / "chat_template.jinja").unlink()
+    assert tokenizer.load(folder).sha256 == first  # no id depends on it
+    (folder / "special_tokens_map.json").write_text("{}")
+    other = tokenizer.load(folder)
+    assert (other.eos_id, other.sha256 == first) == (2, False)  # now tokenizer_config.json has the word
+    decoder = {"703": {"content": "<|more|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|more|>", "added_tokens_decoder": decoder}))
+    more = tokenizer.load(folder)
+    assert (more.vocab_size, more.eos_id, more.bos_id) == (704, 703, -1) and more.sha256 not in (first, other.sha256)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        (
+            "added_tokens.json",
+            {"[PAD]": 701},
+            "tokenizer.json gives '[PAD]' the id 700, and added_tokens.json gives '[PAD]' the id 701",
+        ),
+        ("added_tokens.json", {"<new>": 5}, "the id 5, and added_tokens.json gives '<new>' the id 5"),
+        (
+            "added_tokens.json",
+            {"<new>": 900},
+            "added_tokens.json gives '<new>' the id 900, and beside tokenizer.json it is 703",
+        ),
+        ("special_tokens_map.json", {"eos_token": "<|end|>"}, "eos_token is '<|end|>', which tokenizer.json does not have"),
+        ("tokenizer_config.json", {"eos_token": 7}, "tokenizer_config.json: is damaged .*eos_token"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "tokenizer_config.json: is damaged"),
+        ("added_tokens.json", [], "added_tokens.json: is damaged"),
+        ("tokenizer.json", {"model": {"vocab": 3}}, "tokenizer.json: is damaged .*vocab"),
+        ("tokenizer.json", {"model": {"vocab": {}}, "post_processor": {"type": "Sequence", "processors": 3}}, "is damaged"),
+    ],
+)
+def test_files_of_a_folder_that_disagree(chat, file, content, says):
+    folder = chat(True)
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=says.replace("[PAD]", r"\[PAD\]")) as error:
+        tokenizer.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "begins"),
+    [
+        ({"add_bos_token": True}, None, False),  # where there is a tokenizer.json Transformers 5 does as that says
+        ({"add_bos_token": False}, "<s>", True),
+        ({"add_bos_token": True}, "</s>", False),
+        ({"add_bos_token": True}, "absent", True),
+        ({"tokenizer_class": "LlamaTokenizer"}, "absent", True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, "absent", False),
+        ({}, "absent", False),
+    ],
+)
+def test_whether_texts_begin_with_bos(models, tmp_path, config, processor, begins):
+    (tmp_path / "tokenizer.model").write_bytes(models("prefix").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", **config}))
+    if processor != "absent":
+        content = hf_tokenizer.tokenizer_json(hf_tokenizer.read(models("prefix")), add_bos=processor == "<s>")
+        if processor == "</s>":
+            content["post_processor"] = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["</s>", 2]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizer.documents_begin_with_bos(tmp_path) is begins
+    (tmp_path / "data.json").write_text(json.dumps([{"bos": False}, {"bos": not begins}]))  # a run's data has the first word
+    assert tokenizer.documents_begin_with_bos(tmp_path) is not begins
 
 
 def test_without_the_tokenizers_package(hugging_face, monkeypatch):

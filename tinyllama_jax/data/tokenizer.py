@@ -25,7 +25,8 @@ WINDOW = 32  # characters looked at on each side of a cut
 BESIDE = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "vocab.json", "merges.txt")
 
 
-class _Token(typing.TypedDict, total=False):
+# what tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json say, as far as it is read here
+class Token(typing.TypedDict, total=False):
     content: typing.Required[str]
     single_word: bool
     lstrip: bool
@@ -34,44 +35,56 @@ class _Token(typing.TypedDict, total=False):
     special: bool
 
 
-class _Added(_Token):
+class Added(typing.TypedDict):
+    content: str
     id: Count
 
 
-class _Named(typing.TypedDict, total=False):
-    bos_token: str | _Token | None
-    eos_token: str | _Token | None
-    unk_token: str | _Token | None
-    pad_token: str | _Token | None
-    additional_special_tokens: list[str | _Token] | None
+class Named(typing.TypedDict, total=False):
+    bos_token: str | Token | None
+    eos_token: str | Token | None
+    unk_token: str | Token | None
+    pad_token: str | Token | None
+    additional_special_tokens: list[str | Token] | None
 
 
-class _Config(_Named, total=False):
+class Config(Named, total=False):
     tokenizer_class: str | None
     add_bos_token: bool | None
-    added_tokens_decoder: dict[Count, _Token]
+    added_tokens_decoder: dict[Count, Token]
 
 
-class _Model(typing.TypedDict):
+class Model(typing.TypedDict):
     vocab: dict[str, Count] | list[tuple[str, float]]
 
 
-class _Json(typing.TypedDict, total=False):
-    model: typing.Required[_Model]
-    added_tokens: list[_Added]
-    post_processor: dict | None
+class Processor(typing.TypedDict, total=False):
+    processors: list[Processor]
+    single: list[dict[str, dict]]
+    cls: tuple[str, Count]
+
+
+class Json(typing.TypedDict, total=False):
+    model: typing.Required[Model]
+    added_tokens: list[Added]
+    post_processor: Processor | None
+
+
+class Source(typing.TypedDict):
+    bos: bool
 
 
 class Naming(typing.NamedTuple):
     """What the JSON files of a folder say of its tokens, read as Transformers 5 reads them."""
 
     ids: dict[str, int]  # of every token that one of them lists
-    added: dict[int, tuple[_Token, str]]  # those that tokenizer.json does not list, and where they are listed
+    added: dict[int, tuple[Token, str]]  # those that tokenizer.json does not list, and where they are listed
     tokens: dict[str, str | None]  # bos_token, eos_token: what they are, where that is said
     begin_with_bos: bool  # whether a text gets bos in front
+    whole: bool  # whether there is a tokenizer.json, so that `ids` are all
 
 
-NAMING = {"tokenizer_config.json": _Config, "special_tokens_map.json": _Named, "added_tokens.json": dict[str, Count]}
+NAMING = {"tokenizer_config.json": Config, "special_tokens_map.json": Named, "added_tokens.json": dict[str, Count]}
 
 
 def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
@@ -82,11 +95,12 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
     """
     read = lambda name, kind: read_json(folder / name, kind) if (folder / name).is_file() else {}
     config, mapped, added = (read(*each) for each in NAMING.items())
-    whole = read(main, _Json) if main.endswith(".json") else {}
+    whole = read(main, Json) if main.endswith(".json") else {}
     named = config if "added_tokens_decoder" in config else {**config, **mapped}
     text = lambda token: token["content"] if isinstance(token, dict) else token
     tokens = {name: text(named[name]) for name in ("bos_token", "eos_token") if name in named}
-    special = {text(token) for name in _Named.__annotations__ for token in _listed(named.get(name))}
+    values = [named[name] for name in Named.__annotations__ if named.get(name)]
+    special = {text(token) for value in values for token in (value if isinstance(value, list) else [value])}
     vocabulary = whole["model"]["vocab"] if whole else {}
     ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
     ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
@@ -109,11 +123,7 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
         tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
     bos = tokens.get("bos_token")
     begin = bool(bos) and hf_tokenizer.puts_in_front(whole.get("post_processor"), bos)
-    return Naming(ids, extra, tokens, begin if whole else bool(config.get("add_bos_token", llama)))
-
-
-def _listed(value: str | _Token | list | None) -> list:
-    return value if isinstance(value, list) else [value] if value else []
+    return Naming(ids, extra, tokens, begin if whole else bool(config.get("add_bos_token", llama)), bool(whole))
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -142,24 +152,20 @@ def load(path: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(files[0], path)
 
 
-class _Source(typing.TypedDict):
-    bos: bool
-
-
 def documents_begin_with_bos(folder: Path) -> bool:
     """Whether bos stands before each document: as the data of a run had it, else as the tokenizer's files say.
 
     `folder`: a run, or one of Hugging Face's.
     """
     if (folder / "data.json").is_file():
-        return any(source["bos"] for source in read_json(folder / "data.json", list[_Source]))
+        return any(source["bos"] for source in read_json(folder / "data.json", list[Source]))
     return naming(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).begin_with_bos
 
 
 class Tokenizer:
     """What the two kinds have in common. Can be pickled. An id of -1 says that the tokenizer has no such token.
 
-    path: the file it came from      sha256: of that file's bytes      vocab_size: one more than the largest id
+    path: the file it came from      sha256: of all that its ids depend on      vocab_size: one more than the largest id
     """
 
     vocab_size: int
@@ -263,9 +269,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether the files beside it list no other tokens, and name no other bos and eos."""
         pieces = dict(zip(self._sp.id_to_piece(list(range(self.vocab_size))), range(self.vocab_size), strict=True))
         mine = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        return named.ids.items() <= pieces.items() and all(
-            pieces.get(token, -1) == mine[name] for name, token in named.tokens.items()
-        )
+        listed = named.ids == pieces if named.whole else named.ids.items() <= pieces.items()
+        return listed and all(pieces.get(token, -1) == mine[name] for name, token in named.tokens.items())
 
     def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
         self.copy(folder)
@@ -360,8 +365,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
         self._whole = path.suffix == ".json" and not named.added  # tokenizer.json lists every token
-        also = [self.bos_id, self.eos_id, sorted((i, token) for i, (token, _) in named.added.items())]
-        self.sha256 = hashlib.sha256(self._content + json.dumps(also).encode()).hexdigest()
+        # of what ids, bos and eos depend on: an export whose bos is another has the same hash
+        parts = {k: v for k, v in json.loads(content).items() if k not in ("post_processor", "truncation", "padding")}
+        parts["beside"] = [self._names, sorted((i, token) for i, (token, _) in named.added.items())]
+        self.sha256 = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

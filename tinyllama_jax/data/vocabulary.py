@@ -19,38 +19,41 @@ from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.errors import UserError
 
 FILES = 1_000  # that a sample is from, spread evenly over all
-LONGEST = 1 << 20  # characters of a document in a sample
+LONGEST = 1 << 20  # characters of a document learnt from at once
 LOOK = 1 << 20  # characters by which `warnings` judges
 
 
-def sample(sources: list[Source], text_key: str, size: int, longest: int = LONGEST, files: int = FILES) -> Iterator[str]:
-    """Beginnings of documents, together about `size` characters: as much of a file as it has of all text, evenly spread.
+def sample(sources: list[Source], text_key: str, size: int, longest: int = 0, files: int = FILES) -> Iterator[str]:
+    """Text of together about `size` characters: as much of each part of a file as it has of all text.
 
-    The same files give the same sample, whatever the machine. Raises BadFile.
+    `longest`: not all of a document, but its beginning. The same files give the same sample. Raises BadFile.
     """
     chosen = sources[:: -(-len(sources) // files)]
     total = sum(source.size * source.factor for source in chosen)
-    target = max(size // 64, 1 << 16)  # bytes between two places to read from
     for source in chosen:
-        pieces = documents.pieces(source, documents.units(source, text_key), target)
-        quota = size if total <= size else size * source.size * source.factor / total / max(len(pieces), 1)
+        pieces = documents.pieces(source, documents.units(source, text_key), max(size // 64, 1 << 16))
+        quota = total if total <= size else size * source.size * source.factor / total / max(len(pieces), 1)
         for piece in pieces:
             left = quota
-            for parts in documents.read(piece, text_key, {}, Counter()):
-                text = _beginning(parts, min(longest, int(left) + 1))
-                left -= len(text)
-                yield text
+            for document in documents.read(piece, text_key, {}, Counter()):
+                for text in itertools.islice(_cut(document, longest or LONGEST), 1 if longest else None):
+                    yield text[: int(left) + 1]
+                    left -= len(text)
+                    if left <= 0:
+                        break
                 if left <= 0:
                     break
 
 
-def _beginning(parts: Iterable[str], n: int) -> str:
+def _cut(document: Iterable[str], n: int) -> Iterator[str]:
+    """A document in parts of `n` characters."""
     text = ""
-    for part in parts:
+    for part in document:
         text += part
-        if len(text) >= n:
-            break
-    return text[:n]
+        while len(text) >= n:
+            yield text[:n]
+            text = text[n:]
+    yield text
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -121,31 +124,31 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
 def main(argv: list[str]) -> None:
     """The command line: train."""
     parser = argparse.ArgumentParser(prog="python -m tinyllama_jax.data.tokenizer", description=__doc__, allow_abbrev=False)
-    command = parser.add_subparsers(required=True, metavar="train").add_parser(
-        "train",
-        help="make a tokenizer of one's own text",
-        description=f"A SentencePiece model that loses nothing, as the demo has it. FILES: {' '.join(inputs.KINDS)}, folders "
-        "or patterns, as `prepare --train` takes them. Takes about 20 bytes of memory a character of the sample.",
-        allow_abbrev=False,
+    text = (
+        f"A SentencePiece model that loses nothing, as the demo has it. FILES: {' '.join(inputs.KINDS)}, folders or patterns."
     )
+    commands = parser.add_subparsers(required=True, metavar="train")
+    command = commands.add_parser("train", help="make a tokenizer of one's own text", description=text, allow_abbrev=False)
     command.add_argument("files", nargs="+", metavar="FILES", help="the text to learn from")
-    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; 32000 as Llama 2's")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; Llama 2 has 32000")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder, for tokenizer.model")
     command.add_argument("--text-key", default="text", metavar="NAME", help="key or column that holds the text (text)")
-    command.add_argument("--sample-mb", type=int, default=256, metavar="M", help="millions of characters to learn from (256)")
-    command.add_argument("--data-dir", metavar="DIR", help="where tfds: data sets lie (~/tensorflow_datasets)")
+    command.add_argument(
+        "--sample-mb",
+        type=int,
+        default=100,
+        metavar="M",
+        help="millions of characters to learn from, 12 MB of memory each (100)",
+    )
     args = parser.parse_args(argv)
     for option, value, most in (("vocab-size", args.vocab_size, 1 << 20), ("sample-mb", args.sample_mb, 1 << 14)):
         if not 1 <= value <= most:
             raise UserError(f"--{option} {value}: must lie in [1, {most:,}]")
     if Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists already; choose a new folder")
-    sources, _ = inputs.find(args.files, "FILES", data_dir=args.data_dir)
-    counted = itertools.count()
-    texts = (text for text in sample(sources, args.text_key, args.sample_mb * 10**6) if next(counted) >= 0)
-    model = train(texts, args.vocab_size)
+    sources, _ = inputs.find(args.files, "FILES")
+    model = train(sample(sources, args.text_key, args.sample_mb * 10**6), args.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(model)
         tokenizer.load(folder).save(args.output)
-    said = f"{args.vocab_size:,} pieces, of {next(counted):,} documents of {len(sources):,} files"
-    print(f"{args.output}: SentencePiece BPE, {said}")
+    print(f"{args.output}: SentencePiece BPE, {args.vocab_size:,} pieces, of {len(sources):,} files")
