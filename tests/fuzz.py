@@ -47,7 +47,7 @@ MEMORY = 6 << 30  # bytes that a case may add
 SLOW = 30  # a case is a hang after so many times what the undamaged one took, and PATIENCE
 PASSED = "one clear line", "fine"
 FAILED = "traceback", "hang", "wrong 0", "not one line"
-LONGEST = 2_000  # characters of a clear line
+LONGEST = 5_000  # characters of a clear line
 
 
 class Case(NamedTuple):
@@ -158,7 +158,7 @@ def verdict(case: Case, status: int, late: bool, right: str | None) -> tuple[str
     lines = [line for line in lines[usage:] if "warning: " not in line and ": left out " not in line]
     if len(lines) != 1 or "error: " not in lines[0]:
         return "not one line", f"exit {code}, {len(lines)} lines: {said[:300]!r}"
-    if len(lines[0]) > LONGEST or not lines[0].isprintable():
+    if not said.startswith("usage:") and (len(lines[0]) > LONGEST or not lines[0].isprintable()):
         return "not one line", f"{len(lines[0]):,} characters, printable: {lines[0].isprintable()}: {lines[0][:150]!r}"
     return "one clear line", lines[0]
 

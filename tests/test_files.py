@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from tinyllama_jax import files
+from tinyllama_jax import errors, files
 from tinyllama_jax.errors import UserError
 
 
@@ -69,3 +69,10 @@ def test_a_lock_is_of_one_process(tmp_path):
         second = subprocess.run(child, capture_output=True, text=True)
         assert (second.returncode, second.stderr) == (2, "error: busy\n")
     assert subprocess.run(child).returncode == 0
+
+
+def test_a_message_of_whatever_was_typed_can_be_read():
+    assert str(UserError("--x=a\x1b[31m\udcff: é\n  b")) == "--x=a\\x1b[31m\\udcff: é\n  b"  # no escape reaches the terminal
+    long = str(UserError("--x=" + "a" * 100_000 + ": must be a number"))
+    assert len(long) < 4_100 and long.startswith("--x=aaa") and long.endswith("aaa: must be a number")
+    assert errors.disk_error(OSError(2, "", "a\x1bb")) == "a\\x1bb: no such file or folder"
