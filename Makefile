@@ -49,6 +49,11 @@ bench: $(VENV)/.dev
 	$(PY) tools/bench_kernels.py
 	$(PY) tools/bench_train.py
 
+# 5,000 damaged files and odd arguments, which take half an hour on two cores; make test-long SEED=2 tries others
+.PHONY: test-long
+test-long: $(VENV)/.dev
+	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
+
 clean:
 	rm -rf $(VENV) $(VENV)-newer $(VENV)-plan runs
 

@@ -40,12 +40,14 @@ sys.path.append(str(Path(__file__).parents[1]))  # where it is not installed
 from fuzz_commands import MAIN, TARGETS, Target, make_stage
 from fuzz_damage import damage_arguments, damage_file
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, processes
 from tinyllama_jax.data import blocks
 
 MEMORY = 6 << 30  # bytes that a case may add
 SLOW = 30  # a case is a hang after so many times what the undamaged one took, and PATIENCE
-LONGEST = 2_000  # characters of a clear line
+PASSED = "one clear line", "fine"
+FAILED = "traceback", "hang", "wrong 0", "not one line"
+LONGEST = 5_000  # characters of a clear line
 
 
 class Case(NamedTuple):
@@ -73,7 +75,7 @@ def make_case(seed: int, number: int, stage: Path, targets: list[Target], clean:
     argv = target.arguments.split()
     if clean:
         return Case(number, target, argv, "undamaged", lambda: False, folder)
-    if not target.files or rng.randrange(4) == 0:
+    if not target.files or (target.kind != "watch" and rng.randrange(4) == 0):
         keys = (Path(__file__).parent / "config_keys.txt").read_text().split() if "--config tiny" in target.arguments else []
         argv, what, could_be = damage_arguments(rng, argv, keys if target.kind != "import" else [])
         return Case(number, target, argv, what, lambda: could_be, folder)
@@ -99,7 +101,7 @@ def start(case: Case, seconds: float) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.argv = [case.target.kind, *case.argv]
     try:
-        errors.run_main(MAIN[case.target.kind])
+        (processes.run if case.target.kind == "train" else errors.run_main)(MAIN[case.target.kind])
     except SystemExit as end:
         if end.code == 0:
             sys.stdout.flush()
@@ -156,7 +158,7 @@ def verdict(case: Case, status: int, late: bool, right: str | None) -> tuple[str
     lines = [line for line in lines[usage:] if "warning: " not in line and ": left out " not in line]
     if len(lines) != 1 or "error: " not in lines[0]:
         return "not one line", f"exit {code}, {len(lines)} lines: {said[:300]!r}"
-    if len(lines[0]) > LONGEST or not lines[0].isprintable():
+    if not said.startswith("usage:") and (len(lines[0]) > LONGEST or not lines[0].isprintable()):
         return "not one line", f"{len(lines[0]):,} characters, printable: {lines[0].isprintable()}: {lines[0][:150]!r}"
     return "one clear line", lines[0]
 
@@ -181,82 +183,83 @@ def run_all(cases, jobs: int, patience: Callable[[Case], float], done: Callable[
         time.sleep(0.01)
 
 
+def good_files(stage: Path) -> None:
+    """Makes them, if they are not there, in a process of its own: JAX, once it has its devices, can be in no fork."""
+    if (stage / "made").exists():
+        return
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    if (child := os.fork()) == 0:
+        sys.stdout.flush()
+        os.dup2(2, 1)
+        make_stage(stage)
+        (stage / "made").touch()
+        _end(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("the good files could not be made")
+
+
+def results(stage: Path, targets: list[Target], jobs: int) -> tuple[dict[Target, str | None], dict[Target, float]]:
+    """(what each command makes of the good files, the seconds that it takes)."""
+    right: dict[Target, str | None] = {}
+    took: dict[Target, float] = {}
+
+    def done(case: Case, status: int, _: bool, seconds: float) -> None:
+        code, result, target = os.waitstatus_to_exitcode(status), case.folder / "result", case.target
+        if code != (75 if target.kind == "watch" else 0) or (code == 0 and result.read_text().startswith("none: ")):
+            raise SystemExit(f"{target.kind} {target.arguments}: exit {code} on good files: see {case.folder}")
+        right[target], took[target] = result.read_text() if code == 0 else None, seconds
+        shutil.rmtree(case.folder)
+
+    clean = (make_case(0, i, stage, targets, clean=True) for i in range(len(targets)))
+    run_all(clean, jobs, lambda _: 900, done)
+    return right, took
+
+
 def main(argv: list[str]) -> int:
-    """Prints a table by kind, and each case that failed; returns 1 if one did."""
+    """Prints each case that failed and a table by kind; returns 1 if one did."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cases", type=int, default=300)
-    parser.add_argument("--only", help="kinds of command: " + ",".join(MAIN))
+    parser.add_argument("--only", help="commands, of " + ",".join(MAIN))
     parser.add_argument("--case", type=int, help="this one alone; its folder is kept")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--patience", type=float, default=120, help="seconds, besides a multiple of what the good files take")
+    parser.add_argument("--patience", type=float, default=120, help="seconds that a case may take, and 30 times what it should")
     parser.add_argument("--stage", help="a folder for the good files, kept and used again")
     parser.add_argument("--verbose", action="store_true", help="print each case")
     args = parser.parse_args(argv)
     base = Path(args.stage or tempfile.mkdtemp(prefix="fuzz-"))
-    stage = base / "good"
-    if not (stage / "run0").is_dir():
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        if (child := os.fork()) == 0:
-            sys.stdout.flush()
-            os.dup2(2, 1)
-            make_stage(stage)
-            sys.stdout.flush()
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            raise SystemExit("the good files could not be made")
+    good_files(base / "good")
     warm_up()
     targets = [t for t in TARGETS if not args.only or t.kind in args.only.split(",")]
-    right: dict[Target, str] = {}
-    took: dict[Target, float] = {}
-
-    def calibrated(case: Case, status: int, late: bool, seconds: float) -> None:
-        code, result = os.waitstatus_to_exitcode(status), case.folder / "result"
-        meant = 75 if case.target.kind == "watch" else 0
-        if code != meant or (code == 0 and result.read_text().startswith("none: ")):
-            raise SystemExit(f"{case.target.kind} {case.target.arguments}: exit {code} on good files: see {case.folder}")
-        text = result.read_text() if code == 0 else None
-        took[case.target] = seconds
-        right[case.target] = text
-        print(f"{seconds:6.1f} s  {case.target.kind} {case.target.arguments}", flush=True)
-        shutil.rmtree(case.folder)
-
-    clean = (make_case(0, i, stage, targets, clean=True) for i in range(len(targets)))
-    run_all(clean, args.jobs, lambda case: 600, calibrated)
+    numbers = range(args.cases) if args.case is None else [args.case]
+    needed = targets if args.case is None else [make_case(args.seed, args.case, base / "good", targets).target]
+    right, took = results(base / "good", needed, args.jobs)
     table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    bad = []
+    began = time.monotonic()
 
-    def judged(case: Case, status: int, late: bool, seconds: float) -> None:
+    def done(case: Case, status: int, late: bool, seconds: float) -> None:
         how, why = verdict(case, status, late, right[case.target])
         table[case.target.kind][how] += 1
-        told = f"case {case.number}: {how}: {case.target.kind} ({seconds:.1f} s): {case.what}: {ascii(' '.join(case.argv))[:300]}: {why!a}"
-        if how not in ("fine", "one clear line"):
-            bad.append(told)
-            print(told, flush=True)
-        elif args.verbose:
-            print(told, flush=True)
+        if args.verbose or how not in PASSED:
+            command = ascii(" ".join([case.target.kind, *case.argv]))[:300]
+            print(f"case {case.number}: {how}: {command} ({seconds:.1f} s): {case.what}: {why!a}", flush=True)
         if args.case is None:
             shutil.rmtree(case.folder, ignore_errors=True)
         else:
             print(case.folder)
 
-    numbers = range(args.cases) if args.case is None else [args.case]
-    began = time.monotonic()
-    run_all(
-        (make_case(args.seed, k, stage, targets) for k in numbers),
-        args.jobs,
-        lambda c: args.patience + SLOW * took[c.target],
-        judged,
-    )
-    hows = ["one clear line", "fine", "traceback", "hang", "wrong 0", "not one line"]
-    print(f"{'':10}" + "".join(f"{how:>16}" for how in hows))
-    for kind, counts in [*sorted(table.items()), ("all", sum(table.values(), collections.Counter()))]:
-        print(f"{kind:10}" + "".join(f"{counts[how]:16,}" for how in hows))
-    print(f"seed {args.seed}: {len(numbers):,} cases in {time.monotonic() - began:.0f} s, {len(bad)} failed")
+    cases = (make_case(args.seed, number, base / "good", targets) for number in numbers)
+    run_all(cases, args.jobs, lambda case: args.patience + SLOW * took[case.target], done)
+    total = sum(table.values(), collections.Counter())
+    print(" " * 10 + "".join(f"{how:>16}" for how in (*PASSED, *FAILED)))
+    for kind, counts in [*sorted(table.items()), ("all", total)]:
+        print(f"{kind:10}" + "".join(f"{counts[how]:16,}" for how in (*PASSED, *FAILED)))
+    failed = sum(total[how] for how in FAILED)
+    print(f"seed {args.seed}: {len(numbers):,} cases in {time.monotonic() - began:.0f} s, {failed} failed")
     if not args.stage and args.case is None:
         shutil.rmtree(base)
-    return 1 if bad else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

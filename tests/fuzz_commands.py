@@ -77,51 +77,53 @@ def watch(argv: list[str]) -> int:
     return processes._supervised("tinyllama_jax.train", argv)
 
 
-MAIN = {
-    "train": train.main, "replay": replay.main, "report": report.main, "plan": plan.main, "generate": generate.main,
-    "export": tool("convert_to_torch"), "import": tool("convert_from_torch"), "prepare": prepare.main, "audit": audit.main, "litpkds": litpkds.main, "watch": watch,
-}  # fmt: skip
-ORBAX = "run/checkpoints/10/*/* run/checkpoints/10/* run/checkpoints/10/*/d/* run/checkpoints/10/*/*/d/*"
-DONE = "--config tiny.py --workdir run --train.steps=10"  # opens and restores everything, and has nothing to do
-HF = "hf/config.json hf/tokenizer.json hf/tokenizer_config.json hf/generation_config.json hf/special_tokens_map.json"
+MAIN = {m.__name__.rpartition(".")[2]: m.main for m in (train, replay, report, plan, generate, prepare, audit, litpkds)}
+MAIN |= {"export": tool("convert_to_torch"), "import": tool("convert_from_torch"), "watch": watch}
+AUDIT = "--config tiny.py --processes 2 --train.seqs_per_device=4"
+LIT = "--config tiny.py --tokenizer tok.model"
+MADE = digest("out/manifest.json")
+TRAIN = "--config tiny.py --workdir run"
+DONE = f"{TRAIN} --train.steps=10"  # opens and restores everything, and has nothing to do
+NEW = "--config tiny.py --workdir new --init.from=run --train.steps=2"
 PREPARE = "--tokenizer tok.model --output out --seq-len 16 --workers 1"
+ALLOW = "--allow duplicate,overlap,filling"
+CHECKPOINT = "run/checkpoints/10/seal.json run/checkpoints/10/* run/checkpoints/10/*/* run/checkpoints/10/*/*/d/*"
+RUN = f"run/config.json run/data.json run/versions.json run/tokenizer/* {CHECKPOINT}"
+DATA = "data/a/manifest.json data/a/*.array_record* data/a/tokenizer data/a/tokenizer/* data/a"
+HF = "hf/config.json hf/tokenizer.json hf/tokenizer_config.json hf/generation_config.json hf/special_tokens_map.json"
+PACKED = "packed/*_0000000000.bin packed/train_a_0000000031.bin packed/tokenizer packed/tokenizer/*"
 TARGETS = [
-    Target("train", f"{DONE} --train.spike=5", "data run", f"run/*.json run/metrics.jsonl run/lock run/tokenizer/* run/checkpoints "
-           f"{ORBAX} run/tensorboard run/checkpoints/10 run/processes/*", losses, (2, 3), 3),
-    Target("train", DONE, "data run", "tiny.py data/a/*.json data/b/*.array_record* data/a data/a/tokenizer/*", losses, (2, 3), 2),
-    Target("train", "--config tiny.py --workdir run", "data run", "run/metrics.jsonl data/a/*.array_record* data/a/manifest.json",
-           losses, (2, 3), 0.5),
+    Target(
+        "train", f"{DONE} --train.spike=5", "data run", f"{RUN} run/metrics.jsonl run/lock run/checkpoints", losses, (2, 3), 3
+    ),
+    Target("train", DONE, "data run", f"{DATA} tiny.py run/tensorboard run/processes run", losses, (2, 3), 2),
+    Target("train", TRAIN, "data run", f"run/metrics.jsonl {DATA}", losses, (2, 3), 0.5),
     Target("train", "--config run/config.json --workdir run", "data run", "run/config.json", losses, (2, 3)),
-    Target("train", "--config tiny.py --workdir new --init.from=run --train.steps=2", "data run", f"run/*.json run/tokenizer/* {ORBAX}",
-           lambda f: (f / "new/metrics.jsonl").read_text().split("tokens_per")[0], (2, 3), 0.5),
-    Target("train", "--config tiny.py --workdir run --data.sources=packed/train_a --train.steps=2", "packed run0",
-           "packed/* packed/tokenizer/*", lambda f: "", (2, 3), 0.5),
-    Target("replay", "--run run --step 9", "data run", f"run/*.json run/metrics.jsonl {ORBAX} run/tokenizer/* data/a/manifest.json",
-           printed, (2, 1), 0.5),
+    Target("train", NEW, "data run", RUN, lambda f: (f / "new/metrics.jsonl").read_text().split("tokens_per")[0], (2, 3), 0.5),
+    Target("train", f"{DONE} --data.sources=packed/train_a --workdir new", "packed", PACKED, lambda f: "", (2, 3), 0.3),
+    Target("replay", "--run run --step 9", "data run", f"run/metrics.jsonl {RUN} data/a/manifest.json", printed, (2, 1), 0.7),
     Target("report", "run", "run", "run/metrics.jsonl run/unigram.json", digest("run/loss.png")),
-    Target("audit", "data/a data/b --allow duplicate,overlap", "data", "data/a/* data/b/* data/a/tokenizer/* data/a", printed, (2, 4)),
-    Target("audit", "--allow duplicate,overlap --config tiny.py --processes 2 --train.seqs_per_device=4", "data", "tiny.py data/a/manifest.json data/a/*.array_record*", printed, (2, 4)),
-    Target("audit", "packed/train_a --seq-len 16 --allow filling,duplicate,overlap", "packed", "packed/* packed/tokenizer/*", printed, (2, 4)),
-    Target("litpkds", "--input data/a --prefix train_x --output out --chunk-size 500", "data",
-           "data/a/* data/a/tokenizer/* data/a", digest("out/*.bin")),
-    Target("prepare", f"--train text.jsonl {PREPARE}", "", "text.jsonl tok.model", digest("out/manifest.json")),
-    Target("prepare", f"--train texts {PREPARE}", "texts", "texts/*", digest("out/manifest.json")),
-    Target("prepare", f"--train texts/c.parquet {PREPARE}", "texts", "texts/c.parquet", digest("out/manifest.json")),
-    Target("prepare", f"--train halves --dedup minhash {PREPARE}", "halves out.partial",
-           "out.partial/* out.partial/*/*", digest("out/manifest.json")),
-    Target("prepare", "--train text.jsonl --tokenizer hf --output out --seq-len 16 --workers 1", "hf",
-           "hf/tokenizer.json hf/tokenizer_config.json hf/special_tokens_map.json", digest("out/manifest.json")),
-    Target("export", "--checkpoint run --output out", "run", f"run/config.json run/data.json {ORBAX} run/tokenizer/*", digest("out/*")),
+    Target("audit", f"data/a data/b {ALLOW}", "data", DATA, printed, (2, 4)),
+    Target("audit", f"{ALLOW} {AUDIT}", "data", "tiny.py data/a/manifest.json data/a/*.array_record*", printed, (2, 4)),
+    Target("audit", f"packed/train_a --seq-len 16 {ALLOW}", "packed", PACKED, printed, (2, 4)),
+    Target("litpkds", "--input data/a --prefix train_x --output out --chunk-size 500", "data", DATA, digest("out/*.bin")),
+    Target("prepare", f"--train text.jsonl {PREPARE}", "", "text.jsonl tok.model", MADE),
+    Target("prepare", f"--train texts {PREPARE}", "texts", "texts/*", MADE),
+    Target("prepare", f"--train texts/c.parquet {PREPARE}", "texts", "texts/c.parquet", MADE),
+    Target("prepare", f"--train halves --dedup minhash {PREPARE}", "halves out.partial", "out.partial/* out.partial/*/*", MADE),
+    Target("prepare", f"--train text.jsonl {PREPARE}".replace("tok.model", "hf"), "hf", HF, MADE),
+    Target("export", "--checkpoint run --output out", "run", RUN, digest("out/*")),
     Target("import", "--checkpoint hf --output out", "hf", f"{HF} hf/*.safetensors", weights),
     Target("import", "--checkpoint sharded --output out", "sharded", "sharded/*", weights),
-    Target("import", "--checkpoint lit.pth --output out --config tiny.py --tokenizer tok.model", "", "lit.pth tok.model", weights),
-    Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", f"run/config.json {ORBAX} run/tokenizer/*", printed),
+    Target("import", f"--checkpoint lit.pth --output out {LIT}", "", "lit.pth tok.model", weights),
+    Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", RUN, printed, (2,), 0.5),
     Target("generate", "--checkpoint hf --prompt x --max-new-tokens 2 --greedy", "hf", f"{HF} hf/*.safetensors", printed),
-    Target("plan", "--config tiny.py --on cpu:1", "data", "tiny.py", printed, (2, 3), 0.3),
+    Target("plan", "--config tiny.py --on cpu:1", "data", "tiny.py", printed, (2, 3), 0.5),
     Target("plan", "--law inference --inference-tokens 1e12", "", "", printed, (2, 3)),
-    Target("watch", "--config tiny.py --workdir run --train.wait=0.5", "data run", "run/processes/*.json run/config.json",
-           lambda f: "", (75, 2)),
-]  # fmt: skip
+    Target(
+        "watch", f"{TRAIN} --train.wait=0.5", "data run", "run/processes/*.json run/config.json", lambda f: "", (75, 2), 0.5
+    ),
+]
 
 
 # -- good files -----------------------------------------------------------------------------------------------------------
@@ -170,7 +172,6 @@ def make_stage(stage: Path) -> None:
     for path in Path().glob("*"):
         if path.name in ("one", "other", "400.model") or path.name.startswith(("a.", "b.", "one.", "other.")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    Path("run0").mkdir()
 
 
 def _as_lit(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from tinyllama_jax import files
+from tinyllama_jax import errors, files
 from tinyllama_jax.errors import UserError
 
 
@@ -108,3 +108,10 @@ def test_what_file_managers_and_nfs_leave_is_not_listed(tmp_path):
     for name in ("b", "a.partial", "a", "thumbs"):
         (tmp_path / name).touch()
     assert files.listed(tmp_path) == ["a", "a.partial", "b", "thumbs"]
+
+
+def test_a_message_of_whatever_was_typed_can_be_read():
+    assert str(UserError("--x=a\x1b[31m\udcff: é\n  b")) == "--x=a\\x1b[31m\\udcff: é\n  b"  # no escape reaches the terminal
+    long = str(UserError("--x=" + "a" * 100_000 + ": must be a number"))
+    assert len(long) < 4_100 and long.startswith("--x=aaa") and long.endswith("aaa: must be a number")
+    assert errors.disk_error(OSError(2, "", "a\x1bb")) == "a\\x1bb: no such file or folder"

@@ -11,11 +11,22 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+LONGEST = 4_000  # characters of a message; what it repeats of what was typed can be longer
+
+
+def readable(text: str) -> str:
+    """`text` without what moves a terminal's cursor (line ends stay), and without its middle if it is long."""
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
 
 class UserError(Exception):
     """A mistake that a person must mend before the same command can work: one line, exit code 2, no traceback."""
 
     code = 2
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 def read_json(path: Path, *expected: str, kind: type = dict, remedy: str = "") -> typing.Any:
@@ -54,7 +65,7 @@ def disk_error(error: OSError) -> str:
     # of two names the second is where it was being written to; a write that fails knows no name
     where = error.filename2 or error.filename
     what = _DISK.get(error.errno) or error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-    return (f"{where}: " if where else "") + what
+    return readable((f"{where}: " if where else "") + what)
 
 
 def open_streams() -> None:

@@ -154,8 +154,8 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     if written != FORMAT:
         raise UserError(f"{path}: is of format {written}, and this version reads format {FORMAT}; prepare the data again")
     manifest = read_json(path, Manifest, again)
-    files = [file for split in manifest["splits"].values() for file in split["shards"]]
-    if len({file["file"] for file in files}) < len(files) or any(file["blocks"] > file["bytes"] for file in files):
+    named = [file for split in manifest["splits"].values() for file in split["shards"]]
+    if len({file["file"] for file in named}) < len(named) or any(file["blocks"] > file["bytes"] for file in named):
         raise UserError(f"{path}: is damaged (a file twice, or more blocks than bytes); {again}")
     return manifest, sha256(path)
 
