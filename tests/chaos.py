@@ -38,6 +38,7 @@ KINDS = {
     "loss of a host": "kill_host",
     "SIGTERM to one process": "preempt_one",
     "SIGTERM to all processes": "preempt_all",
+    "SIGHUP to one process": "hang_up",
     "a bit flipped in the newest checkpoint": "flip",
     "newest checkpoint truncated": "truncate",
     "data shard damaged": "damage_data",
@@ -160,20 +161,23 @@ class Chaos:
             signal_to(pid, signal.SIGKILL) if pid else None
         self.ended(cluster, 75, -9)
 
-    def preempt_one(self, cluster, who=None):
+    def preempt_one(self, cluster, who=None, number=signal.SIGTERM):
         self.some_time(cluster)
         running = cluster.steps()
         for i in [self.rng.randrange(2)] if who is None else who:
             with contextlib.suppress(ProcessLookupError):
-                cluster.processes[i].send_signal(signal.SIGTERM)
-        self.ended(cluster, 143, 75, -15)
-        if running and "stopped by SIGTERM" in cluster.output(0):
+                cluster.processes[i].send_signal(number)
+        self.ended(cluster, 128 + number, 75, -number)
+        if running and f"stopped by {number.name}" in cluster.output(0):
             saved = max(int(p.name) for p in (self.run / "checkpoints").iterdir() if p.name.isdigit())
             if saved != cluster.steps():
                 raise Wrong(f"stopped at step {cluster.steps()}, and saved {saved}")
 
     def preempt_all(self, cluster):
         self.preempt_one(cluster, (0, 1))
+
+    def hang_up(self, cluster):
+        self.preempt_one(cluster, number=signal.SIGHUP)
 
     def with_checkpoints(self, cluster):
         """Ends the cluster when there are two checkpoints to choose from; returns the newest."""
