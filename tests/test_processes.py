@@ -1,6 +1,7 @@
 """Several real processes as one run: the same numbers as one, agreement on where to stop, and no waiting without end."""
 
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -126,7 +127,7 @@ def test_a_save_may_take_longer_than_the_others_wait(tiny_config_file, tmp_path,
     monkeypatch.setenv("CHAOS_SEAL_SECONDS", str(WAIT + 3))
     keys = {"train__seqs_per_device": 1, "train__wait": WAIT, "train__steps": 100_000}
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, module="chaos_train", **keys)
-    assert run.until(5), run.output(0)
+    assert run.until(5, 400), run.output(0)
     run.processes[1].send_signal(signal.SIGHUP)
     assert run.wait() == [129, 129], run.output(0) + run.output(1)
     assert f"stopped by SIGHUP after step {checkpoint.find_step(tmp_path / 'run')}, which is saved" in run.output(0)
@@ -189,8 +190,9 @@ def test_what_is_no_record_is_not_there_yet(tmp_path, text):
     assert processes._read(tmp_path / "1.json") is processes._read(tmp_path) is processes._read(tmp_path / "2.json") is None
 
 
-def test_signals_that_ask_to_stop():
+def test_signals_that_ask_to_stop(monkeypatch):
     """What a scheduler sends first does not make its SIGTERM a second one; what was to be ignored is, as after `nohup`."""
+    monkeypatch.setattr(processes.time, "monotonic", itertools.count(0, 60).__next__)  # a minute between any two
     with processes.stop_on_signal() as stop:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)

@@ -138,7 +138,7 @@ def truncate_after(path: Path, step: int) -> None:
             try:
                 if line.endswith(b"\n") and report.line(line)["step"] <= step:
                     break
-                good += 1
+                good += line.endswith(b"\n")
             except ValueError:
                 bad += 1  # a line that a full disk or a power cut left: out with it
             keep = line_start

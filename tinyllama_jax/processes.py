@@ -208,10 +208,7 @@ def barrier(name: str) -> None:
 
 
 def supervise(module: str) -> None:
-    """Becomes the parent of this same command, `python -m module`, and ends with its exit code; returns if there is no need.
-
-    Called before the imports that take seconds.
-    """
+    """Becomes the parent of this same command, `python -m module`, and ends with its exit code; returns if there is no need."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while it imports there is nothing to save
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if _CHANNEL not in os.environ and (not {"-h", "--help"} & set(sys.argv)):
@@ -284,7 +281,7 @@ class _Watch:
     def __init__(self, config: config_lib.Config, child: subprocess.Popen, place: mmap.mmap):
         self.folder, self.wait, self.child, self.place = Path(config.workdir) / "processes", config.train.wait, child, place
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.beat, self.beats, self.started = min(1.0, self.wait / 10), 0, time.monotonic()
+        self.beat, self.started = min(1.0, self.wait / 10), time.monotonic()
         self.file: int | None = None
         self.others: list[_Process] = []
         self.own = _Process(self.now()["process"], None)
@@ -292,13 +289,12 @@ class _Watch:
 
     def now(self, ended: int | None = None, why: str = "") -> Record:
         process, processes, moves, step, doing = _PLACE.unpack_from(self.place)
-        self.beats += 1
         doing = doing.rstrip(b"\0").decode()
         place = {"process": process, "processes": processes, "moves": moves, "step": step, "doing": doing, "ended": ended}
         moved = sum(int(line.split()[1]) for line in _proc(self.child.pid, "io").splitlines() if "char:" in line)
-        place["written"] = moved // PROGRESS if doing == "saving" else 0
+        place["written"] = moved // PROGRESS * (doing == "saving")
         stopped = _proc(self.child.pid, "stat").rpartition(")")[2].split()[:1] in (["T"], ["t"])
-        return place | {"host": socket.gethostname(), "beats": self.beats, "stopped": stopped, "why": why}
+        return place | {"host": socket.gethostname(), "beats": time.monotonic_ns(), "stopped": stopped, "why": why}
 
     def look(self, ended: int | None = None, why: str = "") -> None:
         """Writes down where this process is, and reads where the others are."""
@@ -324,16 +320,16 @@ class _Watch:
                 return self.give_up(*verdict)
             time.sleep(self.beat)
         self.look(code)
+        ended = code if code >= 0 else 128 - code
         if code in (0, 2, SPIKE, -signal.SIGKILL) or -code in POLITE or code > 127:
-            return code if code >= 0 else 128 - code
+            return ended
         while any(other.ended is None for other in self.others):  # did it fail because another one is gone?
             if verdict := self.verdict():
                 return self.give_up(*verdict)
             time.sleep(self.beat)
             self.look(code)
-        if verdict := self.verdict(settled=True):
-            return self.give_up(*verdict)
-        return code if code >= 0 else 128 - code
+        verdict = self.verdict(settled=True)
+        return self.give_up(*verdict) if verdict else ended
 
     def give_up(self, line: str, code: int) -> int:
         print(f"error: {line}", file=sys.stderr, flush=True)
