@@ -193,6 +193,8 @@ def test_one_process_listens_nowhere(tiny_config_file, tmp_path):
     ]
     (tmp_path / "commands").write_text(json.dumps(commands))
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, ROOT / "tests" / "launch" / "commands.py", tmp_path / "commands"]
+    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "launch" / "commands.py", tmp_path / "commands"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == {"codes": [0] * len(commands), "ever": []}, done.stdout + done.stderr
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert [code for code in out["codes"] if code not in (0, 4)] == [], done.stdout + done.stderr  # 4: what audit has to say
+    assert len(out["codes"]) == len(commands) and out["ever"] == []

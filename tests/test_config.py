@@ -123,6 +123,10 @@ def test_accumulation_is_derived_or_refused_with_what_would_do(config):
     assert config.accumulation(4) == [1] and config.accumulation(1) == [4]  # 8 sequences a step, 2 a device
     with pytest.raises(UserError, match=r"choose train.tokens_per_step as a multiple of 48"):
         config.accumulation(3)
+    many = dataclasses.replace(config, train=dataclasses.replace(config.train, tokens_per_step=2**30, seqs_per_device=3_000))
+    with pytest.raises(UserError, match=r"among \[1, 2, 4, .*, 2048, 4096, .*\]$") as error:  # 2^26 sequences: no list of them
+        many.accumulation(1)
+    assert many.fitting(1) == [2**i for i in range(27)] and many.fitting(3) == [] and len(str(error.value)) < 400
     uneven = dataclasses.replace(config, train=dataclasses.replace(config.train, seqs_per_device=3))
     with pytest.raises(UserError, match=r"choose train.seqs_per_device among \[1, 2, 4\]"):
         uneven.accumulation(2)

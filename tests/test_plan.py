@@ -232,6 +232,7 @@ def test_scaling_laws_of_the_command(tmp_path):
         (["--config", "CONFIG", "--on", "cpu:1000000000"], "--on=cpu:1000000000: 1,000,000,000 devices; at most 1,024"),
         (["--config", "CONFIG", "--on", "cpu:2", "--mfu", "1e-300"], "argument --mfu: 1e-300: must be a number above 0"),
         (["--law", "chinchilla", "--flops", "1e300"], "argument --flops: 1e300: must be a number above 0, from 1e-30 to 1e30"),
+        (["--law", "inference", "--train-price", "1e-30"], "--inference-tokens=1e+12: at these prices each counts for 2.09"),
         (["--law", "chinchilla", "--train-price", "nan"], "argument --train-price: nan: must be a number above 0"),
         (["--law", "chinchilla", "--train.steps=3"], "--train.steps=3: is no option of --law"),
         (["--law", "chinchilla", "--mfu", "0.3"], "--mfu: is no option of --law; its prices are --train-price"),

@@ -1,5 +1,6 @@
 """XLA's settings: what they are on each platform, that the user's own win, and that they are said."""
 
+import dataclasses
 import os
 import types
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import cli, sharding, step, xla
+from tinyllama_jax import config as c
+from tinyllama_jax.errors import UserError
 
 assert len(jax.devices()) == 8  # asked for here, before a test takes XLA_FLAGS out of the environment
 
@@ -86,6 +89,16 @@ def test_the_users_own_flag_wins_and_is_said(config, monkeypatch):
     assert all(line.startswith("xla: xla_gpu_") and line.endswith(")") for line in rest)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=98304")
     assert xla.lines(config, mesh_of("tpu"))[0].count("xla_tpu_scoped_vmem_limit_kib") == 1
+
+
+def test_a_model_larger_than_the_memory_is_refused():
+    small, mesh = cli.read("configs/demo.py"), sharding.make_mesh(c.Mesh(1, 4, 2))
+    xla.check_memory(small, mesh)
+    large = dataclasses.replace(small, model=dataclasses.replace(small.model, d_model=2**19, d_ff=2**19))
+    parameters = 2**19 * (4 * (2 * 2**19 + 2 * 2**18 + 3 * 2**19) + 2 * 4_096 + 2 * 4 + 1)
+    gib = 12 * parameters / 8 / 2**30
+    with pytest.raises(UserError, match=f"of {parameters:,} parameters .* = 8 devices take {gib:,.1f} GiB of each, which has "):
+        xla.check_memory(large, mesh)
 
 
 def test_the_part_of_the_memory(monkeypatch):

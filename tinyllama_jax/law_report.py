@@ -25,6 +25,9 @@ def law(args: argparse.Namespace, rest: list[str]) -> int:
         config = cli.read(args.config)
         own = laws.Run(dims.n_parameters(config.model), config.train.tokens)
     fit, tokens = laws.LAWS[args.fit], args.inference_tokens if args.law == "inference" else 0.0
+    if tokens * prices.weight > 1e30:
+        each = f"at these prices each counts for {prices.weight:.3g} of training"
+        raise UserError(f"--inference-tokens={tokens:g}: {each}, more than 1e30 in all; mend a price, or give fewer")
     flops, picture = args.flops or own.flops(), args.picture or Path("plan-law.png")
     best, past = laws.compute_optimal(fit, flops), laws.overtrained(fit, *own)
     curve = laws.tradeoff(fit, past.loss, tokens, own.size * 2.0 ** np.arange(-1, 6, 0.05))

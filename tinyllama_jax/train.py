@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         sources = feed.open_sources(config)
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
+        xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, feed.eos_id(config, sources))
         verified = feed.verify(config, [*sources, *held_out.values()])

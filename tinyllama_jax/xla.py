@@ -78,6 +78,25 @@ def reserve_memory() -> None:
         os.environ[MEMORY_NAMES[0]] = str(fraction)
 
 
+def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError if a device has not even the memory for its part of the weights and the two moments.
+
+    A CPU's virtual devices share what this machine has. How much a step needs beside them says `plan`.
+    """
+    first = mesh.local_devices[0]
+    if stats := first.memory_stats() if first.platform != "cpu" else None:
+        has = stats.get("bytes_limit", 2**62)
+    else:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    parameters, split = dims.n_parameters(config.model), mesh.shape["fsdp"] * mesh.shape["tensor"]
+    needs = 3 * jnp.dtype("float32").itemsize * parameters // split
+    if needs > has:
+        raise UserError(
+            f"the weights and moments of {parameters:,} parameters over fsdp x tensor = {split} devices take "
+            f"{needs / 2**30:,.1f} GiB of each, which has {has / 2**30:,.1f}; split them over more, or choose a smaller --model"
+        )
+
+
 def keep_compiled(config: Config) -> None:
     """Has compiled programs kept in RUN/compiled, but for a CPU's; to be called once the devices are known.
 

@@ -3,6 +3,7 @@
 `python commands.py FILE`: the file has a JSON list of [program, argument, ...]; a program is a module, or a .py file.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -14,7 +15,7 @@ from pathlib import Path
 
 def listening(pids) -> set[str]:
     """HOST of every TCP socket on which one of the processes listens, in hex as /proc has it, without the zeros before it."""
-    links = {os.readlink(fd) for pid in pids for fd in descriptors(pid)}
+    links = {link for pid in pids for link in descriptors(pid)}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -24,11 +25,14 @@ def listening(pids) -> set[str]:
     return found
 
 
-def descriptors(pid) -> list[str]:
-    try:
-        return [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd") if os.path.lexists(f"/proc/{pid}/fd/{fd}")]
-    except OSError:  # it has ended
-        return []
+def descriptors(pid) -> set[str]:
+    """What the open files of a process are."""
+    out = set()
+    with contextlib.suppress(OSError):  # it has ended
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed by now
+                out.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return out
 
 
 if __name__ == "__main__":
