@@ -166,7 +166,7 @@ def memory(model: Path, folder: Path) -> dict:
     return out
 
 
-def bombs(model: Path, folder: Path, only: str = "") -> dict:
+def bombs(model: Path, folder: Path) -> dict:
     """What a worker takes with small files that unpack to much, and with documents that are hard to hold."""
     mb, emoji = 10**6, "\U0001f600"
 
@@ -239,8 +239,6 @@ def bombs(model: Path, folder: Path, only: str = "") -> dict:
     }
     out = {}
     for name, make in cases.items():
-        if only and only not in name:
-            continue
         path, tfds_ = folder / name, "record" in name
         make(path)
         words = [

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from test_prepare import ROOT, children, command, digests, finished, gone, lines, wait_until
+from test_prepare import ROOT, children, command, digests, finished, gone, lines, listening, wait_until
 
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data import runners, store
@@ -154,6 +154,15 @@ def test_dask_and_input_that_cannot_be_read(scheduler, start, corpus, model, tmp
     assert code == 2 and err.splitlines()[1:] == [
         f"error: {bad}, line 2: has no key 'text'; it has : choose one with --text-key"
     ]
+
+
+def test_a_cluster_of_dasks_own_listens_on_loopback_alone(corpus, model, tmp_path):
+    pytest.importorskip("distributed")
+    main = command(*arguments(corpus, model, tmp_path / "out", "--runner", "dask"), shard=SHARD)
+    wait_until(lambda: len(store.names(tmp_path / "out.partial/done")) >= 2, main)
+    addresses = {address.partition(":")[0] for address in listening([main.pid, *children(main.pid)])}
+    main.send_signal(signal.SIGINT)
+    assert finished(main)[0] == 130 and addresses == {"0100007F"}  # 127.0.0.1
 
 
 def test_work_given_again_is_not_done_again(corpus, model, tmp_path, monkeypatch):

@@ -15,9 +15,8 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypedDict
 
-import msgspec
 import pyarrow
 import pyarrow.parquet
 from array_record.python import array_record_module
@@ -25,6 +24,7 @@ from array_record.python import array_record_module
 from tinyllama_jax.data import inputs
 from tinyllama_jax.data.inputs import READ, Source
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import decode_json
 
 ROWS = 64  # records of ArrayRecord in a unit
 LONGEST = 1 << 27  # bytes of a line of jsonl, or of a text in parquet or ArrayRecord
@@ -233,7 +233,7 @@ def _too_long(is_: str) -> str:
 
 def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
     if len(line) > ANY_JSON:
-        return _long_row(line, text_key, {key.partition(".")[0] for key in drop})
+        return _long_row(line, text_key, drop)
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -247,15 +247,17 @@ def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
     return row
 
 
-def _long_row(line: bytes, text_key: str, others: set[str]) -> dict:
-    """Of a long line nothing but what is asked for becomes an object: the text, and what is at `others`."""
-    names = {"text": text_key, **{f"other{i}": name for i, name in enumerate(sorted(others - {text_key}))}}
-    kinds = [(name, (str | None if name == "text" else msgspec.Raw) | msgspec.UnsetType, msgspec.UNSET) for name in names]
+def _long_row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
+    """Of a long line nothing but what is asked for becomes an object: the text, and what is at the keys of `drop`."""
+    kinds = {text_key: str | None}
+    for key in drop:
+        kind: type = str | float | bool | None
+        for name in reversed(key.split(".")[1:]):
+            kind = TypedDict("Row", {name: kind}, total=False)
+        kinds[key.partition(".")[0]] = kind
     try:
-        row = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8), type=msgspec.defstruct("Row", kinds, rename=names))
-        there = {key: value for name, key in names.items() if (value := getattr(row, name)) is not msgspec.UNSET}
-        return {k: json.loads(bytes(v)[:ANY_JSON]) if isinstance(v, msgspec.Raw) else v for k, v in there.items()}
-    except (ValueError, RecursionError) as error:
+        return decode_json(line.removeprefix(codecs.BOM_UTF8), TypedDict("Row", kinds, total=False))
+    except ValueError as error:
         raise _BadDocument(f"is not JSON with a text at {text_key!r}: {error}") from None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tinyllama_jax.data.store import SCHEMES, reaching
+from tinyllama_jax.data.store import SCHEMES, matcher, reaching
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.files import open_regular
 
@@ -157,10 +157,8 @@ def _files(path: str) -> dict[str, list[str]]:
 
 def _deep(pattern: str) -> dict[str, list[str]]:
     """`_files` of a pattern with **, which Python's own glob would follow round in circles of links."""
-    import fsspec.utils
-
     pattern = "/".join(name if name == "**" else re.sub(r"\*+", "*", name) for name in pattern.split("/"))
-    matches = re.compile(fsspec.utils.glob_translate(pattern)).match
+    matches = matcher(pattern)
     top = pattern.partition("**")[0].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
     seen: set[tuple[int, int]] = set()
     below = [os.path.normpath(name) for folder in sorted(glob.glob(top)) for name in (folder, *_below(folder, seen))]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def filesystem(url: str) -> Any:
         return fsspec.filesystem(scheme, use_listings_cache=False)  # other machines write there too
     except ImportError:
         raise UserError(f"{url}: takes `pip install {SCHEMES[scheme]}`") from None
+
+
+def matcher(pattern: str) -> Callable[[str], object]:
+    """Says whether a path is of a pattern with * ? [ or **, on this machine or elsewhere."""
+    import fsspec.utils
+
+    return re.compile(fsspec.utils.glob_translate(pattern)).match
 
 
 @contextlib.contextmanager
