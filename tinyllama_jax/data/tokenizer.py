@@ -365,10 +365,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
         self._whole = path.suffix == ".json" and not named.added  # tokenizer.json lists every token
-        # of what ids, bos and eos depend on: an export whose bos is another has the same hash
-        parts = {k: v for k, v in json.loads(content).items() if k not in ("post_processor", "truncation", "padding")}
-        parts["beside"] = [self._names, sorted((i, token) for i, (token, _) in named.added.items())]
-        self.sha256 = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        # of what ids, bos and eos depend on: an export whose texts begin otherwise has the same hash
+        parts = json.loads(content if self._whole else self._hf.to_str())
+        parts = {key: value for key, value in parts.items() if key not in ("post_processor", "truncation", "padding")}
+        self.sha256 = hashlib.sha256(json.dumps([parts, self._names], sort_keys=True).encode()).hexdigest()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
