@@ -91,7 +91,7 @@ CHECKPOINT = "run/checkpoints/10/seal.json run/checkpoints/10/* run/checkpoints/
 RUN = f"run/config.json run/data.json run/versions.json run/tokenizer/* {CHECKPOINT}"
 DATA = "data/a/manifest.json data/a/*.array_record* data/a/tokenizer data/a/tokenizer/* data/a"
 HF = "hf/config.json hf/tokenizer.json hf/tokenizer_config.json hf/generation_config.json hf/special_tokens_map.json"
-PACKED = "packed/*_0000000000.bin packed/train_a_0000000031.bin packed/tokenizer packed/tokenizer/*"
+PACKED = "packed/*_0000000000.bin packed/train_a_000000002?.bin packed/tokenizer packed/tokenizer/*"
 TARGETS = [
     Target(
         "train", f"{DONE} --train.spike=5", "data run", f"{RUN} run/metrics.jsonl run/lock run/checkpoints", losses, (2, 3), 3
