@@ -1,5 +1,4 @@
-"""`tinyllama_jax.train` with faults: its loss is not finite at the steps in CHAOS_NONFINITE ("3,17"), and each checkpoint is
-sealed CHAOS_SEAL_SECONDS late; all else is the real thing."""
+"""`tinyllama_jax.train`, but losses are not finite at the steps in CHAOS_NONFINITE ("3,17"), seals CHAOS_SEAL_SECONDS late."""
 
 import os
 import time
