@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+from cluster import PATIENCE
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
 from test_hf_tokenizer import KINDS, train
 
@@ -201,7 +202,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_cleans_u
     hang = "import time; from tinyllama_jax import convert, hf; hf._cast = lambda *a: time.sleep(60)\n"
     hang += f"convert.export({str(run)!r}, {str(tmp_path / 'hf')!r})"
     process = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / ".hf.partial/whole/model.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -14,6 +14,7 @@ from pathlib import Path
 import generated
 import numpy as np
 import pytest
+from cluster import PATIENCE
 
 from examples import demo
 from tinyllama_jax import cli
@@ -165,7 +166,7 @@ def test_interrupted_and_continued_is_the_same_as_uninterrupted(small):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     process = start(small)
-    metrics, deadline = small / "work" / "run" / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = small / "work" / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

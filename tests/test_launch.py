@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from cluster import PATIENCE
 
 from tinyllama_jax import cli
 
@@ -55,7 +56,7 @@ def said(out: str) -> list[dict]:
 
 
 def test_local_starts_n_processes_that_know_one_another():
-    out, err = (process := local(3, "0", "two words", "--a=$b", XLA_FLAGS="--some=1")).communicate(timeout=60)
+    out, err = (process := local(3, "0", "two words", "--a=$b", XLA_FLAGS="--some=1")).communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     lines = said(out)
     assert [line["words"] for line in lines] == [["two words", "--a=$b"]] * 3
@@ -67,12 +68,12 @@ def test_local_starts_n_processes_that_know_one_another():
 
 
 def test_local_ends_with_the_code_of_the_first_that_failed():
-    (process := local(3, "late,0,2")).communicate(timeout=60)  # the late one ends with 75, six seconds later
+    (process := local(3, "late,0,2")).communicate(timeout=PATIENCE)  # the late one ends with 75, six seconds later
     assert process.returncode == 2
 
 
 def test_local_kills_what_does_not_end_after_a_failure():
-    out, err = (process := local(2, "wait,kill", GRACE=1)).communicate(timeout=60)
+    out, err = (process := local(2, "wait,kill", GRACE=1)).communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGKILL
     assert "others did not end within 1 s: killing them" in err
     assert "signals" not in out
@@ -85,7 +86,7 @@ def test_local_passes_a_signal_on_to_each_process_once(name):
     first = [process.stdout.readline(), process.stdout.readline()]
     assert all('"words"' in line for line in first)
     os.killpg(process.pid, number)  # to the whole group of the script, as Ctrl-C does
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert [line["signals"] for line in said(out)] == [[number], [number]], err
     assert process.returncode == 128 + number
 
@@ -177,7 +178,7 @@ def tpu(tmp_path):
         env = environment(**settings)
         env = {k: v for k, v in env.items() if v != "None" and k != "MODULE"}
         command = [LAUNCH / "tpu_pod.sh", *arguments]
-        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=PATIENCE)
         return done, calls(bin_)
 
     call.home = home

@@ -20,7 +20,7 @@ from tinyllama_jax.errors import UserError
 
 EXACT = ("step", "checksum", "tokens")
 RAMP = "1152:256"  # 9 steps of 128 tokens, then 256
-WAIT = 6
+WAIT = 20  # six of it for starting, which a busy machine may need
 
 
 def lines(workdir):
@@ -83,7 +83,7 @@ def test_when_one_is_gone_the_other_ends_and_says_who(quiet, tiny_config_file, t
     child = run.child(who)
     for pid in (child, run.processes[who].pid) if which == "both" else (child,):
         os.kill(pid, how)
-    codes = run.wait(60)  # WAIT, and what a busy machine adds; who has not ended by then is killed, and has another code
+    codes = run.wait()  # who has not ended by then is killed, and has another code
     other = 1 - who
     assert codes[other] == processes.TRY_AGAIN, (codes, run.output(other))
     assert words.replace("HOST", os.uname().nodename) in run.output(other), run.output(other)
@@ -98,9 +98,9 @@ def test_the_same_command_twice_is_refused_and_the_first_goes_on(tiny_config_fil
     assert (tmp_path / "run" / "lock").is_file()
     (tmp_path / "second").mkdir()
     second = Cluster(tiny_config_file, tmp_path / "run", 2, 4, out=tmp_path / "second", **keys)
-    assert second.wait(60) == [2, 2]
+    assert second.wait() == [2, 2]
     alone = Cluster(tiny_config_file, tmp_path / "run", 1, 8, out=tmp_path / "second", **keys)
-    assert alone.wait(60) == [2]
+    assert alone.wait() == [2]
     for run, n in ((second, 1), (alone, 0)):
         assert f"error: {tmp_path / 'run'}: another process is training in this folder" in run.output(n), run.output(n)
     assert first.until(first.steps() + 3), first.output(0)
@@ -111,13 +111,13 @@ def test_the_same_command_twice_is_refused_and_the_first_goes_on(tiny_config_fil
 def test_who_never_comes_is_named(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, train__wait=2)
     run.processes[1].kill()
-    assert run.wait(60)[0] == processes.TRY_AGAIN
+    assert run.wait()[0] == processes.TRY_AGAIN
     assert "process 1 of 2 has not come within 2 s" in run.output(0)
 
 
 def test_a_users_mistake_ends_all_with_2(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, model__attention="cudnn")
-    assert run.wait(60) == [2, 2]
+    assert run.wait() == [2, 2]
     assert all("error: --model.attention=cudnn" in run.output(i) and "Traceback" not in run.output(i) for i in (0, 1))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cluster import Cluster
+from cluster import PATIENCE, Cluster
 
 from tinyllama_jax import checkpoint, cli, metrics, model, processes, replay, seals, step, train
 from tinyllama_jax import config as c
@@ -92,7 +92,7 @@ def test_of_several_processes_all_stop_and_one_says_why(tiny_config_file, tmp_pa
     keys = FSDP | {"train__spike": 1, "checkpoint__every": 1, "checkpoint__keep": 30}
     train.main(command(tiny_config_file, tmp_path / "run", **keys | {"train__steps": 12}))
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, **keys | {"optim__peak_lr": 30, "optim__min_lr": 30})
-    assert run.wait(120) == [processes.SPIKE] * 2, (run.output(0), run.output(1))
+    assert run.wait() == [processes.SPIKE] * 2, (run.output(0), run.output(1))
     assert ["error: step " in run.output(i) for i in (0, 1)] == [True, False], run.output(1)
     assert "-m tinyllama_jax.replay" in run.output(0)
     spike = max(curve(tmp_path / "run"))
@@ -139,7 +139,7 @@ def test_the_same_bits_and_nothing_is_written(cube, capsys, number, base):
 
 def test_a_run_of_two_processes_in_two_processes(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 2, train__seqs_per_device=2, train__steps=7)
-    assert run.wait(120) == [0, 0], run.output(0)
+    assert run.wait() == [0, 0], run.output(0)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -147,7 +147,7 @@ def test_a_run_of_two_processes_in_two_processes(tiny_config_file, tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     started = [subprocess.Popen(argv, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True) for i in (0, 1)]
-    out = [process.communicate(timeout=120)[0] for process in started]
+    out = [process.communicate(timeout=PATIENCE)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], out
     assert "all equal" in out[0] and "documents of step 7" in out[0] and "equal" not in out[1]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import PATIENCE
 
 from tinyllama_jax import checkpoint, cli, metrics, replay, train
 from tinyllama_jax.data import litpkds
@@ -47,7 +48,7 @@ def quiet(tiny_config_file, tmp_path_factory):
     """An uninterrupted run in a process of its own: its folder and what it printed."""
     workdir = tmp_path_factory.mktemp("quiet") / "run"
     process = start(tiny_config_file, workdir)
-    out = process.communicate(timeout=300)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, out
     return workdir, out
 
@@ -87,7 +88,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(quiet, tiny_config_fil
     kills = 0
     for kill_at in (2, 7, 13, 19):
         process = start(tiny_config_file, workdir)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
             steps = curve_so_far(workdir)
             if steps and steps[-1] >= kill_at:
@@ -99,7 +100,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(quiet, tiny_config_fil
         process.communicate()
     assert kills >= 3
     process = start(tiny_config_file, workdir)
-    out = process.communicate(timeout=300)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, out
     assert f"of {workdir}" in out  # "weights: step N of RUN"
     (steps, validations), (quiet_steps, quiet_validations) = curve(workdir), curve(quiet[0])
@@ -122,7 +123,7 @@ def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code
     while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 3]:
         time.sleep(0.002)
     process.send_signal(number)
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == code and "which is saved" in out, out
     step = checkpoint.find_step(tmp_path / "run")
     assert step >= 3 and f"after step {step}" in out
@@ -173,7 +174,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny_config_file, tmp_path):
     while first.poll() is None and not curve_so_far(tmp_path / "run"):
         time.sleep(0.01)
     second = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
-    out = second.communicate(timeout=120)[0]
+    out = second.communicate(timeout=PATIENCE)[0]
     assert second.returncode == 2 and "another process is training in this folder" in out, out
     assert first.poll() is None
     first.kill()
@@ -243,7 +244,7 @@ def test_a_signal_while_it_starts_is_not_lost(tiny_config_file, tmp_path, delay)
     process = start(tiny_config_file, tmp_path / "run", train__steps=100_000)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode in (130, -signal.SIGINT), out  # the latter: before main, while Python still imports
     assert "Traceback" not in out and (process.returncode != 130 or "stopped by SIGINT" in out), out
 
@@ -362,7 +363,7 @@ def test_mistakes_are_one_line_each(quiet, tiny_config_file, tmp_path):
 def test_a_workdir_that_cannot_be_made(tiny_config_file, tmp_path, where):
     (tmp_path / "file").write_text("")
     process = start(tiny_config_file, tmp_path / where)
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2 and out.startswith("error: ") and out.count("\n") == 1, out
 
 
@@ -422,7 +423,7 @@ def test_a_read_only_or_full_disk(quiet, tiny_config_file, tmp_path, mount):
         pytest.skip("needs root and leave to mount a tmpfs")
     try:
         process = start(tiny_config_file, folder / "run")
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=PATIENCE)[0]
     finally:
         subprocess.run(["umount", str(folder)], check=True)
     words = "read-only" if mount == "ro" else "the disk is full"

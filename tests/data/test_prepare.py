@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 import tensorflow_datasets as tfds
+from cluster import PATIENCE
 
 from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data import shards, tokenizer
@@ -96,7 +97,7 @@ def command(*arguments, shard: int = 1 << 20, first: str = "", **options) -> sub
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 
