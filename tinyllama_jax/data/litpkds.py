@@ -103,6 +103,7 @@ class Packed(Blocks):
         self._ends = np.arange(1, len(self._files) + 1) * self._per_file
         self._open()
         self.manifest["bos"], self.manifest["eos"], _ = edges(self)  # the format does not say
+        self._open()
 
     def _open(self) -> None:
         self._readers: dict[int, tuple[mmap.mmap, np.ndarray]] = {}

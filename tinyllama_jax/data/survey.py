@@ -170,7 +170,7 @@ class Survey:
                     f"{file.name}, record {record}",
                     f"is the first of {found:,} {name} ({id_}); there should be none",
                 )
-            elif a_document and packed and not found:
+            elif id_ == self.eos and packed and not self.manifest["bos"] and not found:
                 add(f"{name} policy", "all files", f"have no {name} ({id_}), which should stand at each document's end")
             elif a_document and not packed and not self.damaged and found != a_document * says["documents"]:
                 should = f"{says['documents']:,} documents, each with {name} ({id_})"

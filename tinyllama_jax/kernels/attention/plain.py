@@ -54,7 +54,9 @@ def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
     n, known = -(-S // QUERY_BLOCK), isinstance(start, int)
     k_f32, v_f32 = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)  # for their gradients, sums over the blocks
     size, pieces, first, out = -(-S // n), min(n, PIECES) if known else 1, 0, []
-    cut = lambda x: jnp.stack(jnp.split(jnp.pad(x, ((0, 0), (0, n * size - S), *((0, 0),) * (x.ndim - 2)), mode="edge"), n, 1))
+    # the last query again fills up the last block: jnp.pad's "edge" would send activations between devices
+    whole = lambda x: jnp.concatenate([x, jnp.repeat(x[:, -1:], n * size - S, axis=1)], axis=1)
+    cut = lambda x: jnp.stack(jnp.split(whole(x), n, axis=1))
     q = cut(_grouped(q_BSNH, k_BTKH))  # blocks, B, S of a block, K, G, H
     q_ids, at = None if ids_BS is None else cut(ids_BS), start + size * jnp.arange(n, dtype=jnp.int32)
     for last in (n * (j + 1) // pieces for j in range(pieces)):
