@@ -90,7 +90,7 @@ def test_a_sample_has_the_end_of_a_long_document_too(tmp_path):
 
 
 def test_what_a_tokenizer_loses_is_told(models, tmp_path):
-    rows = [f"line {i}\nand another" if i % 4 else "one line" for i in range(100)]
+    rows = [f"line {i}\nand another" if i % 4 else "one▁line" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     sources, _ = inputs.find([tmp_path], "--train")
     told = lambda kind: vocabulary.warnings(tokenizer.load(models(kind)), sources, "text")

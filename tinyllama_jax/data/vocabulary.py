@@ -100,6 +100,7 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
     lines, texts = [], []
     with contextlib.suppress(documents.BadFile):  # whoever reads them all says so
         texts += [text for text in sample(sources, text_key, LOOK, 1 << 14, 64) if text]
+    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # every SentencePiece model takes the one for the other
     came_back = [ours.decode(ids) for ids in ours.encode_batch(texts)]
     lost = [(a, b) for a, b in zip(texts, came_back, strict=True) if a != b]
     if lost:
