@@ -232,7 +232,9 @@ def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": words(30, seed)}) + "\n" for seed in range(5)))
     made = {"train": [tmp_path / "x.jsonl"], "tokenizer": tiny_data / "512.model", "seq_len": S, "workers": 1, "bos": True}
     for eos in (False, True):
-        prepare_lib.prepare(**made, eos=eos, output=tmp_path / f"data{eos}")
+        prepare_lib.prepare(**made, eos=eos, output=tmp_path / f"last{eos}")  # the last blocks are held out
+        assert findings(tmp_path / f"last{eos}") == []
+        prepare_lib.prepare(**made, eos=eos, held_out=0, output=tmp_path / f"data{eos}")
         assert findings(tmp_path / f"data{eos}") == []
         found = survey.survey(Blocks(tmp_path / f"data{eos}", "train"), survey.Findings(), lambda _: None)
         assert found.n_documents() == 5 and found.documents.sum() == 5 - (not eos)  # where the last one ends nothing says
