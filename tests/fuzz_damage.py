@@ -161,7 +161,8 @@ def odd_file(rng: random.Random, path: Path, others: list[Path]) -> str:
             stray.mkdir() if rng.randrange(2) else stray.write_bytes(b"stray")
         return f"{what} {name!a}"
     other = rng.choice(others)
-    content = other.read_bytes() if what == "other" and other.is_file() else b""
+    kept = path if what == "unreadable" else other
+    content = kept.read_bytes() if kept.is_file() else b""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     if what == "folder":
         path.mkdir()
@@ -177,7 +178,8 @@ def odd_file(rng: random.Random, path: Path, others: list[Path]) -> str:
         socket.socket(socket.AF_UNIX).bind(path.name)
         os.chdir(here)
     elif what == "unreadable":
-        path.touch(0)
+        path.write_bytes(content)  # root can read it all the same, and then nothing is wrong with it
+        path.chmod(0)
     elif what == "device":
         path.symlink_to("/dev/zero")
     elif what == "other":
