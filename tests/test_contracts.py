@@ -67,7 +67,7 @@ HOME = {
     "fasttext": {"data.clean"},
     "safetensors": {"tensor_files"},
     "jmp": {"model", "step"},
-    "msgspec": {"files"},
+    "msgspec": {"files", "data.blocks"},
     "chex": {"step"},
     "tensorboard": {"metrics"},
     "matplotlib": {"report", "plan", "law_report", "data.audit"},

@@ -123,7 +123,7 @@ class Checkpoints:
 def _writer(folder: Path, config: Config) -> ocp.AsyncCheckpointer:
     """What writes a checkpoint in the background, sealed before it gets its name."""
     seal = lambda: seals.seal(folder, config.data.skip) if jax.process_index() == 0 else None
-    options = ocp.AsyncOptions(post_finalization_callback=seal)
+    options = ocp.AsyncOptions(timeout_secs=4 * 3_600, post_finalization_callback=seal)  # supervised: see processes.py
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
 

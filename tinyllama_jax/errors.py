@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import sys
 import typing
 from collections.abc import Callable
-from pathlib import Path
 
 LONGEST = 4_000  # characters of a message; what it repeats of what was typed can be longer
 
@@ -27,20 +25,6 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return readable(super().__str__())
-
-
-def read_json(path: Path, *expected: str, kind: type = dict, remedy: str = "") -> typing.Any:
-    """The JSON object in a file, or list of objects if `kind` is list, with the keys `expected`. Raises UserError otherwise."""
-    try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, kind):
-            raise ValueError(f"is not a {kind.__name__}")
-        for row in [value] if kind is dict else value:
-            if missing := [key for key in expected if not isinstance(row, dict) or key not in row]:
-                raise ValueError(f"no {missing[0]}")
-        return value
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error})" + (f"; {remedy}" if remedy else "")) from None
 
 
 _DISK = {

@@ -362,7 +362,7 @@ def test_they_are_looked_for_in_blocks_from_begin_to_end(folder, monkeypatch):
 def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data):
     shutil.copy(tiny_data / "512.model", tmp_path / "tokenizer.model")
     names = {key: str(put(tmp_path, EDGES[key][0], prefix=f"train_{key}")) for key in ("eos", "bos", "both", "neither")}
-    bos, both, neither = (names[key] for key in ("bos", "both", "neither"))
+    bos, neither = (names[key] for key in ("bos", "neither"))
 
     def mark(*keys, **options):
         config = dataclasses.replace(tiny_config, data=c.Data({names[key]: 1.0 for key in keys}, **options))

@@ -60,6 +60,7 @@ class Split(typing.TypedDict, total=False):
     tokens: typing.Required[Count]
     blocks: typing.Required[Count]
     empty_documents: Count
+    last_blocks_of_train: Count
     dropped: dict[str, Count]
     scrubbed: dict[str, Count]
     sources: typing.Required[list[Input]]
