@@ -8,8 +8,9 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -27,6 +28,15 @@ from tinyllama_jax.step import TrainState, new_state
 DISK = "ENOSPC EDQUOT EIO EFBIG EROFS EACCES EPERM ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE EREMOTEIO"
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that it also raises
+
+
+def _but_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook` without what TensorStore's threads say when a save has failed and they come back to its event loop."""
+    value = lambda args: args[1] if len(args) > 1 else args[0].exc_value
+    return lambda *args: None if str(value(args)) == "Event loop is closed" else hook(*args)
+
+
+sys.excepthook, sys.unraisablehook = map(_but_closed_loops, (sys.excepthook, sys.unraisablehook))
 
 
 class Checkpoints:
