@@ -73,7 +73,7 @@ def test_an_exit_code_0_must_be_earned(fuzz, tmp_path, result, could_be, how):
         ("data.json", '{"a": 1, "b": [', False),
         ("data.json", '{"a": NaN, "b": []}', False),
         ("metrics.jsonl", '{"a": 1, "b": []}\n{"a": 2, "b": ["c"]}\n', True),
-        ("metrics.jsonl", '{"a": 1, "b": []}\n{}\n', False),
+        ("metrics.jsonl", '{"a": 1, "b": []}\n{"a": "1"}\n', False),
         ("x.txt", "\udcff", False),
         ("x.array_record-00000-of-00001", '{"a": 2, "b": []}', False),  # it has checksums
         ("tiny.py", "config = 3", True),

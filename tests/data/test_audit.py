@@ -1,6 +1,7 @@
 """The audit: each fault that is planted in a real data set is found and named, and a clean one is said to be clean."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -401,6 +402,14 @@ def test_a_packed_file_that_is_missing(data, findings, capsys):
     capsys.readouterr()
     said = f"{path} (train): by its number there should be {files[1].name}; 1 such files in all"
     assert said in findings(path, "--seq-len", S)
+
+
+def test_a_packed_file_that_is_a_pipe(data, findings):
+    path = packed(data)
+    (Path(path).parent / "train_x_0000000001.bin").unlink()
+    os.mkfifo(Path(path).parent / "train_x_0000000001.bin")  # a writer would be waited for without end
+    said = findings(path, "--seq-len", S)
+    assert said == [f"{path} (train): {path}_0000000001.bin: is not a regular file"]
 
 
 def test_packed_files_that_do_not_open(data, findings, capsys):
