@@ -207,12 +207,12 @@ class Chaos:
         if self.with_checkpoints(cluster) is None:
             raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")
         metrics = (self.run / "metrics.jsonl").read_bytes()
-        (self.run / "checkpoints").rename(self.folder / "gone")
+        shutil.move(self.run / "checkpoints", self.folder / "gone")
         try:
             self.ended(self.start(), 2, words=str(self.run))
         finally:
             shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
-            (self.folder / "gone").rename(self.run / "checkpoints")
+            shutil.move(self.folder / "gone", self.run / "checkpoints")
         if (self.run / "metrics.jsonl").read_bytes() != metrics:
             raise Wrong("without its checkpoints the run changed its metrics")
 
