@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, feed.eos_id(config, sources))
-        verified = feed.verify(config, [*sources, *held_out.values()])
+        verified = feed.verify(config, [*sources, *held_out.values()], lambda: processes.at(0, "starting"))
         origin, notes = (None, []) if seals.steps_in(config.workdir) else weights.check_origin(config, sources)
         config = weights.resolved(config, origin)
         if first := jax.process_index() == 0:  # who writes what is written once

@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -244,16 +244,18 @@ class Blocks:
         """Names of files that should be there and are not; none here, where the manifest names all and each is looked for."""
         return []
 
-    def verify(self) -> None:
-        """Reads all files. Raises Damaged if one has not the sha256 that the manifest says."""
+    def verify(self, read: Callable[[], None]) -> None:
+        """Reads all files, and calls `read` after each. Raises Damaged if one has not the sha256 that the manifest says."""
         shards = self.manifest["splits"][self.split]["shards"]
-        for file, shard, checksum in zip(self._files, shards, self._checksums(), strict=True):
+        for file, shard, checksum in zip(self._files, shards, self._checksums(read), strict=True):
             if checksum != shard["sha256"]:
                 raise Damaged(f"{file}: is not as it was prepared (its sha256 is {checksum}); copy or prepare the data again")
 
-    def _checksums(self) -> Iterator[str]:
+    def _checksums(self, read: Callable[[], None]) -> Iterator[str]:
         with ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run
-            yield from pool.map(sha256, self._files)
+            for checksum in pool.map(sha256, self._files):
+                read()
+                yield checksum
 
     def _records(self, file: int, positions: list[int]) -> list[bytes]:
         reader = self._readers[file] or self._reader(file)

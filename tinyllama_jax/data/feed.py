@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -83,13 +83,16 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in has}
 
 
-def verify(config: Config, sources: list[Blocks]) -> list[str]:
-    """Reads all files of `sources` if `data.verify` says so; returns a line on what it took. Raises UserError."""
+def verify(config: Config, sources: list[Blocks], read: Callable[[], None] = lambda: None) -> list[str]:
+    """Reads all files of `sources` if `data.verify` says so; returns a line on what it took. Raises UserError.
+
+    `read`: called after each file, by one who must show that he is at work.
+    """
     if not config.data.verify:
         return []
     paths, started = [file for source in sources for file, _, _ in source.files()], time.perf_counter()
     for source in sources:
-        source.verify()
+        source.verify(read)
     size, seconds = sum(path.stat().st_size for path in paths) / 1e9, time.perf_counter() - started
     return [f"data.verify: {len(paths):,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
 

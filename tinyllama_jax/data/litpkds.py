@@ -19,7 +19,7 @@ import resource
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,9 +141,12 @@ class Packed(Blocks):
         pairs = itertools.pairwise((match[1], int(match[2])) for match in numbered)
         return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
 
-    def verify(self) -> None:
-        """Reads all files, for `sha256`: no manifest says what each was, but a run can write down what they were."""
-        self.sha256 = hashlib.sha256("".join(self._checksums()).encode()).hexdigest()
+    def verify(self, read: Callable[[], None]) -> None:
+        """Reads all files, for `sha256`, and calls `read` after each.
+
+        No manifest says what each was, but a run can write down what they were.
+        """
+        self.sha256 = hashlib.sha256("".join(self._checksums(read)).encode()).hexdigest()
 
     def _filled(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
         rows = np.arange(len(tokens))
