@@ -61,13 +61,19 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def edges(blocks: Blocks) -> tuple[bool, bool, str]:
-    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLE` blocks of a source."""
-    indices = np.unique(np.linspace(0, len(blocks) - 1, SAMPLE).astype(np.int64))
-    tokens, length = blocks.read(indices)
-    inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
-    begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
-    bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
-    n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
+    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLE` blocks of a source.
+
+    In sixteen times as many where those have neither: its documents may be long.
+    """
+    for size in (SAMPLE, 16 * SAMPLE):
+        indices = np.unique(np.linspace(0, len(blocks) - 1, size).astype(np.int64))
+        tokens, length = blocks.read(indices)
+        inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
+        begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
+        bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
+        n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
+        if n or m:
+            break
     seen = f"{n:,} bos and {m:,} eos, {both:,} of them together, in {len(indices):,} blocks of it"
     return n > 0 and both == m, m > 0 and both == n, seen
 

@@ -165,7 +165,8 @@ class Survey:
         for id_ in {self.bos, self.eos} - {-1}:  # can be the same
             names = [name for name in ("bos", "eos") if self.manifest["tokenizer"][f"{name}_id"] == id_]
             name, a_document, found = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
-            if not a_document and found:
+            guessed = packed and not (self.manifest["bos"] or self.manifest["eos"])  # a sample showed neither
+            if not a_document and found and not guessed:
                 file, record = self.blocks.place(self.first[id_])
                 add(
                     f"{name} policy",
