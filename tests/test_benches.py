@@ -38,7 +38,8 @@ def test_bench_train(tmp_path):
     by_name = {(row["row"], row["seqs"]): row for row in report["rows"]}
     assert set(by_name) == {(name, n) for name in rows.split(",") for n in (MUCH, 2)}
     for name in rows.split(","):
-        assert by_name[name, MUCH]["left_out"].startswith("out of memory"), "and the rows after it are there"
+        why = "out of memory" if name != "jax" else "tinyllama_jax.errors.UserError: --train.tokens_per_step="  # of too many
+        assert by_name[name, MUCH]["left_out"].startswith(why), "and the rows after it are there"
         row = by_name[name, 2]
         assert row["ok"] and row["wrong"] == [] and row["token_loss_error"] < 1e-3
         assert row["losses"][0] == pytest.approx(np.log(256) + 0.2, abs=0.35) and row["losses"][-1] < row["losses"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from tinyllama_jax import config as c
 from tinyllama_jax import model, sharding, step
-from tinyllama_jax.data.blocks import Bos
+from tinyllama_jax.config import Bos
 from tinyllama_jax.errors import UserError
 from tinyllama_jax.kernels.cross_entropy import Sums
 from tinyllama_jax.step import Batch, build, checksum, count_tokens, loss_sums

@@ -28,7 +28,8 @@ LIMITS = {
         (1, 2**24): "model.vocab_size",
         (1, 2**30): "train.tokens_per_step",
         (1, 2**31 - 1): "train.steps train.give_up checkpoint.every checkpoint.keep log.every log.eval_every",
-        (0, 2**31 - 1): "train.seed checkpoint.keep_every init.step optim.warmup_steps optim.decay_steps optim.cooldown_steps",
+        (0, 2**31 - 1): "train.seed checkpoint.keep_every init.step optim.warmup_steps optim.decay_steps optim.cooldown_steps "
+        "init.start_over",
         (-1, 2**20): "mesh.data mesh.fsdp mesh.tensor",
         (0, 2**40): "data.eval_blocks",
         (1, 64): "data.workers",
@@ -211,6 +212,10 @@ class Data(_Typed):
             return [(int(first), int(last)) for first, last in parts]
         except ValueError:
             raise UserError(f"--data.skip={self.skip}: must be STEP:STEP or STEP:STEP,STEP:STEP") from None
+
+
+class Bos(int):
+    """The id of bos in data whose documents begin with it and do not all end with eos."""
 
 
 def as_weight(value: float | list) -> Weight:

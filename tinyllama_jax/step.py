@@ -18,9 +18,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax import model, optim, sharding, xla
-from tinyllama_jax.config import Config
+from tinyllama_jax.config import Bos, Config
 from tinyllama_jax.data import skip as skip_lib
-from tinyllama_jax.data.blocks import Bos
 from tinyllama_jax.kernels import attention
 from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy, none
 from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses

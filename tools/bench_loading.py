@@ -30,6 +30,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tinyllama_jax import config as c
+from tinyllama_jax import files
 from tinyllama_jax.data import blocks, feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 
@@ -55,10 +56,18 @@ def make(folder: Path, n_files: int, per_file: int, model: Path) -> dict[str, st
         for block in tokens():
             writer.write(record.encode(block, S + 1))
         writer.close()
-        shards.append({"file": file.name, "blocks": per_file, "bytes": file.stat().st_size})
+        counts = {"blocks": per_file, "tokens": per_file * (S + 1), "bytes": file.stat().st_size}
+        shards.append({"file": file.name, "sha256": files.sha256(file), **counts})
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
     manifest = {"format": blocks.FORMAT, "seq_len": S, "dtype": "uint16", "bos": False, "eos": True, "tokenizer": vocabulary}
-    (prepared / blocks.MANIFEST).write_text(json.dumps(manifest | {"splits": {"train": {"shards": shards}}}))
+    whole = {
+        "documents": 1,
+        "tokens": n_files * per_file * (S + 1),
+        "blocks": n_files * per_file,
+        "sources": [],
+        "shards": shards,
+    }
+    (prepared / blocks.MANIFEST).write_text(json.dumps(manifest | {"splits": {"train": whole}}))
     os.sync()
     return {"ArrayRecord": str(prepared), "LITPKDS": str(packed / "train_x")}
 

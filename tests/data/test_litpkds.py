@@ -17,9 +17,10 @@ import pytest
 
 from tinyllama_jax import config as c
 from tinyllama_jax import files
+from tinyllama_jax.config import Bos
 from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.blocks import Blocks, Bos, Damaged
+from tinyllama_jax.data.blocks import Blocks, Damaged
 from tinyllama_jax.data.litpkds import Packed
 from tinyllama_jax.errors import UserError
 

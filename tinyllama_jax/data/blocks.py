@@ -88,10 +88,6 @@ class Damaged(UserError):
     """A file of a data set is not as it was written."""
 
 
-class Bos(int):
-    """The id of bos in data whose documents begin with it and do not all end with eos."""
-
-
 class Record:
     """How a block lies in an ArrayRecord: `tokens` [S + 1] and `length`, how many of them are real, as TFDS serialises them."""
 

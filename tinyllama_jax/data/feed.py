@@ -13,9 +13,9 @@ import grain
 import jax
 import numpy as np
 
-from tinyllama_jax.config import Config
+from tinyllama_jax.config import Bos, Config
 from tinyllama_jax.data import litpkds
-from tinyllama_jax.data.blocks import Blocks, Bos
+from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
 from tinyllama_jax.data.skip import NONE, batch_of, left_out
