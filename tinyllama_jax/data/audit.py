@@ -57,7 +57,7 @@ def open_splits(path: str, seq_len: int, findings: Findings) -> list[Blocks]:
 
 @contextlib.contextmanager
 def _found(findings: Findings, source: str, kind: type[UserError]) -> Iterator[None]:
-    """What ends the block, of `kind` or of the file system, is a finding: there is more to look at."""
+    """Records an error of `kind`, or of the file system, that ends the `with` block as a finding, so that the audit goes on."""
     try:
         yield
     except kind as error:
@@ -132,7 +132,7 @@ def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[s
     parts = [f"<h1>{verdict}</h1>", items(findings), items(lines)]
     for found in surveys:
         parts.append(f"<h2>{html.escape(found.name)}</h2><p>{found.summary()}</p>")
-        if not found.tokens:  # all of it is damaged
+        if not found.tokens:  # everything is damaged
             continue
         parts.append(f"<img src='data:image/png;base64,{base64.b64encode(draw(found)).decode()}'>")
         common = np.argsort(-found.counts_V, kind="stable")[:30]
@@ -213,7 +213,7 @@ def audit(
     for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in found)]:
         print(line)
     text = page(surveys, [*lines, *allowed], verdict, found, samples)
-    write(page_file, text.encode(errors="backslashreplace"))  # names of files can be of any bytes
+    write(page_file, text.encode(errors="backslashreplace"))  # names of files need not be UTF-8
     print(verdict, f"({page_file})")
     return found
 

@@ -118,7 +118,7 @@ def prepare(
     docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
     for option, words in {"output": [output], "text-key": [text_key], "filter": filters, "scrub": scrub}.items():
-        for word in words:  # which the libraries that write there do not take, nor JSON
+        for word in words:  # neither JSON nor the libraries that write there can take other names
             if re.search("[\ud800-\udfff]", str(word)):
                 raise UserError(f"--{option} {word}: is not UTF-8; choose another name")
     output = store.place(output, "--output")

@@ -1,4 +1,4 @@
-"""A tokenizer for one's own text: trained on a sample of it, and what a tokenizer loses of a sample, told before training."""
+"""Training a tokenizer on one's own text, and warnings of what a given tokenizer loses of a text, before a run is trained."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tinyllama_jax.data import documents, inputs, tokenizer
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.errors import UserError
 
-FILES = 1_000  # that a sample is from, spread evenly over all
-LONGEST = 1 << 20  # characters of a document learnt from at once
+FILES = 1_000  # from which a sample is taken, spread evenly over all
+LONGEST = 1 << 20  # characters of a document that are learnt from as one text
 LOOK = 1 << 20  # characters by which `warnings` judges
 
 
 def sample(sources: list[Source], text_key: str, size: int, longest: int = 0, files: int = FILES) -> Iterator[str]:
-    """Text of together about `size` characters: as much of each part of a file as it has of all text.
+    """Texts of about `size` characters in all, taken from each part of each file in proportion to its size.
 
-    `longest`: not all of a document, but its beginning. The same files give the same sample. Raises BadFile.
+    `longest`: if given, only so many characters of each document. The same files give the same sample. Raises BadFile.
     """
     chosen = sources[:: -(-len(sources) // files)]
     total = sum(source.size * source.factor for source in chosen)
@@ -46,7 +46,7 @@ def sample(sources: list[Source], text_key: str, size: int, longest: int = 0, fi
 
 
 def _cut(document: Iterable[str], n: int) -> Iterator[str]:
-    """A document in parts of `n` characters."""
+    """Cuts a document into parts of `n` characters."""
     text = ""
     for part in document:
         text += part
@@ -59,8 +59,8 @@ def _cut(document: Iterable[str], n: int) -> Iterator[str]:
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model of `vocab_size` pieces. The same texts give the same bytes.
 
-    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581): that is
-    how SentencePiece writes a space. Raises UserError if the texts are too little for so many pieces.
+    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581), with
+    which SentencePiece writes a space. Raises UserError if there is too little text for so many pieces.
     """
     model = io.BytesIO()
     try:
@@ -73,7 +73,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            byte_fallback=True,  # what has no piece is spelt in bytes: no text is unknown
+            byte_fallback=True,  # characters without a piece are spelt in bytes: no text is unknown
             split_digits=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -81,8 +81,8 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             allow_whitespace_only_pieces=True,  # indentation is one token
             character_coverage=0.9995,  # of the corpus's characters; rarer ones are spelt in bytes
             max_sentence_length=4 * LONGEST,  # bytes; longer ones would be left out silently
-            num_threads=1,  # most of the work is not shared
-            minloglevel=3,  # what is wrong is raised, and said below
+            num_threads=1,  # more would not help: most of the work is serial
+            minloglevel=3,  # errors are raised, and put into plain words below
         )
     except (RuntimeError, ValueError) as error:
         if most := re.search(r"value <= (\d+)", str(error)):
@@ -96,11 +96,11 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) -> list[str]:
-    """What a tokenizer loses of a sample of the text, and what cannot be exported of it; a line each."""
+    """A line if some texts of a sample are not decoded as they were; one if an export would change ids or cannot be made."""
     lines, texts = [], []
-    with contextlib.suppress(documents.BadFile):  # whoever reads them all says so
+    with contextlib.suppress(documents.BadFile):  # reported when all of the files are read
         texts += [text for text in sample(sources, text_key, LOOK, 1 << 14, 64) if text]
-    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # every SentencePiece model takes the one for the other
+    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # no SentencePiece model keeps it
     came_back = [ours.decode(ids) for ids in ours.encode_batch(texts)]
     lost = [(a, b) for a, b in zip(texts, came_back, strict=True) if a != b]
     if lost:
