@@ -289,4 +289,4 @@ def _write_versions(run: Path, step: int) -> list[str]:
         now["before"], apart = then.pop("before", []), versions_apart(then, now)
         now["before"] += [{"until_step": step, **then}] if apart else []
     write(run / "versions.json", json.dumps(now, indent=2) + "\n")
-    return [f"runs on something else than before (see {run / 'versions.json'}): {'; '.join(apart)}"] if apart else []
+    return [f"packages or devices have changed (see {run / 'versions.json'}): {'; '.join(apart)}"] if apart else []

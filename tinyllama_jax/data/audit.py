@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seq-len", type=int, metavar="S", help="of LITPKDS files (the config's, or 2048)")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="blocks of each split shown as text (3)")
     parser.add_argument("--page", type=Path, default=Path("audit.html"), metavar="FILE", help="what it writes (audit.html)")
-    parser.add_argument("--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: told, and not wrong (none)")
+    parser.add_argument("--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: kinds that are not wrong (none)")
     args, rest = parser.parse_known_args(_joined(argv))
     allow = tuple(filter(None, args.allow.split(",")))
     if unknown := set(allow) - set(ALLOWED):
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
     if not args.config and (rest or args.processes):
         raise UserError(f"{rest[0] if rest else '--processes'}: is about a training run; give its --config too")
     if args.page.is_dir() or not args.page.parent.is_dir():
-        raise UserError(f"--page {args.page}: is a folder, or in none; name a file")
+        raise UserError(f"--page {args.page}: is a folder, or its folder does not exist; name a file")
     for option, least, most in (("processes", 1, 1 << 20), ("seq_len", 1, LONGEST), ("samples", 0, 1_000)):
         if (value := getattr(args, option)) is not None and not least <= value <= most:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} to {most:,}")

@@ -228,7 +228,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
             newest = max(places, key=lambda file: file.stat().st_mtime)
             raise UserError(
                 f"step {line['step']:,}: its batch is not the one that the run in {config.workdir} was trained on (checksum "
-                f"{line['checksum']}, and now {checksum_now}); a data file has changed, of which the newest is {newest}: "
+                f"{line['checksum']}, and now {checksum_now}); a data file has changed, probably {newest}, the newest of them: "
                 f"put the old one back, or start another run with --workdir=NEW --init.from={config.workdir}"
             )
         checked += 1

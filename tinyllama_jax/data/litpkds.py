@@ -61,10 +61,10 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def edges(blocks: Blocks) -> tuple[bool, bool, str]:
-    """(whether documents begin with bos, whether they end with eos, the counts in words), from `SAMPLE` blocks of a source."""
+    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLE` blocks of a source."""
     indices = np.unique(np.linspace(0, len(blocks) - 1, SAMPLE).astype(np.int64))
     tokens, length = blocks.read(indices)
-    inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: filling may begin there
+    inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
     begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
     bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
     n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
@@ -295,7 +295,8 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
         dtype = "uint16" if vocabulary["vocab_size"] < 65_500 else "int32"  # as the original's builder chooses
         n_files, n = write(stream(blocks), folder, prefix, chunk, dtype, vocabulary["bos_id"] if tail == "fill" else None)
         if not n_files:
-            raise UserError(f"--tail drop: there is one file of {n:,} tokens; say --tail fill, or a --chunk-size below {n:,}")
+            cure = f"say --tail fill, or a --chunk-size below {n:,}"
+            raise UserError(f"--tail drop: would drop all {n:,} tokens, which do not fill one file; {cure}")
         files.settle(folder)
         _move(place, folder, output)
     apart = n_files * chunk - n

@@ -211,7 +211,7 @@ def _say(output: Place, manifest: dict) -> None:
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
         if n := counts.get("last_blocks_of_train"):
-            print(f"{output}: {split}: no document is held out, being so few: these are the last {n:,} blocks of all")
+            print(f"{output}: {split}: too few documents to hold any out; these are the last {n:,} blocks of all instead")
         for reason, n in counts["dropped"].items():
             print(f"{output}: {split}: {n:,} documents left out: {reason}")
         for name, n in counts["scrubbed"].items():

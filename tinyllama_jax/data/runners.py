@@ -196,7 +196,7 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
         claims.mkdir()
         arguments.write_bytes(pickle.dumps((job, work, beam_options, ALONE, str(claims) if n > 1 else "")))
         if beam_options:
-            print(f"what Beam says goes to {log}", file=sys.stderr)
+            print(f"Beam's output goes to {log}", file=sys.stderr)
         try:
             with open(log, "ab") as output:
                 words = [sys.executable, "-c", start, str(arguments)]

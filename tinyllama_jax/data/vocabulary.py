@@ -86,9 +86,9 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, ValueError) as error:
         if most := re.search(r"value <= (\d+)", str(error)):
-            reason = f"the text is too little for so many pieces; it makes {int(most[1]):,} at most, so give more or say fewer"
+            reason = f"there is too little text: it makes {int(most[1]):,} pieces at most; give more text, or a smaller number"
         elif least := re.search(r"vs (\d+)", str(error)):
-            reason = f"its bytes and characters alone take {int(least[1]):,}; say more"
+            reason = f"its bytes and characters alone take {int(least[1]):,}; give a larger number"
         else:
             reason = "there is no text to learn from" if "[" in str(error) else str(error).splitlines()[0]
         raise UserError(f"--vocab-size {vocab_size}: {reason}") from None
@@ -109,17 +109,17 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
         share = f"{len(lost):,} of {len(texts):,} documents of a sample ({len(lost) / len(texts):.1%}) do not come back"
         other = "`python -m tinyllama_jax.data.tokenizer train` makes one that loses nothing"
         lines.append(f"{ours.path}: warning: {share} from its ids as they were: {was!r} becomes {became!r}; {other}")
-    without = "a run on it is exported with --tokenizer none, without tokenizer.json"
+    without = "export a run on it with --tokenizer none, without a tokenizer.json"
     try:
         with tempfile.TemporaryDirectory() as folder:
             ours.export(Path(folder), False, 1)
             theirs = tokenizer.HuggingFaceTokenizer(Path(folder) / "tokenizer.json")
     except UserError as error:
-        return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; as it is, {without}"])]
+        return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; or {without}"])]
     pairs = zip(theirs.encode_batch(texts), ours.encode_batch(texts), strict=True)
     if differ := sum(a != b for a, b in pairs):
         what = f"{differ:,} of {len(texts):,} documents of a sample ({differ / len(texts):.1%}) get other ids"
-        lines.append(f"{ours.path}: warning: {what} from what a tokenizer.json can say of it; unless that is little, {without}")
+        lines.append(f"{ours.path}: warning: {what} from a tokenizer.json made of it; if that is too many, {without}")
     return lines
 
 
