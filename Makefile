@@ -14,7 +14,7 @@ SAME   := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12
 demo: $(VENV)/.base
 	@$(PY) -m examples.demo
 
-# every part runs, whatever became of those before it; at the end it says which failed
+# every part runs, even if an earlier one has failed; the last line names those that failed
 test:
 	@failed=; for part in lint test-main test-plan test-newer; do \
 		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \

@@ -6,7 +6,7 @@
 #
 # Not for speed: one process drives all the GPUs of a machine.
 # Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 go to every process once: they save and end. A second Ctrl-C or SIGTERM ends them
-# at once. All that listens does so on the loopback.
+# at once. The processes listen on the loopback alone.
 # When one has failed, the others have GRACE seconds (30) to end by themselves and are then killed. The exit code is that of
 # the first that failed. PYTHON (.venv/bin/python) and MODULE (tinyllama_jax.train) say what is run.
 set -uo pipefail

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: typed JSON with limits, regular files only, locks."""
+"""Reading and writing files safely: typed JSON with limits, regular files only, locks."""
 
 import json
 import os

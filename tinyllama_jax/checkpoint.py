@@ -24,14 +24,14 @@ from tinyllama_jax.errors import UserError
 from tinyllama_jax.seals import damage, find_step, steps_in
 from tinyllama_jax.step import TrainState, new_state
 
-# what a disk can say of a write, in the words of exceptions that have no errno
+# errors of a disk; exceptions without an errno are told by the error's text
 DISK = "ENOSPC EDQUOT EIO EFBIG EROFS EACCES EPERM ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE EREMOTEIO"
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that it also raises
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that Orbax raises too
 
 
 def _but_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
-    """`hook` without what TensorStore's threads say when a save has failed and they come back to its event loop."""
+    """`hook`, silent about the errors of TensorStore's threads that find their event loop closed after a failed save."""
     value = lambda args: args[1] if len(args) > 1 else args[0].exc_value
     return lambda *args: None if str(value(args)) == "Event loop is closed" else hook(*args)
 
@@ -43,14 +43,14 @@ class Checkpoints:
     """The checkpoints of one run: saved in the background, rotated, found again by number."""
 
     def __init__(self, config: Config):
-        """Opens RUN/checkpoints, made if absent; what a killed process had half written or half deleted is removed."""
+        """Opens RUN/checkpoints, or makes it. Removes checkpoints that a killed process left half written or half deleted."""
         self._run, self._keep = Path(config.workdir).resolve(), config.checkpoint
         self._folder = self._run / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._last, self._saving = self.latest(), False
         self._failed = False
         self._deleting: list[threading.Thread] = []
-        self._first = jax.process_index() == 0  # who does what is done once
+        self._first = jax.process_index() == 0  # this process does what must be done once
         for path in self._folder.iterdir() if self._first else ():
             if seals.unfinished(path.name):
                 shutil.rmtree(path)
@@ -65,11 +65,11 @@ class Checkpoints:
         if step == self._last:
             return
         self.check(wait=True)
-        if self._first and os.path.lexists(self._folder / str(step)):  # somebody has made it since the run began
+        if self._first and os.path.lexists(self._folder / str(step)):  # made by somebody else since the run began
             seals.set_aside(self._run, self._folder / str(step))
         params, rest = _parts(state)
         with self._disk_errors():
-            # asked first, since Orbax meets a full disk in its threads
+            # checked before the save: Orbax would find the disk full only in its threads
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
             if shutil.disk_usage(self._folder).free < needed:
                 raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
@@ -77,7 +77,7 @@ class Checkpoints:
         self._last, self._saving = step, True
 
     def check(self, wait: bool = False) -> None:
-        """Raises the error of a save that failed in the background. `wait`: until what was saved is on disk."""
+        """Raises the error of a save that failed in the background. `wait`: first waits until the save is on disk."""
         with self._disk_errors():
             self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
             if self._first and self._saving and seals.exists(self._folder / str(self._last) / seals.SEAL):
@@ -91,31 +91,31 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        # after an error the others may never come to where they would meet, nor Orbax's threads where they wait for one another
+        # after an error, closing could wait for ever: for other processes, or for Orbax's threads, which wait for one another
         if kind is None or (jax.process_count() == 1 and not self._failed):
             self.close()
 
     def close(self) -> None:
-        """Waits until what was saved is on disk, and what is no longer kept is deleted."""
+        """Waits until all saves are on disk and all old checkpoints are deleted."""
         self.check(wait=True)
         for thread in self._deleting:
             thread.join()
         self._writer.close()
 
     def _rotate(self) -> None:
-        """Writes down that the newest is whole, and begins to delete what is no longer kept."""
+        """Records that the newest checkpoint is whole, and begins to delete those that are no longer kept."""
         seals.remember(self._run, self._last)
         self._saving, keep = False, self._keep
         for step in steps_in(self._run)[: -keep.keep]:
             if step not in keep.kept and not (keep.keep_every and step % keep.keep_every == 0):
                 old = self._folder / f"{step}{seals.OLD}"
-                (self._folder / str(step)).rename(old)  # at once: half of one is never taken for one
+                (self._folder / str(step)).rename(old)  # atomic: a half-deleted checkpoint is never taken for a whole one
                 self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True))
                 self._deleting[-1].start()
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """What Orbax and TensorStore say of a disk, in exceptions of several types, as the OSError that it was."""
+        """Raises disk errors as the OSError that they were; Orbax and TensorStore wrap them in exceptions of several types."""
         try:
             yield
         except Exception as error:
@@ -131,7 +131,7 @@ class Checkpoints:
 
 
 def _writer(folder: Path, config: Config) -> ocp.AsyncCheckpointer:
-    """What writes a checkpoint in the background, sealed before it gets its name."""
+    """The Orbax checkpointer that writes in the background, and seals a checkpoint before it gets its name."""
     seal = lambda: seals.seal(folder, config.data.skip) if jax.process_index() == 0 else None
     options = ocp.AsyncOptions(timeout_secs=4 * 3_600, post_finalization_callback=seal)  # supervised: see processes.py
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)

@@ -65,10 +65,10 @@ def override(config: Config, arguments: dict[str, str]) -> Config:
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose mistakes are a UserError, one line."""
+    """An ArgumentParser that raises UserError, one line, for a mistake."""
 
     def error(self, message: str) -> typing.NoReturn:
-        """Instead of the usage and the end of the program."""
+        """Raises UserError, where argparse would print the usage and end the program."""
         raise UserError(f"{message}; see --help")
 
 
@@ -109,7 +109,7 @@ def read(path: str) -> Config:
     try:
         with open_regular(path) as f:
             text = f.read(LARGEST + 1)
-    except (FileNotFoundError, ValueError):  # of a NUL character
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL character in the path
         raise UserError(f"--config={path}: no such file" + _nearby_configs(path)) from None
     if len(text) > LARGEST:
         raise UserError(f"--config={path}: has more than {LARGEST:,} bytes, and is no config")
@@ -121,7 +121,7 @@ def read(path: str) -> Config:
         raise
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
-    except BaseException as error:  # whatever the user's Python raised, sys.exit() too, with the line in their file
+    except BaseException as error:  # whatever the user's Python raised, sys.exit() included
         at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else (at or ["?"])[-1]
         why = " ".join(str(error).split())[:500]

@@ -13,24 +13,25 @@ BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own name: HOST or HOST:PORT, wher
 
 
 def one_machine(processes: int, env: Mapping[str, str] = os.environ) -> bool:
-    """Whether all processes of this run are on one machine: nothing then need listen on a network."""
+    """Whether all processes of this run are on one machine, so that none of them need listen on a network."""
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         return processes == 1 or _is_loopback(address.rpartition(":")[0])
     return processes == 1 or (processes > 1 and _on_this_host(env)[0] == processes)
 
 
 def arguments(process: int, processes: int, seconds: int, env: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """What `jax.distributed.initialize` is told: who this is, its GPUs, and the address on which process 0 listens.
+    """Arguments for `jax.distributed.initialize`: number of processes, this one's number and GPUs, process 0's address.
 
-    On one machine that is the loopback, else `BIND`, else all interfaces. Raises UserError where it cannot be told.
+    Process 0 listens where `BIND` says, else on the loopback if all are on one machine, else on all interfaces. Raises
+    UserError if its address is not known.
     """
-    if process < 0:  # a TPU slice, which only JAX can ask
+    if process < 0:  # on a TPU slice JAX finds all of this by itself
         return {}
     from jax._src import clusters
 
     out = {"num_processes": processes, "process_id": process, "local_device_ids": gpus(env)}
     address = env.get("JAX_COORDINATOR_ADDRESS")
-    if address is None:  # the first host of the job, and a port that follows from the job's number
+    if address is None:  # JAX takes the job's first host, and a port computed from the job's number
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
         address, *_ = detect(None, processes, process, [], None, seconds)
     if not re.fullmatch(r".+:\d{1,5}", address or ""):
@@ -45,9 +46,9 @@ def arguments(process: int, processes: int, seconds: int, env: Mapping[str, str]
 
 
 def gpus(env: Mapping[str, str] = os.environ) -> list[int] | None:
-    """The GPUs of this process by number; []: all that it sees; None: what JAX_LOCAL_DEVICE_IDS says.
+    """The numbers of this process's GPUs; []: all that it sees; None: JAX_LOCAL_DEVICE_IDS decides.
 
-    Left alone JAX takes one, SLURM_LOCALID's, under srun and mpirun, also where one process has the whole node.
+    By itself JAX takes one GPU, number SLURM_LOCALID, under srun and mpirun, even if one process has the whole node.
     """
     if env.get("JAX_LOCAL_DEVICE_IDS"):
         return None
@@ -66,9 +67,9 @@ def gpus(env: Mapping[str, str] = os.environ) -> list[int] | None:
 
 
 def check_gpus(platform: str, devices: int, env: Mapping[str, str] = os.environ) -> None:
-    """Raises UserError if this process runs on a CPU, or on fewer GPUs than are its own, where Slurm gave its host some.
+    """Raises UserError if Slurm gave this host GPUs, but this process runs on a CPU or on fewer GPUs than its share.
 
-    `devices`: those of this process, of `platform`.
+    `devices`: how many this process has, of `platform`.
     """
     given, here = env.get("SLURM_GPUS_ON_NODE", ""), _on_this_host(env)[0]
     chosen = env.get("JAX_LOCAL_DEVICE_IDS") or env.get("JAX_PLATFORMS") == "cpu"
@@ -80,14 +81,14 @@ def check_gpus(platform: str, devices: int, env: Mapping[str, str] = os.environ)
 
 
 def listen_on_loopback(processes: int) -> None:
-    """Has what else opens ports between the devices of one machine do so on the loopback: NCCL, and gloo for CPUs."""
+    """Makes the collectives of one machine listen on the loopback alone: NCCL's, and gloo's for CPUs."""
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if processes == 1:
         return
     from jax._src import distributed, xla_bridge
     from jax._src.lib import _jax
 
-    def make_cpu_client():  # JAX has no option for it: gloo listens on the address that the host's name has
+    def make_cpu_client():  # JAX has no option for it: by itself gloo listens where the host's name resolves to
         client = distributed.global_state.client
         return xla_bridge.make_cpu_client(_jax.make_gloo_tcp_collectives(client, hostname="127.0.0.1"))
 
@@ -99,7 +100,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _on_this_host(env: Mapping[str, str]) -> tuple[int, int]:
-    """(processes on this host, which of them this is), as srun or mpirun says; (0, 0) where neither does."""
+    """(number of processes on this host, this one's index among them), from srun or mpirun; (0, 0) without either."""
     try:
         if "JAX_COORDINATOR_ADDRESS" in env:
             return 0, 0

@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
 
-# Least and most of every number: beyond them it is a slip of the finger, which would take all memory or never end.
+# Limits of every number. One beyond them is a typing mistake, and would take all memory or never end.
 LIMITS = {
     key: limits
     for limits, keys in {
@@ -48,7 +48,7 @@ LIMITS = {
 }
 PARAMETERS = 10**13
 LONGEST = 10_000  # characters of a value
-TOKENS = 2**53  # 9.0e15: up to here every whole number is a float
+TOKENS = 2**53  # 9.0e15: every whole number up to here is exact in a float
 
 
 def _check(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -61,7 +61,7 @@ def _check(ok: bool, key: str, value: object, remedy: str) -> None:
 
 
 class _Typed:
-    """What every section checks first, in a config file too: each value's type, limits and length."""
+    """Base of every section: checks the type, limits and length of each value, from a config file or the command line."""
 
     def __post_init__(self):
         section = "" if isinstance(self, Config) else type(self).__name__.lower() + "."
@@ -162,7 +162,7 @@ class Model(_Typed):
 
     @property
     def residual_dtype(self) -> str:
-        """The residual stream's dtype, by name. fp16, whose largest number is 65,504, only if it is asked for."""
+        """The residual stream's dtype, by name. `auto` never chooses fp16, whose largest number is 65,504."""
         return self.residual if self.residual != "auto" else "bfloat16" if self.compute_dtype == "bfloat16" else "float32"
 
 
@@ -174,8 +174,8 @@ class Data(_Typed):
     # ((tokens, share), ...), linear between these and constant outside. The shares are normalised.
     sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
-    document_mask: bool = False  # attention within each document alone, between eos or, where there is none, from bos on
-    eod_mask_loss: bool = False  # no loss for what follows eos, the next document's first token (Megatron's name)
+    document_mask: bool = False  # attention within each document: they end at eos or, where sources have none, begin at bos
+    eod_mask_loss: bool = False  # no loss for the token after eos, the next document's first (Megatron's name)
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out, each in the numbers that those before it gave
     workers: int = 2  # threads that read ahead; no effect on what is read
     verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json
@@ -239,7 +239,7 @@ def weight_at(weight: Weight, tokens: float) -> Fraction:
 
 
 def exact(text: str) -> Fraction:
-    """A number as people write it, such as 1.5e12 or 7/10. Raises ValueError, or ArithmeticError, if it is none or too long."""
+    """A number as people write it, such as 1.5e12 or 7/10. Raises ValueError or ArithmeticError if it is none or too long."""
     if len(text) > 100 or len(text.lower().partition("e")[2]) > 4:  # Fraction("1e999999999") would never end
         raise ValueError(text)
     return Fraction(text)
@@ -302,7 +302,7 @@ class Train(_Typed):
     deterministic: bool = False  # on GPUs: only kernels whose sums have one order, so that a resumed run has the same bits
     z_loss: float = 0.0  # times the mean square of the logits' logsumexp, added to what is minimised (not to the loss shown)
     spike: float = 0.0  # the run stops at a loss so many nats above the mean of the 100 finite steps before; 0: it does not
-    give_up: int = 100  # steps in a row that may be skipped, as not finite, before the run stops; fp16 begins with up to 15
+    give_up: int = 100  # the run stops after so many steps in a row skipped as not finite; fp16 begins with up to 15
     wait: float = 300.0  # seconds that a process waits for the others before it ends and says which is late
 
     def __post_init__(self):
@@ -405,7 +405,7 @@ class Init(_Typed):
     from_: str = ""  # a run folder or a Hugging Face folder; empty: from scratch. Said as --init.from
     step: int = 0  # which checkpoint of the run folder; 0: the newest
     state: str = "weights"  # or "moments": AdamW's too; or "all": the step too, so that this run is a branch of that one
-    start_over: int = 0  # the newest step that this run had saved, if its checkpoints are gone and it is to begin again
+    start_over: int = 0  # begins again a run whose checkpoints are gone; its value: the newest step that was saved
 
     def __post_init__(self):
         super().__post_init__()

@@ -27,8 +27,8 @@ def export(
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, from a run's newest (or given) step; returns it.
 
     float32, the dtype of the weights, loses nothing. `output` must not exist, or be empty; it appears when it is whole, and its
-    tokenizer, loaded as users will, has given the ids of training. `tokenizer`: False: the run's tokenizer as it is, unchanged
-    and unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
+    tokenizer, loaded as users will, has given the ids of training. `tokenizer=False` copies the run's tokenizer, unchanged and
+    unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and hf.describes(run):
@@ -51,7 +51,7 @@ def export(
 
 
 def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -> tokenizer_lib.Tokenizer:
-    """Writes the tokenizer's files for Transformers; returns the one of training."""
+    """Writes the tokenizer's files for Transformers; returns the tokenizer of training."""
     if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
         what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
         raise UserError(f"{source}: {what}{hf_tokenizer.REMEDY}")
@@ -139,7 +139,7 @@ def _made_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         folder.mkdir()
         yield folder
-        for name in os.listdir(output) if output.is_dir() else ():  # what a file manager left there, see `files.listed`
+        for name in os.listdir(output) if output.is_dir() else ():  # files that a file manager left there, see `files.listed`
             os.replace(output / name, folder / name)
         files.settle(folder)
         os.replace(folder, output)

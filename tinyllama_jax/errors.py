@@ -1,4 +1,4 @@
-"""The user's errors: one line and an exit code, where a program ends and where a file that it reads is damaged."""
+"""Errors that a user can mend, in one line with an exit code: UserError, the operating system's errors, missing devices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 import typing
 from collections.abc import Callable
 
-LONGEST = 4_000  # characters of a message; what it repeats of what was typed can be longer
+LONGEST = 4_000  # characters of a message; what the user typed, and it repeats, can be longer
 
 
 def readable(text: str) -> str:
-    """`text` without what moves a terminal's cursor (line ends stay), and without its middle if it is long."""
+    """`text` with control characters escaped, except line ends, and with its middle left out if it is long."""
     text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -46,15 +46,15 @@ _DISK = {
 
 def disk_error(error: OSError) -> str:
     """An OSError in one line: where, what, what to do."""
-    # of two names the second is where it was being written to; a write that fails knows no name
+    # of two names the second is the target; the error of a failed write has no name
     where = error.filename2 or error.filename
     what = _DISK.get(error.errno) or error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     return readable((f"{where}: " if where else "") + what)
 
 
 def open_streams() -> None:
-    """Makes standard output and error fit to be written to: closed ones go nowhere, characters that they lack are escaped."""
-    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file to be opened would be taken for one of them
+    """Makes standard output and error writable: closed ones go to /dev/null, characters outside their encoding are escaped."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would become standard output or error
         os.set_inheritable(file, True)
     os.close(file)
     for name in ("stdout", "stderr"):
@@ -65,16 +65,16 @@ def open_streams() -> None:
 
 
 def close_stream(stream: typing.TextIO) -> None:
-    """Writes out what is kept of a standard stream, or lets it go nowhere if that fails: Python would try again at its end."""
+    """Flushes a standard stream. If that fails the stream goes to /dev/null, or Python would fail on it again at exit."""
     try:
         stream.flush()
     except OSError:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream has no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def no_platform(error: Exception) -> str | None:
-    """What to say if `error` is that JAX has no device of the kind that JAX_PLATFORMS asks for; None if it is another."""
+    """The message if `error` means that JAX has no device of the kind in JAX_PLATFORMS; None if it means something else."""
     asked, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
     if not (asked and jax and (isinstance(error, AssertionError) or "backend" in str(error))):
         return None
@@ -97,7 +97,7 @@ def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> 
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        code, line = error.code, str(error) and f"error: {error}"  # of several processes one can speak for all
+        code, line = error.code, str(error) and f"error: {error}"  # an empty message: another process prints it for all
     except OSError as error:
         line = f"error: {disk_error(error)}"
     except KeyboardInterrupt:

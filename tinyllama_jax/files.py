@@ -1,4 +1,4 @@
-"""Files on a disk that nobody vouches for: typed JSON with limits, whole writes, checksums, locks."""
+"""Reading and writing files safely: typed JSON with limits, regular files only, atomic writes, checksums, locks."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Count = typing.Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of thing
 
 
 def check_local(option: str, path: str | Path) -> None:
-    """Raises UserError if a path that must be local is a URL, such as gs://BUCKET/RUN: as a path that is the folder gs:/.
+    """Raises UserError if a path that must be local is a URL. Without this gs://BUCKET/RUN would be made as a folder gs:/.
 
-    `option`: what it was given with, such as "--workdir".
+    `option`: the option that gave the path, such as "--workdir".
     """
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", str(path), re.DOTALL):
         cure = f"write /{url[3]}" if url[1].lower() == "file" else "mount it, or copy it to a disk, and name that folder"
-        slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib makes one of two
+        slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib turns two into one
         raise UserError(f"{option}={url[1]}:{slashes}{url[3]}: is a URL, and must be a local path; {cure}")
 
 
 def open_regular(path: str | Path) -> typing.BinaryIO:
     """Opens a file for reading. Raises UserError if it is a folder, pipe, device or socket; OSError as `open` does."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe would wait for a writer
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: opening a named pipe would wait for a writer
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise UserError(f"{path}: is not a regular file")
@@ -45,10 +45,10 @@ def open_regular(path: str | Path) -> typing.BinaryIO:
 
 
 def read_json(path: str | Path, kind: type[T], remedy: str = "", largest: int = LARGEST_JSON) -> T:
-    """The JSON in a file as `kind`: a TypedDict, `list[...]` or whatever else msgspec decodes; unknown keys are left out.
+    """The JSON in a file as `kind`: a TypedDict, `list[...]` or any other type that msgspec decodes; unknown keys are left out.
 
-    Raises UserError that names the file and the key if it is something else, too large or too deep, and ends with `remedy`;
-    OSError if it cannot be read.
+    Raises UserError if the file holds something else, or is too large or too deep; the message names file and key and ends
+    with `remedy`. Raises OSError if the file cannot be read.
     """
     with open_regular(path) as f:
         text = f.read(largest + 1)
@@ -61,7 +61,7 @@ def read_json(path: str | Path, kind: type[T], remedy: str = "", largest: int = 
 
 
 def decode_json(text: bytes | str, kind: type[T]) -> T:
-    """JSON as `kind`. Raises ValueError, of one line that names the key, if it is something else."""
+    """JSON as `kind`. Raises ValueError with one line that names the key if the JSON does not fit."""
     try:
         return msgspec.json.decode(text, type=kind)
     except RecursionError:
@@ -72,12 +72,12 @@ _LEFT = {"lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "sys
 
 
 def listed(folder: str | Path) -> list[str]:
-    """Names in `folder`, sorted, without what file managers, NFS and servers leave: hidden ones, `lost+found`, `@eaDir`."""
+    """Names in `folder`, sorted, without those of file managers, NFS and servers: hidden ones, `lost+found`, `@eaDir`."""
     return sorted(n for n in os.listdir(folder) if not n.startswith((".", "@", "#")) and n.lower() not in _LEFT)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is either the old one or the new one, whole, also after a power cut."""
+    """Writes a file atomically: even after a power cut it is whole, either the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
@@ -87,7 +87,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hex."""
+    """The sha256 of a file's bytes, in hex."""
     with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -97,15 +97,15 @@ Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 
 
 def typed(value: object, kind: type[T]) -> T:
-    """A value that is no JSON any more as `kind`, with its other keys left out. Raises ValueError as `decode_json` does."""
+    """A decoded value as `kind`; unknown keys are left out. Raises ValueError as `decode_json` does."""
     return msgspec.convert(value, kind)
 
 
 def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
-    """Locks the file at `path`, made if absent, and returns its descriptor: close it to let go. The kernel does if we die.
+    """Locks the file at `path`, made if absent, and returns its descriptor. Closing it, or the end of the process, unlocks it.
 
-    Raises UserError(busy) if another process has it for so many seconds: a killed one may still be ending. Where the file
-    system has no locks nobody is kept out.
+    Raises UserError(busy) if another process still holds the lock after `seconds`, which give a killed process time to end.
+    On a file system without locks nobody is kept out.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     end = time.monotonic() + seconds
@@ -127,7 +127,7 @@ def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
-    """`claim` for the length of a block; the file stays."""
+    """Holds `claim` during a `with` block; the file stays."""
     file = claim(path, busy, seconds)
     try:
         yield
@@ -135,15 +135,15 @@ def locked(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
         os.close(file)
 
 
-MARK = ".tinyllama_jax"  # in a folder of half-made things: that it is one, and who holds its lock is at work there
+MARK = ".tinyllama_jax"  # a file that marks a workplace; the process that holds its lock is at work there
 
 
 @contextlib.contextmanager
 def workplace(path: Path, busy: str) -> Iterator[Path]:
-    """The folder `path` for half-made things, for this process alone; it is removed when the block ends.
+    """The folder `path`, for this process alone, to make things in; it is removed when the `with` block ends.
 
-    What a killed process left in it is still there. Raises UserError(busy) if another process works there, and UserError if
-    something else made that folder, which stays as it is.
+    At its start it may hold what a killed process left. Raises UserError(busy) if another process works there, and UserError,
+    leaving the folder as it is, if it was not made by this function.
     """
     path.mkdir(parents=True, exist_ok=True)
     foreign = not (path / MARK).is_file() and any(not name.startswith(".nfs") for name in os.listdir(path))
@@ -153,7 +153,7 @@ def workplace(path: Path, busy: str) -> Iterator[Path]:
     try:
         mark = os.stat(path / MARK) if (path / MARK).exists() else None
         if not mark or not os.path.samestat(mark, os.fstat(file)):
-            raise UserError(busy)  # it ended this very moment, and removed what we have locked
+            raise UserError(busy)  # the other process ended this very moment, and removed the file that we have locked
         try:
             yield path
         finally:
@@ -163,7 +163,7 @@ def workplace(path: Path, busy: str) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Waits until `folder` and all that is in it are on the disk: a power cut leaves no hollow file of that name."""
+    """Waits until `folder` and everything in it are on the disk, so that a power cut leaves no empty or partial files."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

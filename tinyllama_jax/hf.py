@@ -39,7 +39,7 @@ NAMES = {
 }
 SHARD_BYTES = 5_000_000_000  # Hugging Face's "5GB"
 LARGEST_CONFIG = 1 << 20  # bytes of a config.json
-MOST_LAYERS = 4_096  # a description with more is an error, and would take memory for their names
+MOST_LAYERS = 4_096  # more is a mistake in config.json, and the names alone would take too much memory
 
 
 # -- names and shapes ---------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_no
     Raises UserError naming the first unknown, missing or misshapen tensor, and unless `allow_non_finite` one that holds NaN or
     infinity; rotary tables of old checkpoints are left out.
     """
-    tensor_files.check(tensors, shapes(model), origin)  # before anything is read, and anything of the model's size is made
+    tensor_files.check(tensors, shapes(model), origin)  # before a tensor is read, or memory of the model's size is allocated
     flat = {p.name: np.empty(dims.shape(p, model), np.float32) for p in dims.PARAMETERS}
     for name, p, layer in _tensors(model):
         tensor = np.asarray(tensors[name])
@@ -112,7 +112,7 @@ _COMPUTED = {
 
 def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> dict:
     """The contents of config.json, in words that Transformers 4 and 5 both read."""
-    # with linear scaling, the length before it: readers multiply by the factor, and must not come to more than was trained
+    # with linear scaling, the length before it: readers multiply by the factor, and must not exceed the trained length
     scaled, before = model.rope_scaling != 1, max(int(model.seq_len / model.rope_scaling), 1)
     inexact = {} if round(before * model.rope_scaling) == model.seq_len else {"seq_len": model.seq_len}
     return {

@@ -1,4 +1,4 @@
-"""A tokenizer as tokenizer.json and tokenizer_config.json that give Transformers the ids of training, and the proof of it.
+"""A tokenizer as tokenizer.json and tokenizer_config.json that give Transformers the ids of training, and a check of that.
 
 Transformers' own readers of `tokenizer.model` give other ids (a dummy prefix that is left out before a space, merges in another
 order), so the files are written here and nothing is left to guess. How SentencePiece's rules are said in a tokenizer.json:
@@ -39,7 +39,7 @@ SPACE = "▁"  # U+2581, which stands for a space within pieces
 # sentencepiece_model.proto: kinds of a piece, and the kinds of model that a tokenizer.json can express
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
-# the class that takes a tokenizer.json as it is; LlamaTokenizer and others make their own normalizer from what they read
+# this class uses tokenizer.json unchanged; LlamaTokenizer and others would replace its normalizer
 AS_WRITTEN = "PreTrainedTokenizerFast"
 # Llama takes no token_type_ids
 PLAIN = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
@@ -69,7 +69,7 @@ TEXTS = (
     ),
     *("<s>a</s> b<unk>", "<|im_start|>user\n<|im_end|>", "[INST] <0x0A> [PAD]", "ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ\u00a0x"),
 )
-NEVER = -1e6  # score of a piece that no text has: its spelling in other pieces is always better
+NEVER = -1e6  # score of a piece that must never be chosen: its spelling in other pieces always scores better
 
 
 class Piece(NamedTuple):
@@ -93,7 +93,7 @@ class SentencePiece(NamedTuple):
     remove_extra_whitespaces: bool
     model_type: int
     rule: str  # name of the normalisation rule
-    charsmap: bytes  # that rule, compiled; b"" for none
+    charsmap: bytes  # the rule, compiled; b"" if there is none
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -167,7 +167,7 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
     by_score = Counter(piece.score for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1)
     tied = {piece.text for piece in pieces if piece.kind == NORMAL and by_score[piece.score] > 1 and model_type == BPE}
     tied -= {SPACE * n for n in range(1, len(tied) + 2)}  # Llama 2 ties the runs of spaces: see `merges`
-    # what normalisation would change is matched before it in SentencePiece, and after it here
+    # SentencePiece matches symbols before it normalises, a tokenizer.json after: they agree if it leaves the symbols alone
     symbols = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     plain = re.compile("[!-~]+" if normalizer.get(2) else f"[^{SPACE}]+" if normalizer.get(4, 1) else ".+", re.DOTALL)
     odd = [text for text in symbols if not plain.fullmatch(text) or (b"cf" in normalizer.get(1, b"") and text != text.lower())]
@@ -229,13 +229,13 @@ def _normalizers(model: SentencePiece) -> list[dict]:
     if model.charsmap:
         charsmap = base64.b64encode(model.charsmap).decode()
         normalizers = [{"type": "Precompiled", "precompiled_charsmap": charsmap}]
-    if model.rule.startswith("nmt"):  # Precompiled reads clusters, SentencePiece characters; U+0001 parts clusters, and goes
+    if model.rule.startswith("nmt"):  # Precompiled works on grapheme clusters; U+0001 splits \r\n, and is removed
         normalizers.insert(0, _replace({"String": "\r\n"}, "\r\x01\n"))
         prefix += "\x01"
     if model.remove_extra_whitespaces:
         regexes = {r"\A +": "", " +": " ", rf"[ {SPACE}]+\z": ""}
         normalizers += [_replace({"Regex": regex}, content) for regex, content in regexes.items()]
-    if model.add_dummy_prefix:  # of what is left of a text, or of any text that is not empty
+    if model.add_dummy_prefix:  # `late`: put before the normalised text; else before the text itself, if not empty
         late = model.remove_extra_whitespaces or prefix == SPACE
         normalizers.insert(len(normalizers) if late else 0, {"type": "Prepend", "prepend": SPACE if late else prefix})
     return [*normalizers, _replace({"String": " "}, SPACE)]
@@ -299,7 +299,7 @@ def tokenizer_config(model: SentencePiece, add_bos: bool, seq_len: int) -> dict:
 
 
 def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
-    """Writes tokenizer.json and tokenizer.model (for llama.cpp) into `folder`, and what differs into its tokenizer_config.json.
+    """Writes tokenizer.json and tokenizer.model (for llama.cpp) into `folder`, and updates its tokenizer_config.json.
 
     Raises UserError.
     """
@@ -312,9 +312,9 @@ def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
 
 
 def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str | None, add_bos: bool) -> None:
-    """Makes the copy of a Hugging Face tokenizer in `folder` give the ids of training under any release of Transformers.
+    """Changes the Hugging Face tokenizer in `folder`, a copy, so that any release of Transformers gives the ids of training.
 
-    `content`: of its tokenizer.json. `bos`: token and id.
+    `content`: its tokenizer.json. `bos`: token and id.
     """
     others = [p for p in _processors(content.get("post_processor")) if "single" not in p and "cls" not in p]
     wanted = [*others, *([_bos_template(*bos)] if add_bos else [])]
@@ -340,7 +340,8 @@ def _update_config(folder: Path, ours: dict) -> None:
     theirs = read_json(path, dict) if path.is_file() else {}
     content = lambda token: token.get("content") if isinstance(token, dict) and "__type" in token else token
     changed = {key: value for key, value in ours.items() if key not in theirs or content(theirs[key]) != value}
-    config = {key: value for key, value in (PLAIN | theirs | changed).items() if key != "auto_map"}  # whose code is not here
+    # auto_map names code that is not in the folder
+    config = {key: value for key, value in (PLAIN | theirs | changed).items() if key != "auto_map"}
     if config != theirs:
         _write_json(path, config)
 
@@ -350,16 +351,16 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, add_bos: bool) -> bool:
-    """Loads a folder as its users will, and compares; False if Transformers is not installed.
+    """Loads a folder as its users will, and compares ids; False if Transformers is not installed.
 
-    `encode`: the ids of training, without bos; an id of -1: there is none. Raises UserError if a text has other ids.
+    `encode`: gives the ids of training, without bos. An id of -1: there is no such token. Raises UserError if ids differ.
     """
     try:
         import transformers
     except ImportError:
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a release says of other releases
+        warnings.simplefilter("ignore")  # warnings of one release about others
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many types

@@ -132,7 +132,7 @@ def _adam(optimizer: _Optimizer, names: list[str], origin: str) -> tuple[dict, d
 
 
 def _whole(step: object, what: str) -> int:
-    """A step as PyTorch keeps it: a number, or a tensor of one. Raises UserError if it is none from 0 up."""
+    """A step as PyTorch keeps it: a number, or a tensor of one. Raises UserError if it is not a whole number from 0 up."""
     if hasattr(step, "detach"):
         unfit = tensor_files.unfit("step", step) or (None if step.numel() == 1 else f"has the shape {list(step.shape)}")
         if unfit:

@@ -85,7 +85,7 @@ class Writer:
 
     def write(self, step: int, values: dict[str, report.Value]) -> None:
         """One line of metrics.jsonl: {"step": step, ...}. Floats read back to the same bits; NaN and inf are null."""
-        values = {k.encode(errors="backslashreplace").decode(): v for k, v in values.items()}  # folders not named in UTF-8
+        values = {k.encode(errors="backslashreplace").decode(): v for k, v in values.items()}  # folder names not in UTF-8
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._jsonl.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
         self._jsonl.flush()
@@ -110,7 +110,7 @@ class Writer:
 
 
 def _in_thread(error: threading.ExceptHookArgs) -> None:
-    """Says nothing of a full disk in TensorBoard's thread, which the next event raises again."""
+    """Ignores an OSError (a full disk) in TensorBoard's thread: the next event raises it in the main thread."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
@@ -128,7 +128,7 @@ def truncate_after(path: Path, step: int) -> None:
     """Cuts the lines of steps after `step`, and a last line cut short by a kill, off a metrics file. Reads only its end."""
     if not path.exists():
         return
-    open_regular(path).close()  # a pipe would not end
+    open_regular(path).close()  # refuses a pipe, which would be read without end
     with path.open("rb+") as f:
         keep, good, bad = f.seek(0, os.SEEK_END), 0, 0
         while keep > 0:
@@ -140,7 +140,7 @@ def truncate_after(path: Path, step: int) -> None:
                     break
                 good += line.endswith(b"\n")
             except ValueError:
-                bad += 1  # a line that a full disk or a power cut left: out with it
+                bad += 1  # a line cut short by a full disk or a power cut is dropped
             keep = line_start
         if not keep and bad > 1 > good:
             raise UserError(f"{path}: none of its lines up to step {step:,} can be read; move it away, or mend it")
@@ -164,10 +164,10 @@ class Progress:
     """A live line on a terminal (step, loss, tokens/s, time left); elsewhere a plain line every ten seconds."""
 
     def __init__(self, start: int, steps: int, stop: list[signal.Signals]):
-        """`stop`: where it asks the run to end when nobody can read what it prints (see `processes.stop_on_signal`)."""
+        """`stop`: the list of `processes.stop_on_signal`; SIGPIPE is added to it when the output can no longer be written."""
         self.console, self._stop, self._lost = rich.console.Console(highlight=False), stop, False
         self._steps, self._last = steps, 0.0
-        self._first = self._bar = None  # the first step that was shown, and when: it was compiled before
+        self._first = self._bar = None  # (the first step shown, when), for the time left: it excludes compilation
         if self.console.is_terminal:
             columns = (
                 rich.progress.TextColumn("{task.description}"),
@@ -207,7 +207,7 @@ class Progress:
     def close(self) -> None:
         """Leaves the last state on the screen."""
         if self._bar:
-            with contextlib.suppress(OSError):  # a terminal that is gone
+            with contextlib.suppress(OSError):  # the terminal is gone
                 self._bar.stop()
 
 
@@ -225,7 +225,7 @@ BEFORE, LEAST = 100, 10  # finite steps that a loss is compared with, and how ma
 
 
 class Spike(UserError):
-    """What `train.spike` and `train.give_up` end a run with. Only process 0 has something to say."""
+    """Ends a run by `train.spike` or `train.give_up`. Only process 0 has a message."""
 
     code = processes.SPIKE
 
@@ -239,11 +239,11 @@ class Reporter:
         self.losses, self.since, self.in_a_row = remembered(Path(config.workdir), start)
         self.config, self.sources, self.writer, self.progress, self.clock = config, sources, writer, progress, clock
         self.order, self.names = feed.order(config, sources), feed.names(config.data.sources)
-        self.counts = self.order.counts(start)  # samples of each source, at the line before
+        self.counts = self.order.counts(start)  # samples read of each source up to the last line written
         self.pending: tuple[int, dict] | None = None
 
     def report(self, always: bool = False) -> None:
-        """Writes the pending step down if log.every says so, or it was skipped, or `always`. Raises Spike, as that says."""
+        """Writes the pending step's line if `log.every` is due, the step was skipped or a spike, or `always`. Raises Spike."""
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None
@@ -289,20 +289,20 @@ class Reporter:
             raise Spike(what if jax.process_index() == 0 else "")
 
     def end(self, step: int) -> int:
-        """Says so if the run, at `step`, ends in steps that were skipped; returns its exit code."""
-        if self.in_a_row < min(2, self.config.train.steps):  # one is what it takes to lower fp16's loss scale
+        """The exit code of a run that ends at `step`: SPIKE, with a message, if its last steps were skipped, else 0."""
+        if self.in_a_row < min(2, self.config.train.steps):  # a single one merely lowers fp16's loss scale
             return 0
         self.progress.say("error: " + self.all_skipped(step, "the run ends there"))
         return processes.SPIKE
 
     def all_skipped(self, step: int, why: str) -> str:
-        """What to say when up to `step` nothing is learnt any more."""
+        """The message when all steps of late, up to `step`, were skipped."""
         what = f"since step {self.since:,} all {self.in_a_row:,} steps, up to {step:,}, were skipped as not finite ({why})"
         what += "; if the weights are bad, go on from an older checkpoint with a lower optim.peak_lr"
         return self.how_to_go_on(what, self.since, step)
 
     def remember(self, step: int) -> None:
-        """Writes down with a save what the steps after it are compared with."""
+        """Writes with a save what `train.spike` and `train.give_up` need to go on after a restart."""
         state = {"recent_losses": list(self.losses), "skipping_since": self.since, "skipped_in_a_row": self.in_a_row}
         self.writer.write(step, state)
 
@@ -319,9 +319,9 @@ class Reporter:
 
 
 def remembered(run: Path, step: int) -> tuple[collections.deque[float], int, int]:
-    """(the last finite losses up to `step`, since when steps were skipped, how many in a row), as `Reporter.remember` wrote.
+    """(the last finite losses up to `step`, the first of the skipped steps in a row, how many those are).
 
-    From RUN/metrics.jsonl, which ends at `step`, as process 0 reads it, for all processes alike.
+    Process 0 reads them from RUN/metrics.jsonl, where `Reporter.remember` wrote them, and sends them to all processes.
     """
     losses, row, path = np.full(BEFORE, np.nan, np.float32), np.zeros(2, np.int32), run / "metrics.jsonl"
     if jax.process_index() == 0 and step and path.is_file():
@@ -329,9 +329,9 @@ def remembered(run: Path, step: int) -> tuple[collections.deque[float], int, int
         with path.open("rb") as f:
             f.seek(max(f.seek(0, os.SEEK_END) - (1 << 20), 0))  # 100 lines and as many of validation are a tenth of it
             for text in f:
-                with contextlib.suppress(ValueError):  # the first may be cut
+                with contextlib.suppress(ValueError):  # the first line may be cut
                     values = report.line(text)
-                    if values.get("finite") and values.get("loss") is not None:  # all that older versions kept
+                    if values.get("finite") and values.get("loss") is not None:  # all that older versions wrote
                         last.append(values["loss"])
                     if "recent_losses" in values:
                         last = values["recent_losses"]

@@ -230,7 +230,7 @@ class Llama(nn.Module):
     ):
         """What the head reads, [B, S, D] in the compute dtype, and the cache with these positions added."""
         policy = jmp.get_policy(self.model.precision)
-        # in the residual stream's dtype: gathered in bf16, the table would put bf16's rounding of 0.2% into an fp32 stream
+        # in the residual stream's dtype: a table gathered in bf16 would bring bf16's rounding, 0.2%, into an fp32 stream
         x_BSD = lookup(self.embed(), tokens_BS, self.model.residual_dtype, self.model.reduce_dtype)
         x_BSD = sharding.constrain(x_BSD, "BSD")
         table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)

@@ -54,7 +54,7 @@ def guess(compiled: Compiled, sequences: int) -> float:
     now = compiled.config.train.seqs_per_device
     guessed = fixed + max(compiled.peak - fixed, 0) * sequences / now
     most = compiled.config.fitting(sharding.batch_devices(compiled.mesh))[-1]
-    alone = sequences == most  # no accumulation, and no sum of gradients
+    alone = sequences == most  # without accumulation there is no sum of gradients
     return guessed + known["params"] * ((compiled.accumulation == 1) - alone)
 
 

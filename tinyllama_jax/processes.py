@@ -33,14 +33,14 @@ from tinyllama_jax.files import claim, read_json
 
 STARTED = time.perf_counter()  # this is the first module that `train` imports
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
-SPIKE = 3  # exit code when the losses made the run stop (train.spike, train.give_up): the same command would come to it again
-PATIENCE = {"starting": 6, "saving": 10}  # times train.wait: restoring and compiling; a save that neither reads nor writes
-PROGRESS = 1 << 26  # bytes read and written by which a save is seen to go on
+SPIKE = 3  # exit code of train.spike and train.give_up: the same command would end in the same way
+PATIENCE = {"starting": 6, "saving": 10}  # times train.wait; saving: without reading or writing
+PROGRESS = 1 << 26  # bytes read and written that count as progress of a save
 POLITE = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU  # save and end
 TOGETHER = 2.0  # seconds in which all meet the same mistake
 SETTLE = 5.0  # seconds in which a process that fails can be told from those that fail because of it
-STOPPED = tuple(128 + number for number in (*POLITE, signal.SIGPIPE))  # exit codes of who was told to stop
-MEANT = (None, 0, SPIKE, *STOPPED)  # None: not ended; the others: what all end with alike
+STOPPED = tuple(128 + number for number in (*POLITE, signal.SIGPIPE))  # exit codes of processes told to stop
+MEANT = (None, 0, SPIKE, *STOPPED)  # None: not ended; the others: exit codes that all processes share
 AGAIN = "; run the same command again"
 BUSY = "another process is training in this folder; wait for it, or name another --workdir"
 _CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment of the child: a file descriptor that it shares with its parent
@@ -77,7 +77,7 @@ def _identity() -> tuple[int, int]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """`run_main`; but one that fails ends at once: one of several would wait for the others, and any for Orbax's threads."""
+    """`run_main`, but a process that fails ends at once, and waits neither for other processes nor for Orbax's threads."""
     try:
         run_main(main)
     except BaseException as error:
@@ -89,7 +89,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if _place is None:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
-        elif isinstance(error, SystemExit):  # said already; the others say the same, and JAX nothing of who ended first
+        elif isinstance(error, SystemExit):  # its line is printed; JAX's would be about the others
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             time.sleep(TOGETHER)
         else:
@@ -113,7 +113,7 @@ def join(wait: float) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train`
-    seconds = int(wait * PATIENCE["starting"]) + 60  # after the parent's, whose line says who it is
+    seconds = int(wait * PATIENCE["starting"]) + 60  # longer than the parent's wait: its message names the missing process
     where = cluster.arguments(process, processes, seconds)
     jax.distributed.initialize(
         **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
@@ -142,7 +142,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def heeded() -> list[signal.Signals]:
-    """Of `POLITE` those that are not to be ignored: `nohup` has SIGHUP ignored."""
+    """SIGINT, SIGTERM, and those of `POLITE` that are not ignored: under `nohup` SIGHUP is."""
     return [n for n in POLITE if n in POLITE[:2] or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -150,7 +150,7 @@ def heeded() -> list[signal.Signals]:
 def stop_on_signal() -> Iterator[list[signal.Signals]]:
     """A list that the first signal adds itself to: the loop then saves and ends. A second SIGINT or SIGTERM ends at once."""
     stop: list[signal.Signals] = []
-    first = 0.0  # when a SIGINT or SIGTERM came: a scheduler may announce it by another
+    first = 0.0  # when the first SIGINT or SIGTERM came; a scheduler may send another signal before
     before = {number: signal.getsignal(number) for number in heeded()}
 
     def handler(number: int, _: FrameType | None) -> None:
@@ -158,7 +158,7 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
         if not stop:
             stop.append(signal.Signals(number))
         if number in POLITE[:2]:
-            if first and time.monotonic() - first > 1:  # not the same one by another way: a scheduler signals parent and child
+            if first and time.monotonic() - first > 1:  # within 1 s it is the same one, sent to parent and child
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             first = first or time.monotonic()
@@ -208,7 +208,7 @@ def barrier(name: str) -> None:
 
 
 def supervise(module: str) -> None:
-    """Becomes the parent of this same command, `python -m module`, and ends with its exit code; returns if there is no need."""
+    """Runs `python -m module` as a child, watches it, and ends with its exit code. Returns if it needs no parent."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while it imports there is nothing to save
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if _CHANNEL not in os.environ and (not {"-h", "--help"} & set(sys.argv)):
@@ -242,7 +242,7 @@ def _supervised(module: str, argv: list[str]) -> int:
 
 _NUMBERS, _TEXTS = ("process", "processes", "moves", "step", "written", "beats"), ("doing", "host", "why")
 _KINDS = dict.fromkeys(_NUMBERS, int) | dict.fromkeys(_TEXTS, str) | {"ended": int | None, "stopped": bool}
-Record = typing.TypedDict("Record", _KINDS)  # RUN/processes/N.json. written: of PROGRESS bytes, while it saves
+Record = typing.TypedDict("Record", _KINDS)  # RUN/processes/N.json. written: units of PROGRESS bytes, during a save
 
 
 class _Process:
@@ -386,7 +386,7 @@ class _Watch:
 
 
 def _proc(pid: int, name: str) -> str:
-    """What the kernel says of a process; nothing where it has no /proc, or no longer that process."""
+    """A file of /proc about a process; empty without /proc, or if the process has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text()
     except OSError:

@@ -291,7 +291,7 @@ def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]])
 
 
 def ran_on(run: Run) -> str:
-    """What of RUN/versions.json is otherwise here."""
+    """What differs here from RUN/versions.json."""
     now = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
     return "".join(f"; {line}" for line in run_folder.versions_apart(run_folder.read_versions(run.folder), now))
 

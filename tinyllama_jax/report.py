@@ -17,11 +17,11 @@ from tinyllama_jax.files import Count, decode_json, open_regular, read_json
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
 
 
-LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; that of a step that was skipped names its blocks
+LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
 Value = int | float | bool | str | list[float] | None
 
 
-# What is read again of a line of metrics.jsonl, be it of a step, of a validation or of a save
+# The keys that are read from a line of metrics.jsonl, whether of a step, a validation or a save
 _NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss"), float | None)
 _COUNTS = dict.fromkeys(("checksum", "tokens", "skipping_since", "skipped_in_a_row"), Count)
 _OTHERS = {"step": typing.Required[Count], "finite": bool, "recent_losses": list[float]}
@@ -35,10 +35,10 @@ class Baseline(typing.TypedDict):
 
 
 def line(text: bytes) -> dict[str, Value]:
-    """A line of metrics.jsonl. Raises ValueError if it is no such."""
+    """A line of metrics.jsonl, decoded. Raises ValueError if it is damaged."""
     values = decode_json(text, dict[str, Value]) | decode_json(text, Line)
     for name, value in values.items():
-        if "/" in name and not isinstance(value, int | float | None):  # of a source
+        if "/" in name and not isinstance(value, int | float | None):  # a value of one source
             raise ValueError(f"{name} is not a number")
     return values
 
@@ -63,7 +63,7 @@ def rows(run: str | Path) -> list[dict[str, Value]]:
 
 
 def skipped(everything: list[dict]) -> str:
-    """How many steps of a run were skipped, and which; empty if none was."""
+    """A line on how many steps of a run were skipped, and which; empty if none were."""
     steps = dict.fromkeys(row["step"] for row in everything if row.get("finite") is False)
     spans = zip((s for s in steps if s - 1 not in steps), (s for s in steps if s + 1 not in steps), strict=True)
     named = [f"{first:,}" + (f" to {last:,}" if first < last else "") for first, last in spans]
@@ -82,7 +82,7 @@ def draw(run: str | Path) -> Path:
     """
     run = Path(run)
     everything = rows(run)
-    of_steps = {row["step"]: row for row in everything if row.get("loss") is not None}  # validation has rows of its own
+    of_steps = {row["step"]: row for row in everything if row.get("loss") is not None}  # without the rows of validations
     train = list(of_steps.values())
     validation = [row for row in everything if row.get("val_loss") is not None]
     if not train:

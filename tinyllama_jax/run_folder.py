@@ -95,11 +95,11 @@ class Source(typing.TypedDict):
     weight: Number | list[tuple[Number, Number]]
     manifest_sha256: str
     bos: bool
-    sha256: str | None  # of its files, where no manifest says it and `data.verify` was on
+    sha256: str | None  # of its files, for LITPKDS files read under `data.verify`; else None
 
 
 class Versions(typing.TypedDict):
-    """versions.json, and what was there before, each with the step until which it was so."""
+    """versions.json. `before`: the earlier versions, each with the last step that ran on it."""
 
     packages: dict[str, str]
     python: str
@@ -117,7 +117,7 @@ def locked(run: str | Path) -> Iterator[None]:
     """
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    foreign = any(name != "processes" for name in listed(run))  # that folder is there before the run is
+    foreign = any(name != "processes" for name in listed(run))  # `processes` is made before the run folder
     if foreign and not (run / "config.json").is_file() and not (run / "lock").is_file():
         yield
         return
@@ -138,7 +138,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     notes = []
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
-    if steps := seals.steps_in(run):  # before its first checkpoint a run has nothing to lose
+    if steps := seals.steps_in(run):  # a run without a checkpoint has nothing to lose
         if not seals.has_state(run, steps[-1]):  # an import
             raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
         notes = _compare(load_config(run), config, steps[-1])
@@ -199,7 +199,7 @@ def other_past(origin: Path, step: int, config: Config, sources: list[dict]) -> 
 
 
 def _keep_checksums(there: list[Source], data: list[dict]) -> None:
-    """Keeps in `data` what was recorded of its files. Raises UserError if they were read again and differ."""
+    """Copies the recorded sha256 of each source into `data`. Raises UserError if a new one was computed and differs."""
     for then, source in zip(there, data, strict=False):
         recorded = then["sha256"] if then["manifest_sha256"] == source["manifest_sha256"] else None
         source["sha256"] = source["sha256"] or recorded
@@ -271,22 +271,22 @@ def versions() -> Versions:
 
 
 def read_versions(run: Path) -> Versions:
-    """What a run was last started on. Raises UserError."""
+    """The versions that a run was last started on. Raises UserError."""
     return read_json(run / "versions.json", Versions, "delete it: nothing needs it but `replay`")
 
 
 def versions_apart(then: Versions, now: Versions) -> list[str]:
-    """What differs, a few words each."""
+    """What differs between two versions, a few words each."""
     then, now = ({**v, **v["packages"], "packages": None, "before": None} for v in (then, now))
     return [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
 
 
 def _write_versions(run: Path, step: int) -> list[str]:
-    """Writes versions.json, with what was there until `step` if that differs; returns a line that says so."""
+    """Writes versions.json; if something has changed, keeps the old versions as those until `step` and returns a line on it."""
     now, apart = versions(), []
     if step and (run / "versions.json").is_file():
         then = read_versions(run)
         now["before"], apart = then.pop("before", []), versions_apart(then, now)
         now["before"] += [{"until_step": step, **then}] if apart else []
     write(run / "versions.json", json.dumps(now, indent=2) + "\n")
-    return [f"runs on something else than before (see {run / 'versions.json'}): {'; '.join(apart)}"] if apart else []
+    return [f"packages or devices have changed (see {run / 'versions.json'}): {'; '.join(apart)}"] if apart else []

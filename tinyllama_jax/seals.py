@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder as they lie there: listed, sealed, found whole or not, set aside. Nothing of Orbax."""
+"""The checkpoints of a run folder as files, without Orbax: listed, sealed with checksums, verified, set aside."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.errors import UserError
 
 SEAL = "seal.json"
-NEWEST = "newest.json"  # the newest step that a checkpoint was ever whole of: it tells checkpoints gone from none yet
+NEWEST = "newest.json"  # the newest step that ever had a whole checkpoint: tells lost checkpoints from none yet
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 OLD = f"{PARTIAL}-deleted"  # at the end of the name of one that is being deleted
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # what is written after the seal
 
 
 class Seal(typing.TypedDict):
-    """What a checkpoint was when it was written."""
+    """seal.json: what a checkpoint held when it was written."""
 
     step: int
-    skip: str  # data.skip: what of the config its batches depend on
+    skip: str  # data.skip, the part of the config that its batches depend on
     files: dict[str, str]  # path within the checkpoint -> sha256
     sha256: str  # of the seal itself: see `_own`
 
@@ -41,7 +41,7 @@ class Seal(typing.TypedDict):
 
 
 def steps_in(run: str | Path) -> list[int]:
-    """The steps that a run folder has sealed checkpoints of, in order. Whatever else lies there is passed over."""
+    """The steps of which a run folder has a sealed checkpoint, in order. Other files and folders are passed over."""
     return [step for step in _numbered(run) if exists(Path(run) / "checkpoints" / str(step) / SEAL)]
 
 
@@ -51,12 +51,12 @@ def _names(run: str | Path) -> list[str]:
 
 
 def _numbered(run: str | Path) -> list[int]:
-    """The steps that something in RUN/checkpoints is named by, in order."""
+    """The names in RUN/checkpoints that are step numbers, in order, sealed or not."""
     return sorted(int(name) for name in _names(run) if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
 
 def _strays(run: str | Path) -> list[str]:
-    """What lies in RUN/checkpoints and is no checkpoint, nor what a process or a file manager left."""
+    """Names in RUN/checkpoints that are neither checkpoints nor left there by this program or a file manager."""
     steps = set(map(str, steps_in(run)))
     return [name for name in _names(run) if name not in steps and not unfinished(name)]
 
@@ -67,7 +67,7 @@ def unfinished(name: str) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises OSError if the disk does not say."""
+    """Whether a file or folder exists. Raises OSError if the disk cannot tell."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -76,7 +76,7 @@ def exists(path: Path) -> bool:
 
 
 def find_step(run: str | Path, step: int | None = None, option: str = "--step ") -> int:
-    """`step`, or the latest one if it is None. Raises UserError naming `option` and those that there are."""
+    """`step`, or the latest one if it is None. Raises UserError naming `option` and the steps that have a checkpoint."""
     if not (Path(run) / "config.json").is_file():
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
     steps, strays = steps_in(run), _strays(run)
@@ -94,7 +94,7 @@ def find_step(run: str | Path, step: int | None = None, option: str = "--step ")
 
 
 def seal(folder: Path, skip: str) -> None:
-    """Writes the seal of the checkpoint that is being written in `folder`, whose files are all there."""
+    """Writes the seal of the checkpoint in `folder` whose files are all written but which has not got its name yet."""
     for partial in (path for path in folder.glob(f"*{PARTIAL}*") if not path.name.endswith(OLD)):
         paths = [f for f in partial.rglob("*") if f.is_file() and f.name not in UNSEALED]
         named = dict(zip((str(f.relative_to(partial)) for f in paths), _checksums(paths), strict=True))
@@ -108,7 +108,7 @@ def _own(content: dict | Seal) -> str:
 
 
 def _checksums(paths: list[Path]) -> list[str | None]:
-    """The sha256 of each; None where there is no such file. Raises OSError if one cannot be read."""
+    """The sha256 of each path; None where there is no regular file. Raises OSError if one cannot be read."""
 
     def checksum(path: Path) -> str | None:
         try:
@@ -136,9 +136,9 @@ def read_seal(checkpoint: Path) -> Seal:
 
 
 def damage(checkpoint: Path, part: str = "") -> str | None:
-    """What is wrong with a checkpoint (or one item of it, "params" say), or None. Only what it was sealed with counts.
+    """What is wrong with a checkpoint (or with one item of it, such as "params"), or None. Files not in its seal do not count.
 
-    Raises OSError if the disk does not let it be read: that says nothing about the checkpoint.
+    Raises OSError if the disk cannot read it: the checkpoint itself may be whole.
     """
     try:
         sealed = read_seal(checkpoint)["files"]
@@ -152,7 +152,7 @@ def damage(checkpoint: Path, part: str = "") -> str | None:
 
 
 def has_state(run: Path, step: int) -> bool:
-    """Whether a checkpoint holds what training goes on from, and not weights alone; True if its seal does not say."""
+    """Whether a checkpoint holds the whole training state and not weights alone; True if its seal cannot be read."""
     try:
         return any(name.startswith("train/") for name in read_seal(run / "checkpoints" / str(step))["files"])
     except UserError:  # for `recover`
@@ -160,7 +160,7 @@ def has_state(run: Path, step: int) -> bool:
 
 
 def unusable(checkpoint: Path, config: Config) -> str | None:
-    """Why the run that `config` describes could not have come to a checkpoint, or None: damage, or other batches."""
+    """Why a run with `config` cannot go on from a checkpoint (it is damaged, or trained on other batches), or None."""
     if reason := damage(checkpoint):
         return reason
     then = dataclasses.replace(config.data, skip=read_seal(checkpoint)["skip"])
@@ -170,7 +170,7 @@ def unusable(checkpoint: Path, config: Config) -> str | None:
 
 
 def _check_skip(run: Path, config: Config) -> None:
-    """Raises UserError if the newest checkpoint has left out batches that `config` forgets: that is no wish to go back."""
+    """Raises UserError if the newest checkpoint left out batches that `config` does not: `data.skip` was probably forgotten."""
     for step in reversed(steps_in(run)):
         try:
             skip = read_seal(run / "checkpoints" / str(step))["skip"]
@@ -185,15 +185,15 @@ def _check_skip(run: Path, config: Config) -> None:
         return
 
 
-# -- where a run goes on, and what becomes of the rest ----------------------------------------------------------------------
+# -- where a run goes on, and what is set aside ------------------------------------------------------------------------------
 
 
 def recover(config: Config) -> list[str]:
-    """Sets aside, in RUN/set_aside, what is after the newest checkpoint that the run can go on from; returns lines to print.
+    """Moves to RUN/set_aside the checkpoints after the newest one that the run can go on from; returns lines to print.
 
-    That is the newest whose files are as they were written and whose batches were those of this config. A run that goes back
-    keeps the metrics of what it does again there too. To be called by one process, before the others look. Raises UserError,
-    and moves nothing, if the run had checkpoints and none is such.
+    It can go on from a checkpoint whose files are as they were written and whose batches were those of `config`. If it goes
+    back, a copy of its metrics is kept there too. To be called by one process, before the others look. Raises UserError,
+    and moves nothing, if the run had checkpoints and can go on from none.
     """
     run, aside, newest = Path(config.workdir), {}, None
     _check_skip(run, config)
@@ -225,9 +225,9 @@ def recover(config: Config) -> list[str]:
 
 
 def start_over(config: Config) -> None:
-    """Sets aside all that a run folder has whose checkpoints are gone, if `init.start_over` is the newest step that it saved.
+    """Sets aside what is left of a run whose checkpoints are gone, if `init.start_over` is the newest step that it saved.
 
-    Does nothing where nothing was saved yet. Raises UserError, and moves nothing, if it is another step.
+    Does nothing if no step was ever saved. Raises UserError, and moves nothing, if `init.start_over` is another step.
     """
     run, given = Path(config.workdir), config.init.start_over
     if not (before := last_saved(run)):
@@ -239,16 +239,16 @@ def start_over(config: Config) -> None:
             f"to {run / 'set_aside'}"
         )
     stay = ["lock", "processes", "set_aside", "config.json", NEWEST]
-    stay += ["checkpoints"] if (run / "checkpoints").is_dir() and not _names(run) else []  # it can be where a disk is mounted
+    stay += ["checkpoints"] if (run / "checkpoints").is_dir() and not _names(run) else []  # a disk may be mounted there
     for name in files.listed(run):
         if name not in stay:
             set_aside(run, run / name)
     set_aside(run, run / "config.json", shutil.copyfile)
-    set_aside(run, run / NEWEST)  # last: until then the same command does this again
+    set_aside(run, run / NEWEST)  # last, so that the same command does all this again if it is killed before
 
 
 def set_aside(run: Path, path: Path, move: Callable[[Path, Path], object] = os.rename) -> Path:
-    """Moves `path` into RUN/set_aside, with the time in its name; returns where it is."""
+    """Moves `path` into RUN/set_aside, adds the time to its name, and returns the new path."""
     name = f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     (run / "set_aside").mkdir(exist_ok=True)
     places = (run / "set_aside" / (name + (f".{i}" if i else "")) for i in itertools.count())
@@ -258,12 +258,12 @@ def set_aside(run: Path, path: Path, move: Callable[[Path, Path], object] = os.r
 
 
 def remember(run: Path, step: int) -> None:
-    """Writes down in the run folder that there is a whole checkpoint of `step`."""
+    """Records in the run folder that `step` has a whole checkpoint."""
     files.write(run / NEWEST, f"{step}\n")
 
 
 def last_saved(run: Path) -> int:
-    """The newest step that there ever was a whole checkpoint of, as the run folder remembers it; 0 if there was none."""
+    """The newest step that ever had a whole checkpoint, as recorded in the run folder; 0 if there was none."""
     if not exists(run / NEWEST):
         return 0
     return files.read_json(run / NEWEST, files.Count, f"if no checkpoint of {run} is missing, delete it")

@@ -79,7 +79,7 @@ def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, Name
 
 
 def _fitting(mesh: jax.sharding.Mesh, model: Model) -> str:
-    """The options of a mesh near this one, of as many devices, whose axes divide the parameters."""
+    """The options of a mesh of as many devices, near this one, whose axes divide the parameters."""
     sizes = dims.sizes(model)
     common = lambda axis: math.gcd(*(sizes.get(letter, 0) for letter, over in PARAMETER_AXES.items() if over == axis))
     tensor = math.gcd(mesh.shape["tensor"], common("tensor"))
@@ -136,7 +136,7 @@ def parts() -> int:
 def copies(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Array:
     """[X, *w.shape]: the parameter `w`, whose dimensions are `letters`, gathered in `dtype` for each part of a batch.
 
-    They have w's dtype again, so that their gradients do, of which its own is `sum_of_parts`.
+    They are cast back to w's dtype, so that their gradients have it; w's own gradient is `sum_of_parts` of these.
     """
     gathered = constrain(w.astype(dtype), letters)
     return constrain(jnp.broadcast_to(gathered, (parts(), *w.shape)), "B" + letters).astype(w.dtype)

@@ -35,7 +35,7 @@ class TrainState:
     params: dict
     opt_state: tuple
     loss_scale: dict  # fp16 compute only: jmp's dynamic loss scale and its counter; else empty
-    skipped: jax.Array  # int32: steps with a number that was not finite, and which changed nothing
+    skipped: jax.Array  # int32: steps that were not finite and so changed nothing
 
 
 class Batch(NamedTuple):
@@ -188,7 +188,7 @@ def documents(tokens_BS: jax.Array, config: Config, eos_id: int | None) -> jax.A
 
 
 def left_out(config: Config, eos_id: int | None) -> int | None:
-    """The token after which no prediction counts, if there is one."""
+    """The token after which the prediction does not count: eos under `data.eod_mask_loss`, else None."""
     return eos_id if config.data.eod_mask_loss else None
 
 
@@ -230,8 +230,8 @@ def train_step(
     """One optimizer step over all A micro-batches, and its metrics as scalars.
 
     If the loss, any gradient or any parameter after the update is not finite, weights and moments stay as they were, `skipped`
-    counts it, and the step counter moves on to the next batch. Nothing to predict changes nothing either: its loss is NaN,
-    and it is not counted.
+    counts it, and the step counter moves on to the next batch. A step without a token to predict changes nothing either; its
+    loss is NaN, and `skipped` does not count it.
     """
     sums, grads = gradients(state, batch, config, eos_id)
     scale = scaler(state)

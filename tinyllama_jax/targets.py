@@ -1,4 +1,4 @@
-"""Accelerators: what one of each can do, holds and costs, and devices of it to compile for where there are none."""
+"""Accelerators: the speed, memory and price of each, and devices to compile for on a machine without them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Machine(NamedTuple):
         """Bytes of one device that a program may plan with: of a CPU's, an equal part of what this machine has."""
         if self.target is None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.devices)
-        # a run takes this part of a GPU's memory at its start; TPU compilers count everything, and refuse what does not fit
+        # at its start a run takes this part of a GPU's memory; a TPU compiler counts all memory, and refuses what does not fit
         return int(self.target.memory * (xla.memory_fraction() if self.target.sm else 1.0))
 
 

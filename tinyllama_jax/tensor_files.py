@@ -1,4 +1,4 @@
-"""Tensors by name out of safetensors and PyTorch files, none of which is trusted: see `read`."""
+"""Reads named tensors from safetensors and PyTorch files, none of which is trusted: see `read`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tinyllama_jax.errors import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 LARGEST = 1 << 24  # bytes of an index, or of a header; those of 405B are 0.1 MB
-# what torch.compile, DDP, FSDP and Fabric put into the names of tensors
+# prefixes that torch.compile, DDP, FSDP and Fabric put into the names of tensors
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-ROTARY = "rotary_emb.inv_freq"  # how the names of tables end that old checkpoints hold, and that nobody needs
+ROTARY = "rotary_emb.inv_freq"  # end of the names of rotary tables in old checkpoints, which are not needed
 
 
 class _Index(typing.TypedDict):
@@ -42,7 +42,7 @@ class Stored:
 Tensors = Mapping[str, np.ndarray | Stored]
 
 
-# -- what is asked of tensors -------------------------------------------------------------------------------------------
+# -- checks of tensors --------------------------------------------------------------------------------------------------
 
 
 def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], origin: str) -> None:
@@ -56,7 +56,7 @@ def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], origin: str
 
 
 def check_names(names: Iterable[str], expected: Iterable[str], origin: str) -> None:
-    """Raises UserError naming the first tensor that is too much or that is not there."""
+    """Raises UserError naming the first tensor that is unknown or missing."""
     names, expected = dict.fromkeys(names), dict.fromkeys(expected)
     missing, unknown = [n for n in expected if n not in names], sorted(n for n in names if n not in expected)
     for what, wrong in (("no", missing), ("unknown", unknown)):
@@ -73,7 +73,7 @@ def check_finite(name: str, array: np.ndarray, origin: str) -> None:
 
 
 def shown(name: object) -> str:
-    """A name out of a file, for a message of one line."""
+    """A name from a file, made fit for a message of one line."""
     return " ".join((name if isinstance(name, str) and name.strip() and name.isprintable() else ascii(name)).split())[:200]
 
 
@@ -92,7 +92,7 @@ def _read_safetensors(path: Path) -> Tensors:
     try:
         if header > LARGEST:
             raise safetensors.SafetensorError(f"its header would have {header:,} bytes")
-        file = safetensors.safe_open(path, framework="np")  # which holds offsets and sizes against the file's
+        file = safetensors.safe_open(path, framework="np")  # it checks offsets and sizes against the file's
         return {name: Stored(file, name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: is not a whole safetensors file: {shown(str(error))}") from None
@@ -112,7 +112,7 @@ def read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
-    except Exception as error:  # torch has no type of its own for a file that is not its own
+    except Exception as error:  # torch has no exception type for a file that it did not write
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         reason = "is not a whole PyTorch file"
@@ -146,13 +146,13 @@ def to_arrays(held: object, origin: str) -> dict[str, np.ndarray]:
         tensor = tensor.detach()
         if f"{tensor.dtype}".removeprefix("torch.") not in DTYPES:
             raise UserError(f"{origin}: {shown(name)} is of dtype {tensor.dtype}; only {', '.join(DTYPES)} can be read")
-        is_bf16 = tensor.dtype == torch.bfloat16  # which numpy itself does not have
+        is_bf16 = tensor.dtype == torch.bfloat16  # numpy itself has no bf16
         arrays[name] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if is_bf16 else tensor.numpy()
     return _unwrapped(arrays, origin)
 
 
 def unfit(name: object, tensor: object) -> str | None:
-    """Why an entry of a table is no named tensor with numbers of its own in this machine's memory, or None."""
+    """Why an entry of a table is not a named, dense tensor with numbers of its own in main memory; None if it is."""
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -163,7 +163,7 @@ def unfit(name: object, tensor: object) -> str | None:
         return "is a meta tensor, which has no numbers" if tensor.is_meta else f"is on the device {tensor.device}"
     if tensor.is_conj() or tensor.is_neg():
         return "is a view that conjugates or negates; save what .resolve_conj().resolve_neg() gives"
-    reach = 1  # how far the dimensions with smaller strides go
+    reach = 1  # elements spanned by the dimensions with smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
             return "has elements that share memory, as `expand` makes them; save what .contiguous() gives"
@@ -197,7 +197,7 @@ def _read(path: Path) -> Tensors:
 
 
 def _read_indexed(folder: Path, index: Path) -> Tensors:
-    """The tensors of the files that an index names, each of which must be in the file that it says, and in no other."""
+    """The tensors of the files in an index. Each must be in the file that the index says, and in no other."""
     weight_map = files.read_json(index, _Index, largest=LARGEST)["weight_map"]
     tensors, place = {}, {}
     for file in sorted(set(weight_map.values())):

@@ -81,7 +81,7 @@ def reserve_memory() -> None:
 def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError if a device has not even the memory for its part of the weights and the two moments.
 
-    A CPU's virtual devices share what this machine has. How much a step needs beside them says `plan`.
+    A CPU's virtual devices share this machine's memory. `plan` says how much a step needs beside the weights and moments.
     """
     first = mesh.local_devices[0]
     if stats := first.memory_stats() if first.platform != "cpu" else None:

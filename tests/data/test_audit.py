@@ -499,7 +499,7 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--seq-len=0"], "--seq-len 0: must be 1 to 16,777,216"),
         (["data", "--seq-len=99999999999"], "--seq-len 99999999999: must be 1 to 16,777,216"),
         (["data", "--samples=20000000"], "--samples 20000000: must be 0 to 1,000"),
-        (["data", "--page=gone/page.html"], "--page gone/page.html: is a folder, or in none"),
+        (["data", "--page=gone/page.html"], "--page gone/page.html: is a folder, or its folder does not exist"),
         (["data", "--samples=-1"], "--samples -1: must be 0 to 1,000"),
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),

@@ -221,7 +221,7 @@ def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, cap
     train, held = (manifest["splits"][split] for split in ("train", "validation"))
     assert (train["documents"], held["documents"], held["last_blocks_of_train"]) == (30, 0, held["blocks"])
     assert (len(train["shards"]) > 9) == (shards > 1) and held["blocks"] == round(0.1 * (held["blocks"] + train["blocks"])) > 2
-    assert f"validation: no document is held out, being so few: these are the last {held['blocks']} blocks of all" in (
+    assert f"validation: too few documents to hold any out; these are the last {held['blocks']} blocks of all" in (
         capsys.readouterr().out
     )
     ids, validation = expected(texts, model), stream(tmp_path / "out", "validation")

@@ -102,7 +102,7 @@ def test_the_last_recorded_batches_are_read_again(tiny_config, tmp_path, changes
         assert feed.check_batches(config, sources, step) == [f"the last {n} recorded batches are as they were"]
     for bad in (0, 13, 19):
         write([*lines[:bad], lines[bad] | {"checksum": lines[bad]["checksum"] ^ 1}, *lines[bad + 1 :]])
-        with pytest.raises(UserError, match=rf"step {bad + 1}: its batch is not the one .* newest is .*put the old one back"):
+        with pytest.raises(UserError, match=rf"step {bad + 1}: its batch is not .* the newest of them: put the old one back"):
             feed.check_batches(config, sources, 20)
         assert bad == 0 or feed.check_batches(config, sources, bad)
 

@@ -118,7 +118,7 @@ def test_dask_workers_and_one_that_is_killed(scheduler, start, corpus, model, tm
     total = len([name for name in expected if name.startswith("blocks-")])
     assert 2 <= made < total
     code, said, err = finished(main)
-    assert code == 0 and re.fullmatch(r"what Beam says goes to \S+\n", err), err
+    assert code == 0 and re.fullmatch(r"Beam's output goes to \S+\n", err), err
     assert f"out: {total} shards in " in said and digests(out) == expected and not partial.exists()
 
 

@@ -48,7 +48,7 @@ def test_the_command_makes_one_that_loses_nothing(files, tmp_path, odd):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["{files}", "--vocab-size", "100000"], "--vocab-size 100000: the text is too little .* at most"),
+        (["{files}", "--vocab-size", "100000"], "--vocab-size 100000: there is too little text: .* at most"),
         (["{files}", "--vocab-size", "20"], "--vocab-size 20: its bytes and characters alone take"),
         (["{files}", "--vocab-size", "0"], "--vocab-size 0: must lie in"),
         (["{files}", "--vocab-size", "9999999"], "--vocab-size 9999999: must lie in"),

@@ -57,7 +57,7 @@ def open_splits(path: str, seq_len: int, findings: Findings) -> list[Blocks]:
 
 @contextlib.contextmanager
 def _found(findings: Findings, source: str, kind: type[UserError]) -> Iterator[None]:
-    """What ends the block, of `kind` or of the file system, is a finding: there is more to look at."""
+    """Records an error of `kind`, or of the file system, that ends the `with` block as a finding, so that the audit goes on."""
     try:
         yield
     except kind as error:
@@ -132,7 +132,7 @@ def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[s
     parts = [f"<h1>{verdict}</h1>", items(findings), items(lines)]
     for found in surveys:
         parts.append(f"<h2>{html.escape(found.name)}</h2><p>{found.summary()}</p>")
-        if not found.tokens:  # all of it is damaged
+        if not found.tokens:  # everything is damaged
             continue
         parts.append(f"<img src='data:image/png;base64,{base64.b64encode(draw(found)).decode()}'>")
         common = np.argsort(-found.counts_V, kind="stable")[:30]
@@ -213,7 +213,7 @@ def audit(
     for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in found)]:
         print(line)
     text = page(surveys, [*lines, *allowed], verdict, found, samples)
-    write(page_file, text.encode(errors="backslashreplace"))  # names of files can be of any bytes
+    write(page_file, text.encode(errors="backslashreplace"))  # names of files need not be UTF-8
     print(verdict, f"({page_file})")
     return found
 
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seq-len", type=int, metavar="S", help="of LITPKDS files (the config's, or 2048)")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="blocks of each split shown as text (3)")
     parser.add_argument("--page", type=Path, default=Path("audit.html"), metavar="FILE", help="what it writes (audit.html)")
-    parser.add_argument("--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: told, and not wrong (none)")
+    parser.add_argument("--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: kinds that are not wrong (none)")
     args, rest = parser.parse_known_args(_joined(argv))
     allow = tuple(filter(None, args.allow.split(",")))
     if unknown := set(allow) - set(ALLOWED):
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
     if not args.config and (rest or args.processes):
         raise UserError(f"{rest[0] if rest else '--processes'}: is about a training run; give its --config too")
     if args.page.is_dir() or not args.page.parent.is_dir():
-        raise UserError(f"--page {args.page}: is a folder, or in none; name a file")
+        raise UserError(f"--page {args.page}: is a folder, or its folder does not exist; name a file")
     for option, least, most in (("processes", 1, 1 << 20), ("seq_len", 1, LONGEST), ("samples", 0, 1_000)):
         if (value := getattr(args, option)) is not None and not least <= value <= most:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} to {most:,}")

@@ -25,7 +25,7 @@ Id = typing.Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # of a token; -1: the
 
 
 class Vocabulary(typing.TypedDict):
-    """The tokenizer that the tokens are of."""
+    """The tokenizer that made the tokens."""
 
     sha256: str
     vocab_size: typing.Annotated[int, msgspec.Meta(ge=1, le=2**24)]
@@ -44,7 +44,7 @@ class File(typing.TypedDict):
 
 
 class Input(typing.TypedDict, total=False):
-    """A file that the data were made of, or one that could not be read."""
+    """An input file that the data were made from, or one that could not be read."""
 
     file: typing.Required[str]
     bytes: typing.Required[Count]
@@ -53,7 +53,7 @@ class Input(typing.TypedDict, total=False):
 
 
 class Split(typing.TypedDict, total=False):
-    """A split; its other keys say what became of the input."""
+    """A split. The keys that are not required say what became of the input."""
 
     shards: typing.Required[typing.Annotated[list[File], msgspec.Meta(min_length=1)]]
     documents: typing.Required[Count]
@@ -68,7 +68,7 @@ class Split(typing.TypedDict, total=False):
 
 
 class Manifest(typing.TypedDict, total=False):
-    """manifest.json; the keys that need not be there only say how the data were made."""
+    """manifest.json. The keys that are not required only say how the data were made."""
 
     format: typing.Required[typing.Literal[FORMAT]]
     seq_len: typing.Required[typing.Annotated[int, msgspec.Meta(ge=1, le=LONGEST)]]
@@ -241,7 +241,7 @@ class Blocks:
         return []
 
     def verify(self, read: Callable[[], None]) -> None:
-        """Reads all files, and calls `read` after each. Raises Damaged if one has not the sha256 that the manifest says."""
+        """Reads all files, and calls `read` after each. Raises Damaged if a file's sha256 is not the manifest's."""
         shards = self.manifest["splits"][self.split]["shards"]
         for file, shard, checksum in zip(self._files, shards, self._checksums(read), strict=True):
             if checksum != shard["sha256"]:

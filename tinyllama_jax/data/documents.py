@@ -1,7 +1,7 @@
 """Documents out of text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead.
 
-A text file is read in parts, whatever its size. Of the other types a document is held whole, and one of more than `LONGEST`
-bytes is a fault of its file; so a worker's memory has a bound whatever a small file unpacks to: see `shards.MEMORY`.
+A text file is read in parts, whatever its size. In files of other types a document is held in memory whole, and one of more
+than `LONGEST` bytes makes its file a bad one. So memory is bounded even if a small file unpacks to a lot: see `shards.MEMORY`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinyllama_jax.files import decode_json
 
 ROWS = 64  # records of ArrayRecord in a unit
 LONGEST = 1 << 27  # bytes of a line of jsonl, or of a text in parquet or ArrayRecord
-ANY_JSON = 1 << 23  # bytes of a line that is read as whatever it is: lists in lists take 30 times that in memory
+ANY_JSON = 1 << 23  # bytes of a line that is decoded in full: nested lists take 30 times that in memory
 START = 1 << 16  # characters of a document that decide its split
 
 
@@ -77,7 +77,7 @@ def units(source: Source, text_key: str) -> list[int]:
 
 
 def _holds_text(type_: pyarrow.DataType) -> bool:
-    """Whether text can be in a column of this type. Bytes are read as UTF-8: Spark and DuckDB may not call them text."""
+    """Whether a column of this type can hold text. Bytes can: Spark and DuckDB may store UTF-8 text as bytes."""
     while isinstance(type_, pyarrow.DictionaryType | pyarrow.BaseExtensionType):
         type_ = type_.value_type if isinstance(type_, pyarrow.DictionaryType) else type_.storage_type
     name = str(type_).removeprefix("large_").removesuffix("_view")
@@ -248,7 +248,7 @@ def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
 
 
 def _long_row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
-    """Of a long line nothing but what is asked for becomes an object: the text, and what is at the keys of `drop`."""
+    """Decodes a long line without making objects of anything but the text and the values at the keys of `drop`."""
     kinds = {text_key: str | None}
     for key in drop:
         kind: type = str | float | bool | None
@@ -308,7 +308,7 @@ def _lines_before(piece: Piece) -> int:
 
 @contextlib.contextmanager
 def _parquet_file(source: Source) -> Iterator[pyarrow.parquet.ParquetFile]:
-    # a buffer reads a page at a time, and not a row group; not all files have checksums
+    # with a buffer a page at a time is read, not a row group; checksums are verified where the file has some
     options = {"buffer_size": READ, "pre_buffer": False, "page_checksum_verification": True}
     with source.open() as raw, pyarrow.parquet.ParquetFile(raw, **options) as file:
         yield file
@@ -319,7 +319,7 @@ def _parquet(piece: Piece, text_key: str, dropped: Counter[str]) -> Iterator[Ite
     with _reading(source, lambda: f", row {row}", "what follows is damaged: "), _parquet_file(source) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
         groups = range(piece.start, piece.end)
-        # a row at a time takes 4 us more than 64 at once do, and a dictionary of one long text makes many of it
+        # a row at a time costs 4 us more than 64 at once, but 64 rows of a dictionary would be 64 copies of one long text
         for batch in file.iter_batches(1, row_groups=groups, columns=[text_key], use_threads=False):
             row += 1
             column = batch.column(0)
@@ -330,7 +330,7 @@ def _parquet(piece: Piece, text_key: str, dropped: Counter[str]) -> Iterator[Ite
 
 
 def _decoded(get: Callable[[], str | bytes], text_key: str) -> str:
-    """What `get` gives as a text, if it is one, and of a length that can be held."""
+    """The text that `get` returns. Raises _BadDocument if it is not UTF-8, or too long to be held in memory."""
     try:
         text = get()
         if len(text) > LONGEST:

@@ -334,7 +334,7 @@ def _sketch(job: Job, doc: int) -> np.ndarray:
 
 
 def _array(file: Place, dtype: np.dtype, start: int = 0, end: int | None = None) -> np.ndarray:
-    """Numbers [start, end) in a file. Raises UserError if it has not as many."""
+    """Numbers [start, end) in a file. Raises UserError if the file is shorter."""
     data = store.read(file, start * dtype.itemsize, end and end * dtype.itemsize)
     if len(data) % dtype.itemsize or (end is not None and len(data) != (end - start) * dtype.itemsize):
         raise UserError(f"{file}: is cut off; delete the folder that it is in and run this again")

@@ -23,7 +23,7 @@ from tinyllama_jax.errors import UserError
 from tinyllama_jax.files import decode_json
 
 MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
-READ_AGAIN = 1 << 22  # tokens of the last batches that are read again when a run goes on: a second or two from a disk
+READ_AGAIN = 1 << 22  # tokens of the last batches, read again on resume: a second or two from a disk
 
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
@@ -62,9 +62,9 @@ def open_sources(config: Config) -> list[Blocks]:
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
-    """What ends a document, or a `Bos` for `data.document_mask` where not every source has eos and all have bos.
+    """The token at which documents are told apart: eos; or, for `data.document_mask` if some source lacks eos, `Bos`.
 
-    Raises UserError if there is no such token, and with `data.eod_mask_loss` if it is not eos.
+    Raises UserError if not all sources have the token; `data.eod_mask_loss` needs eos.
     """
     manifests, vocabulary = [blocks.manifest for blocks in sources], sources[0].manifest["tokenizer"]
     if all(manifest["eos"] for manifest in manifests) or not (config.data.document_mask or config.data.eod_mask_loss):
@@ -84,9 +84,9 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
 
 
 def verify(config: Config, sources: list[Blocks], read: Callable[[], None] = lambda: None) -> list[str]:
-    """Reads all files of `sources` if `data.verify` says so; returns a line on what it took. Raises UserError.
+    """Reads and checks all files of `sources` if `data.verify`; returns a line on the time taken. Raises UserError.
 
-    `read`: called after each file, by one who must show that he is at work.
+    `read`: called after each file, for a process that must show that it is at work.
     """
     if not config.data.verify:
         return []
@@ -205,16 +205,16 @@ def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tupl
 
 
 class Line(typing.TypedDict):
-    """What of a line of metrics.jsonl says which batch a step had."""
+    """The part of a line of metrics.jsonl that tells the batch of a step."""
 
     step: int
     checksum: int
 
 
 def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]:
-    """Reads the batches of the last recorded steps up to `step` again: at least 3, 64 if they are small.
+    """Reads the batches of the last recorded steps up to `step` again: 3, or up to 64 if they have few tokens.
 
-    Returns a line that says so. Raises UserError if one has not the checksum that it had.
+    Returns a line that says so. Raises UserError if a checksum is not the recorded one.
     """
     path, checked, data_order = Path(config.workdir) / "metrics.jsonl", 0, order(config, sources)
     lines = _recorded(path, step) if path.is_file() and step else []
@@ -228,7 +228,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
             newest = max(places, key=lambda file: file.stat().st_mtime)
             raise UserError(
                 f"step {line['step']:,}: its batch is not the one that the run in {config.workdir} was trained on (checksum "
-                f"{line['checksum']}, and now {checksum_now}); a data file has changed, of which the newest is {newest}: "
+                f"{line['checksum']}, and now {checksum_now}); a data file has changed, probably {newest}, the newest of them: "
                 f"put the old one back, or start another run with --workdir=NEW --init.from={config.workdir}"
             )
         checked += 1
@@ -236,7 +236,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
 
 
 def _recorded(path: Path, step: int) -> list[Line]:
-    """The lines of training steps up to `step` at the end of a metrics file; one cut short by a kill is left out."""
+    """The last lines of training steps up to `step` in a metrics file; a line cut short by a kill is left out."""
     lines = []
     with path.open("rb") as f:
         f.seek(max(f.seek(0, os.SEEK_END) - (1 << 23), 0))

@@ -1,4 +1,4 @@
-"""The folder that data preparation works in and makes: begun, kept from others, gone on with, finished."""
+"""The folder that data preparation makes: begun, locked, resumed, finished."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[
 
 
 def is_half(output: Place, partial: Place) -> bool:
-    """Whether `output` is being made, where it cannot be renamed: of our settings, and still without a manifest."""
+    """Whether `output` is half made in place, where it cannot be renamed: it has our files and as yet no manifest."""
     ours = ("blocks-", "tokenizer", "features.json", "dataset_info.json")
     there = store.names(output, folders=True)
     if isinstance(output, Path) and not all(name.startswith(ours) for name in there):
@@ -181,7 +181,7 @@ def lock(partial: Place) -> Iterator[None]:
 
 
 def _hold_out(job: Job, planned: list[Shard], records: dict[str, dict]) -> int:
-    """If all documents fell to one side: makes the last blocks of all those that are held out, and says how many."""
+    """If all documents fell into one split, holds out the last blocks instead; returns how many, else 0."""
     sides: Counter[str] = Counter()
     for shard in planned:
         for split, file in records[shard.file]["files"].items():
@@ -214,7 +214,7 @@ def finish(
         files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
         made = [records[shard.file] for shard in planned if shard.split == split]
         counts = {key: sum(file[key] for file in files) for key in ("documents", "empty_documents", "tokens", "blocks")}
-        if last:  # they are of the documents of all
+        if last:  # both splits hold blocks of the same documents
             every = [file for shard in planned for file in records[shard.file]["files"].values()] if split in sources else []
             counts |= {key: sum(file[key] for file in every) for key in ("documents", "empty_documents")}
         if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
@@ -261,13 +261,13 @@ def finish(
 
 
 def _move(whole: Path, output: Path) -> None:
-    """Gives a folder its name. One that is there and counts as empty stays: a mount, or what a file manager left in it."""
+    """Gives a folder its name. A mount, or a folder with nothing but a file manager's files, stays and is moved into."""
     if not output.exists() or not os.listdir(output):
         with contextlib.suppress(OSError):  # a mount
             os.rename(whole, output)
             return
     for name in sorted(os.listdir(whole), key=lambda name: (name == MANIFEST, name)):
-        if (output / name).is_dir():  # of a move that was killed
+        if (output / name).is_dir():  # left by a move that was killed
             shutil.rmtree(output / name)
         shutil.move(whole / name, output / name)
 

@@ -58,7 +58,7 @@ class Source(NamedTuple):
         fetch = file.cache.fetcher
 
         def reached(start: int, end: int) -> bytes:
-            with reaching(self.path, absent=False):  # whose errors say nothing of the file: it may be read another time
+            with reaching(self.path, absent=False):  # an error here says nothing about the file: it may be readable later
                 return fetch(start, end)
 
         file.cache.fetcher = reached
@@ -110,7 +110,7 @@ def find(
     depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of what all have in common
     sources = []
     for path, (_, kind) in zip(absolute, found, strict=True):
-        # what is not UTF-8 in it as \xe9, for manifests and messages
+        # bytes that are not UTF-8 are written as \xe9, for manifests and messages
         name = os.fsencode("/".join(path.split("/")[depth:])).decode(errors="backslashreplace")
         sources.append(Source(path, name, *kind, *(stats.get(path) or _stat(path))))
     return sorted(sources, key=lambda source: source.name), sorted(others)
@@ -156,7 +156,7 @@ def _files(path: str) -> dict[str, list[str]]:
 
 
 def _deep(pattern: str) -> dict[str, list[str]]:
-    """`_files` of a pattern with **, which Python's own glob would follow round in circles of links."""
+    """`_files` of a pattern with **. Python's own glob would follow circular links."""
     pattern = "/".join(name if name == "**" else re.sub(r"\*+", "*", name) for name in pattern.split("/"))
     matches = matcher(pattern)
     top = pattern.partition("**")[0].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
@@ -169,9 +169,9 @@ def _deep(pattern: str) -> dict[str, list[str]]:
 
 
 def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
-    """The folders and files below a folder, but for hidden ones, pipes and devices; none of the folders `seen`.
+    """The folders and files below a folder, but for hidden ones, pipes and devices, and for folders already `seen`.
 
-    Links to parents would go round for ever.
+    Without `seen`, links to parents would be followed for ever.
     """
     names_below = []
     _is_new(top, seen)
@@ -179,16 +179,16 @@ def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), seen)]
         names_below += [os.path.join(parent, name) for name in (*folders, *files) if not name.startswith(".")]
-    # a link to nothing: an error later
+    # `not exists`: a broken link is kept, and is an error later
     return [name for name in names_below if os.path.isfile(name) or os.path.isdir(name) or not os.path.exists(name)]
 
 
 def _unreadable(error: OSError) -> None:
-    raise error  # of a folder, which would be left out silently
+    raise error  # os.walk would leave the folder out silently
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
-    """Whether a folder is not among those `seen`, and puts it there."""
+    """Whether a folder is not among those `seen`; adds it to them."""
     before, stat = len(seen), os.stat(folder)
     seen.add((stat.st_dev, stat.st_ino))
     return len(seen) > before

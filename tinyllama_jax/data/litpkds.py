@@ -36,9 +36,9 @@ CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32"
 WRITTEN = {"uint16": 8, "int32": 4}  # what the original's builder takes for tokens
 CHUNK = 2049 * 1024  # tokens in a file
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
-LARGEST_CHUNK = 1 << 28  # of which one is in memory when it is written
-MOVED = "moved.json"  # which files of a finished export are being moved to where they belong
-SAMPLE = 64  # blocks, of 2,049 tokens some 100 documents' ends, in which bos and eos are looked for
+LARGEST_CHUNK = 1 << 28  # tokens of a file, which is in memory while it is written
+MOVED = "moved.json"  # lists the files of a finished export that are being moved to `output`
+SAMPLE = 64  # blocks in which bos and eos are looked for: at 2,049 tokens each, some 100 ends of documents
 AHEAD = 256  # files whose headers a thread reads at once
 
 
@@ -148,9 +148,9 @@ class Packed(Blocks):
         return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
 
     def verify(self, read: Callable[[], None]) -> None:
-        """Reads all files, for `sha256`, and calls `read` after each.
+        """Reads all files to compute `sha256` of them together, and calls `read` after each.
 
-        No manifest says what each was, but a run can write down what they were.
+        There is no manifest to compare it with, but a run records it.
         """
         self.sha256 = hashlib.sha256("".join(self._checksums(read)).encode()).hexdigest()
 
@@ -213,7 +213,7 @@ def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
 
 def _begin(path: Path) -> tuple[bytes, int]:
     try:
-        with files.open_regular(path) as file:  # unbuffered: of 430,000 files no more than the headers
+        with files.open_regular(path) as file:  # unbuffered: of 430,000 files only the headers are read
             return file.raw.read(HEADER.size), os.fstat(file.fileno()).st_size
     except UserError as error:
         raise Damaged(str(error)) from None
@@ -288,7 +288,7 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
     files.check_local("--output", output)
     busy = f"--output {output}: another process is writing {prefix}_*.bin there"
     with files.workplace(output / f".{prefix}.partial", busy) as place:
-        _take_back(place, output)  # of a call that was killed while it moved them
+        _take_back(place, output)  # files of a call that was killed while it moved them
         if there := _numbered(output, prefix):
             raise UserError(f"{there[0]}: exists already; choose another --prefix or --output, or delete what begins with it")
         if not (output / "tokenizer").is_dir():
@@ -301,7 +301,8 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
         dtype = "uint16" if vocabulary["vocab_size"] < 65_500 else "int32"  # as the original's builder chooses
         n_files, n = write(stream(blocks), folder, prefix, chunk, dtype, vocabulary["bos_id"] if tail == "fill" else None)
         if not n_files:
-            raise UserError(f"--tail drop: there is one file of {n:,} tokens; say --tail fill, or a --chunk-size below {n:,}")
+            cure = f"say --tail fill, or a --chunk-size below {n:,}"
+            raise UserError(f"--tail drop: would drop all {n:,} tokens, which do not fill one file; {cure}")
         files.settle(folder)
         _move(place, folder, output)
     apart = n_files * chunk - n
@@ -311,12 +312,12 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
 
 
 def _numbered(output: Path, prefix: str) -> list[Path]:
-    """The files there are of this very prefix."""
+    """The existing files with exactly this prefix."""
     return [f for f in files_of(output / f"{prefix}_") if re.fullmatch(r"\d{10}\.bin", f.name[len(prefix) + 1 :])]
 
 
 def _move(place: Path, folder: Path, output: Path) -> None:
-    """Moves all files of `folder` to `output`, or none; who is killed leaves in `place` which they were."""
+    """Moves all files of `folder` to `output`, or none. After a kill, `place` still has the list of them."""
     names = sorted(os.listdir(folder))
     files.write(place / MOVED, json.dumps({name: _identity(folder / name) for name in names}))
     try:
@@ -328,7 +329,7 @@ def _move(place: Path, folder: Path, output: Path) -> None:
 
 
 def _take_back(place: Path, output: Path) -> None:
-    """Removes the files that a `_move` out of `place` put into `output`, unless somebody has written them since."""
+    """Removes the files that a `_move` put into `output`, as listed in `place`, unless they have been written since."""
     record = place / MOVED
     for name, identity in (files.read_json(record, dict[str, list[int]]) if record.is_file() else {}).items():
         if (file := output / Path(name).name).is_file() and _identity(file) == identity:

@@ -118,7 +118,7 @@ def prepare(
     docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
     """
     for option, words in {"output": [output], "text-key": [text_key], "filter": filters, "scrub": scrub}.items():
-        for word in words:  # which the libraries that write there do not take, nor JSON
+        for word in words:  # neither JSON nor the libraries that write there can take other names
             if re.search("[\ud800-\udfff]", str(word)):
                 raise UserError(f"--{option} {word}: is not UTF-8; choose another name")
     output = store.place(output, "--output")
@@ -211,7 +211,7 @@ def _say(output: Place, manifest: dict) -> None:
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
         if n := counts.get("last_blocks_of_train"):
-            print(f"{output}: {split}: no document is held out, being so few: these are the last {n:,} blocks of all")
+            print(f"{output}: {split}: too few documents to hold any out; these are the last {n:,} blocks of all instead")
         for reason, n in counts["dropped"].items():
             print(f"{output}: {split}: {n:,} documents left out: {reason}")
         for name, n in counts["scrubbed"].items():

@@ -1,7 +1,7 @@
 """Who does the work of data preparation: Apache Beam in processes on this machine, on Dask, or on any other runner of Beam's.
 
-On this machine each worker runs the pipeline within itself and takes the next shard that no other has taken, so that nothing
-listens on a port. This process only waits: for DIR.partial/done to fill, for a line in DIR.partial/failed, or for Beam to end.
+On this machine each worker process runs a Beam pipeline of its own and claims one free shard after another, so that nothing
+listens on a port. This process only waits: for DIR.partial/done to fill, for a file in DIR.partial/failed, or for Beam to end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def options(runner: str, rest: list[str]) -> list[str]:
 
     Raises UserError on a runner that is not known or not installed, and on an option that is not Beam's.
     """
-    if runner.lower() in (DIRECT, "directrunner"):  # Beam's own would first try to download another one
+    if runner.lower() in (DIRECT, "directrunner"):  # Beam's own DirectRunner would first try to download another runner
         if rest:
             raise UserError(f"{rest[0]}: no such option; see --help")
         return []
@@ -58,7 +58,7 @@ def options(runner: str, rest: list[str]) -> list[str]:
             rest = ["--dask_partition_size=1", *rest]  # Beam gives a worker 128 at once, and all at once if there are fewer
     elif "." not in runner and not runner.endswith("Runner"):
         raise UserError(f"--runner {runner}: no such runner; there are {DIRECT}, dask, and Beam's own, such as FlinkRunner")
-    if not runner.startswith(("Flink", "Spark")):  # whose job server knows options that Python does not
+    if not runner.startswith(("Flink", "Spark")):  # Flink's and Spark's job servers know options that Python does not
         _check(runner, rest)
     return [f"--runner={runner}", *rest]
 
@@ -80,7 +80,7 @@ def _check(runner: str, rest: list[str]) -> None:
         from apache_beam.options.pipeline_options import PipelineOptions
 
         if "." in runner and _installed(runner.rpartition(".")[0]):
-            importlib.import_module(runner.rpartition(".")[0])  # which brings options of its own
+            importlib.import_module(runner.rpartition(".")[0])  # importing it registers the runner's own options
         try:
             parsed = PipelineOptions(rest)
             known = parsed.get_all_options()
@@ -96,7 +96,7 @@ def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> N
     work = [zlib.compress(pickle.dumps(shard)) for shard in left]
     try:
         if workers > 1 or beam_options:
-            n = 1 if beam_options or job.stage == "copies" else workers  # which brings rows of all shards together
+            n = 1 if beam_options or job.stage == "copies" else workers  # one process compares all shards
             _apart(job, work, n, beam_options, {f"{shard.file}.json" for shard in left})
         else:
             with _quiet():
@@ -108,9 +108,9 @@ def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> N
 
 
 def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float = ALONE, claims: str = "") -> None:
-    """The Beam pipeline: in this process, or where `beam_options` say. Raises whatever Beam does.
+    """Runs the Beam pipeline: in this process, or where `beam_options` say. Raises whatever Beam raises.
 
-    `alone`: seconds that Dask may be without any worker. `claims`: folder of what other processes here have taken.
+    `alone`: seconds that Dask may be without any worker. `claims`: a folder with a file for each shard taken.
     """
     import apache_beam as beam  # takes a second, and warns of what is not installed
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -119,9 +119,9 @@ def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float 
     if f"--runner={DASK}" in beam_options and not any(o.startswith(("--dask_client", "--dask_sched")) for o in beam_options):
         import distributed
 
-        cluster = distributed.LocalCluster(host="127.0.0.1", dashboard_address=None)  # which would be for anyone to look at
+        cluster = distributed.LocalCluster(host="127.0.0.1", dashboard_address=None)  # no dashboard: anyone could look at it
         beam_options = [*beam_options, f"--dask_client_address={cluster.scheduler_address}"]
-    # not "DirectRunner", which first tries to download another one
+    # not "DirectRunner", which first tries to download another runner
     runner = None if beam_options else FnApiRunner()
     parsed = PipelineOptions(beam_options)
     p = beam.Pipeline(runner, parsed)
@@ -163,7 +163,7 @@ def _wait_for_dask(result: object, alone: float) -> None:
 
 
 def _claimed(claims: str, numbered: tuple[int, bytes]) -> list[bytes]:
-    """The work, unless another process has taken it."""
+    """[the work], or [] if another process has taken it."""
     try:
         os.close(os.open(f"{claims}/{numbered[0]}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -175,18 +175,18 @@ def worker(arguments: str) -> None:
     """Runs `pipeline` with the pickled arguments in a file, in a process that `_apart` has started."""
 
     def end() -> None:
-        sys.stdin.buffer.read()  # ends when the process that waits for this one has ended, however it did
+        sys.stdin.buffer.read()  # returns when the parent has ended, in whatever way
         shutil.rmtree(Path(arguments).parent, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)  # nothing is lost: files appear when they are whole
+        os.killpg(0, signal.SIGKILL)  # nothing is lost: a file gets its name only when it is whole
 
     threading.Thread(target=end, daemon=True).start()
     pipeline(*pickle.loads(Path(arguments).read_bytes()))
 
 
 def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited: set[str]) -> None:
-    """`pipeline` in `n` processes of their own. Ends when all files of the names `awaited` are in the folder of records.
+    """Runs `pipeline` in `n` processes. Returns when all files `awaited` are in the folder of records.
 
-    A process that dies is an error, and none outlives this one.
+    Raises UserError if a process dies. No process outlives this one.
     """
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     start = "import sys, tinyllama_jax.data.runners as m; m.worker(sys.argv[1])"
@@ -196,7 +196,7 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
         claims.mkdir()
         arguments.write_bytes(pickle.dumps((job, work, beam_options, ALONE, str(claims) if n > 1 else "")))
         if beam_options:
-            print(f"what Beam says goes to {log}", file=sys.stderr)
+            print(f"Beam's output goes to {log}", file=sys.stderr)
         try:
             with open(log, "ab") as output:
                 words = [sys.executable, "-c", start, str(arguments)]

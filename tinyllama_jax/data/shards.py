@@ -59,7 +59,7 @@ class Shard(NamedTuple):
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-# what workers write of each shard: in DIR.partial/done, with each of its output files; in looked/; and in copies/
+# the records that workers write for each shard, in DIR.partial: done/ (with an Entry for each output file), looked/, copies/
 Entry = TypedDict(
     "Entry", {"file": str, "sha256": str} | dict.fromkeys(("documents", "empty_documents", "tokens", "blocks", "bytes"), Count)
 )
@@ -84,7 +84,7 @@ class Looked(_Made):
 
 class Copies(TypedDict):
     plan: str
-    dropped: list[tuple[Count, str, tuple[str, Count] | None]]  # the last: [file, number in it] of what it is a copy of
+    dropped: list[tuple[Count, str, tuple[str, Count] | None]]  # the last: (file, number in it) of the document that it copies
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def telling(job: Job, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Lets this process take no more than `MEMORY`, or half of that beyond what it has: a file may not say what it unpacks to.
+    """Limits this process to `MEMORY`, or to half of that beyond what it has now: a file need not tell how much it unpacks to.
 
-    The kernel counts the stacks of threads too, of which libraries start some for each processor. Only Linux does.
+    Linux counts the stacks of threads too, hence the allowance for each processor. Elsewhere there is no limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     try:
@@ -182,7 +182,7 @@ def _bounded() -> Iterator[None]:
 
 
 def record(file: Place, kind: type[T]) -> T:
-    """A file of JSON that a worker wrote. Raises UserError if it is damaged, and FileNotFoundError."""
+    """The JSON record that a worker wrote into `file`. Raises UserError if it is damaged, FileNotFoundError if it is absent."""
     try:
         return decode_json(store.read(file), kind)
     except ValueError as error:
@@ -190,7 +190,7 @@ def record(file: Place, kind: type[T]) -> T:
 
 
 def made(records: Place, shard: Shard) -> dict:
-    """The record of this very shard in a folder of records; empty if it has not been made yet, or is damaged."""
+    """The record of exactly this shard in a folder of records; empty if there is none yet, or if it is damaged."""
     try:
         value = record(records / f"{shard.file}.json", Looked if records.name == "looked" else Done)
     except (FileNotFoundError, UserError):
@@ -262,7 +262,7 @@ def _make(job: Job, shard: Shard) -> None:
 
 
 def hold_out(job: Job, shard: Shard, n: int) -> dict:
-    """Makes the last `n` blocks of a shard those that are held out; returns its new record."""
+    """Holds out the last `n` blocks of a shard, and no others; returns its new record."""
     done = made(job.records, shard)
     entries = [done["files"][split] for split in (shard.split, HELD_OUT)]
     tokens, blocks = (sum(entry[key] for entry in entries) for key in ("tokens", "blocks"))
@@ -275,7 +275,7 @@ def hold_out(job: Job, shard: Shard, n: int) -> dict:
                 for block in itertools.islice(every, size):
                     _written(temporary, writer.write, block)
                 _written(temporary, writer.close)
-                mine = min(size * (job.seq_len + 1), tokens)  # the last of all may be shorter
+                mine = min(size * (job.seq_len + 1), tokens)  # the very last block may be shorter
                 entry |= {"blocks": size, "tokens": mine, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
                 tokens -= mine
         for entry, temporary in zip(entries, temporaries, strict=True):

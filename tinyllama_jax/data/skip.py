@@ -34,9 +34,9 @@ def same_batches(ours: Data, theirs: Data, steps: int) -> bool:
 
 
 def in_steps(config: Config) -> Train:
-    """`config.train` with its stages as steps come to them: what `data.skip` leaves out brings a larger batch forward.
+    """`config.train` with the batch ramp in steps really taken: batches that `data.skip` leaves out bring larger ones forward.
 
-    A stage of which nothing is left has none. Raises UserError if that is the first, whose steps the learning rate counts.
+    A stage whose batches are all left out is dropped. Raises UserError if it is the first: its steps are the schedule's unit.
     """
     skip, train, ramp, step, tokens = left_out(config.data), config.train, [], 0, 0
     for (_, _, each), (batches, _, later) in itertools.pairwise(train.stages):

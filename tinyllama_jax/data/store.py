@@ -74,7 +74,7 @@ def filesystem(url: str) -> Any:
 
 
 def matcher(pattern: str) -> Callable[[str], object]:
-    """Says whether a path is of a pattern with * ? [ or **, on this machine or elsewhere."""
+    """A function that tells whether a path matches a pattern with * ? [ or **, here or in an object store."""
     import fsspec.utils
 
     return re.compile(fsspec.utils.glob_translate(pattern)).match
@@ -82,7 +82,7 @@ def matcher(pattern: str) -> Callable[[str], object]:
 
 @contextlib.contextmanager
 def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iterator[Any]:
-    """fsspec's file system for `at`. What goes wrong there is a UserError, or a FileNotFoundError if that is an answer."""
+    """fsspec's file system for `at`. Its errors become UserError; with `absent`, FileNotFoundError is let through."""
     try:
         yield filesystem(str(at))
     except UserError:
@@ -95,11 +95,11 @@ def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iter
 
 
 def names(folder: Place, folders: bool = False) -> set[str]:
-    """Of the files in `folder`, and of the folders in it if asked for; none if it is not there. See `files.listed`."""
+    """Names of the files in `folder`, and of its folders if asked for; none if it is absent. See `files.listed`."""
     try:
         if isinstance(folder, Path):
             names_there = {*listed(folder)}
-            with os.scandir(folder) as entries:  # which need not look at each
+            with os.scandir(folder) as entries:  # scandir knows the types without a look at each file
                 return {entry.name for entry in entries if entry.name in names_there and (folders or entry.is_file())}
         with reaching(folder) as system:
             entries = system.ls(folder.url, detail=True)

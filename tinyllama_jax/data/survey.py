@@ -141,7 +141,7 @@ class Survey:
         self.open = size - int(edges[-1]) if edges.size else self.open + size
 
     def _look_at_filling(self, indices: np.ndarray, length: np.ndarray) -> None:
-        """Blocks of one file that was filled up at its end, as who exports fills up the last file; any other is a finding."""
+        """Looks at blocks of one file that end in filling. An export fills up its last file; in any other it is a finding."""
         filling = self.blocks.stored(indices) - length
         rows = np.flatnonzero(filling)
         if rows.size and self.blocks.place(int(indices[-1]))[0] != self.blocks.place(len(self.blocks) - 1)[0]:
@@ -160,7 +160,7 @@ class Survey:
         """Looks for what is not as the manifest says."""
         packed, says = isinstance(self.blocks, litpkds.Packed), self.manifest["splits"][self.blocks.split]
         add = lambda kind, where, line: self.findings.add(kind, self.name, f"{where}: {line}")
-        # of few documents, the last blocks are held out, which the documents of --train are in
+        # blocks were held out instead of documents (`last_blocks_of_train`): documents of --train reach into them
         cut = any(split.get("blocks") and not split.get("documents", 1) for split in self.manifest["splits"].values())
         for id_ in {self.bos, self.eos} - {-1}:  # can be the same
             names = [name for name in ("bos", "eos") if self.manifest["tokenizer"][f"{name}_id"] == id_]
@@ -212,7 +212,7 @@ def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -
     checksums = {entry["file"]: entry["sha256"] for entry in entries}
     step = max(AT_ONCE // (blocks.seq_len + 1), 1)
     for file, first, last in blocks.files():
-        if file.name in checksums and sha256(file) != checksums[file.name]:  # which leaves it in the page cache
+        if file.name in checksums and sha256(file) != checksums[file.name]:  # reading it here leaves it in the page cache
             findings.add("checksums", found.name, f"{file.name}: is not the file that was written (sha256)")
         for start in range(first, last, step):
             found.read(start, min(start + step, last))

@@ -19,13 +19,13 @@ from tinyllama_jax.files import Count, open_regular, read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character
-LONGEST = 1 << 20  # characters of a part at most; a longer one is cut, where ids may change: at white space if there is some
+LONGEST = 1 << 20  # characters of a part at most; longer text is cut, if possible at white space, and ids may change there
 WINDOW = 32  # characters looked at on each side of a cut
-# what a folder holds beside the tokenizer: what no id depends on but its users need
+# other files of a folder, on which no id depends, but which the model's users need
 BESIDE = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "vocab.json", "merges.txt")
 
 
-# what tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json say, as far as it is read here
+# the keys read here of tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json
 class Token(typing.TypedDict, total=False):
     content: typing.Required[str]
     single_word: bool
@@ -75,20 +75,20 @@ class Source(typing.TypedDict):
 
 
 class Naming(typing.NamedTuple):
-    """What the JSON files of a folder say of its tokens, read as Transformers 5 reads them."""
+    """The tokens that the JSON files of a folder define, read as Transformers 5 reads them."""
 
-    ids: dict[str, int]  # of every token that one of them lists
-    added: dict[int, tuple[Token, str]]  # those that tokenizer.json does not list, and where they are listed
-    tokens: dict[str, str | None]  # bos_token, eos_token: what they are, where that is said
+    ids: dict[str, int]  # of every token listed in one of the files
+    added: dict[int, tuple[Token, str]]  # tokens that tokenizer.json does not list, each with the file that lists it
+    tokens: dict[str, str | None]  # bos_token and eos_token, where a file names them
     begin_with_bos: bool  # whether a text gets bos in front
-    whole: bool  # whether there is a tokenizer.json, so that `ids` are all
+    whole: bool  # whether there is a tokenizer.json, so that `ids` is complete
 
 
 NAMING = {"tokenizer_config.json": Config, "special_tokens_map.json": Named, "added_tokens.json": dict[str, Count]}
 
 
 def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
-    """What the files of `folder` say. Raises UserError naming two that disagree.
+    """The tokens that the files of `folder` define. Raises UserError naming two files that disagree.
 
     As in Transformers, special_tokens_map.json overrules tokenizer_config.json unless that has `added_tokens_decoder`, and the
     post-processor of tokenizer.json overrules `add_bos_token`.
@@ -119,7 +119,7 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
             raise UserError(f"{folder}: {origin[other]} gives {what}; keep the file that is right")
         if origin.setdefault(content, file) != main:
             extra[id_] = token, file
-    if llama:  # what its class takes where nothing is said
+    if llama:  # the defaults of its class
         tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
     bos = tokens.get("bos_token")
     begin = bool(bos) and hf_tokenizer.puts_in_front(whole.get("post_processor"), bos)
@@ -130,7 +130,7 @@ def load(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece file, or a folder with tokenizer.model or (Hugging Face) tokenizer.json.
 
     A folder that adds tokens to its tokenizer.model, or names another bos or eos, is read as Transformers would: its
-    tokenizer.json if it has one. Raises UserError if there is none, if it is something else, or if its files disagree.
+    tokenizer.json if it has one. Raises UserError if there is no tokenizer, if it cannot be read, or if its files disagree.
     """
     path = Path(path)
     if not path.exists():
@@ -143,7 +143,7 @@ def load(path: str | Path) -> Tokenizer:
     if files[-1].suffix == ".model":
         try:
             spm = SentencePieceTokenizer(files[-1], path)
-        except UserError:  # TikToken's files have that name, too
+        except UserError:  # TikToken's files have the same name
             if len(files) == 1:
                 raise
         else:
@@ -197,7 +197,7 @@ class Tokenizer:
         """Parts of the document "".join(texts) whose ids, one after another, are those of the whole document.
 
         With SentencePiece they have about `PART` characters, where the text and the vocabulary allow it. None is empty. A part
-        of more than `LONGEST` is cut whatever comes of it.
+        never has more than `LONGEST`: a longer one is cut even if that changes ids.
         """
         rest = ""
         for text in texts:
@@ -211,7 +211,7 @@ class Tokenizer:
             yield rest
 
     def files(self) -> dict[str, Path]:
-        """What has to be copied for `load` to give the same tokenizer, and what users need beside it, by name in a folder."""
+        """The files to copy, by name in a folder: those that `load` needs for the same tokenizer, and those that users need."""
         both = {name: self._folder / name for name in ("tokenizer.model", "tokenizer.json", *NAMING)} if self._folder else {}
         others = (
             {str(p.relative_to(self._folder)): p for glob in BESIDE for p in self._folder.glob(glob)} if self._folder else {}
@@ -238,7 +238,7 @@ class Tokenizer:
     def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
         """Copies `files` into a folder, changed so that Transformers gives the ids of `encode`, after bos if `add_bos`.
 
-        Raises UserError if a tokenizer.json cannot say that.
+        Raises UserError if no tokenizer.json can give these ids.
         """
         raise NotImplementedError
 
@@ -266,7 +266,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._sp.decode([int(i) for i in ids])
 
     def agrees(self, named: Naming) -> bool:
-        """Whether the files beside it list no other tokens, and name no other bos and eos."""
+        """Whether the JSON files beside the model list no other tokens, and name no other bos and eos."""
         pieces = dict(zip(self._sp.id_to_piece(list(range(self.vocab_size))), range(self.vocab_size), strict=True))
         mine = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         listed = named.ids == pieces if named.whole else named.ids.items() <= pieces.items()
@@ -290,10 +290,10 @@ class SentencePieceTokenizer(Tokenizer):
                 cut = self._cut(rest, start + PART, start + LONGEST + 1)
                 if cut < 0 and len(rest) - start <= LONGEST + WINDOW:
                     break
-                if cut < 0:  # the model's own pieces may be cut in two
+                if cut < 0:  # no clean place: a piece may be cut in two here
                     cut = max(rest.rfind("\n", start + PART, start + LONGEST), 0) or start + LONGEST
                 yield rest[start:cut]
-                # encoding puts a space back
+                # encoding adds the space again, as the dummy prefix
                 start = cut + (self._dummy_prefix and rest[cut] == " ")
             rest = rest[start:]
         if rest:
@@ -330,7 +330,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, or what it would be of a tokenizer.model, with the tokens that files beside it add and name."""
+    """A tokenizer.json, or a tokenizer.model converted to one, with the tokens that the files beside it add and name."""
 
     def __init__(self, path: Path, folder: Path | None = None):
         try:
@@ -353,7 +353,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._hf.encode_special_tokens = True  # as text
         named = naming(path.parent, path.name)
         for id_, (token, file) in sorted(named.added.items()):
-            self._hf.add_tokens([tokenizers.AddedToken(**token)])  # as Transformers does: it takes the next id that is free
+            self._hf.add_tokens([tokenizers.AddedToken(**token)])  # it gets the next free id, as in Transformers
             if (got := self._hf.token_to_id(token["content"])) != id_:
                 what = f"{file} gives {token['content']!r} the id {id_}, and beside {path.name} it is {got}"
                 raise UserError(f"{path.parent}: {what}; keep the file that is right")
@@ -365,7 +365,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
         self._whole = path.suffix == ".json" and not named.added  # tokenizer.json lists every token
-        # of what ids, bos and eos depend on: an export whose texts begin otherwise has the same hash
+        # a hash of all that ids, bos and eos depend on, and so not of the post-processor, which an export may change
         parts = json.loads(content if self._whole else self._hf.to_str())
         parts = {key: value for key, value in parts.items() if key not in ("post_processor", "truncation", "padding")}
         self.sha256 = hashlib.sha256(json.dumps([parts, self._names], sort_keys=True).encode()).hexdigest()
@@ -392,6 +392,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 if __name__ == "__main__":
-    from tinyllama_jax.data import vocabulary  # which imports this module
+    from tinyllama_jax.data import vocabulary  # imported here because it imports this module
 
     run_main(vocabulary.main)

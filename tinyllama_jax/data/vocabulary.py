@@ -1,4 +1,4 @@
-"""A tokenizer for one's own text: trained on a sample of it, and what a tokenizer loses of a sample, told before training."""
+"""Training a tokenizer on one's own text, and warnings of what a given tokenizer loses of a text, before a run is trained."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tinyllama_jax.data import documents, inputs, tokenizer
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.errors import UserError
 
-FILES = 1_000  # that a sample is from, spread evenly over all
-LONGEST = 1 << 20  # characters of a document learnt from at once
+FILES = 1_000  # from which a sample is taken, spread evenly over all
+LONGEST = 1 << 20  # characters of a document that are learnt from as one text
 LOOK = 1 << 20  # characters by which `warnings` judges
 
 
 def sample(sources: list[Source], text_key: str, size: int, longest: int = 0, files: int = FILES) -> Iterator[str]:
-    """Text of together about `size` characters: as much of each part of a file as it has of all text.
+    """Texts of about `size` characters in all, taken from each part of each file in proportion to its size.
 
-    `longest`: not all of a document, but its beginning. The same files give the same sample. Raises BadFile.
+    `longest`: if given, only so many characters of each document. The same files give the same sample. Raises BadFile.
     """
     chosen = sources[:: -(-len(sources) // files)]
     total = sum(source.size * source.factor for source in chosen)
@@ -46,7 +46,7 @@ def sample(sources: list[Source], text_key: str, size: int, longest: int = 0, fi
 
 
 def _cut(document: Iterable[str], n: int) -> Iterator[str]:
-    """A document in parts of `n` characters."""
+    """Cuts a document into parts of `n` characters."""
     text = ""
     for part in document:
         text += part
@@ -59,8 +59,8 @@ def _cut(document: Iterable[str], n: int) -> Iterator[str]:
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model of `vocab_size` pieces. The same texts give the same bytes.
 
-    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581): that is
-    how SentencePiece writes a space. Raises UserError if the texts are too little for so many pieces.
+    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581), with
+    which SentencePiece writes a space. Raises UserError if there is too little text for so many pieces.
     """
     model = io.BytesIO()
     try:
@@ -73,7 +73,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            byte_fallback=True,  # what has no piece is spelt in bytes: no text is unknown
+            byte_fallback=True,  # characters without a piece are spelt in bytes: no text is unknown
             split_digits=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -81,14 +81,14 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             allow_whitespace_only_pieces=True,  # indentation is one token
             character_coverage=0.9995,  # of the corpus's characters; rarer ones are spelt in bytes
             max_sentence_length=4 * LONGEST,  # bytes; longer ones would be left out silently
-            num_threads=1,  # most of the work is not shared
-            minloglevel=3,  # what is wrong is raised, and said below
+            num_threads=1,  # more would not help: most of the work is serial
+            minloglevel=3,  # errors are raised, and put into plain words below
         )
     except (RuntimeError, ValueError) as error:
         if most := re.search(r"value <= (\d+)", str(error)):
-            reason = f"the text is too little for so many pieces; it makes {int(most[1]):,} at most, so give more or say fewer"
+            reason = f"there is too little text: it makes {int(most[1]):,} pieces at most; give more text, or a smaller number"
         elif least := re.search(r"vs (\d+)", str(error)):
-            reason = f"its bytes and characters alone take {int(least[1]):,}; say more"
+            reason = f"its bytes and characters alone take {int(least[1]):,}; give a larger number"
         else:
             reason = "there is no text to learn from" if "[" in str(error) else str(error).splitlines()[0]
         raise UserError(f"--vocab-size {vocab_size}: {reason}") from None
@@ -96,11 +96,11 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) -> list[str]:
-    """What a tokenizer loses of a sample of the text, and what cannot be exported of it; a line each."""
+    """A line if some texts of a sample are not decoded as they were; one if an export would change ids or cannot be made."""
     lines, texts = [], []
-    with contextlib.suppress(documents.BadFile):  # whoever reads them all says so
+    with contextlib.suppress(documents.BadFile):  # reported when all of the files are read
         texts += [text for text in sample(sources, text_key, LOOK, 1 << 14, 64) if text]
-    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # every SentencePiece model takes the one for the other
+    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # no SentencePiece model keeps it
     came_back = [ours.decode(ids) for ids in ours.encode_batch(texts)]
     lost = [(a, b) for a, b in zip(texts, came_back, strict=True) if a != b]
     if lost:
@@ -109,17 +109,17 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
         share = f"{len(lost):,} of {len(texts):,} documents of a sample ({len(lost) / len(texts):.1%}) do not come back"
         other = "`python -m tinyllama_jax.data.tokenizer train` makes one that loses nothing"
         lines.append(f"{ours.path}: warning: {share} from its ids as they were: {was!r} becomes {became!r}; {other}")
-    without = "a run on it is exported with --tokenizer none, without tokenizer.json"
+    without = "export a run on it with --tokenizer none, without a tokenizer.json"
     try:
         with tempfile.TemporaryDirectory() as folder:
             ours.export(Path(folder), False, 1)
             theirs = tokenizer.HuggingFaceTokenizer(Path(folder) / "tokenizer.json")
     except UserError as error:
-        return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; as it is, {without}"])]
+        return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; or {without}"])]
     pairs = zip(theirs.encode_batch(texts), ours.encode_batch(texts), strict=True)
     if differ := sum(a != b for a, b in pairs):
         what = f"{differ:,} of {len(texts):,} documents of a sample ({differ / len(texts):.1%}) get other ids"
-        lines.append(f"{ours.path}: warning: {what} from what a tokenizer.json can say of it; unless that is little, {without}")
+        lines.append(f"{ours.path}: warning: {what} from a tokenizer.json made of it; if that is too many, {without}")
     return lines
 
 

@@ -34,10 +34,10 @@ def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weig
 def cross_entropy(
     x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, chunk: int, z_loss: float = 0.0
 ) -> Sums:
-    """`reference`, its matmuls in x's dtype, holding the logits of `chunk` positions of each sequence at a time.
+    """`reference` with matmuls in x's dtype and the logits of only `chunk` positions of each sequence at a time.
 
     The gradients of x and kernel, each in its dtype, are computed with the loss, in one pass over the logits: the loss is
-    linear in its cotangent, so that backward only scales them. They are those of loss + z, whose cotangents must be the same.
+    linear in its cotangent, so that backward only scales them. They are those of loss + z: both must have the same cotangent.
     A forward pass that is not differentiated computes no gradient.
     """
     n_chunks, kernel_DV = -(-x_BSD.shape[1] // chunk), kernel_DV.astype(x_BSD.dtype)
@@ -51,7 +51,7 @@ def cross_entropy(
 
 
 def _whole(a_BS: jax.Array, chunk: int) -> jax.Array:
-    """`a_BS` with positions of zeros, of no weight, behind it, so that `chunk` divides them."""
+    """`a_BS` padded with zeros, which have no weight, to a multiple of `chunk` positions."""
     return jnp.pad(a_BS, ((0, 0), (0, -a_BS.shape[1] % chunk), *((0, 0),) * (a_BS.ndim - 2)))
 
 
@@ -126,9 +126,9 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def chunk_of(seq_len: int, sequences: int, tokens: int) -> int:
-    """Positions of a chunk: `sequences` x them are at most `tokens`, or it is 1. The largest divisor of `seq_len`.
+    """Positions of a chunk: the largest divisor n of `seq_len` with n x `sequences` <= `tokens`, or 1.
 
-    If that is less than half of what may be, as of a prime: so many that the last chunk has the fewest too few.
+    If that is less than half of what is allowed (`seq_len` may be prime): equal chunks, the last padded as little as possible.
     """
     most = min(max(tokens // sequences, 1), seq_len)
     divisor = max(n for n in range(1, most + 1) if seq_len % n == 0)

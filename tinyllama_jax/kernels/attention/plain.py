@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 QUERY_BLOCK = 256  # queries whose scores exist at one time in "xla": B x N x 256 x T, never S x T
-PIECES = 8  # at most so many runs of blocks, each with the keys that its last query sees; each is compiled for itself
+PIECES = 8  # at most so many groups of blocks; each sees the keys up to its last query, and is compiled separately
 
 
 def reference(
@@ -27,7 +27,7 @@ def _grouped(q_BSNH: jax.Array, k_BTKH: jax.Array) -> jax.Array:
 
 
 def _weights(q_BSKGH, k_BTKH, q_ids_BS: jax.Array | None, k_ids_BT: jax.Array | None, start: jax.Array) -> jax.Array:
-    """What each query takes of each key, [B, K, G, S, T] in fp32."""
+    """The attention weights of each query over the keys, [B, K, G, S, T] in fp32."""
     S, T = q_BSKGH.shape[1], k_BTKH.shape[1]
     # fp32 scores: bf16 has 8 bits, so two scores near 100 that differ by 0.5 would become equal
     scores_BKGST = jnp.einsum("bskgh,btkh->bkgst", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
@@ -41,9 +41,9 @@ def _weights(q_BSKGH, k_BTKH, q_ids_BS: jax.Array | None, k_ids_BT: jax.Array | 
 def in_query_blocks(
     q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
 ) -> jax.Array:
-    """The same, its scores never all at one time; all matmuls, backward's too, take the inputs' dtype and add up in fp32.
+    """`reference` a block of queries at a time. All matmuls, backward's too, take the inputs' dtype and accumulate in fp32.
 
-    Where `start` is known, keys after the last query of a piece are left out: of S = T in n pieces 1/2 + 1/2n remains.
+    If `start` is a Python int, a piece skips the keys after its last query: of S = T in n pieces 1/2 + 1/(2n) remains.
     """
     pieces = partial(_in_pieces, ids_BS=ids_BS, start=start)
     return jax.checkpoint(pieces, prevent_cse=False)(q_BSNH, k_BTKH, v_BTKH)  # backward keeps q, k and v alone
@@ -52,9 +52,9 @@ def in_query_blocks(
 def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     n, known = -(-S // QUERY_BLOCK), isinstance(start, int)
-    k_f32, v_f32 = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)  # for their gradients, sums over the blocks
+    k_f32, v_f32 = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)  # so that their gradients are summed in fp32
     size, pieces, first, out = -(-S // n), min(n, PIECES) if known else 1, 0, []
-    # the last query again fills up the last block: jnp.pad's "edge" would send activations between devices
+    # the last block is filled up with copies of the last query: jnp.pad's "edge" would send activations between devices
     whole = lambda x: jnp.concatenate([x, jnp.repeat(x[:, -1:], n * size - S, axis=1)], axis=1)
     cut = lambda x: jnp.stack(jnp.split(whole(x), n, axis=1))
     q = cut(_grouped(q_BSNH, k_BTKH))  # blocks, B, S of a block, K, G, H
@@ -70,7 +70,7 @@ def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees: int) -> jax.Array:
-    """A block of queries on the first `sees` keys. k and v are in fp32, that their gradients are, and are cast to q's dtype."""
+    """A block of queries on the first `sees` keys. k and v come in fp32, as their gradients go, and are cast to q's dtype."""
     return _forward(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees)[0]
 
 
