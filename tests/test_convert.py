@@ -141,6 +141,10 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
     (tmp_path / "hf/precious").rename(tmp_path / "hf/.DS_Store")
     assert convert.export(run, tmp_path / "hf") == 12  # a folder with nothing of a person's is no loss
     assert (tmp_path / "hf/.DS_Store").is_file() and hf.load_folder(tmp_path / "hf")[1].n_layers == 3
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(UserError, match="link: is already there"):
+        convert.export(run, tmp_path / "link")
 
 
 @pytest.mark.parametrize("write", ["export", "import"])

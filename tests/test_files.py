@@ -8,7 +8,8 @@ import typing
 
 import pytest
 
-from tinyllama_jax import errors, files
+from tinyllama_jax import errors, files, report, seals
+from tinyllama_jax.data import blocks
 from tinyllama_jax.errors import UserError
 
 
@@ -108,6 +109,17 @@ def test_what_file_managers_and_nfs_leave_is_not_listed(tmp_path):
     for name in ("b", "a.partial", "a", "thumbs"):
         (tmp_path / name).touch()
     assert files.listed(tmp_path) == ["a", "a.partial", "b", "thumbs"]
+
+
+@pytest.mark.parametrize(
+    "reads", [report.rows, blocks.read_manifest, seals.find_step, lambda p: files.check_local("--workdir", p)]
+)
+def test_a_name_that_is_not_utf8_is_refused_before_a_library_fails_at_it(tmp_path, reads):
+    folder = os.fsencode(tmp_path) + b"/run\xff"
+    os.mkdir(folder)
+    with pytest.raises(UserError, match="udcff: is a name that is not UTF-8; rename") as error:
+        reads(os.fsdecode(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_a_message_of_whatever_was_typed_can_be_read():

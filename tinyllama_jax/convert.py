@@ -131,7 +131,8 @@ def _made_whole(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which takes its name once the block has ended well, and else is removed."""
     files.check_local("--output", output)
     output = Path(os.path.abspath(output))
-    if os.path.lexists(output) and (not output.is_dir() or files.listed(output) or output == Path.cwd()):
+    mine = output.is_dir() and not output.is_symlink() and not files.listed(output) and output != Path.cwd()
+    if os.path.lexists(output) and not mine:
         raise UserError(f"--output {output}: is already there; name a folder that is not, or remove it")
     busy = f"--output {output}: another process is writing it"
     with files.workplace(output.with_name(f".{output.name}.partial"), busy) as place:

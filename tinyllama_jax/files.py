@@ -24,11 +24,20 @@ LARGEST_JSON = 1 << 28  # bytes; the manifest of SlimPajama's 5,000 shards is ab
 Count = typing.Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of things, or bytes
 
 
+def check_utf8(path: str | Path) -> None:
+    """Raises UserError if a path is not UTF-8. Orbax, ArrayRecord, TensorBoard and matplotlib take no other."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: is a name that is not UTF-8; rename what is not, or move it elsewhere") from None
+
+
 def check_local(option: str, path: str | Path) -> None:
     """Raises UserError if a path that must be local is a URL. Without this gs://BUCKET/RUN would be made as a folder gs:/.
 
-    `option`: the option that gave the path, such as "--workdir".
+    Also if it is not UTF-8. `option`: the option that gave the path, such as "--workdir".
     """
+    check_utf8(path)
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", str(path), re.DOTALL):
         cure = f"write /{url[3]}" if url[1].lower() == "file" else "mount it, or copy it to a disk, and name that folder"
         slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib turns two into one

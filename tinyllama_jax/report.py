@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax.errors import UserError, run_main
-from tinyllama_jax.files import Count, decode_json, open_regular, read_json
+from tinyllama_jax.files import Count, check_utf8, decode_json, open_regular, read_json
 
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
 
@@ -45,6 +45,7 @@ def line(text: bytes) -> dict[str, Value]:
 
 def rows(run: str | Path) -> list[dict[str, Value]]:
     """The lines of RUN/metrics.jsonl, in order; a last one that is still being written is left out. Raises UserError."""
+    check_utf8(run)
     path = Path(run) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")

@@ -32,7 +32,7 @@ from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import claim, listed, read_json, write
+from tinyllama_jax.files import check_utf8, claim, listed, read_json, write
 
 PACKAGES = (
     "jax",
@@ -135,6 +135,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     folder or file that the data carry. Raises UserError if the run there has another model, other data or other batches.
     """
     run = Path(config.workdir)
+    check_utf8(os.path.abspath(run))
     notes = []
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]

@@ -77,6 +77,7 @@ def exists(path: Path) -> bool:
 
 def find_step(run: str | Path, step: int | None = None, option: str = "--step ") -> int:
     """`step`, or the latest one if it is None. Raises UserError naming `option` and the steps that have a checkpoint."""
+    files.check_utf8(os.path.abspath(run))
     if not (Path(run) / "config.json").is_file():
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
     steps, strays = steps_in(run), _strays(run)

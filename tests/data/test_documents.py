@@ -204,7 +204,7 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
         ("a.jsonl", GOOD + LATIN, "line 2: is not UTF-8 .byte 0xe9 at 10"),
         ("a.jsonl", GOOD + rb'{"text": "ab\ud800"}', "line 2: 'text' holds half of a surrogate pair at 2"),
         ("a.jsonl", GOOD + b"[" * 100_000, "line 2: is not JSON: "),
-        ("a.jsonl", GOOD + b'{"text": "a", "n": %s}' % (b"9" * 9_999), "line 2: is not JSON: Exceeds the limit"),
+        ("a.jsonl", GOOD + b'{"text": %s}' % (b"9" * 9_999), "line 2: is not JSON with a text at 'text': Number out"),
         ("a.jsonl", GOOD + b" " * (1 << 20) + b"x", "line 2: is longer than 1,048,576 bytes: cut it into several documents"),
         ("a.jsonl.gz", gzip.compress(GOOD + b"{" * (1 << 21)), "line 2: is longer than 1,048,576 bytes"),
         ("a.jsonl", GOOD + LONG % b'["x"]', "line 2: is not JSON with a text at 'text': Expected `str | null`, got `array`"),
@@ -233,6 +233,23 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, monkeypatch, name,
         with pytest.raises(UserError, match=f"{path}(, |: ){says}") as error:
             read(path, target)
         assert "\n" not in str(error.value)
+
+
+def test_a_number_of_any_length_beside_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a", "n": %s}' % (b"9" * 9_999))
+    assert read(tmp_path / "a.jsonl", 10)[0] == ["a"]
+
+
+def test_damage_that_a_library_tells_in_two_lines_is_one(tmp_path):
+    table = pyarrow.table({"text": [f"hello {i}" for i in range(300)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[start : start + 8] = bytes(range(0xF8, 0x100))
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="is not a whole parquet file: Couldn't deserialize thrift") as error:
+        read(tmp_path / "a.parquet", 10)
+    assert "\n" not in str(error.value)
 
 
 def test_of_a_long_line_only_the_text_becomes_an_object(tmp_path, monkeypatch):

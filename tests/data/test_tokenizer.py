@@ -177,6 +177,14 @@ def test_hugging_face_folder(hugging_face, tmp_path, odd):
         assert (other.sha256, other.bos_id, other.eos_id, other.encode_batch(strings)) == (ours.sha256, 0, 1, ids)
 
 
+def test_hugging_face_folder_whose_ids_are_drawn_by_lot(hugging_face):
+    content = json.loads((hugging_face / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (hugging_face / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer.json: has a dropout of 0.1, .* set it to null"):
+        tokenizer.load(hugging_face)
+
+
 def test_hugging_face_folder_that_names_no_bos(hugging_face):
     (hugging_face / "tokenizer_config.json").write_text('{"bos_token": null}')
     (hugging_face / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')

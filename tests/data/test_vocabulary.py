@@ -54,6 +54,7 @@ def test_the_command_makes_one_that_loses_nothing(files, tmp_path, odd):
         (["{files}", "--vocab-size", "9999999"], "--vocab-size 9999999: must lie in"),
         (["{files}", "--vocab-size", "500", "--sample-mb", "-1"], "--sample-mb -1: must lie in"),
         (["{tmp}/none", "--vocab-size", "500"], "none: no such file or folder"),
+        (["{files}", "--vocab-size", "500", "--output", "gs://b/new"], "--output=gs://b/new: is a URL"),
         (["{tmp}/empty.txt", "--vocab-size", "500"], "there is no text to learn from"),
         (["{files}/a.jsonl", "--vocab-size", "500", "--text-key", "body"], "has no key 'body'"),
     ],
@@ -62,7 +63,7 @@ def test_mistakes_leave_nothing(files, tmp_path, arguments, says):
     (tmp_path / "empty.txt").touch()
     words = [word.format(files=files, tmp=tmp_path) for word in arguments]
     with pytest.raises(UserError, match=says) as error:
-        vocabulary.main(["train", *words, "--output", str(tmp_path / "new")])
+        vocabulary.main(["train", "--output", str(tmp_path / "new"), *words])
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 

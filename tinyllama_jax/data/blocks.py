@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import Count, read_json, sha256
+from tinyllama_jax.files import Count, check_utf8, read_json, sha256
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
@@ -134,6 +134,7 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     if is_url and scheme.isalnum():
         url, copy = f"{scheme}://{rest.lstrip('/')}", "aws s3 sync" if scheme == "s3" else "gcloud storage rsync -r"
         raise UserError(f"{url}: training reads local folders: copy it first, such as with `{copy} {url} FOLDER`")
+    check_utf8(directory)
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():

@@ -156,7 +156,7 @@ def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") 
         if "Frame requires too much memory" in str(error):  # zstd's own limit
             damaged = "was compressed with a window of more than 128 MiB; unpack it with `zstd -d --long=31`: "
         number = error.errno if isinstance(error, OSError) else None  # those without one are pyarrow's
-        said = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{error}"
+        said = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{' '.join(str(error).split())}"
     bad = BadFile(source.path + said)
     bad.source = source
     raise bad
@@ -241,6 +241,8 @@ def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
     except RecursionError:
         raise _BadDocument("is not JSON: is nested too deeply") from None
     except ValueError as error:
+        if "digits" in str(error):  # of a number, which Python would not make, and nobody asked for
+            return _long_row(line, text_key, drop)
         raise _BadDocument(f"is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise _BadDocument(f"is not an object with the key {text_key!r}, but {_short(row)}")

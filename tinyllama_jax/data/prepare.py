@@ -316,8 +316,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
     parser.add_argument("--runner", default=runners.DIRECT, help="direct, dask, or Beam's name of one (direct)")
     known, rest = parser.parse_known_args(argv)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
-        stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8, terminals that are Latin-1
     try:
         prepare(**vars(known), beam_options=rest)
     except KeyboardInterrupt:

@@ -348,6 +348,8 @@ class HuggingFaceTokenizer(Tokenizer):
             self._hf = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: is not a Hugging Face tokenizer: {str(error).splitlines()[0]}") from None
+        if dropout := getattr(self._hf.model, "dropout", None):
+            raise UserError(f"{path}: has a dropout of {dropout:g}, so that a text has other ids each time; set it to null")
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # as text

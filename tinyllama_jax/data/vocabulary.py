@@ -17,6 +17,7 @@ import sentencepiece
 from tinyllama_jax.data import documents, inputs, tokenizer
 from tinyllama_jax.data.inputs import Source
 from tinyllama_jax.errors import UserError
+from tinyllama_jax.files import check_local
 
 FILES = 1_000  # from which a sample is taken, spread evenly over all
 LONGEST = 1 << 20  # characters of a document that are learnt from as one text
@@ -146,6 +147,7 @@ def main(argv: list[str]) -> None:
     for option, value, most in (("vocab-size", args.vocab_size, 1 << 20), ("sample-mb", args.sample_mb, 1 << 14)):
         if not 1 <= value <= most:
             raise UserError(f"--{option} {value}: must lie in [1, {most:,}]")
+    check_local("--output", args.output)
     if Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists already; choose a new folder")
     sources, _ = inputs.find(args.files, "FILES")
