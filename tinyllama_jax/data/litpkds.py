@@ -38,7 +38,7 @@ CHUNK = 2049 * 1024  # tokens in a file
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
 LARGEST_CHUNK = 1 << 28  # of which one is in memory when it is written
 MOVED = "moved.json"  # which files of a finished export are being moved to where they belong
-SAMPLE = 64  # blocks, of 2,049 tokens some 100 documents' ends, in which bos and eos are looked for
+SAMPLES = 64, 4_096  # blocks, of 2,049 tokens some 100 documents' ends, in which bos and eos are looked for; if there are none
 AHEAD = 256  # files whose headers a thread reads at once
 
 
@@ -61,13 +61,16 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def edges(blocks: Blocks) -> tuple[bool, bool, str]:
-    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLE` blocks of a source."""
-    indices = np.unique(np.linspace(0, len(blocks) - 1, SAMPLE).astype(np.int64))
-    tokens, length = blocks.read(indices)
-    inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
+    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLES` blocks of a source."""
     begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
-    bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
-    n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
+    for sample in SAMPLES:  # a book's ends are far apart
+        indices = np.unique(np.linspace(0, len(blocks) - 1, sample).astype(np.int64))
+        tokens, length = blocks.read(indices)
+        inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
+        bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
+        n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
+        if n or m:
+            break
     seen = f"{n:,} bos and {m:,} eos, {both:,} of them together, in {len(indices):,} blocks of it"
     return n > 0 and both == m, m > 0 and both == n, seen
 
