@@ -141,9 +141,9 @@ def test_sizes_stay_within_budget():
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
     # 6,000 were for all; those beyond: replay, several processes' parent, and plan with its laws and table (350 to 1,000 each);
     # XLA's settings (100), attention's kernels (400); of data: corpora, inputs (450), runners and stores (500), cleaning (700),
-    # LITPKDS (300), audit (470); weights, batches and schedules over the run (500); what strangers broke (1,900): seals and resume
-    # (370), tokenizers (440), weights (290), preparation's memory and ports (230), limits and clusters (220), signals and saves (170),
-    # numerics (120), typed files (60)
+    # LITPKDS (300), audit (470); weights, batches and schedules over the run (500); what strangers broke (1,900): seals and
+    # resume (370), tokenizers (440), weights (290), memory and ports of prepare (230), limits and clusters (220), signals and
+    # saves (170), numerics (120), typed files (60)
     assert sum(lines.values()) <= 13_450 and lines["train"] <= 220
 
 
