@@ -412,6 +412,15 @@ def test_a_run_that_goes_back_keeps_its_metrics(config, tokenizer):
     assert seals.last_saved(run) == 10 and seals.recover(config) == []
 
 
+def test_a_run_that_has_forgotten_its_checkpoints_keeps_its_metrics(config, tokenizer):
+    run = past_of(config, tokenizer)
+    (run / "newest.json").unlink()  # or of a version that did not write it
+    before = (run / "metrics.jsonl").read_bytes()
+    (note,) = seals.recover(config)
+    (kept,) = (run / "set_aside").iterdir()
+    assert note == f"the run has no checkpoint; its metrics so far are now in {kept}" and kept.read_bytes() == before
+
+
 def test_other_versions_are_said_and_the_old_ones_kept(config, tokenizer):
     run_folder.open_run(config, XY, tokenizer)
     run = checkpoint.Path(config.workdir)

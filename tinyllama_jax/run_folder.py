@@ -227,7 +227,7 @@ def _compare(old: Config, new: Config, step: int) -> list[str]:
     for key, (before, after) in _differ(old, new).items():
         if key in fixed:
             raise UserError(
-                f"--{key}={after}: the run in {new.workdir} has {before}; give it back that value, "
+                f"--{key}={after}: the run in {new.workdir} has {before if before != '' else 'none'}; give it back that value, "
                 f"or start another run with --workdir=NEW (and --init.from={new.workdir} for its weights)"
             )
     return changed(old, new, "this run was last started")

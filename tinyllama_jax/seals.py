@@ -211,11 +211,14 @@ def recover(config: Config) -> list[str]:
             f"{run}: has no checkpoint to go on from ({path.name}: {reason}; {len(aside)} in all); mend --data.skip, "
             "restore one from a copy, or start again with --workdir=NEW"
         )
-    if newest is not None and newest < before and exists(run / "metrics.jsonl"):
-        kept = set_aside(run, run / "metrics.jsonl", shutil.copyfile)
-        notes.append(
-            f"step {before:,} was saved once, and the run goes on from {newest:,}; its metrics so far are now in {kept}"
+    metrics = run / "metrics.jsonl"
+    if (newest is None or newest < before) and exists(metrics) and metrics.stat().st_size:
+        why = (
+            "the run has no checkpoint"
+            if newest is None
+            else f"step {before:,} was saved once, and the run goes on from {newest:,}"
         )
+        notes.append(f"{why}; its metrics so far are now in {set_aside(run, metrics, shutil.copyfile)}")
     for path, reason in aside.items():
         notes.append(f"checkpoint {path.name} is not used ({reason}) and is now {set_aside(run, path)}")
     if strays := _strays(run):

@@ -360,6 +360,12 @@ def test_they_are_looked_for_in_blocks_from_begin_to_end(folder, monkeypatch):
     assert len(read) == 1 and len(read[0]) == 64 and (read[0][0], read[0][-1]) == (0, 299)
 
 
+def test_where_a_few_blocks_have_no_document_end_many_are_looked_at(folder):
+    book = [5] * 17 * 7 + [5, EOS, 6] + [5] * 17 * 992  # a single end in the block 7 of 1,000
+    manifest = Packed(put(folder, book), "train", S).manifest
+    assert manifest["eos"] and not manifest["bos"]
+
+
 def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data):
     shutil.copy(tiny_data / "512.model", tmp_path / "tokenizer.model")
     names = {key: str(put(tmp_path, EDGES[key][0], prefix=f"train_{key}")) for key in ("eos", "bos", "both", "neither")}

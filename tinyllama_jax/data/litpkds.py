@@ -38,7 +38,7 @@ CHUNK = 2049 * 1024  # tokens in a file
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
 LARGEST_CHUNK = 1 << 28  # tokens of a file, which is in memory while it is written
 MOVED = "moved.json"  # lists the files of a finished export that are being moved to `output`
-SAMPLE = 64  # blocks in which bos and eos are looked for: at 2,049 tokens each, some 100 ends of documents
+SAMPLES = 64, 4_096  # blocks in which bos and eos are looked for (64 of 2,049 tokens have some 100 ends of documents)
 AHEAD = 256  # files whose headers a thread reads at once
 
 
@@ -61,15 +61,12 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def edges(blocks: Blocks) -> tuple[bool, bool, str]:
-    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLE` blocks of a source.
-
-    In sixteen times as many where those have neither: its documents may be long.
-    """
-    for size in (SAMPLE, 16 * SAMPLE):
-        indices = np.unique(np.linspace(0, len(blocks) - 1, size).astype(np.int64))
+    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLES` blocks of a source."""
+    begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
+    for sample in SAMPLES:  # a book's ends are far apart
+        indices = np.unique(np.linspace(0, len(blocks) - 1, sample).astype(np.int64))
         tokens, length = blocks.read(indices)
         inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
-        begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
         bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
         n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
         if n or m:
