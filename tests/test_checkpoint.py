@@ -412,6 +412,12 @@ def test_a_run_that_goes_back_keeps_its_metrics(config, tokenizer):
     assert seals.last_saved(run) == 10 and seals.recover(config) == []
 
 
+def test_a_batch_ramp_that_the_run_did_not_have_is_refused(config):
+    later = cli.override(config, {"train.batch_ramp": f"{config.train.tokens_per_step}:{2 * config.train.tokens_per_step}"})
+    with pytest.raises(UserError, match=r"^--train.batch_ramp=\d+:\d+: the run in .* has none; give it back that value"):
+        run_folder._compare(config, later, 20)
+
+
 def test_a_run_that_has_forgotten_its_checkpoints_keeps_its_metrics(config, tokenizer):
     run = past_of(config, tokenizer)
     (run / "newest.json").unlink()  # or of a version that did not write it
