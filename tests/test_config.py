@@ -121,7 +121,7 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(config, arguments, word
 
 def test_accumulation_is_derived_or_refused_with_what_would_do(config):
     assert config.accumulation(4) == [1] and config.accumulation(1) == [4]  # 8 sequences a step, 2 a device
-    with pytest.raises(UserError, match=r"choose train.tokens_per_step as a multiple of 48"):
+    with pytest.raises(UserError, match=r"choose train.tokens_per_step as a multiple of 96"):
         config.accumulation(3)
     many = dataclasses.replace(config, train=dataclasses.replace(config.train, tokens_per_step=2**30, seqs_per_device=3_000))
     with pytest.raises(UserError, match=r"among \[1, 2, 4, .*, 2048, 4096, .*\]$") as error:  # 2^26 sequences: no list of them
