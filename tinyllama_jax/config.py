@@ -476,7 +476,7 @@ class Config(_Typed):
                 remedy = (
                     f"choose train.seqs_per_device among {near}"
                     if fits
-                    else f"choose train.tokens_per_step as a multiple of {at_once * self.model.seq_len}, or another number of devices"
+                    else f"choose train.tokens_per_step as a multiple of {at_once * self.model.seq_len}, or other devices"
                 )
                 raise UserError(
                     f"--train.seqs_per_device={self.train.seqs_per_device}: {sequences} sequences a step do not "
