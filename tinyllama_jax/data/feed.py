@@ -232,6 +232,8 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
                 f"put the old one back, or start another run with --workdir=NEW --init.from={config.workdir}"
             )
         checked += 1
+    if step and not checked:
+        return [f"{path} records none of the steps up to {step:,}: whether the data are the same was not checked"]
     return [f"the last {checked} recorded batches are as they were"] if checked else []
 
 
