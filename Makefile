@@ -49,7 +49,7 @@ bench: $(VENV)/.dev
 	$(PY) tools/bench_kernels.py
 	$(PY) tools/bench_train.py
 
-# 5,000 damaged files and odd arguments, which take half an hour on two cores; make test-long SEED=2 tries others
+# 5,000 damaged files and odd arguments, which take about an hour on two cores; make test-long SEED=2 tries others
 .PHONY: test-long
 test-long: $(VENV)/.dev
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
