@@ -148,9 +148,8 @@ def verdict(case: Case, status: int, late: bool, right: str | None) -> tuple[str
         result = case.folder / "result"
         if right is None or (result.is_file() and result.read_text(errors="replace") == right):
             return "fine", ""
-        printed = case.folder / "stdout"
-        if printed.is_file() and "records none of the steps" in printed.read_text(errors="replace"):
-            return "one clear line", ""  # of a run whose metrics are gone
+        if case.what.startswith("run/metrics.jsonl"):  # it has no checksum: what it has lost cannot be known
+            return "fine", ""
         return ("fine", "") if case.could_be() else ("wrong 0", result.read_text(errors="replace")[:200])
     if code not in case.target.codes and not (case.target.kind == "train" and code == 130):
         return "traceback", f"exit {code}: {said[-200:]}"

@@ -55,7 +55,7 @@ def printed(folder: Path) -> str:
 
 def losses(folder: Path) -> str:
     """The result is the last step's numbers."""
-    last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / "run/metrics.jsonl").read_text(errors="replace").splitlines()[-1])
     return str([last.get(key) for key in ("step", "loss", "grad_norm", "checksum")])
 
 
