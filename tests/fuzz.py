@@ -2,10 +2,12 @@
 
     python tests/fuzz.py --seed 1 --cases 500 [--only KIND] [--case K]
 
-Imports once and forks for each case, so that a case takes a fraction of a second. Case K of a seed is always the same one.
+Imports once and forks for each case, so that a case takes a fraction of a second. Case K of a seed is
+nearly always the same one: what is damaged holds times and random names.
 What a command may do with what it cannot use: one clear line. Not: a traceback, a hang, an exit code 0 that it has not earned.
 An exit code 0 is earned if the result is that of the undamaged files, or if the damage left what nobody can tell from a good
-file (another learning rate in a config, say): see `plausible`.
+file (another learning rate in a config, say): see `plausible`. Damage to metrics.jsonl, which has no
+checksum, need not be noticed.
 """
 
 from __future__ import annotations

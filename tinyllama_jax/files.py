@@ -134,16 +134,6 @@ def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
             return file
 
 
-@contextlib.contextmanager
-def locked(path: Path, busy: str, seconds: float = 10.0) -> Iterator[None]:
-    """Holds `claim` during a `with` block; the file stays."""
-    file = claim(path, busy, seconds)
-    try:
-        yield
-    finally:
-        os.close(file)
-
-
 MARK = ".tinyllama_jax"  # a file that marks a workplace; the process that holds its lock is at work there
 
 
