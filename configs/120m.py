@@ -7,7 +7,7 @@ Loss: not yet run at this size here.
 Cost: 6 x 121,129,728 x 2.5B tokens = 1.8e18 FLOP in matmuls; at 40% of an A100's 312 TFLOP/s 4 GPU-hours. Not yet run here.
 """
 
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
 
 config = Config(
     workdir="runs/120m",

@@ -7,7 +7,7 @@ Cost: 6 x 3.0B x 60B tokens = 1.1e21 FLOP in matmuls; at 40% of an A100's 312 TF
 Not yet run here.
 """
 
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
 
 config = Config(
     workdir="runs/3b",

@@ -6,7 +6,7 @@ Loss: not yet run at this size here.
 Cost: the original took 90 days of 16 A100-40G at 24,000 tokens/s each, 34,560 GPU-hours.
 """
 
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
 
 config = Config(
     workdir="runs/3t",

@@ -7,7 +7,7 @@ Cost: 22B tokens / (8 x 24,000 tokens/s, the original's A100-40G) = 31.8 hours o
 The data are the 3T run's: SlimPajama and StarCoder, of which this reads 2.4% of an epoch.
 """
 
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
 
 config = Config(
     workdir="runs/chinchilla",

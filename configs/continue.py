@@ -16,8 +16,8 @@ Cost: 30B tokens at the original's 24,000 tokens/s a GPU: 22 hours of 16 A100-40
 import dataclasses
 from pathlib import Path
 
-from tinyllama_jax.cli import read
-from tinyllama_jax.config import Checkpoint, Init, Log, Optim
+from tinyllama_jax.base.cli import read
+from tinyllama_jax.base.config import Checkpoint, Init, Log, Optim
 
 base = read(str(Path(__file__).with_name("3t.py")))
 config = dataclasses.replace(

@@ -9,7 +9,7 @@ Cost: 200 s of processor time for the whole demo; 214 s on 2 cores (Xeon with AV
 Figures below that compare were measured on 410,000 tokens: 800 steps with their own warm-up and cosine.
 """
 
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Model, Optim, Train
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Model, Optim, Train
 
 config = Config(
     workdir="runs/demo/run",

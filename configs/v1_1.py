@@ -13,8 +13,8 @@ which here is a function of the tokens seen. The card gives 1.8M and 7.2M tokens
 import dataclasses
 from pathlib import Path
 
-from tinyllama_jax.cli import read
-from tinyllama_jax.config import Checkpoint, Data, Mesh
+from tinyllama_jax.base.cli import read
+from tinyllama_jax.base.config import Checkpoint, Data, Mesh
 
 TOKENS_PER_STEP = 1_802_240  # 880 x 2,048
 COOLDOWN = 1_026_501  # steps before it: the first boundary after 1.85T tokens

@@ -13,8 +13,8 @@ Cost: as v1_1.py, of which the branch is the last quarter.
 import dataclasses
 from pathlib import Path
 
-from tinyllama_jax.cli import read
-from tinyllama_jax.config import Data
+from tinyllama_jax.base.cli import read
+from tinyllama_jax.base.config import Data
 
 config = dataclasses.replace(
     read(str(Path(__file__).with_name("v1_1.py"))),

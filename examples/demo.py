@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from examples import demo_corpus
-from tinyllama_jax import cli, report
-from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config
-from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax import report
+from tinyllama_jax.base import cli
+from tinyllama_jax.base import config as config_lib
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.run import metrics
 
 if TYPE_CHECKING:
     from tinyllama_jax.data.blocks import Blocks
@@ -163,7 +165,7 @@ def make_tokenizer(folder: Path, corpus: Path, config: Config) -> None:
 
 def make_data(work: Path, config: Config) -> None:
     """Blocks of tokens of each source, below `work`/data."""
-    from tinyllama_jax.data import prepare
+    from tinyllama_jax import prepare
 
     shutil.rmtree(work / "data", ignore_errors=True)
     for source in demo_corpus.SOURCES:
@@ -249,7 +251,7 @@ def sample(work: Path) -> None:
 def conclusion(work: Path, arguments: list[str], seconds: float) -> str:
     """Samples, the two losses, where each thing is, and what to try next."""
     run, samples = work / "run", work / "samples.txt"
-    loss = [row["val_loss"] for row in report.rows(run) if row.get("val_loss") is not None][-1]
+    loss = [row["val_loss"] for row in metrics.read(run) if row.get("val_loss") is not None][-1]
     baseline = report.unigram(run)
     here = Path(sys.executable).is_relative_to(Path.cwd())
     python = shlex.join([os.path.relpath(sys.executable) if here else sys.executable, "-m"])

@@ -20,8 +20,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyllama_jax.data import vocabulary
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import vocabulary
 
 SOURCES = ("text", "code")
 SPLITS = ("train", "validation")

@@ -9,20 +9,22 @@ import os
 import time
 from pathlib import Path
 
-from tinyllama_jax import processes
+from tinyllama_jax.run import supervise
 
 if __name__ == "__main__":
-    processes.supervise("chaos_train")
+    supervise.supervise("chaos_train")
 
 import jax.numpy as jnp
 
-from tinyllama_jax import seals, step, train
+from tinyllama_jax import train
+from tinyllama_jax.core import step
+from tinyllama_jax.run import seals
 
 gradients, seal = step.gradients, seals.seal
 
 
-def poisoned(state, batch, cfg, eos_id):
-    sums, grads = gradients(state, batch, cfg, eos_id)
+def poisoned(state, batch, cfg, loss):
+    sums, grads = gradients(state, batch, cfg, loss)
     bad = jnp.isin(state.step + 1, jnp.array([int(s) for s in os.environ.get("CHAOS_NONFINITE", "0").split(",")]))
     bad |= state.step + 1 >= int(os.environ.get("CHAOS_NONFINITE_FROM", 2**31 - 1))
     return sums._replace(loss=jnp.where(bad, jnp.nan, sums.loss)), grads
@@ -37,4 +39,4 @@ def troubled(*args):
 
 if __name__ == "__main__":
     step.gradients, seals.seal = poisoned, troubled
-    processes.run(train.main)
+    supervise.run(train.main)

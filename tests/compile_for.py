@@ -21,10 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax import cli, compiled, sharding, step, targets
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core.program import build, shape_of_batch
 from tinyllama_jax.kernels import attention
+from tinyllama_jax.planning import compiled, targets
 
 # embedding and head 32,000 x 256 x 4 B = 31 MiB each; 2 micro-batches of 2 sequences a device, the loss in 2 chunks of each
 MODEL = c.Model(3, 256, 4, 2, 768, 32_000, 256, remat="save_matmuls_and_attention", attention="xla", loss_chunk=256)
@@ -141,7 +143,7 @@ def state_of(config: c.Config, machine: targets.Machine) -> list:
     """Of each leaf of the state: path, elements in all, elements on a device."""
     mesh = sharding.make_mesh(config.mesh, machine.devices)
     with jax.set_mesh(mesh):
-        leaves = jax.tree_util.tree_leaves_with_path(step.build(config, mesh).state)
+        leaves = jax.tree_util.tree_leaves_with_path(build(config, mesh).state)
     return [(jax.tree_util.keystr(p), leaf.size, math.prod(leaf.sharding.shard_shape(leaf.shape))) for p, leaf in leaves]
 
 
@@ -150,8 +152,8 @@ def beside(machine: targets.Machine) -> list[list[tuple[str, int, int]]]:
     config = config_of("3t:8,save_matmuls_and_attention")
     mesh = sharding.make_mesh(config.mesh, machine.devices)
     with jax.set_mesh(mesh):
-        program = step.build(config, mesh)
-        batch = step.shape_of_batch(program, config.model.seq_len)
+        program = build(config, mesh)
+        batch = shape_of_batch(program, config.model.seq_len)
         text = program.train.lower(program.state, batch).compile().as_text()
     computations = {part.split(" ")[0]: part for part in re.split(r"\n(?:ENTRY )?%(?=\S+ \()", text)}
     types = dict(re.findall(r"^\s+(?:ROOT )?%(\S+) = (.+?) [\w-]+\(", text, re.M))

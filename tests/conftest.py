@@ -40,6 +40,6 @@ def tiny_config_file(tiny_data) -> Path:
 @pytest.fixture
 def tiny_config(tiny_config_file):
     """What `tiny_config_file` says."""
-    from tinyllama_jax import cli
+    from tinyllama_jax.base import cli
 
     return cli.read(str(tiny_config_file))

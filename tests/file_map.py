@@ -4,27 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = (
-    "dims",
-    "errors",
-    "files",
-    "config",
-    "cli",
-    "xla",
-    "sharding",
-    "targets",
-    "kernels/",
-    "data/",
-    "model",
-    "optim",
-    "hf",
-    "lit",
-    "step",
-    "checkpoint",
-    "run_folder",
-    "metrics",
-    "weights",
-)
+ORDER = ("base/", "kernels/", "core/", "data/", "hub/", "run/", "planning/", "")
 
 
 def rows() -> dict[str, str]:

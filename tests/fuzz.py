@@ -42,8 +42,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # where it is not installed
 from fuzz_commands import MAIN, TARGETS, Target, make_stage
 from fuzz_damage import damage_arguments, damage_file
 
-from tinyllama_jax import errors, processes
+from tinyllama_jax.base import errors
 from tinyllama_jax.data import blocks
+from tinyllama_jax.run import supervise
 
 MEMORY = 6 << 30  # bytes that a case may add
 SLOW = 30  # a case is a hang after so many times what the undamaged one took, and PATIENCE
@@ -103,7 +104,7 @@ def start(case: Case, seconds: float) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.argv = [case.target.kind, *case.argv]
     try:
-        (processes.run if case.target.kind == "train" else errors.run_main)(MAIN[case.target.kind])
+        (supervise.run if case.target.kind == "train" else errors.run_main)(MAIN[case.target.kind])
     except SystemExit as end:
         if end.code == 0:
             sys.stdout.flush()

@@ -22,8 +22,11 @@ import torch
 import zstandard
 from tiny import TINY, make_tiny_data
 
-from tinyllama_jax import checkpoint, convert, errors, generate, lit, plan, processes, replay, report, train
-from tinyllama_jax.data import audit, litpkds, prepare
+from tinyllama_jax import audit, convert, generate, plan, prepare, replay, report, train
+from tinyllama_jax.base import errors
+from tinyllama_jax.data import litpkds
+from tinyllama_jax.hub import litgpt
+from tinyllama_jax.run import checkpoint, supervise
 
 
 class Target(NamedTuple):
@@ -74,7 +77,7 @@ def tool(name: str) -> Callable[[list[str]], int]:
 def watch(argv: list[str]) -> int:
     """The parent of process 1 of two; process 0 never comes."""
     os.environ |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}
-    return processes._supervised("tinyllama_jax.train", argv)
+    return supervise._supervised("tinyllama_jax.train", argv)
 
 
 MAIN = {m.__name__.rpartition(".")[2]: m.main for m in (train, replay, report, plan, generate, prepare, audit, litpkds)}
@@ -115,7 +118,7 @@ TARGETS = [
     Target("export", "--checkpoint run --output out", "run", RUN, digest("out/*")),
     Target("import", "--checkpoint hf --output out", "hf", f"{HF} hf/*.safetensors", weights),
     Target("import", "--checkpoint sharded --output out", "sharded", "sharded/*", weights),
-    Target("import", f"--checkpoint lit.pth --output out {LIT}", "", "lit.pth tok.model", weights),
+    Target("import", f"--checkpoint litgpt.pth --output out {LIT}", "", "lit.pth tok.model", weights),
     Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", RUN, printed, (2,), 0.5),
     Target("generate", "--checkpoint hf --prompt x --max-new-tokens 2 --greedy", "hf", f"{HF} hf/*.safetensors", printed),
     Target("plan", "--config tiny.py --on cpu:1", "data", "tiny.py", printed, (2, 3), 0.5),
@@ -175,10 +178,10 @@ def make_stage(stage: Path) -> None:
 
 def _as_lit(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     out, K = {}, 2
-    for theirs, ours in lit.NAMES.items():
+    for theirs, ours in litgpt.NAMES.items():
         for i in range(2) if "{}" in theirs else [0]:
             out[theirs.format(i)] = torch.from_numpy(tensors[ours.format(i)].copy())
     for i in range(2):
         parts = [tensors[f"model.layers.{i}.self_attn.{n}_proj.weight"].reshape(K, -1, 8, 32) for n in "qkv"]
-        out[lit.FUSED.format(i)] = torch.from_numpy(np.concatenate(parts, 1).reshape(-1, 32).copy())
+        out[litgpt.FUSED.format(i)] = torch.from_numpy(np.concatenate(parts, 1).reshape(-1, 32).copy())
     return out

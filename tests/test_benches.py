@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
+from tinyllama_jax.base import config as c
 from tinyllama_jax.kernels import attention as kernels
 from tinyllama_jax.kernels import cross_entropy
 
@@ -38,7 +38,9 @@ def test_bench_train(tmp_path):
     by_name = {(row["row"], row["seqs"]): row for row in report["rows"]}
     assert set(by_name) == {(name, n) for name in rows.split(",") for n in (MUCH, 2)}
     for name in rows.split(","):
-        why = "out of memory" if name != "jax" else "tinyllama_jax.errors.UserError: --train.tokens_per_step="  # of too many
+        why = (
+            "out of memory" if name != "jax" else "tinyllama_jax.base.errors.UserError: --train.tokens_per_step="
+        )  # of too many
         assert by_name[name, MUCH]["left_out"].startswith(why), "and the rows after it are there"
         row = by_name[name, 2]
         assert row["ok"] and row["wrong"] == [] and row["token_loss_error"] < 1e-3

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, files, run_folder, seals, sharding, weights
-from tinyllama_jax import config as c
+from tinyllama_jax.base import cli, files, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core.losses import Batch
+from tinyllama_jax.core.program import build
 from tinyllama_jax.data import feed, litpkds
-from tinyllama_jax.errors import UserError
-from tinyllama_jax.step import Batch, build
+from tinyllama_jax.run import checkpoint, initialize, seals
+from tinyllama_jax.run import folder as run_folder
 
 XY, XZ = ([{"manifest_sha256": h, "bos": False, "sha256": None} for h in names] for names in ("xy", "xz"))
 
@@ -451,7 +454,7 @@ def test_litpkds_files_are_held_to_what_the_run_saw_first(tiny_config, tiny_data
         config = cli.override(tiny_config, keys | {"data.verify": verify})
         sources = feed.open_sources(config)
         assert len(feed.verify(config, sources)) == (verify == "true")
-        return run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
+        return run_folder.open_run(config, initialize.described(sources), sources[0].tokenizer)
 
     checksum = lambda: json.loads((tmp_path / "run" / "data.json").read_text())[0].get("sha256")
     assert opened("false") == [] and checksum() is None

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from launch.commands import listening
 
-from tinyllama_jax import cluster
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.run import addresses
 
 ROOT = Path(__file__).parents[1]
 GPUS = ",".join(map(str, range(8)))
@@ -60,9 +60,9 @@ ALL = []
 def test_the_gpus_of_a_process(environment, expected):
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
-            cluster.gpus(environment)
+            addresses.gpus(environment)
     else:
-        assert cluster.gpus(environment) == expected
+        assert addresses.gpus(environment) == expected
 
 
 PACKED = SBATCH | {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}  # both tasks on one node
@@ -73,8 +73,8 @@ PACKED = SBATCH | {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}  # bot
     [
         (SBATCH, 2, "node07:61809", "[::]:61809"),  # 61440 + 70001 % 4096
         (SBATCH | {"JAX_COORDINATOR_PORT": "9000"}, 2, "node07:9000", "[::]:9000"),
-        (SBATCH | {cluster.BIND: "10.1.0.7"}, 2, "node07:61809", "10.1.0.7:61809"),
-        (SBATCH | {cluster.BIND: "[fd00::7]:9001"}, 2, "node07:61809", "[fd00::7]:9001"),
+        (SBATCH | {addresses.BIND: "10.1.0.7"}, 2, "node07:61809", "10.1.0.7:61809"),
+        (SBATCH | {addresses.BIND: "[fd00::7]:9001"}, 2, "node07:61809", "[fd00::7]:9001"),
         (PACKED, 2, "127.0.0.1:61809", "127.0.0.1:61809"),
         (EXPLICIT, 2, "10.0.0.1:8476", "[::]:8476"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "localhost:1"}, 2, "localhost:1", "localhost:1"),
@@ -92,32 +92,32 @@ def test_where_process_0_listens(monkeypatch, environment, count, address, bind)
         monkeypatch.setenv(name, value)
     if not bind:
         with pytest.raises(UserError, match=re.escape(address)):
-            cluster.arguments(1, count, 1)
+            addresses.arguments(1, count, 1)
         return
-    told = cluster.arguments(1, count, 1)
+    told = addresses.arguments(1, count, 1)
     assert (told["coordinator_address"], told["coordinator_bind_address"]) == (address, bind)
-    assert (told["num_processes"], told["process_id"], told["local_device_ids"]) == (count, 1, cluster.gpus())
+    assert (told["num_processes"], told["process_id"], told["local_device_ids"]) == (count, 1, addresses.gpus())
 
 
 def test_fewer_gpus_than_slurm_gave_are_refused():
-    cluster.check_gpus("gpu", 8, SBATCH)
-    cluster.check_gpus("gpu", 1, SBATCH | EIGHT)
-    cluster.check_gpus("cpu", 1, SBATCH | {"JAX_PLATFORMS": "cpu"})
-    cluster.check_gpus("gpu", 2, SBATCH | {"JAX_LOCAL_DEVICE_IDS": "0,1"})
-    cluster.check_gpus("cpu", 1, {})
+    addresses.check_gpus("gpu", 8, SBATCH)
+    addresses.check_gpus("gpu", 1, SBATCH | EIGHT)
+    addresses.check_gpus("cpu", 1, SBATCH | {"JAX_PLATFORMS": "cpu"})
+    addresses.check_gpus("gpu", 2, SBATCH | {"JAX_LOCAL_DEVICE_IDS": "0,1"})
+    addresses.check_gpus("cpu", 1, {})
     for platform, devices, environment, words in (
         ("gpu", 1, SBATCH, "gave this host 8 GPUs, and its 1 processes see 1"),
         ("cpu", 2, SBATCH, "gave this host 8 GPUs, and its 1 processes see 0"),
     ):
         with pytest.raises(UserError, match=words):
-            cluster.check_gpus(platform, devices, environment)
+            addresses.check_gpus(platform, devices, environment)
 
 
 JOIN = """
 import json, jax
 from jax._src import xla_bridge
-from tinyllama_jax import processes
-processes.join(20)
+from tinyllama_jax.run import cluster
+cluster.join(20)
 print(json.dumps([xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.process_index(), jax.process_count(), jax.device_count()]))
 """
 
@@ -187,7 +187,7 @@ def test_one_process_listens_nowhere(tiny_config_file, tmp_path):
         ["tinyllama_jax.replay", "--run", run, "--step", "5"],
         ["tinyllama_jax.report", run],
         ["tinyllama_jax.plan", "--law", "chinchilla", "--picture", str(tmp_path / "law.png")],
-        ["tinyllama_jax.data.audit", str(tiny_config_file.with_name("a")), "--page", str(tmp_path / "audit.html")],
+        ["tinyllama_jax.audit", str(tiny_config_file.with_name("a")), "--page", str(tmp_path / "audit.html")],
         [str(ROOT / "tools" / "convert_to_torch.py"), "--checkpoint", run, "--output", str(tmp_path / "hf")],
         [str(ROOT / "tools" / "convert_from_torch.py"), "--checkpoint", str(tmp_path / "hf"), "--output", str(tmp_path / "in")],
     ]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_jax import hlo, targets
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.planning import hlo, targets
 
 TESTS = Path(__file__).parent
 ENV = os.environ | {
@@ -338,7 +338,8 @@ def python(on: str, code: str) -> str:
     """What a process of its own prints that executes `code` with `m`, the machine `on`."""
     if not installed(on):
         pytest.skip(f"no compiler for {on} here: pip install '.[plan]'")
-    code = f"from tinyllama_jax import targets, sharding, config as c; m = targets.machine({on!r}); {code}"
+    code = f"m = targets.machine({on!r}); {code}"
+    code = f"from tinyllama_jax.base import sharding, config as c; from tinyllama_jax.planning import targets; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

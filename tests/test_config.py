@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import pytest
 
-from tinyllama_jax import cli
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import cli
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
 
 
 @pytest.fixture
@@ -156,28 +156,40 @@ def test_keys_and_flat_agree(config):
         ("x = 1", "defines no `config = Config(...)`"),
         ("a = 1\nb = 1 / 0", "line 2: ZeroDivisionError"),
         ("def", "line 1: SyntaxError"),
-        ("from tinyllama_jax.config import *\nModel(1, 32, 5, 1, 1, 1, 1)", "--model.n_heads=5"),
+        ("from tinyllama_jax.base.config import *\nModel(1, 32, 5, 1, 1, 1, 1)", "--model.n_heads=5"),
         (
-            "from tinyllama_jax.config import *\nTrain(steps=24.0, tokens_per_step=1, seqs_per_device=1)",
+            "from tinyllama_jax.base.config import *\nTrain(steps=24.0, tokens_per_step=1, seqs_per_device=1)",
             "--train.steps=24.0: must be a",
         ),
-        ("from tinyllama_jax.config import *\nTrain(True, 1, 1)", "--train.steps=True: must be a whole number"),
-        ("from tinyllama_jax.config import *\nData({'a': '1'})", "--data.sources={'a': '1'}: must be"),
-        ("import math\nfrom tinyllama_jax.config import *\nData({'a': math.inf})", "weights must be positive numbers"),
-        ("from tinyllama_jax.config import *\nOptim(1e-3, 1e-4, 1, float('inf'), 1.0)", "--optim.weight_decay=inf: must be at"),
-        ("from tinyllama_jax.config import *\nOptim(float('nan'), 1e-4, 1, 0.1, 1.0)", "--optim.peak_lr=nan: must be a number"),
-        ("from tinyllama_jax.config import *\nTrain(10**5000, 1, 1)", "--train.steps=(thousands of digits): must be at most"),
-        ("from tinyllama_jax.config import *\nOptim(10**5000, 1, 1, 1, 1)", "=(thousands of digits): must be a number"),
-        ("from tinyllama_jax.config import *\nData({'a': 10**5000})", "--data.sources=(thousands of digits): must be DIR:"),
-        ("from tinyllama_jax.config import *\nData({1: 1})", "--data.sources={1: 1}: must be DIR:WEIGHT"),
+        ("from tinyllama_jax.base.config import *\nTrain(True, 1, 1)", "--train.steps=True: must be a whole number"),
+        ("from tinyllama_jax.base.config import *\nData({'a': '1'})", "--data.sources={'a': '1'}: must be"),
+        ("import math\nfrom tinyllama_jax.base.config import *\nData({'a': math.inf})", "weights must be positive numbers"),
+        (
+            "from tinyllama_jax.base.config import *\nOptim(1e-3, 1e-4, 1, float('inf'), 1.0)",
+            "--optim.weight_decay=inf: must be at",
+        ),
+        (
+            "from tinyllama_jax.base.config import *\nOptim(float('nan'), 1e-4, 1, 0.1, 1.0)",
+            "--optim.peak_lr=nan: must be a number",
+        ),
+        (
+            "from tinyllama_jax.base.config import *\nTrain(10**5000, 1, 1)",
+            "--train.steps=(thousands of digits): must be at most",
+        ),
+        ("from tinyllama_jax.base.config import *\nOptim(10**5000, 1, 1, 1, 1)", "=(thousands of digits): must be a number"),
+        (
+            "from tinyllama_jax.base.config import *\nData({'a': 10**5000})",
+            "--data.sources=(thousands of digits): must be DIR:",
+        ),
+        ("from tinyllama_jax.base.config import *\nData({1: 1})", "--data.sources={1: 1}: must be DIR:WEIGHT"),
         ("x = 1\nimport sys; sys.exit(0)", "line 2: SystemExit: 0"),
         ("raise BaseException('two\\nlines')", "line 1: BaseException: two lines"),
         ("import asyncio\nraise asyncio.CancelledError", "line 2: CancelledError"),
-        ("from tinyllama_jax import cli\ncli.read(__file__)", "RecursionError"),
+        ("from tinyllama_jax.base import cli\ncli.read(__file__)", "RecursionError"),
         (b"a = '\xff'", "SyntaxError"),
         (b"a = '\0'", "Error"),
         (b"#" * (1 << 21), "has more than 1,048,576 bytes"),
-        ("from tinyllama_jax.config import *\nLog(wandb=None)", "--log.wandb=None: must be a string"),
+        ("from tinyllama_jax.base.config import *\nLog(wandb=None)", "--log.wandb=None: must be a string"),
     ],
 )
 def test_a_config_file_with_a_mistake(tmp_path, text, words):

@@ -7,10 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from tinyllama_jax import checkpoint, cli, convert, report, sharding, step, train, weights
-from tinyllama_jax import config as c
+from tinyllama_jax import convert, train
+from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core.program import build, on_devices
 from tinyllama_jax.data import feed
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.run import checkpoint, initialize, metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +49,7 @@ def run(config, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(c.to_json(config))
     assert train.main(["--config", str(file)]) == 0
-    return [row for row in report.rows(config.workdir) if "loss" in row]
+    return [row for row in metrics.read(config.workdir) if "loss" in row]
 
 
 def of_first_batch(config):
@@ -54,10 +57,10 @@ def of_first_batch(config):
     sources = feed.open_sources(config)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        program = step.build(config, mesh)
-        state, _ = weights.initial_state(config, program, weights.check_origin(config, sources)[0])
+        program = build(config, mesh)
+        state, _ = initialize._initial_state(config, program, initialize._check_origin(config, sources)[0])
         tokens, length = feed.gather(sources, *feed.order(config, sources).at(1))
-        sums, n = program.evaluate(state.params, step.on_devices((tokens, length), program.eval_batch, 8))
+        sums, n = program.evaluate(state.params, on_devices((tokens, length), program.eval_batch, 8))
         return float(sums.loss) / float(n), tokens
 
 
@@ -66,7 +69,7 @@ def test_the_first_loss_is_the_evaluations(published, tiny_config, tmp_path, ini
     config = continued(tiny_config, published / "run", tmp_path / "on", **init)
     rows = run(config, tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    of = lambda run: [row for row in report.rows(run) if "val_loss" in row]
+    of = lambda run: [row for row in metrics.read(run) if "val_loss" in row]
     assert of(config.workdir)[0]["step"] == 0
     if "step" not in init:  # what the run that the weights are of ended with
         assert of(config.workdir)[0]["val_loss"] == pytest.approx(of(published / "run")[-1]["val_loss"], rel=1e-6)
@@ -94,8 +97,8 @@ def test_moments_are_taken_or_not(published, tiny_config, tmp_path):
         config = continued(tiny_config, published / "run", tmp_path / state, state=state)
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            program = step.build(config, mesh)
-            states[state], said = weights.initial_state(config, program, published / "run")
+            program = build(config, mesh)
+            states[state], said = initialize._initial_state(config, program, published / "run")
             before = checkpoint.restore_state(published / "run", 10, program.state)
         assert "step 10 of" in said and int(states[state].step) == 0
     adam = {state: states[state].opt_state[0] for state in states}
@@ -108,12 +111,12 @@ def test_moments_are_taken_or_not(published, tiny_config, tmp_path):
 def test_a_branch_begins_where_it_began_though_the_other_goes_on(published, tiny_config, tmp_path):
     config = continued(tiny_config, published / "run", tmp_path / "on", state="moments", step=0)
     (tmp_path / "on").mkdir()
-    first = weights.resolved(config, published / "run")
+    first = initialize._resolved(config, published / "run")
     assert first.init.step == 10
     (tmp_path / "on" / "config.json").write_text(
         c.to_json(dataclasses.replace(first, init=c.Init(first.init.from_, 5, "moments")))
     )
-    assert weights.resolved(config, published / "run").init.step == 5  # as it was when it was first started
+    assert initialize._resolved(config, published / "run").init.step == 5  # as it was when it was first started
 
 
 @pytest.mark.parametrize(

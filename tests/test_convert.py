@@ -21,24 +21,16 @@ from cluster import PATIENCE
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
 from test_hf_tokenizer import KINDS, train
 
-from tinyllama_jax import (
-    checkpoint,
-    convert,
-    dims,
-    files,
-    generate,
-    hf,
-    hf_tokenizer,
-    lit,
-    model,
-    optim,
-    sharding,
-    tensor_files,
-)
-from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config
-from tinyllama_jax.errors import UserError
-from tinyllama_jax.step import build
+from tinyllama_jax import convert, generate
+from tinyllama_jax.base import config as config_lib
+from tinyllama_jax.base import dims, files, sharding
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import model, optim
+from tinyllama_jax.core.program import build
+from tinyllama_jax.data import hf_tokenizer
+from tinyllama_jax.hub import litgpt, llama, tensor_files
+from tinyllama_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(GQA, vocab_size=1_003)  # three rows more than the tokenizer has pieces
@@ -82,9 +74,9 @@ def test_the_command_exports_the_newest_step_and_another(run, tmp_path):
     assert done.stdout == f"{tmp_path / 'hf'}: step 12 of {run} in float32\n"
     names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
     assert sorted(path.name for path in tmp_path.joinpath("hf").iterdir()) == sorted([*names, "tokenizer_config.json"])
-    assert_same(hf.load_folder(tmp_path / "hf")[0], random_params(SMALL, seed=12))
+    assert_same(llama.load_folder(tmp_path / "hf")[0], random_params(SMALL, seed=12))
     assert convert.export(run, tmp_path / "old", step=7) == 7
-    assert_same(hf.load_folder(tmp_path / "old")[0], random_params(SMALL, seed=7))
+    assert_same(llama.load_folder(tmp_path / "old")[0], random_params(SMALL, seed=7))
 
 
 def test_export_needs_neither_torch_nor_transformers(run, tmp_path):
@@ -95,7 +87,7 @@ def test_export_needs_neither_torch_nor_transformers(run, tmp_path):
     assert (tmp_path / "hf/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("dtype", hf.DTYPES)
+@pytest.mark.parametrize("dtype", llama.DTYPES)
 def test_transformers_loads_it_without_a_warning(run, tmp_path, dtype):
     torch = pytest.importorskip("torch", reason="Transformers' models need it")
     transformers = pytest.importorskip("transformers", reason="the reader of what is exported")
@@ -140,7 +132,7 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
     assert [path.name for path in tmp_path.joinpath("hf").iterdir()] == ["precious"]
     (tmp_path / "hf/precious").rename(tmp_path / "hf/.DS_Store")
     assert convert.export(run, tmp_path / "hf") == 12  # a folder with nothing of a person's is no loss
-    assert (tmp_path / "hf/.DS_Store").is_file() and hf.load_folder(tmp_path / "hf")[1].n_layers == 3
+    assert (tmp_path / "hf/.DS_Store").is_file() and llama.load_folder(tmp_path / "hf")[1].n_layers == 3
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     with pytest.raises(UserError, match="link: is already there"):
@@ -203,7 +195,8 @@ def test_a_failed_export_leaves_nothing(run, tmp_path):
 
 
 def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_cleans_up(run, tmp_path):
-    hang = "import time; from tinyllama_jax import convert, hf; hf._cast = lambda *a: time.sleep(60)\n"
+    hang = "import time; from tinyllama_jax import convert; from tinyllama_jax.hub import llama\n"
+    hang += "llama._cast = lambda *a: time.sleep(60)\n"
     hang += f"convert.export({str(run)!r}, {str(tmp_path / 'hf')!r})"
     process = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
     deadline = time.monotonic() + PATIENCE
@@ -263,12 +256,12 @@ def test_an_import_takes_its_schedule_from_a_config(run, tmp_path):
 
 
 def config_source(config: Config) -> str:
-    return f"from tinyllama_jax.config import *\ninf = float('inf')\nconfig = {config!r}\n"
+    return f"from tinyllama_jax.base.config import *\ninf = float('inf')\nconfig = {config!r}\n"
 
 
 def test_a_folder_without_tokenizer_needs_one(run, tmp_path):
     (tmp_path / "hf").mkdir()
-    hf.save_folder(random_params(SMALL), SMALL, tmp_path / "hf", "float32", 1, 2)
+    llama.save_folder(random_params(SMALL), SMALL, tmp_path / "hf", "float32", 1, 2)
     with pytest.raises(UserError, match=r"hf: holds no tokenizer; add --tokenizer"):
         convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported")
     given = str(run / "tokenizer/tokenizer.model")
@@ -434,7 +427,7 @@ def lit_checkpoint(torch, cfg: config_lib.Model, steps: int, optimizer_keys: str
 
 
 def lit_tree(tensors: dict, cfg: config_lib.Model, origin: str) -> dict:
-    return lit._tree(tensor_files.to_arrays(tensors, origin), cfg, origin)
+    return litgpt._tree(tensor_files.to_arrays(tensors, origin), cfg, origin)
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ import pytest
 from cluster import PATIENCE
 
 from examples import demo
-from tinyllama_jax import cli
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import cli
+from tinyllama_jax.base.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 1_500
 CONFIG = f"""
-from tinyllama_jax.config import Checkpoint, Config, Data, Log, Model, Optim, Train
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Model, Optim, Train
 
 config = Config(
     workdir="runs/demo/run",
@@ -43,7 +43,7 @@ import signal
 import sys
 from pathlib import Path
 from examples import demo
-from tinyllama_jax.errors import run_main
+from tinyllama_jax.base.errors import run_main
 
 def main(argv):
     code = demo.demo(Path(argv[0]), "config.py", Path("library"))

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 from examples import demo_corpus
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
 
 # (a module, its text, its code)
 MODULES = {

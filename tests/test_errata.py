@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims, optim
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims
+from tinyllama_jax.core import optim
 
 TINYLLAMA = c.Model(22, 2048, 32, 4, 5632, 32000, 2048)
 

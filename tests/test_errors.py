@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from tinyllama_jax import errors
+from tinyllama_jax.base import errors
 
 COMMAND = """
 import os, sys
-from tinyllama_jax import errors
+from tinyllama_jax.base import errors
 
 def main(argv):
     print("first", flush=True)

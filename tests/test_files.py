@@ -8,9 +8,10 @@ import typing
 
 import pytest
 
-from tinyllama_jax import errors, files, report, seals
+from tinyllama_jax.base import errors, files
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import blocks
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.run import metrics, seals
 
 
 class Shard(typing.TypedDict):
@@ -91,7 +92,7 @@ def test_only_regular_files_are_read(tmp_path):
 
 def test_a_lock_is_of_one_process(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from tinyllama_jax import errors, files\n"
+        "import sys; from pathlib import Path; from tinyllama_jax.base import errors, files\n"
         "errors.run_main(lambda argv: files.claim(Path(argv[0]), 'busy', 0) and None)"
     )
     child = [sys.executable, "-c", code, str(tmp_path / "lock")]
@@ -113,7 +114,7 @@ def test_what_file_managers_and_nfs_leave_is_not_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "reads", [report.rows, blocks.read_manifest, seals.find_step, lambda p: files.check_local("--workdir", p)]
+    "reads", [metrics.read, blocks.read_manifest, seals.find_step, lambda p: files.check_local("--workdir", p)]
 )
 def test_a_name_that_is_not_utf8_is_refused_before_a_library_fails_at_it(tmp_path, reads):
     folder = os.fsencode(tmp_path) + b"/run\xff"

@@ -17,11 +17,16 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from tinyllama_jax import checkpoint, dims, generate, hf, hf_tokenizer, model
-from tinyllama_jax import config as c
+from tinyllama_jax import generate
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import model
+from tinyllama_jax.data import hf_tokenizer
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.errors import UserError
 from tinyllama_jax.generate import Sampling
+from tinyllama_jax.hub import llama as hf
+from tinyllama_jax.run import checkpoint
 
 FP32 = "params=float32,compute=float32,output=float32"
 TINY = c.Model(2, 24, 6, 2, 40, 53, 128, precision=FP32, residual="float32")

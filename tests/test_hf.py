@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tinyllama_jax import dims, hf, model, tensor_files
-from tinyllama_jax.config import Model
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import dims
+from tinyllama_jax.base.config import Model
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import model
+from tinyllama_jax.hub import llama, tensor_files
 
 GQA = Model(
     n_layers=3,
@@ -52,8 +54,8 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def test_names_cover_the_parameters_and_shapes_are_hugging_faces():
-    assert list(hf.NAMES) == [p.name for p in dims.PARAMETERS]
-    shapes = hf.shapes(GQA)
+    assert list(llama.NAMES) == [p.name for p in dims.PARAMETERS]
+    shapes = llama.shapes(GQA)
     assert len(shapes) == 3 + 9 * 3
     assert shapes["model.layers.2.self_attn.q_proj.weight"] == (24, 24)
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (2 * 4, 24)
@@ -65,7 +67,7 @@ def test_names_cover_the_parameters_and_shapes_are_hugging_faces():
 
 def test_a_row_of_q_proj_is_a_column_of_the_kernel():
     params = random_params(GQA)
-    tensors = dict(hf.to_hf(params, GQA))
+    tensors = dict(llama.to_hf(params, GQA))
     head, width, into = 4, 3, 7
     assert (
         tensors["model.layers.1.self_attn.q_proj.weight"][head * 4 + width, into]
@@ -81,13 +83,13 @@ def test_a_row_of_q_proj_is_a_column_of_the_kernel():
 def test_import_after_export_is_the_identity(cfg):
     params = random_params(cfg)
     params["final_norm"]["scale"][:4] = [np.nan, np.inf, -0.0, 1e-45]  # bits, not numbers
-    assert_same(hf.from_hf(dict(hf.to_hf(params, cfg)), cfg, allow_non_finite=True), params)
+    assert_same(llama.from_hf(dict(llama.to_hf(params, cfg)), cfg, allow_non_finite=True), params)
 
 
 def test_export_after_import_is_the_identity():
     rng = np.random.default_rng(1)
-    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in hf.shapes(GQA).items()}
-    back = dict(hf.to_hf(hf.from_hf(tensors, GQA), GQA))
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in llama.shapes(GQA).items()}
+    back = dict(llama.to_hf(llama.from_hf(tensors, GQA), GQA))
     assert list(back) == list(tensors)
     assert all(back[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
@@ -95,8 +97,8 @@ def test_export_after_import_is_the_identity():
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_read_exactly(dtype):
     params = jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), random_params(GQA))
-    halves = {name: tensor.astype(dtype) for name, tensor in hf.to_hf(params, GQA)}
-    assert_same(hf.from_hf(halves, GQA), params)
+    halves = {name: tensor.astype(dtype) for name, tensor in llama.to_hf(params, GQA)}
+    assert_same(llama.from_hf(halves, GQA), params)
 
 
 @pytest.mark.parametrize(
@@ -113,16 +115,16 @@ def test_half_precision_is_read_exactly(dtype):
     ],
 )
 def test_a_wrong_tensor_is_named(change, says):
-    tensors = dict(hf.to_hf(random_params(GQA), GQA))
+    tensors = dict(llama.to_hf(random_params(GQA), GQA))
     change(tensors)
     with pytest.raises(UserError, match=f"^there: .*{re.escape(says)}"):
-        hf.from_hf(tensors, GQA, "there")
+        llama.from_hf(tensors, GQA, "there")
 
 
 def test_rotary_tables_of_old_checkpoints_are_left_out():
     params = random_params(GQA)
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(3)}
-    assert_same(hf.from_hf(dict(hf.to_hf(params, GQA)) | old, GQA), params)
+    assert_same(llama.from_hf(dict(llama.to_hf(params, GQA)) | old, GQA), params)
 
 
 # -- config.json --------------------------------------------------------------------------------------------------------
@@ -130,22 +132,22 @@ def test_rotary_tables_of_old_checkpoints_are_left_out():
 
 @pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 def test_config_travels_both_ways(cfg):
-    there = json.loads(json.dumps(hf.to_hf_config(cfg, 1, 2, "float32")))
-    assert hf.from_hf_config(there) == dataclasses.replace(cfg, precision=Model.precision, residual=Model.residual)
+    there = json.loads(json.dumps(llama.to_hf_config(cfg, 1, 2, "float32")))
+    assert llama.from_hf_config(there) == dataclasses.replace(cfg, precision=Model.precision, residual=Model.residual)
 
 
 def test_linear_scaling_is_said_as_hugging_face_says_it():
     code_model = dataclasses.replace(GQA, seq_len=8_192, rope_scaling=4.0)
-    there = hf.to_hf_config(code_model, 1, 2, "float32")
+    there = llama.to_hf_config(code_model, 1, 2, "float32")
     assert (there["max_position_embeddings"], there["rope_scaling"]) == (2_048, {"type": "linear", "factor": 4.0})
     del there["rope_theta"]
     there |= {
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
     }  # Transformers 5
-    assert hf.from_hf_config(there).rope_scaling == 4.0
-    assert hf.from_hf_config(there).rope_theta == 1e6
-    assert hf.from_hf_config(there).seq_len == 8_192
+    assert llama.from_hf_config(there).rope_scaling == 4.0
+    assert llama.from_hf_config(there).rope_theta == 1e6
+    assert llama.from_hf_config(there).seq_len == 8_192
 
 
 @pytest.mark.parametrize(
@@ -153,17 +155,17 @@ def test_linear_scaling_is_said_as_hugging_face_says_it():
 )
 def test_the_length_comes_back_whatever_the_scaling(seq_len, scaling):
     cfg = dataclasses.replace(GQA, seq_len=seq_len, rope_scaling=scaling)
-    there = json.loads(json.dumps(hf.to_hf_config(cfg, 1, 2, "float32")))
+    there = json.loads(json.dumps(llama.to_hf_config(cfg, 1, 2, "float32")))
     assert there["max_position_embeddings"] * scaling <= max(seq_len + 0.5, scaling)  # no reader goes beyond what was trained
-    assert hf.from_hf_config(there).seq_len == seq_len
+    assert llama.from_hf_config(there).seq_len == seq_len
     there["seq_len"] = 7_777  # of somebody else, or not true any more
-    assert hf.from_hf_config(there).seq_len == round(there["max_position_embeddings"] * scaling)
+    assert llama.from_hf_config(there).seq_len == round(there["max_position_embeddings"] * scaling)
 
 
 def test_multi_head_attention_of_before_grouped_queries():
-    there = hf.to_hf_config(MODELS["mha"], 1, 2, "float32")
+    there = llama.to_hf_config(MODELS["mha"], 1, 2, "float32")
     del there["num_key_value_heads"], there["head_dim"]
-    assert hf.from_hf_config(there).n_kv_heads == 3
+    assert llama.from_hf_config(there).n_kv_heads == 3
 
 
 @pytest.mark.parametrize(
@@ -208,46 +210,46 @@ def test_multi_head_attention_of_before_grouped_queries():
 )
 def test_what_is_not_computed_is_refused(change, says):
     with pytest.raises(UserError, match=re.escape(says)) as error:
-        hf.from_hf_config(hf.to_hf_config(GQA, 1, 2, "float32") | change)
+        llama.from_hf_config(llama.to_hf_config(GQA, 1, 2, "float32") | change)
     assert len(str(error.value)) < 400
 
 
 def test_a_model_that_its_files_do_not_hold_is_refused_before_it_is_made(tmp_path):
     folder(tmp_path)
-    wide = hf.to_hf_config(GQA, 1, 2, "float32") | {"intermediate_size": 2**20, "num_hidden_layers": 1_024}
+    wide = llama.to_hf_config(GQA, 1, 2, "float32") | {"intermediate_size": 2**20, "num_hidden_layers": 1_024}
     for change, says in (
         ({}, "no tensor model.layers.3"),
         ({"num_hidden_layers": 3}, "gate_proj.weight has shape [52, 24], but "),
     ):
         (tmp_path / "config.json").write_text(json.dumps(wide | change))  # 8 x 10^10 weights
         with pytest.raises(UserError, match=re.escape(says)):
-            hf.load_folder(tmp_path)
+            llama.load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "", "{", '{"model_type": "llama"', "\xff", '{"a": ' + "[" * 10**5, '{"a": 1e999}'])
 def test_a_config_that_is_none_is_one_line(tmp_path, text):
     (folder(tmp_path) / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"config\.json: is damaged \([^\n]*$"):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
 
 
 def test_what_is_not_said_is_refused():
-    there = hf.to_hf_config(GQA, 1, 2, "float32")
+    there = llama.to_hf_config(GQA, 1, 2, "float32")
     del there["intermediate_size"]
     with pytest.raises(UserError, match="does not say 'intermediate_size'"):
-        hf.from_hf_config(there)
+        llama.from_hf_config(there)
 
 
 # -- files --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", hf.DTYPES)
+@pytest.mark.parametrize("dtype", llama.DTYPES)
 def test_the_library_reads_what_is_written(tmp_path, dtype):
     params = random_params(GQA)
-    hf.save_folder(params, GQA, tmp_path, dtype, 1, 2)
+    llama.save_folder(params, GQA, tmp_path, dtype, 1, 2)
     read = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    for name, tensor in hf.to_hf(params, GQA):
-        assert read[name].dtype == hf.DTYPES[dtype] and np.array_equal(read[name], tensor.astype(hf.DTYPES[dtype])), name
+    for name, tensor in llama.to_hf(params, GQA):
+        assert read[name].dtype == llama.DTYPES[dtype] and np.array_equal(read[name], tensor.astype(llama.DTYPES[dtype])), name
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
     raw = (tmp_path / "model.safetensors").read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0  # tensors stay aligned in a memory map
@@ -255,7 +257,7 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
 
 def test_shards_are_filled_in_order_and_found_by_the_index(tmp_path):
     params = random_params(GQA)
-    hf.save_folder(params, GQA, tmp_path, "float32", 1, 2, shard_bytes=20_000)
+    llama.save_folder(params, GQA, tmp_path, "float32", 1, 2, shard_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
@@ -263,15 +265,15 @@ def test_shards_are_filled_in_order_and_found_by_the_index(tmp_path):
     assert len(files) >= 4 and max(sizes) <= 20_000
     assert index["metadata"]["total_size"] == 4 * dims.n_parameters(GQA)
     held = {name: file for file in files for name in safetensors.numpy.load_file(tmp_path / file)}
-    assert index["weight_map"] == held and list(held) == list(hf.shapes(GQA))
-    read, cfg = hf.load_folder(tmp_path)
+    assert index["weight_map"] == held and list(held) == list(llama.shapes(GQA))
+    read, cfg = llama.load_folder(tmp_path)
     assert_same(read, params)
     assert cfg.n_kv_heads == 2
 
 
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
-    hf.save_folder(random_params(GQA), GQA, tmp_path, "float32", 1, 2, shard_bytes=1)
-    assert len(list(tmp_path.glob("*.safetensors"))) == len(hf.shapes(GQA))
+    llama.save_folder(random_params(GQA), GQA, tmp_path, "float32", 1, 2, shard_bytes=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(llama.shapes(GQA))
 
 
 @pytest.mark.parametrize(("dtype", "number"), [("float16", 70_000.0), ("bfloat16", 3.4e38)])
@@ -281,13 +283,13 @@ def test_overflow_is_refused_and_named(tmp_path, dtype, number):
     with pytest.raises(
         UserError, match=re.escape(f"--dtype={dtype}: model.layers.1.self_attn.o_proj.weight holds {number:g},")
     ):
-        hf.save_folder(params, GQA, tmp_path, dtype, 1, 2)
+        llama.save_folder(params, GQA, tmp_path, dtype, 1, 2)
     params["layers"]["o"]["kernel"][1, 0, 0, 0] = np.inf  # as it was in the run: not the cast's doing
-    hf.save_folder(params, GQA, tmp_path, dtype, 1, 2)
+    llama.save_folder(params, GQA, tmp_path, dtype, 1, 2)
 
 
 def folder(tmp_path, **options):
-    hf.save_folder(random_params(GQA), GQA, tmp_path, "float32", 1, 2, **options)
+    llama.save_folder(random_params(GQA), GQA, tmp_path, "float32", 1, 2, **options)
     return tmp_path
 
 
@@ -295,13 +297,13 @@ def test_a_cut_file_is_named(tmp_path):
     path = folder(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"model\.safetensors: is not a whole safetensors file"):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
 
 
 def test_a_lost_shard_is_named(tmp_path):
     (folder(tmp_path, shard_bytes=20_000) / "model-00002-of-00005.safetensors").unlink()
     with pytest.raises(UserError, match=r"its index names model-00002-of-00005\.safetensors, which is not in it"):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
 
 
 def test_a_tensor_that_only_the_index_has_is_named(tmp_path):
@@ -310,11 +312,11 @@ def test_a_tensor_that_only_the_index_has_is_named(tmp_path):
     told["weight_map"]["ghost.weight"] = "model-00001-of-00005.safetensors"
     index.write_text(json.dumps(told))
     with pytest.raises(UserError, match=r"index\.json: no tensor ghost\.weight"):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
     told["weight_map"]["ghost.weight"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(told))
     with pytest.raises(UserError, match=r"its index names \.\./elsewhere"):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -327,33 +329,33 @@ def test_a_tensor_that_only_the_index_has_is_named(tmp_path):
 def test_a_lost_file_is_named(tmp_path, lost, says):
     (folder(tmp_path) / lost).unlink()
     with pytest.raises(UserError, match=says):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
 
 
 def test_no_folder_and_no_json(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        hf.load_folder(tmp_path / "nowhere")
+        llama.load_folder(tmp_path / "nowhere")
     (folder(tmp_path) / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: is damaged"):
-        hf.load_folder(tmp_path)
+        llama.load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("head", ["absent", "equal", "different"])
 def test_tied_embeddings_become_two_tables(tmp_path, capsys, head):
     params = random_params(GQA)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in hf.to_hf(params, GQA)}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in llama.to_hf(params, GQA)}
     if head == "absent":
         del tensors["lm_head.weight"]
     elif head == "equal":
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    there = hf.to_hf_config(GQA, 1, 2, "float32") | {"tie_word_embeddings": True}
+    there = llama.to_hf_config(GQA, 1, 2, "float32") | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(there))
     if head == "different":
         with pytest.raises(UserError, match=r"tie_word_embeddings is true, but lm_head\.weight and .* differ"):
-            hf.load_folder(tmp_path)
+            llama.load_folder(tmp_path)
         return
-    read, _ = hf.load_folder(tmp_path)
+    read, _ = llama.load_folder(tmp_path)
     assert np.array_equal(read["lm_head"]["kernel"].T, params["embed"]["embedding"])
     assert "tie_word_embeddings" in capsys.readouterr().out
 
@@ -385,7 +387,7 @@ def test_exported_logits_equal_transformers(torch, tmp_path, cfg):
     from transformers import AutoModelForCausalLM
 
     params = random_params(cfg)
-    hf.save_folder(params, cfg, tmp_path, "float32", 1, 2, shard_bytes=20_000)
+    llama.save_folder(params, cfg, tmp_path, "float32", 1, 2, shard_bytes=20_000)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path)
     ours = np.asarray(model.logits(params, tokens_for(cfg), cfg))
     np.testing.assert_allclose(ours, their_logits(torch, reference, tokens_for(cfg)), atol=1e-4, rtol=0)
@@ -429,7 +431,7 @@ def test_imported_logits_equal_transformers(torch, tmp_path, cfg, written):
             weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
             (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert ("shards" in written) == bool(list(tmp_path.glob("*.index.json")))
-    params, read = hf.load_folder(tmp_path)
+    params, read = llama.load_folder(tmp_path)
     assert read == dataclasses.replace(cfg, precision=read.precision, residual=read.residual)
     ours = np.asarray(model.logits(params, tokens_for(cfg), as_tested(read)))
     np.testing.assert_allclose(ours, their_logits(torch, reference, tokens_for(cfg)), atol=1e-4, rtol=0)
@@ -442,7 +444,7 @@ def test_tied_embeddings_of_transformers(torch, tmp_path):
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 20, "vocab_size": 37}
     reference = LlamaForCausalLM(LlamaConfig(**small, max_position_embeddings=16, tie_word_embeddings=True))
     reference.save_pretrained(tmp_path)
-    params, read = hf.load_folder(tmp_path)
+    params, read = llama.load_folder(tmp_path)
     ours = np.asarray(model.logits(params, tokens_for(read), as_tested(read)))
     np.testing.assert_allclose(ours, their_logits(torch, reference, tokens_for(read)), atol=1e-4, rtol=0)
 
@@ -464,11 +466,11 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(torch, tmp_path, zipped)
     file, target = folder(tmp_path) / "pytorch_model.bin", tmp_path / "owned"
     torch.save({"lm_head.weight": Malicious(target)}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"pytorch_model\.bin: was not loaded: it holds (_?io|builtins)\.open,") as refused:
-        hf.load_folder(file)
+        llama.load_folder(file)
     assert not target.exists() and "\n" not in str(refused.value)
     with pytest.raises(UserError, match="is not a table of tensors by name"):
         torch.save([torch.ones(2)], file)
-        hf.load_folder(file)
+        llama.load_folder(file)
     pickle.loads(pickle.dumps(Malicious(target))).close()  # that it would have
     assert target.exists()
 
@@ -479,7 +481,7 @@ def test_a_broken_pickle_is_one_clear_line(torch, tmp_path, content):
     torch.save({"a": torch.ones(1_000)}, file)
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(UserError, match=r"pytorch_model\.bin: is not a whole PyTorch file") as refused:
-        hf.load_folder(file)
+        llama.load_folder(file)
     assert "\n" not in str(refused.value)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from tinyllama_jax import hf_tokenizer
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import hf_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the independent reader of what is exported")
 

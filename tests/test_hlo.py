@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import config as c
-from tinyllama_jax import hlo, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import sharding
+from tinyllama_jax.planning import hlo
 
 
 def test_collectives_of_a_program_compiled_here():

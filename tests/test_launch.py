@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cluster import PATIENCE
 
-from tinyllama_jax import cli
+from tinyllama_jax.base import cli
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

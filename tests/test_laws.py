@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from tinyllama_jax import laws
-from tinyllama_jax.errors import UserError
-from tinyllama_jax.laws import BESIROGLU, HOFFMANN, HOFFMANN_ROUNDED, LAWS, Prices, Run
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.planning import laws
+from tinyllama_jax.planning.laws import BESIROGLU, HOFFMANN, HOFFMANN_ROUNDED, LAWS, Prices, Run
 
 BY_HAND = laws.Law(E=1, A=4, B=1, alpha=1, beta=1, source="made up: every optimum is a fraction")
 GOPHER = 5.76e23  # FLOPs, which Chinchilla's 70B on 1.4T tokens were chosen for
@@ -232,5 +232,5 @@ def test_what_is_no_number():
 
 
 def test_needs_no_jax():
-    code = "import sys, tinyllama_jax.laws; print(sorted({'jax', 'scipy'} & set(sys.modules)))"
+    code = "import sys, tinyllama_jax.planning.laws; print(sorted({'jax', 'scipy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

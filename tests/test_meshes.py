@@ -11,8 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import model, sharding, step
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import sharding
+from tinyllama_jax.core import model, step
+from tinyllama_jax.core.losses import Batch, NextToken
+from tinyllama_jax.core.program import build
 from tinyllama_jax.kernels import attention
 
 FP32 = "params=float32,compute=float32,output=float32"
@@ -31,13 +34,13 @@ def gradients(mesh: tuple[int, int, int], model_config: c.Model = MODEL, eos_id:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 104, (2, 16, 17)).astype(np.uint16)
     tokens[..., ::3] = 7  # a token that every device meets many times
-    batch = step.Batch(tokens, rng.integers(2, 18, (2, 16)).astype(np.int32))
+    batch = Batch(tokens, rng.integers(2, 18, (2, 16)).astype(np.int32))
     devices = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
     with jax.set_mesh(devices):
-        program = step.build(config, devices)
+        program = build(config, devices)
         assert program.shape == (2, 16)
         where = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-        f = jax.jit(lambda s, b: step.gradients(s, b, config, eos_id), in_shardings=(where, program.batch))
+        f = jax.jit(lambda s, b: step.gradients(s, b, config, NextToken(eos_id)), in_shardings=(where, program.batch))
         state = program.init()
         sums, grads = f(state, batch)
     return {k: np.asarray(v) for k, v in {"loss": sums.loss, **model.flatten(grads)}.items()}
@@ -99,9 +102,9 @@ def test_the_optimizers_state_lies_where_its_parameter_lies(mesh):
     )
     devices = sharding.make_mesh(config.mesh)
     with jax.set_mesh(devices):
-        program = step.build(config, devices)
+        program = build(config, devices)
         A, B = program.shape
-        state, _ = program.train(program.init(), step.Batch(np.ones((A, B, 17), np.uint16), np.full((A, B), 17, np.int32)))
+        state, _ = program.train(program.init(), Batch(np.ones((A, B, 17), np.uint16), np.full((A, B), 17, np.int32)))
     table, adam = sharding.parameter_shardings(devices, MODEL), state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu):
         for name, leaf in model.flatten(tree).items():

@@ -7,9 +7,11 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tinyllama_jax import cli, dims, metrics, report
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import cli, dims
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.planning import targets
+from tinyllama_jax.run import metrics, progress
 
 TINYLLAMA = c.Model(22, 2048, 32, 4, 5632, 32000, 2048)
 
@@ -77,7 +79,7 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
         time.sleep(1.1)  # event files are named by the second
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == list(range(1, 11))
     assert lines(tmp_path / "metrics.jsonl")[2]["loss"] == 1 / 3 + 3  # to the bit
-    assert report.rows(tmp_path)[2]["loss/caf\\udce9"] is None
+    assert metrics.read(tmp_path)[2]["loss/caf\\udce9"] is None
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
@@ -86,11 +88,11 @@ def test_a_restart_leaves_one_unbroken_curve(config, tmp_path):
 
 def test_a_log_says_the_time_left(monkeypatch, capsys):
     now = [1_000.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(100, 1_000_000, [])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = progress.Progress(100, 1_000_000, [])
     for step, seconds in ((101, 60), (111, 11), (112, 1), (1_000_000, 11)):  # the first was compiled before
         now[0] += seconds
-        progress.update(step, 2.5, 1e6)
+        shown.update(step, 2.5, 1e6)
     first, second, last = capsys.readouterr().out.splitlines()  # one every ten seconds, and the last
     assert first == "step 101/1,000,000  loss 2.5000  1,000,000 tokens/s"
     assert second == "step 111/1,000,000  loss 2.5000  1,000,000 tokens/s, 12.7 days left"  # 999,889 steps of 1.1 s
@@ -106,11 +108,11 @@ def test_wandb_asked_for_and_absent_is_said(config, monkeypatch):
 
 def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    clock = metrics.Clock(config, 0, 4, "NVIDIA A100")
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    clock = progress.Timer(config, 0, 4, targets.peak_flops("NVIDIA A100"))
 
     def spend(what, seconds):
-        with clock.spent_on(what):
+        with clock.timed(what):
             now[0] += seconds
 
     spend("data_wait", 1)
@@ -125,4 +127,4 @@ def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
     assert (lap["data_wait_seconds"], lap["checkpoint_seconds"]) == (0.5, 1)
     flops = dims.flops_per_token(config.model)["palm"]
     assert math.isclose(lap["mfu_palm"], flops * 2 * 128 / 6 / 4 / 312e12)
-    assert "mfu_palm" not in metrics.Clock(config, 0, 4, "cpu").lap(1)
+    assert "mfu_palm" not in progress.Timer(config, 0, 4, targets.peak_flops("cpu")).lap(1)

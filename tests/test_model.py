@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims, model, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.core import model
+from tinyllama_jax.core.program import build
 from tinyllama_jax.kernels import cross_entropy
 from tinyllama_jax.kernels.attention import plain
-from tinyllama_jax.step import build
 
 FP32 = "params=float32,compute=float32,output=float32"
 LLAMA_1B = c.Model(22, 2048, 32, 4, 5632, 32_000, 2048)

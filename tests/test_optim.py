@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims, model, optim
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims
+from tinyllama_jax.core import model, optim
 
 STEPS, WARMUP = 1_430_512, 2_000
 OPTIM = c.Optim(4e-4, 4e-5, WARMUP, 0.1, 1.0)

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims, hf, model, optim, sharding, step
-from tinyllama_jax.step import Batch
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.core import model, optim, step
+from tinyllama_jax.core import program as program_lib
+from tinyllama_jax.core.losses import Batch
+from tinyllama_jax.hub import llama as hf
 
 FP32 = "params=float32,compute=float32,output=float32"
 TINY = c.Model(2, 24, 6, 2, 40, 53, 20, precision=FP32, residual="float32", loss_chunk=50)
@@ -84,7 +87,7 @@ def build(config, n_devices=1, **axes):
     """The program of `config` on a mesh of the first `n_devices`."""
     mesh = sharding.make_mesh(c.Mesh(**axes), jax.devices()[:n_devices])
     with jax.set_mesh(mesh):
-        return step.build(config, mesh)
+        return program_lib.build(config, mesh)
 
 
 def alike(got, want, tolerance):

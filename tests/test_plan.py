@@ -11,9 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from tinyllama_jax import compiled, dims, hlo, laws, plan, sharding, targets
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax import plan
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.planning import compiled, hlo, laws, targets
 
 ROOT = Path(__file__).parents[1]
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them

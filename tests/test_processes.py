@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from cluster import Cluster, signal_to
 
-from tinyllama_jax import checkpoint, cli, processes
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import cli
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.run import checkpoint, cluster, supervise
 
 EXACT = ("step", "checksum", "tokens")
 RAMP = "1152:256"  # 9 steps of 128 tokens, then 256
@@ -85,9 +86,9 @@ def test_when_one_is_gone_the_other_ends_and_says_who(quiet, tiny_config_file, t
         os.kill(pid, how)
     codes = run.wait()  # who has not ended by then is killed, and has another code
     other = 1 - who
-    assert codes[other] == processes.TRY_AGAIN, (codes, run.output(other))
+    assert codes[other] == supervise.TRY_AGAIN, (codes, run.output(other))
     assert words.replace("HOST", os.uname().nodename) in run.output(other), run.output(other)
-    assert how != signal.SIGSTOP or codes[who] == processes.TRY_AGAIN
+    assert how != signal.SIGSTOP or codes[who] == supervise.TRY_AGAIN
     signal_to(child, signal.SIGKILL)
 
 
@@ -111,7 +112,7 @@ def test_the_same_command_twice_is_refused_and_the_first_goes_on(tiny_config_fil
 def test_who_never_comes_is_named(tiny_config_file, tmp_path):
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, train__seqs_per_device=1, train__wait=2)
     run.processes[1].kill()
-    assert run.wait()[0] == processes.TRY_AGAIN
+    assert run.wait()[0] == supervise.TRY_AGAIN
     assert "process 1 of 2 has not come within 2 s" in run.output(0)
 
 
@@ -138,9 +139,9 @@ def watch(config, own, other):
     """What the parent of process 0 of two knows: where both are, and for how many seconds they have not moved."""
     child = subprocess.Popen(["sleep", "60"])
     with tempfile.TemporaryFile() as shared:
-        shared.write(processes._PLACE.pack(0, 2, own["moves"], 7, own["doing"].encode()))
+        shared.write(cluster.HEARTBEAT.pack(0, 2, own["moves"], 7, own["doing"].encode()))
         shared.flush()
-        watch = processes._Watch(config, child, mmap.mmap(shared.fileno(), processes._PLACE.size))
+        watch = supervise._Watch(config, child, mmap.mmap(shared.fileno(), cluster.HEARTBEAT.size))
         try:
             watch.look()
             record = watch.own.last | {"process": 1, "moves": other["moves"], "doing": other["doing"], "host": "far"}
@@ -179,32 +180,32 @@ def test_how_long_what_is_waited_for(tiny_config_file, tmp_path, own, other, say
     sides = (dict(zip(("doing", "moves", "still"), side, strict=True)) for side in (own, other))
     with watch(config, *sides) as parent:
         verdict = parent.verdict()
-    assert verdict is None if says is None else (says in verdict[0] and verdict[1] == processes.TRY_AGAIN), verdict
+    assert verdict is None if says is None else (says in verdict[0] and verdict[1] == supervise.TRY_AGAIN), verdict
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"moves": "many"}', b"[" * 1_000, b"\xff", b" " * 10_000])
 def test_what_is_no_record_is_not_there_yet(tmp_path, text):
     (tmp_path / "0.json").write_bytes(text)
-    assert processes._read(tmp_path / "0.json") is None
+    assert supervise._read(tmp_path / "0.json") is None
     os.mkfifo(tmp_path / "1.json")
-    assert processes._read(tmp_path / "1.json") is processes._read(tmp_path) is processes._read(tmp_path / "2.json") is None
+    assert supervise._read(tmp_path / "1.json") is supervise._read(tmp_path) is supervise._read(tmp_path / "2.json") is None
 
 
 def test_signals_that_ask_to_stop(monkeypatch):
     """What a scheduler sends first does not make its SIGTERM a second one; what was to be ignored is, as after `nohup`."""
-    monkeypatch.setattr(processes.time, "monotonic", itertools.count(0, 60).__next__)  # a minute between any two
-    with processes.stop_on_signal() as stop:
+    monkeypatch.setattr(supervise.time, "monotonic", itertools.count(0, 60).__next__)  # a minute between any two
+    with cluster.stop_on_signal() as stop:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop == [signal.SIGUSR1]
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with processes.stop_on_signal() as stop:
+        with cluster.stop_on_signal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop and signal.SIGHUP not in processes.heeded()
+            assert not stop and signal.SIGHUP not in cluster.caught_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert {128 + number for number in processes.POLITE} < set(processes.MEANT)
+    assert {128 + number for number in cluster.STOP_SIGNALS} < set(supervise.EXPECTED_EXIT_CODES)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,6 @@ def test_what_the_environment_says(monkeypatch, environment, expected):
         monkeypatch.setenv(name, value)
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
-            processes.several()
+            cluster.several()
     else:
-        assert processes._identity() == expected and processes.several() == (expected != (0, 1))
+        assert cluster.identity() == expected and cluster.several() == (expected != (0, 1))

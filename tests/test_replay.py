@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 from cluster import PATIENCE, Cluster
 
-from tinyllama_jax import checkpoint, cli, metrics, model, processes, replay, seals, step, train
-from tinyllama_jax import config as c
+from tinyllama_jax import replay, train
+from tinyllama_jax.base import cli
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import model
+from tinyllama_jax.core.program import build
 from tinyllama_jax.data import feed
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.run import checkpoint, cluster, seals, spikes
 
 FSDP = {"mesh__fsdp": 8, "train__seqs_per_device": 1, "log__eval_every": 100}
 
@@ -68,7 +72,7 @@ def test_a_spike_stops_the_run_with_the_command_that_leaves_it_out(garbage, tiny
     keys = FSDP | {"train__spike": 1, "log__every": every, "data__skip": "3:3", "checkpoint__every": 7}
     if resumed:  # what was seen before the restart counts
         train.main(command(tiny_config_file, tmp_path / "run", **keys | {"train__steps": 12}))
-    with pytest.raises(metrics.Spike, match="step 14: loss .* nats above the mean of the 13 finite steps before it") as error:
+    with pytest.raises(spikes.Spike, match="step 14: loss .* nats above the mean of the 13 finite steps before it") as error:
         train.main(command(tiny_config_file, tmp_path / "run", **keys))
     steps = checkpoint.steps_in(tmp_path / "run")
     assert steps == ([7, 12] if resumed else [7])  # 14 was due
@@ -92,7 +96,7 @@ def test_of_several_processes_all_stop_and_one_says_why(tiny_config_file, tmp_pa
     keys = FSDP | {"train__spike": 1, "checkpoint__every": 1, "checkpoint__keep": 30}
     train.main(command(tiny_config_file, tmp_path / "run", **keys | {"train__steps": 12}))
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, **keys | {"optim__peak_lr": 30, "optim__min_lr": 30})
-    assert run.wait() == [processes.SPIKE] * 2, (run.output(0), run.output(1))
+    assert run.wait() == [cluster.EXIT_SPIKE] * 2, (run.output(0), run.output(1))
     assert ["error: step " in run.output(i) for i in (0, 1)] == [True, False], run.output(1)
     assert "-m tinyllama_jax.replay" in run.output(0)
     spike = max(curve(tmp_path / "run"))
@@ -214,8 +218,8 @@ def err(monkeypatch, where, at, device):
     """Makes `device` err after step `at`, the first time that the program built in module `where` comes there."""
     left = [1]
 
-    def build(config, mesh, eos_id):
-        program = step.build(config, mesh, eos_id)
+    def erring(config, mesh, loss):
+        program = build(config, mesh, loss)
 
         def trained(state, batch):
             state, now = program.train(state, batch)
@@ -226,7 +230,7 @@ def err(monkeypatch, where, at, device):
 
         return program._replace(train=trained)
 
-    monkeypatch.setattr(where, "build", build)
+    monkeypatch.setattr(where, "build", erring)
 
 
 def test_a_device_that_errs_now_is_named(tiny_config_file, tmp_path, monkeypatch, capsys):
@@ -250,7 +254,7 @@ def test_replicas_that_err_now_are_named(cube, monkeypatch, capsys):
 def test_a_minority_of_three_is_one_device(tiny_config_file, tmp_path):
     config = cli.override(cli.read(str(tiny_config_file)), {"mesh.data": "4", "mesh.fsdp": "2", "train.seqs_per_device": "1"})
     mesh = replay.sharding.make_mesh(config.mesh)
-    program = step.build(config, mesh)
+    program = build(config, mesh)
     state = flip(program.init(), 3)
     run = replay.Run(tmp_path, config, [], {}, mesh, program, replay.checksums(program, mesh), 0)
     assert replay.replicas_apart(run, np.asarray(run.checksums(program.init()))) is None

@@ -8,7 +8,8 @@ import matplotlib.image
 import pytest
 
 from tinyllama_jax import report
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.run import metrics
 
 
 def write(run, rows, tail=""):
@@ -90,9 +91,9 @@ def test_command_line(tmp_path, capsys):
 
 def test_skipped_steps_are_counted_and_named():
     rows = [{"step": step, "finite": step not in (2, 5, 6, 7, 11)} for step in range(1, 12)]
-    assert report.skipped(rows) == "5 steps skipped as not finite: 2, 5 to 7, 11"
-    assert report.skipped([{"step": 1, "finite": True, "loss": None}]) == ""  # nothing to predict
-    many = report.skipped([{"step": 2 * step, "finite": False} for step in range(100)])
+    assert metrics.skipped(rows) == "5 steps skipped as not finite: 2, 5 to 7, 11"
+    assert metrics.skipped([{"step": 1, "finite": True, "loss": None}]) == ""  # nothing to predict
+    many = metrics.skipped([{"step": 2 * step, "finite": False} for step in range(100)])
     assert many.startswith("100 steps skipped") and "(91 more)" in many and many.endswith("192, 194, 196, 198")
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims, sharding, step
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core.program import build
 
 MODEL = c.Model(2, 32, 4, 2, 64, 100, 16)
 
@@ -70,10 +71,10 @@ def test_every_leaf_of_the_state_is_a_scalar_a_parameter_or_a_moment_of_one(monk
         with pytest.raises(UserError, match=rf"^{unknown} \(32,\): no such parameter.*PARAMETERS of dims.py"):
             sharding.state_sharding(unknown, (32,), table)
     config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(2, 64, 1), c.Checkpoint(1))
-    step.build(config, mesh)
+    build(config, mesh)
     monkeypatch.setattr(dims, "PARAMETERS", tuple(p for p in dims.PARAMETERS if p.name != "layers/gate/kernel"))
     with pytest.raises(UserError, match=r"/layers/gate/kernel \(2, 32, 64\): no such parameter"):
-        step.build(config, mesh)
+        build(config, mesh)
 
 
 @pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])

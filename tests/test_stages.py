@@ -9,10 +9,12 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from tinyllama_jax import cli, report, stages, train
-from tinyllama_jax import config as c
+from tinyllama_jax import report, train
+from tinyllama_jax.base import cli
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.run import metrics, stages
 
 ROOT = Path(__file__).parents[1]
 FEWER = 2_000
@@ -51,7 +53,7 @@ def run(config, tmp_path, *more):
     file = tmp_path / "config.json"
     file.write_text(c.to_json(config))
     assert train.main(["--config", str(file), *more]) == 0
-    return [row for row in report.rows(cli.override(config, cli.pairs(list(more))).workdir) if "loss" in row]
+    return [row for row in metrics.read(cli.override(config, cli.pairs(list(more))).workdir) if "loss" in row]
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import model, sharding, step
-from tinyllama_jax.config import Bos
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import sharding
+from tinyllama_jax.base.config import Bos
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import model, step
+from tinyllama_jax.core.losses import Batch, NextToken, count_tokens
+from tinyllama_jax.core.program import build
+from tinyllama_jax.core.step import checksum
 from tinyllama_jax.kernels.cross_entropy import Sums
-from tinyllama_jax.step import Batch, build, checksum, count_tokens, loss_sums
 
 MODEL = c.Model(2, 32, 4, 2, 64, 104, 16)
 FP32 = dataclasses.replace(MODEL, precision="params=float32,compute=float32,output=float32", residual="float32")
+EOS = 2
+
+
+def loss_sums(params, batch, config, eos_id=None):
+    """(summed loss, tokens that it counts)."""
+    loss = NextToken(eos_id)
+    return loss.sums(params, batch, config), loss.predicted(batch, config).sum()
 
 
 def batch_of(shape, length=17, seed=0) -> Batch:
@@ -25,8 +35,10 @@ def batch_of(shape, length=17, seed=0) -> Batch:
 
 @pytest.mark.parametrize(("lengths", "tokens"), [([17, 17], 32), ([17, 1], 16), ([5, 0], 4), ([0, 0], 1), ([1, 1], 1)])
 def test_tokens_that_are_predicted(lengths, tokens):
+    """A block of n tokens predicts n - 1. The count is a divisor, and so never 0."""
     batch = Batch(np.zeros((1, 2, 17), np.uint16), np.array([lengths], np.int32))
-    assert int(count_tokens(batch)) == tokens  # a block of n tokens predicts n - 1; never 0, since it divides
+    config = c.Config("x", FP32, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 16, 1), c.Checkpoint(1))
+    assert int(count_tokens(NextToken().predicted(batch, config))) == tokens
 
 
 def test_checksum_sees_tokens_and_places_but_no_split_and_no_padding():
@@ -121,7 +133,7 @@ def test_padding_is_not_trained_on():
     length = np.array([6], np.int32)
 
     def loss(params, tokens):
-        sums, n = loss_sums(params, Batch(jnp.asarray(tokens), length), config, 1)
+        sums, n = loss_sums(params, Batch(jnp.asarray(tokens), length), config)
         return sums.loss, n
 
     (value, n), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens)
@@ -147,7 +159,7 @@ def test_every_gradient_in_bf16_is_close_to_fp32s_also_of_a_token_that_is_half_t
         cfg = dataclasses.replace(shape, precision=f"params=float32,compute={compute},output=float32", residual=stream)
         config = c.Config("x", cfg, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 2 * S, 2), c.Checkpoint(1))
         params = model.init(jax.random.key(0), cfg)
-        grads.append(model.flatten(jax.grad(lambda p, config=config: loss_sums(p, batch, config, 2)[0].loss)(params)))
+        grads.append(model.flatten(jax.grad(lambda p, config=config: loss_sums(p, batch, config)[0].loss)(params)))
     for name, exact in grads[0].items():
         error = np.linalg.norm(np.asarray(grads[1][name] - exact)) / np.linalg.norm(exact)
         assert error < 0.03, (name, error)
@@ -157,9 +169,6 @@ def test_a_step_too_large_for_the_devices_is_refused():
     config = c.Config("x", MODEL, c.Data({"x": 1}), c.Optim(1e-3, 1e-4, 2, 0.1, 1.0), c.Train(10, 3 * 16, 1), c.Checkpoint(1))
     with pytest.raises(UserError, match="choose train.tokens_per_step as a multiple of 128"):
         build(config, sharding.make_mesh(config.mesh))
-
-
-EOS = 2
 
 
 @pytest.mark.parametrize("impl", ["reference", "xla"])
@@ -172,17 +181,17 @@ def test_with_the_document_mask_each_document_is_as_if_alone(impl):
     params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), cfg))
     tokens = np.random.default_rng(0).integers(3, 104, (1, 17)).astype(np.int32)
     tokens[0, [4, 5, 11]] = EOS  # documents of 5, 1, 6 and 5 tokens
-    assert step.documents(jnp.asarray(tokens), config, EOS).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
-    assert step.documents(jnp.asarray(tokens), config, Bos(EOS)).tolist() == [[0] * 4 + [1] + [2] * 6 + [3] * 6]
+    assert NextToken(EOS).documents(jnp.asarray(tokens), config).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
+    assert NextToken(Bos(EOS)).documents(jnp.asarray(tokens), config).tolist() == [[0] * 4 + [1] + [2] * 6 + [3] * 6]
     batch = Batch(jnp.asarray(tokens), jnp.full((1,), 17))
-    losses = np.asarray(step.token_losses(params, batch, config, 1, EOS))
+    losses = np.asarray(NextToken(EOS).token_losses(params, batch, config))
     for first, end in ((0, 5), (5, 6), (6, 12), (12, 16)):
         logits = jax.nn.log_softmax(model.logits(params, tokens[:, first:end], cfg)[0])
         alone = [-logits[i, tokens[0, first + i + 1]] for i in range(end - first)]
         np.testing.assert_allclose(losses[0, first:end], alone, rtol=1e-5, atol=1e-5)
-    sums, _ = loss_sums(params, batch, config, 1, EOS)
+    sums, _ = loss_sums(params, batch, config, EOS)
     assert float(sums.loss) == pytest.approx(losses.sum(), rel=1e-6)
-    across = np.asarray(step.token_losses(params, batch, config, 1))
+    across = np.asarray(NextToken().token_losses(params, batch, config))
     assert np.abs(across - losses)[0, 5:].min() > 1e-4 and np.abs(across - losses)[0, :5].max() < 1e-5
 
 
@@ -195,7 +204,7 @@ def test_the_mask_reaches_the_jitted_step_and_only_if_it_is_asked_for():
     for mask in (False, True):
         with jax.set_mesh(mesh):
             asked = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=mask))
-            program = build(asked, mesh, EOS)
+            program = build(asked, mesh, NextToken(EOS))
             state = program.start(jax.tree.map(lambda w: 5 * w, program.init().params))
             micro = Batch(batch.tokens[0], batch.length[0])
             found = float(program.evaluate(state.params, micro)[0].loss), float(program.token_losses(state.params, micro).sum())
@@ -213,23 +222,24 @@ def test_what_follows_eos_is_not_counted_if_it_is_left_out():
     tokens[0, 0, [4, 15]] = tokens[0, 1, [0, 9]] = EOS
     length, source = np.array([[17, 10]], np.int32), np.array([[0, 1]], np.int32)  # the last real token of the second is eos
     batch = Batch(*map(jnp.asarray, (tokens, length, source)))
-    assert step.predicted(batch).tolist() == [[16, 9]] and step.predicted(batch, EOS).tolist() == [[14, 8]]
+    predicted = [NextToken(EOS).predicted(batch, of).tolist() for of in (off, config)]
+    assert predicted == [[[16, 9]], [[14, 8]]]
     params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), FP32))
     micro = jax.tree.map(lambda a: a[0], batch)
-    losses = np.asarray(step.token_losses(params, micro, config, 2, EOS))
-    np.testing.assert_array_equal(losses, step.token_losses(params, micro, off, 2))  # attention is as it was
+    losses = np.asarray(NextToken(EOS).token_losses(params, micro, config))
+    np.testing.assert_array_equal(losses, NextToken().token_losses(params, micro, off))  # attention is as it was
     rows = losses[0].sum() - losses[0, [4, 15]].sum(), losses[1, 1:9].sum()
-    sums, n = loss_sums(params, micro, config, 2, EOS)
+    sums, n = loss_sums(params, micro, config, EOS)
     assert int(n) == 22 and float(sums.loss) == pytest.approx(sum(rows), rel=1e-5)
     state = step.new_state(params, config)
-    metrics = jax.device_get(step.train_step(state, batch, config, EOS)[1])
+    metrics = jax.device_get(step.train_step(state, batch, config, NextToken(EOS))[1])
     assert metrics["real_tokens"] == 22 and metrics["loss"] == pytest.approx(sum(rows) / 22, rel=1e-5)
     assert metrics["source_tokens"].tolist() == [14, 8]
     assert metrics["source_loss"] == pytest.approx([rows[0] / 14, rows[1] / 8], rel=1e-5)
-    before = jax.device_get(step.train_step(state, batch, off, EOS)[1])
+    before = jax.device_get(step.train_step(state, batch, off, NextToken(EOS))[1])
     assert before["real_tokens"] == 25 and before["checksum"] == metrics["checksum"]
     other = batch._replace(tokens=batch.tokens.at[0, 0, 16].set(51))  # it follows eos, and is read by none
-    head = lambda *of: np.asarray(step.gradients(state, *of, EOS)[1]["lm_head"]["kernel"])
+    head = lambda *of: np.asarray(step.gradients(state, *of, NextToken(EOS))[1]["lm_head"]["kernel"])
     np.testing.assert_array_equal(head(batch, config), head(other, config))
     assert (head(batch, off) != head(other, off)).any()
 
@@ -243,9 +253,9 @@ def test_a_prime_number_of_positions(S):
     batch, out = Batch(jnp.asarray(tokens), jnp.full(1, S)), []
     for chunk in (S // 2, S):
         config = dataclasses.replace(config, model=dataclasses.replace(cfg, loss_chunk=chunk))
-        sums, n = loss_sums(params, batch, config, 1)
+        sums, n = loss_sums(params, batch, config)
         assert int(n) == S - 1
-        out.append((float(sums.loss), step.token_losses(params, batch, config, 1)))
+        out.append((float(sums.loss), NextToken().token_losses(params, batch, config)))
     assert out[0][0] == pytest.approx(out[1][0], rel=1e-6)
     np.testing.assert_allclose(out[0][1], out[1][1], rtol=1e-5)
 
@@ -266,9 +276,9 @@ def test_losses_of_tokens_are_those_of_all_logits():
     config = c.Config("w", FP32, c.Data({"a": 1}), c.Optim(1e-3, 1e-4, 1, 0.1, 1.0), c.Train(3, 32, 2), c.Checkpoint(1))
     config = dataclasses.replace(config, model=dataclasses.replace(FP32, loss_chunk=8))  # 4 positions of 2 sequences
     params, batch = model.init(jax.random.key(0), FP32), batch_of((2,), length=9)
-    losses = step.token_losses(params, batch, config, 2)
+    losses = NextToken().token_losses(params, batch, config)
     logits = model.logits(params, batch.tokens[:, :-1].astype(np.int32), FP32)
     labels = batch.tokens[:, 1:, None].astype(np.int32)
     np.testing.assert_allclose(losses, -np.take_along_axis(jax.nn.log_softmax(logits), labels, -1)[..., 0], atol=1e-5)
-    sums, n = loss_sums(params, batch, config, 2)
+    sums, n = loss_sums(params, batch, config)
     assert n == 16 and np.asarray(losses)[:, :8].sum() == pytest.approx(float(sums.loss), rel=1e-6)  # padding left out

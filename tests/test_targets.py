@@ -5,8 +5,9 @@ import importlib.util
 import jax
 import pytest
 
-from tinyllama_jax import targets, xla
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import xla
+from tinyllama_jax.planning import targets
 
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
 

@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 from test_hf import GQA, assert_same, random_params
 
-from tinyllama_jax import hf, tensor_files
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.hub import llama, tensor_files
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -24,7 +24,7 @@ def torch():
 
 
 def tensors_of(params: dict) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(tensor) for name, tensor in hf.to_hf(params, GQA)}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in llama.to_hf(params, GQA)}
 
 
 def write(folder, files: dict[str, dict[str, np.ndarray]], weight_map: dict[str, str] | None = None) -> None:
@@ -33,7 +33,7 @@ def write(folder, files: dict[str, dict[str, np.ndarray]], weight_map: dict[str,
         safetensors.numpy.save_file(tensors, folder / file)
     if weight_map is not None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(hf.to_hf_config(GQA, 1, 2, "float32")))
+    (folder / "config.json").write_text(json.dumps(llama.to_hf_config(GQA, 1, 2, "float32")))
 
 
 def split(tensors: dict) -> tuple[dict, dict]:
@@ -44,7 +44,7 @@ def split(tensors: dict) -> tuple[dict, dict]:
 
 def refused(folder) -> str:
     with pytest.raises(UserError) as error:
-        hf.load_folder(folder)
+        llama.load_folder(folder)
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1_000
     return str(error.value)
 
@@ -58,12 +58,12 @@ def test_odd_folders_that_are_right(tmp_path, capsys):
     mixed = {n: t.astype([np.float32, np.float16, ml_dtypes.bfloat16][i % 3]) for i, (n, t) in enumerate(tensors.items())}
     for table in (tensors, mixed):  # exact, whatever the dtypes
         write(tmp_path, {"model.safetensors": table | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}})
-        for name, tensor in hf.to_hf(hf.load_folder(tmp_path)[0], GQA):
+        for name, tensor in llama.to_hf(llama.load_folder(tmp_path)[0], GQA):
             np.testing.assert_array_equal(tensor, table[name].astype(np.float32), err_msg=name)
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
     write(tmp_path, {"model.safetensors": tensors}, dict.fromkeys(tensors, "lost.safetensors"))
     capsys.readouterr()
-    assert_same(hf.load_folder(tmp_path)[0], params)
+    assert_same(llama.load_folder(tmp_path)[0], params)
     line = "its weights are read from model.safetensors, as Transformers does, and not from model.safetensors.index.json, "
     assert f"{line}pytorch_model.bin\n" in capsys.readouterr().out
 
@@ -71,20 +71,20 @@ def test_odd_folders_that_are_right(tmp_path, capsys):
     rotary = {"model.layers.2.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     shard = "model-00001-of-00001.safetensors"
     write(tmp_path / "one", {shard: tensors | rotary}, dict.fromkeys(tensors, shard))
-    assert_same(hf.load_folder(tmp_path / "one")[0], params)
+    assert_same(llama.load_folder(tmp_path / "one")[0], params)
 
     (tmp_path / "snapshot").mkdir()  # as the hub's cache lays it out
     for file in (tmp_path / "one").iterdir():
         file.rename(tmp_path / f"blob-{file.name}")
         (tmp_path / "snapshot" / file.name).symlink_to(f"../blob-{file.name}")
-    assert_same(hf.load_folder(tmp_path / "snapshot")[0], params)
+    assert_same(llama.load_folder(tmp_path / "snapshot")[0], params)
 
 
 def test_the_index_and_the_files_agree_or_are_refused(tmp_path):
     tensors = tensors_of(random_params(GQA))
     parts, weight_map = split(tensors)
     write(tmp_path, parts, weight_map)
-    assert hf.load_folder(tmp_path)[1].n_kv_heads == 2
+    assert llama.load_folder(tmp_path)[1].n_kv_heads == 2
     a, b = weight_map[NAME], next(file for file in parts if file != weight_map[NAME])
     write(tmp_path, parts, weight_map | {NAME: b})
     assert f"index.json: says that {NAME} is in {b}, but it is in {a}" in refused(tmp_path)
@@ -167,7 +167,7 @@ def test_only_regular_files_are_read(tmp_path):
     for name in ("pipe.safetensors", "pipe.bin"):
         os.mkfifo(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}: is neither a file nor a folder"):
-            hf.load_folder(tmp_path / name)
+            llama.load_folder(tmp_path / name)
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_number_that_is_not_finite_is_refused_unless_it_is_asked_for(tmp_path,
     tensors[NAME][3, 5] = number
     write(tmp_path, {"model.safetensors": tensors | {NAME: tensors[NAME].astype(dtype)}})
     assert f"{NAME} has 1 numbers that are NaN or infinite" in (line := refused(tmp_path)) and "--allow-non-finite" in line
-    params, _ = hf.load_folder(tmp_path, allow_non_finite=True)
+    params, _ = llama.load_folder(tmp_path, allow_non_finite=True)
     np.testing.assert_array_equal(params["layers"]["up"]["kernel"][1, 5, 3], np.float32(number))
 
 
@@ -197,11 +197,11 @@ def test_prefixes_of_wrappers_are_taken_off_and_said(tmp_path, torch, capsys, wr
         tensors = {name.replace("layers.1.", "layers.1._orig_mod."): tensor for name, tensor in tensors.items()}
     parts, weight_map = split(tensors)
     write(tmp_path, parts, weight_map)
-    assert_same(hf.load_folder(tmp_path)[0], params)
+    assert_same(llama.load_folder(tmp_path)[0], params)
     said = capsys.readouterr().out
     assert "out of the names of its tensors" in said and all(f"{part}." in said for part in wrapper.split(".")[:-1])
     torch.save({name: torch.tensor(tensor) for name, tensor in tensors.items()}, tmp_path / "a.bin")
-    assert_same(hf.load_folder(tmp_path / "a.bin")[0], params)
+    assert_same(llama.load_folder(tmp_path / "a.bin")[0], params)
     torch.save({NAME: torch.ones(1), wrapper + NAME: torch.ones(1)}, tmp_path / "a.bin")
     assert "two of its tensors have the same name" in refused(tmp_path / "a.bin")
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from cluster import PATIENCE
 
-from tinyllama_jax import checkpoint, cli, metrics, replay, train
+from tinyllama_jax import replay, train
+from tinyllama_jax.base import cli
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.prepare import prepare
+from tinyllama_jax.run import checkpoint, spikes
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
 
@@ -289,10 +291,10 @@ def test_what_is_saved_is_logged_and_the_losses_before_it_are_remembered(quiet, 
         assert x["share/a"] == pytest.approx(np.mean(shares)) and x["tokens"] == whole[x["step"]]["tokens"]
         before = x["step"]
     assert replay.main(["--run", str(run), "--step", "24"]) == 0
-    losses, _, in_a_row = metrics.remembered(run, 24)
+    losses, _, in_a_row = spikes.remembered(run, 24)
     np.testing.assert_allclose(losses, [x["loss"] for x in whole.values()], rtol=2e-4)
     assert in_a_row == 0
-    losses, _, _ = metrics.remembered(quiet[0], 24)
+    losses, _, _ = spikes.remembered(quiet[0], 24)
     assert list(losses) == [x["loss"] for x in whole.values()]
 
 
@@ -370,7 +372,8 @@ def test_a_workdir_that_cannot_be_made(tiny_config_file, tmp_path, where):
 BREAKS_AT_10 = """
 import errno, os, resource, sys
 from pathlib import Path
-from tinyllama_jax import checkpoint, processes, seals, train
+from tinyllama_jax import train
+from tinyllama_jax.run import checkpoint, seals, supervise
 
 save, seal, how = checkpoint.Checkpoints.save, seals.seal, sys.argv.pop(1)
 
@@ -392,7 +395,7 @@ def broken(self, step, state):
 checkpoint.Checkpoints.save = broken
 if how == "seal":
     seals.seal = sealed
-processes.run(train.main)
+supervise.run(train.main)
 """
 
 

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from tinyllama_jax import cli, sharding, step, xla
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import xla
+from tinyllama_jax.core.program import build, shape_of_batch
 
 assert len(jax.devices()) == 8  # asked for here, before a test takes XLA_FLAGS out of the environment
 
@@ -62,14 +64,12 @@ def test_deterministic_is_an_option_of_every_program(config, monkeypatch, tiny_c
     monkeypatch.setattr(xla, "compiler_options", lambda config, mesh: {"xla_no_such_option": True})
     mesh = sharding.make_mesh(tiny_config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        program = step.build(tiny_config, mesh)
-        micro = jax.eval_shape(
-            lambda b: jax.tree.map(lambda x: x[0], b), step.shape_of_batch(program, tiny_config.model.seq_len)
-        )
+        program = build(tiny_config, mesh)
+        micro = jax.eval_shape(lambda b: jax.tree.map(lambda x: x[0], b), shape_of_batch(program, tiny_config.model.seq_len))
         arguments = {
             "init": (),
             "start": (program.state.params,),
-            "train": (program.state, step.shape_of_batch(program, tiny_config.model.seq_len)),
+            "train": (program.state, shape_of_batch(program, tiny_config.model.seq_len)),
             "evaluate": (program.state.params, micro),
             "token_losses": (program.state.params, micro),
         }

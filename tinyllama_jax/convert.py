@@ -1,7 +1,13 @@
-"""Run folder -> Hugging Face folder, and Hugging Face or lit-gpt checkpoint -> run folder."""
+"""Converts weights and data to and from the formats of others.
+
+python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR            a run -> a Hugging Face folder
+python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN          Hugging Face or lit-gpt -> a run folder
+python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR prepared data -> the original's packed files
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -9,11 +15,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax import checkpoint, cli, dims, files, hf, hf_tokenizer, lit, run_folder, tensor_files
-from tinyllama_jax import config as config_lib
-from tinyllama_jax.config import Config, Model
+from tinyllama_jax.base import cli, dims, files
+from tinyllama_jax.base import config as config_lib
+from tinyllama_jax.base.config import Config, Model
+from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.data import hf_tokenizer, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.hub import litgpt, llama, tensor_files
+from tinyllama_jax.run import checkpoint
+from tinyllama_jax.run import folder as run_folder
 
 
 def export(
@@ -31,18 +41,18 @@ def export(
     unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     run, output = Path(run), Path(output)
-    if not (run / "checkpoints").is_dir() and hf.describes(run):
+    if not (run / "checkpoints").is_dir() and llama.describes(run):
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; a run folder is wanted, as `train` makes")
     with _made_whole(output) as folder:
         params, config, step = checkpoint.load_params(run, step)
-        for name, tensor in () if allow_non_finite else hf.to_hf(params, config.model):
+        for name, tensor in () if allow_non_finite else llama.to_hf(params, config.model):
             tensor_files.check_finite(name, tensor, f"{run}, step {step:,}")
         add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(run)
         ours = (
             _export_tokenizer(run / "tokenizer", folder, add_bos, config.model.seq_len) if tokenizer else _as_it_is(run, folder)
         )
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
-        hf.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
+        llama.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (theirs := run / "tokenizer/generation_config.json").is_file():
             shutil.copyfile(theirs, folder / theirs.name)
         if tokenizer and not hf_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
@@ -101,9 +111,9 @@ def import_checkpoint(
                 f"{source}: a lit-gpt checkpoint does not say its model; add --config FILE, configs/3t.py for the original's"
             )
         config = given
-        params, moments, step = lit.read(source, given.model, allow_non_finite)
+        params, moments, step = litgpt.read(source, given.model, allow_non_finite)
     else:
-        params, model = hf.load_folder(source, allow_non_finite)
+        params, model = llama.load_folder(source, allow_non_finite)
         if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or _unscheduled(model)
@@ -144,3 +154,70 @@ def _made_whole(output: Path) -> Iterator[Path]:
             os.replace(output / name, folder / name)
         files.settle(folder)
         os.replace(folder, output)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    kinds = parser.add_subparsers(required=True, dest="kind", metavar="to-torch|from-torch|to-litpkds")
+    add = lambda name, text: kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+    to_torch = add("to-torch", "a run as a Hugging Face folder")
+    to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder")
+    to_torch.add_argument("--step", type=int, metavar="N", help="which of its checkpoints (the newest)")
+    to_torch.add_argument(
+        "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
+    )
+    to_torch.add_argument("--dtype", choices=list(llama.DTYPES), default="float32", help="all but float32 round (float32)")
+    to_torch.add_argument(
+        "--tokenizer",
+        choices=["checked", "none"],
+        default="checked",
+        help="none: copy the run's tokenizer as it is, without a tokenizer.json (checked)",
+    )
+    from_torch = add("from-torch", "published weights as a run folder")
+    from_torch.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a Hugging Face folder, a file of one, or a lit-gpt .pth"
+    )
+    from_torch.add_argument("--output", required=True, metavar="RUN", help="the run folder to make")
+    from_torch.add_argument(
+        "--config", metavar="FILE", help="the config to train on with, such as configs/3t.py; a .pth needs it (none)"
+    )
+    from_torch.add_argument(
+        "--tokenizer", metavar="PATH", help="a SentencePiece model or a folder (the one beside the weights)"
+    )
+    for command in (to_torch, from_torch):
+        command.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
+    to_litpkds = add("to-litpkds", "prepared data as the original's packed files, byte for byte as its builder writes them")
+    to_litpkds.add_argument("--input", required=True, type=Path, metavar="DIR", help="a data set made by tinyllama_jax.prepare")
+    to_litpkds.add_argument("--split", default="train", metavar="NAME", help="of the input (train)")
+    to_litpkds.add_argument("--prefix", required=True, metavar="NAME", help="how the files' names begin, such as train_slim")
+    to_litpkds.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the files")
+    to_litpkds.add_argument(
+        "--chunk-size", type=int, default=litpkds.CHUNK, metavar="N", help=f"tokens in a file ({litpkds.CHUNK} = 2049 x 1024)"
+    )
+    to_litpkds.add_argument(
+        "--tail", choices=("fill", "drop"), default="fill", help="the last file: fill it up with bos, or drop it (fill)"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if args.kind == "to-torch":
+        checked = args.tokenizer == "checked"
+        step = export(args.checkpoint, args.output, args.step, args.dtype, checked, args.allow_non_finite)
+        print(f"{args.output}: step {step:,} of {args.checkpoint} in {args.dtype}")
+    elif args.kind == "from-torch":
+        print(import_checkpoint(args.checkpoint, args.output, args.config, args.tokenizer, args.allow_non_finite))
+    else:
+        litpkds.export(args.input, args.split, args.output, args.prefix, args.chunk_size, args.tail)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -20,11 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tinyllama_jax import checkpoint, dims, hf, model
-from tinyllama_jax.config import Model
+from tinyllama_jax.base import dims
+from tinyllama_jax.base.config import Model
+from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.core import model
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.hub import llama
+from tinyllama_jax.run import checkpoint
 
 
 class Sampling(NamedTuple):
@@ -133,7 +136,7 @@ def load(path: str | Path, step: int | None = None) -> tuple[dict, Model, Tokeni
     elif step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
     else:
-        (params, cfg), tokenizer = hf.load_folder(path), tokenizer_lib.load(path)
+        (params, cfg), tokenizer = llama.load_folder(path), tokenizer_lib.load(path)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model only {cfg.vocab_size:,}")
     compute = "float32" if jax.default_backend() == "cpu" else cfg.compute_dtype

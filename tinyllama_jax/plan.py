@@ -29,12 +29,14 @@ from pathlib import Path
 
 import jax
 
-from tinyllama_jax import cli, dims, law_report, laws, sharding, stages, targets
-from tinyllama_jax import config as config_lib
-from tinyllama_jax.compiled import LARGE, Compiled, compile_step, gib, messages, step_seconds
-from tinyllama_jax.config import REMAT, Config
+from tinyllama_jax.base import cli, dims, sharding
+from tinyllama_jax.base import config as config_lib
+from tinyllama_jax.base.config import REMAT, Config
+from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import feed
-from tinyllama_jax.errors import UserError, run_main
+from tinyllama_jax.planning import law_report, laws, targets
+from tinyllama_jax.planning.compiled import LARGE, Compiled, compile_step, gib, messages, step_seconds
+from tinyllama_jax.run import stages
 
 DOES_NOT_FIT = 3
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}

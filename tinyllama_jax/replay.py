@@ -25,14 +25,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax import checkpoint, cli, processes, report, run_folder, seals, sharding, weights, xla
-from tinyllama_jax.config import Config
+from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.base.files import read_json
+from tinyllama_jax.core import xla
+from tinyllama_jax.core.losses import NextToken
+from tinyllama_jax.core.program import Program, attention_scope, build, choose_attention, on_devices
+from tinyllama_jax.core.step import TrainState, weight_of
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.errors import UserError, run_main
-from tinyllama_jax.files import read_json
-from tinyllama_jax.step import Program, TrainState, build, choose_attention, on_devices, weight_of, within
+from tinyllama_jax.run import checkpoint, cluster, initialize, metrics, seals
+from tinyllama_jax.run import folder as run_folder
 
 COMPARED = "loss", "grad_norm", "checksum"
 REACH = 10  # steps that it goes on, at least, to a checkpoint after step N that can say more
@@ -56,21 +61,21 @@ def main(argv: list[str]) -> int:
     args, overrides = _arguments(argv)
     config, written = recorded(args.run, args.step, overrides)
     xla.reserve_memory()
-    processes.join(config.train.wait)
+    cluster.join(config.train.wait)
     first = jax.process_index() == 0
     say = lambda line: print(line, flush=True, file=sys.stderr if args.json else sys.stdout) if first else None
     sources = feed.open_sources(config)
     check_data(args.run, config, sources)
     mesh = mesh_of(args.run, config, overrides)
     with jax.set_mesh(mesh):
-        program = build(config, mesh, feed.eos_id(config, sources))
+        program = build(config, mesh, NextToken(feed.eos_id(config, sources)))
         base = base_of(args.run, config, args.step, min(written))
         run = Run(args.run, config, sources, written, mesh, program, checksums(program, mesh), base)
         state, origin = begin(run)
         impl, reason = choose_attention(config, mesh.devices.flat[0])
         say(
             f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}; "
-            f"attention: {impl} ({reason}), {within(config)} documents"
+            f"attention: {impl} ({reason}), {attention_scope(config)} documents"
         )
         say(f"{args.run}: steps {base + 1:,} to {args.step:,} again, from {origin.removeprefix('from ')}")
         differences, seen = [], {}
@@ -110,7 +115,7 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
         raise UserError(f"{run}: has weights and no data (an import): it has no steps to replay")
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: the run's steps are 1 to {config.train.steps}")
-    lines = {row["step"]: row for row in report.rows(run) if "loss" in row}
+    lines = {row["step"]: row for row in metrics.read(run) if "loss" in row}
     if step not in lines:
         near = sorted(lines, key=lambda s: abs(s - step))[:2]
         raise UserError(
@@ -146,7 +151,7 @@ def base_of(run: Path, config: Config, step: int, first: int) -> int:
     for at in reversed([s for s in checkpoint.steps_in(run) if s < step]):
         if not seals.unusable(run / "checkpoints" / str(at), config):
             return at
-    begun = weights.first_step(config)
+    begun = initialize.first_step(config)
     if first > begun + config.log.every:
         raise UserError(
             f"--step {step}: {run} has no whole checkpoint before it, and its first step was not {begun + 1} but about {first}"
@@ -158,8 +163,8 @@ def begin(run: Run) -> tuple[TrainState, str]:
     """The state after step `base`, and where it is from."""
     if run.base in checkpoint.steps_in(run.folder):
         return checkpoint.restore_state(run.folder, run.base, run.program.state), f"its checkpoint of step {run.base:,}"
-    origin, _ = weights.check_origin(run.config, run.sources)
-    return weights.initial_state(run.config, run.program, origin)
+    origin, _ = initialize._check_origin(run.config, run.sources)
+    return initialize._initial_state(run.config, run.program, origin)
 
 
 # -- again ------------------------------------------------------------------------------------------------------------------

@@ -11,66 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.errors import UserError, run_main
-from tinyllama_jax.files import Count, check_utf8, decode_json, open_regular, read_json
+from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.base.files import read_json
+from tinyllama_jax.run import metrics
 
 UNIGRAM = "unigram.json"  # {"val_loss": ...} of a unigram model on the run's validation tokens, where somebody computed it
-
-
-LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
-Value = int | float | bool | str | list[float] | None
-
-
-# The keys that are read from a line of metrics.jsonl, whether of a step, a validation or a save
-_NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss"), float | None)
-_COUNTS = dict.fromkeys(("checksum", "tokens", "skipping_since", "skipped_in_a_row"), Count)
-_OTHERS = {"step": typing.Required[Count], "finite": bool, "recent_losses": list[float]}
-Line = typing.TypedDict("Line", _NUMBERS | _COUNTS | _OTHERS, total=False)
 
 
 class Baseline(typing.TypedDict):
     """unigram.json."""
 
     val_loss: float
-
-
-def line(text: bytes) -> dict[str, Value]:
-    """A line of metrics.jsonl, decoded. Raises ValueError if it is damaged."""
-    values = decode_json(text, dict[str, Value]) | decode_json(text, Line)
-    for name, value in values.items():
-        if "/" in name and not isinstance(value, int | float | None):  # a value of one source
-            raise ValueError(f"{name} is not a number")
-    return values
-
-
-def rows(run: str | Path) -> list[dict[str, Value]]:
-    """The lines of RUN/metrics.jsonl, in order; a last one that is still being written is left out. Raises UserError."""
-    check_utf8(run)
-    path = Path(run) / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
-    out: list[dict] = []
-    with open_regular(path) as f:
-        for number, text in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
-            if not text.endswith(b"\n") and len(text) < LONGEST:
-                break
-            try:
-                out.append(line(text))
-                if out[-1]["step"] < out[max(len(out) - 2, 0)]["step"]:
-                    raise ValueError(f"step {out[-1]['step']:,} after step {out[-2]['step']:,}")
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: is damaged ({error}); take it out") from None
-    return out
-
-
-def skipped(everything: list[dict]) -> str:
-    """A line on how many steps of a run were skipped, and which; empty if none were."""
-    steps = dict.fromkeys(row["step"] for row in everything if row.get("finite") is False)
-    spans = zip((s for s in steps if s - 1 not in steps), (s for s in steps if s + 1 not in steps), strict=True)
-    named = [f"{first:,}" + (f" to {last:,}" if first < last else "") for first, last in spans]
-    if len(named) > 10:
-        named[5:-4] = [f"... ({len(named) - 9:,} more)"]
-    return f"{len(steps):,} step{'s' * (len(steps) > 1)} skipped as not finite: {', '.join(named)}" if steps else ""
 
 
 def draw(run: str | Path) -> Path:
@@ -82,12 +33,12 @@ def draw(run: str | Path) -> Path:
     Returns its path. The old picture stays until the new one is whole. Raises UserError if there is nothing to draw.
     """
     run = Path(run)
-    everything = rows(run)
+    everything = metrics.read(run)
     of_steps = {row["step"]: row for row in everything if row.get("loss") is not None}  # without the rows of validations
     train = list(of_steps.values())
     validation = [row for row in everything if row.get("val_loss") is not None]
     if not train:
-        raise UserError(f"{run}: no step with a finite loss yet; {skipped(everything)}".removesuffix("; "))
+        raise UserError(f"{run}: no step with a finite loss yet; {metrics.skipped(everything)}".removesuffix("; "))
 
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
     from matplotlib.ticker import EngFormatter
@@ -151,7 +102,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
     run = parser.parse_args(argv).run
-    print(*filter(None, (draw(run), skipped(rows(run)))), sep="\n")
+    print(*filter(None, (draw(run), metrics.skipped(metrics.read(run)))), sep="\n")
     return 0
 
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ml_dtypes  # noqa: F401  numpy then knows "bfloat16"
 import numpy as np
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims
 
 SHAPES = {  # layers, width, heads, kv heads, ffn, vocabulary
     "tiny": (2, 64, 4, 2, 128, 256),

@@ -38,10 +38,10 @@ import sentencepiece
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from tinyllama_jax import config as c
+from tinyllama_jax.base import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.data.prepare import prepare
+from tinyllama_jax.prepare import prepare
 
 S = 2048
 # SlimPajama without its GitHub part, and starcoderdata. Bytes of text: SlimPajama's 893 GB of jsonl.zst hold about 2.7 TB,
@@ -92,7 +92,7 @@ def below(pid: int) -> list[int]:
 def watched(*arguments: object, may_fail: bool = False, limit: float = 1e9) -> dict:
     """Runs `prepare`: seconds, processor seconds of all its processes, and the most bytes that one of them had in memory."""
     began, cpu, peak = time.perf_counter(), {}, 0
-    words = [sys.executable, "-m", "tinyllama_jax.data.prepare", *map(str, arguments)]
+    words = [sys.executable, "-m", "tinyllama_jax.prepare", *map(str, arguments)]
     errors = tempfile.TemporaryFile()  # noqa: SIM115  closed below
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors, cwd=Path(__file__).parents[1])
     while child.poll() is None:

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax import config as c
-from tinyllama_jax import model, targets
+from tinyllama_jax.base import config as c
+from tinyllama_jax.core import model
 from tinyllama_jax.kernels import attention as kernels
 from tinyllama_jax.kernels import cross_entropy as head
+from tinyllama_jax.planning import targets
 
 MATMULS = {  # [M, K] x [K, N]: of the 1.1B model with 16,384 tokens, and a large square one
     "1b": [(16384, 2048, 5632), (16384, 5632, 2048), (16384, 2048, 32000), (8192, 8192, 8192)],

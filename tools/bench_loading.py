@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from array_record.python import array_record_module
 
-from tinyllama_jax import config as c
-from tinyllama_jax import files
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import files
 from tinyllama_jax.data import blocks, feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 

@@ -19,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from tinyllama_jax import config as c
-from tinyllama_jax import model, run_folder, sharding
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import sharding
+from tinyllama_jax.core import model
+from tinyllama_jax.core.program import build, on_devices
+from tinyllama_jax.core.step import new_state
 from tinyllama_jax.data import feed
-from tinyllama_jax.step import build, new_state, on_devices
+from tinyllama_jax.run import folder as run_folder
 
 VARIANTS = {  # name -> (compute, residual stream, seed of the initial weights)
     "fp32 throughout": ("float32", "float32", 0),

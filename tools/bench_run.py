@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from tinyllama_jax import checkpoint, run_folder, sharding, weights
-from tinyllama_jax import config as c
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import sharding
+from tinyllama_jax.core.program import build
 from tinyllama_jax.data import feed
-from tinyllama_jax.step import build
+from tinyllama_jax.run import checkpoint, initialize
+from tinyllama_jax.run import folder as run_folder
 
 SHAPES = {"15m": (6, 288, 6, 6, 768, 32000), "120m": (12, 768, 12, 1, 2048, 32000)}  # as c.Model's first fields
 FP32 = "params=float32,compute=float32,output=float32"
@@ -47,7 +49,7 @@ def config_of(workdir: Path, data: Path, shape: tuple) -> c.Config:
 def training(config: c.Config, **how) -> subprocess.Popen:
     """The command that trains what `config` describes, started; `how`: as Popen takes it."""
     path = Path(config.workdir + ".py")
-    path.write_text("from tinyllama_jax.config import *\nconfig = " + repr(config) + "\n")
+    path.write_text("from tinyllama_jax.base.config import *\nconfig = " + repr(config) + "\n")
     command = [sys.executable, "-m", "tinyllama_jax.train", "--config", str(path)]
     return subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], **how)
 
@@ -88,7 +90,7 @@ def _as_if_run_to(config: c.Config, step: int) -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = build(config, mesh).init()
-        run_folder.open_run(config, weights.described(sources), sources[0].tokenizer)
+        run_folder.open_run(config, initialize.described(sources), sources[0].tokenizer)
         checkpoints = checkpoint.Checkpoints(config)
         checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)))
         checkpoints.close()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama_jax import hf
+from tinyllama_jax.hub import llama
 
 CUDA = torch.cuda.is_available()
 DEVICE, COMPUTE = ("cuda", "bfloat16") if CUDA else ("cpu", "float32")
@@ -71,7 +71,7 @@ def rotate(x, cos, sin):
 
 
 class Llama(nn.Module):
-    """The model of `tinyllama_jax.model`, with its residual stream in the compute dtype as there."""
+    """The model of `tinyllama_jax.core.model`, with its residual stream in the compute dtype as there."""
 
     def __init__(self, m, chunk: bool, remat: bool):
         super().__init__()
@@ -118,7 +118,7 @@ class Transformers(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
-        config = hf.to_hf_config(m, None, None, "float32") | {"use_cache": False, "attn_implementation": "sdpa"}
+        config = llama.to_hf_config(m, None, None, "float32") | {"use_cache": False, "attn_implementation": "sdpa"}
         self.llama = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "architectures"}))
         if chunk:
             raise SystemExit("Transformers' Llama has no chunked loss")
@@ -140,7 +140,7 @@ def step(cell: dict) -> None:
     m, (family, *options) = common.model_of(cell, COMPUTE), cell["row"].split(".")
     with torch.device(DEVICE):
         model = (Transformers if family == "transformers" else Llama)(m, "chunk" in options, "remat" in options)
-    model.to(torch.float32).load(dict(hf.to_hf(common.weights(m), m)))
+    model.to(torch.float32).load(dict(llama.to_hf(common.weights(m), m)))
     autocast = lambda: torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA)
     with torch.no_grad(), autocast():
         model.eval()

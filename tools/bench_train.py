@@ -28,8 +28,8 @@ import time
 import bench_common as common
 import numpy as np
 
-from tinyllama_jax import config as c
-from tinyllama_jax import dims
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import dims
 
 ROWS = "jax,torch.compile,torch,transformers,torch.compile.chunk"
 _HOW = [how + chunk + remat for how in ("", ".compile", ".max") for chunk in ("", ".chunk") for remat in ("", ".remat")]
@@ -65,25 +65,27 @@ def prepare(config: c.Config, cell: dict):
     """The step that `train` runs, compiled before anything is on the device; its batch and weights; seconds of compiling."""
     import jax
 
-    from tinyllama_jax import sharding, step
+    from tinyllama_jax.base import sharding
+    from tinyllama_jax.core.losses import Batch
+    from tinyllama_jax.core.program import build, shape_of_batch
 
     tokens = common.tokens(cell)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     jax.set_mesh(mesh)
-    program, began = step.build(config, mesh), time.perf_counter()
-    compiled = program.train.lower(program.state, step.shape_of_batch(program, cell["seq_len"])).compile()
+    program, began = build(config, mesh), time.perf_counter()
+    compiled = program.train.lower(program.state, shape_of_batch(program, cell["seq_len"])).compile()
     seconds = time.perf_counter() - began
     length = np.full(program.shape, cell["seq_len"] + 1, np.int32)
-    batch = jax.device_put(step.Batch(tokens.reshape(*program.shape, -1), length), program.batch)
+    batch = jax.device_put(Batch(tokens.reshape(*program.shape, -1), length), program.batch)
     params = jax.device_put(common.weights(config.model), jax.tree.map(lambda a: a.sharding, program.state.params))
     return program, compiled, batch, params, seconds
 
 
 def token_losses(program, params: dict, cell: dict) -> np.ndarray:
     """Losses of the first sequence's tokens."""
-    from tinyllama_jax import step
+    from tinyllama_jax.core.losses import Batch
 
-    return np.asarray(program.token_losses(params, step.Batch(common.tokens(cell)[:1], np.int32([cell["seq_len"] + 1]))))
+    return np.asarray(program.token_losses(params, Batch(common.tokens(cell)[:1], np.int32([cell["seq_len"] + 1]))))
 
 
 def time_jax(cell: dict) -> dict:
@@ -133,7 +135,9 @@ def measure(cell: dict) -> dict:
     import bench_kernels
     import jax
 
-    from tinyllama_jax import sharding, step, targets
+    from tinyllama_jax.base import sharding
+    from tinyllama_jax.core.program import build
+    from tinyllama_jax.planning import targets
 
     device, cpu = jax.devices()[0], jax.default_backend() == "cpu"
     target = targets.of(device.device_kind)
@@ -146,7 +150,7 @@ def measure(cell: dict) -> dict:
     jax.config.update("jax_default_matmul_precision", "highest")  # not TF32
     config = config_of(one, compute="float32")
     jax.set_mesh(mesh := sharding.make_mesh(config.mesh, [device]))
-    np.save(cell["reference"], token_losses(step.build(config, mesh), common.weights(config.model), one))
+    np.save(cell["reference"], token_losses(build(config, mesh), common.weights(config.model), one))
     return {
         "run": {"model": model, "seq_len": seq_len, "seqs": cell["seqs"] or next(s for n, s in SEQS if memory >= n)},
         "device": {"kind": device.device_kind, "memory": memory, "peak_flops": target and target.flops, "dtype": "float32"

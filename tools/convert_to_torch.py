@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works in a checkout that is not installed
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave the accelerator to whoever trains on it
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave the accelerator to the run that trains on it
 
-from tinyllama_jax import convert, hf
-from tinyllama_jax.errors import run_main
+from tinyllama_jax import convert
+from tinyllama_jax.base.errors import run_main
 
 
 def main(argv: list[str]) -> int:
-    """Exports; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="a run folder")
-    parser.add_argument("--step", type=int, help="which of its checkpoints; the newest if absent")
-    parser.add_argument("--output", required=True, help="the folder to make: safetensors, configuration, tokenizer")
-    parser.add_argument(
-        "--dtype", choices=list(hf.DTYPES), default="float32", help="float32 (default) loses nothing; the others halve the size"
-    )
-    parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite as they are")
-    parser.add_argument(
-        "--tokenizer",
-        choices=["checked", "none"],
-        default="checked",
-        help="none: no tokenizer.json is made or checked; the run's own tokenizer lies beside the weights as it is",
-    )
-    args = parser.parse_args(argv)
-    checked = args.tokenizer == "checked"
-    step = convert.export(args.checkpoint, args.output, args.step, args.dtype, checked, args.allow_non_finite)
-    print(f"{args.output}: step {step:,} of {args.checkpoint} in {args.dtype}")
-    return 0
+    """`python -m tinyllama_jax.convert to-torch`; returns the exit code."""
+    return convert.main(["to-torch", *argv])
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from pathlib import Path
 import bench_common as common
 import bench_train
 
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
 
 KINDS = (  # the first whose words stand in an instruction, the computation that it calls, or its kernel's name
     ("collective", r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|send|recv)(-start|-done)?\(|nccl"),
@@ -172,11 +172,11 @@ def trace(cell: dict, out: Path) -> dict:
     """Runs the steps, warm, under the profiler; writes OUT; returns the table."""
     import jax
 
-    from tinyllama_jax import step
+    from tinyllama_jax.core.program import choose_attention
 
     config = bench_train.config_of(cell)
     program, compiled, batch, params, _ = bench_train.prepare(config, cell)
-    impl, reason = step.choose_attention(config, jax.devices()[0])
+    impl, reason = choose_attention(config, jax.devices()[0])
     state = program.start(params)
     del params
     for _ in range(common.WARM_UP):

@@ -12,12 +12,13 @@ import pytest
 from array_record.python import array_record_module
 from generated import texts
 
-from tinyllama_jax import cli, files
-from tinyllama_jax.data import audit, feed, litpkds, survey
-from tinyllama_jax.data import prepare as prepare_lib
+from tinyllama_jax import audit
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base import cli, files
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import feed, litpkds, survey
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Record
-from tinyllama_jax.errors import UserError
 
 S = 16
 BOS, EOS = 1, 2

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import blocks as blocks_lib
-from tinyllama_jax.data import prepare as prepare_lib
 from tinyllama_jax.data.blocks import Blocks, Record
-from tinyllama_jax.errors import UserError
 
 S = 32
 
@@ -227,7 +227,7 @@ def test_every_width_and_value(dtype, seq_len):
 
 
 def test_what_is_no_data_set(copy, tmp_path):
-    with pytest.raises(UserError, match="gone: no such folder; `python -m tinyllama_jax.data.prepare` makes it"):
+    with pytest.raises(UserError, match="gone: no such folder; `python -m tinyllama_jax.prepare` makes it"):
         Blocks(tmp_path / "gone", "train")
     (tmp_path / "gone.partial").mkdir()
     with pytest.raises(UserError, match="gone: is half prepared; run .* again to finish it"):

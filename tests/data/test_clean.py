@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_jax.data import clean
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import clean
 
 ENGLISH = "The river runs past the old mill, and people sit on its banks in summer to read and to talk about the weather."
 GERMAN = "Der Fluss fließt an der alten Mühle vorbei, und im Sommer sitzen die Leute am Ufer, lesen und reden über das Wetter."

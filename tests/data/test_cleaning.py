@@ -14,12 +14,12 @@ import test_runners
 from test_duplicates import WORDS, planted
 from test_prepare import command, digests, expected, finished, lines, stream
 
-from tinyllama_jax.data import folder as folder_lib
-from tinyllama_jax.data import prepare as prepare_lib
-from tinyllama_jax.data import store
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import read_manifest
-from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.data.prepare import folder as folder_lib
+from tinyllama_jax.data.prepare import store
+from tinyllama_jax.prepare import prepare
 
 # fixtures: an object store, Dask's scheduler, and what starts a worker of it
 bucket, scheduler, start = test_runners.bucket, test_runners.scheduler, test_runners.start

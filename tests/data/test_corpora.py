@@ -12,10 +12,11 @@ import pyarrow.parquet
 import pytest
 from test_prepare import digests, expected, lines, stream
 
-from tinyllama_jax.data import documents, inputs, tokenizer
-from tinyllama_jax.data import prepare as prepare_lib
-from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.errors import UserError
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import tokenizer
+from tinyllama_jax.data.prepare import documents, inputs
+from tinyllama_jax.prepare import prepare
 
 WORDS = ["the", "of", "a", "def", "return", "in", "self", "for", "import", "None"]
 

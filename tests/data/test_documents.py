@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tinyllama_jax.data import documents, inputs
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import documents, inputs
 
 
 def jsonl(texts, key="text"):

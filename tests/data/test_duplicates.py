@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from tinyllama_jax.data import duplicates
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import duplicates
 
 WORDS = [f"w{i}" for i in range(30_000)]
 

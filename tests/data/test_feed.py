@@ -8,13 +8,15 @@ import shutil
 import numpy as np
 import pytest
 
-from tinyllama_jax import cli
-from tinyllama_jax import config as c
-from tinyllama_jax import step as step_lib
+from tinyllama_jax.base import cli
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import step as step_lib
+from tinyllama_jax.core.losses import Batch
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.run import initialize
 
 
 def batches(config, sources, shape, rows, start=0):
@@ -92,20 +94,20 @@ def test_the_last_recorded_batches_are_read_again(tiny_config, tmp_path, changes
     order, lines = feed.order(config, sources), []
     for step in range(1, 21):
         tokens, length = feed.gather(sources, *order.at(step))
-        checksum = int(step_lib.checksum(step_lib.Batch(tokens.reshape(2, -1, 17), length.reshape(2, -1))))
+        checksum = int(step_lib.checksum(Batch(tokens.reshape(2, -1, 17), length.reshape(2, -1))))
         lines.append({"step": step, "loss": None, "checksum": checksum})
     write = lambda lines, end="": (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + end)
-    (line,) = feed.check_batches(config, sources, 20)
+    (line,) = initialize.check_batches(config, sources, 20)
     assert "records none of the steps up to 20: whether the data are the same was not checked" in line
     write([*lines, {"step": 20, "val_loss": 1.0}], '{"step": 2')
-    assert feed.check_batches(config, sources, 0) == []
+    assert initialize.check_batches(config, sources, 0) == []
     for step, n in ((1, 1), (15, 15), (20, 20)):
-        assert feed.check_batches(config, sources, step) == [f"the last {n} recorded batches are as they were"]
+        assert initialize.check_batches(config, sources, step) == [f"the last {n} recorded batches are as they were"]
     for bad in (0, 13, 19):
         write([*lines[:bad], lines[bad] | {"checksum": lines[bad]["checksum"] ^ 1}, *lines[bad + 1 :]])
         with pytest.raises(UserError, match=rf"step {bad + 1}: its batch is not .* the newest of them: put the old one back"):
-            feed.check_batches(config, sources, 20)
-        assert bad == 0 or feed.check_batches(config, sources, bad)
+            initialize.check_batches(config, sources, 20)
+        assert bad == 0 or initialize.check_batches(config, sources, bad)
 
 
 @pytest.mark.parametrize(("tokens", "n"), [(0, 3), (8 * 16 * 4, 4), (1 << 22, 5)])
@@ -115,8 +117,8 @@ def test_at_least_three_batches_are_read_again_and_not_too_many_tokens(tiny_conf
     batches = [feed.gather(sources, *feed.order(config, sources).at(step)) for step in (1, 2, 3, 5, 7)]
     lines = [{"step": s, "checksum": feed.checksum(*batch)} for s, batch in zip((1, 2, 3, 5, 7), batches, strict=True)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(feed, "READ_AGAIN", tokens)
-    assert feed.check_batches(config, sources, 9) == [f"the last {n} recorded batches are as they were"]
+    monkeypatch.setattr(initialize, "READ_AGAIN", tokens)
+    assert initialize.check_batches(config, sources, 9) == [f"the last {n} recorded batches are as they were"]
 
 
 def test_every_file_is_verified_if_asked(tiny_config, tiny_data, tmp_path):

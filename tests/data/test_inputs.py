@@ -15,10 +15,10 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from test_prepare import digests, expected, lines, make_corpus, stream
 
-from tinyllama_jax.data import documents, inputs
-from tinyllama_jax.data import prepare as prepare_lib
-from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.errors import UserError
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import documents, inputs
+from tinyllama_jax.prepare import prepare
 
 # -- object stores ------------------------------------------------------------------------------------------------------
 

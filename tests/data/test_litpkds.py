@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax import config as c
-from tinyllama_jax import files
-from tinyllama_jax.config import Bos
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base import files
+from tinyllama_jax.base.config import Bos
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged
 from tinyllama_jax.data.litpkds import Packed
-from tinyllama_jax.errors import UserError
 
 S = 16
 BOS, EOS = 1, 2

@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.mixture import Mixture
-from tinyllama_jax.errors import UserError
 
 WEIGHTS = [
     [1.0],

@@ -22,10 +22,11 @@ import sentencepiece
 import tensorflow_datasets as tfds
 from cluster import PATIENCE
 
-from tinyllama_jax.data import prepare as prepare_lib
-from tinyllama_jax.data import shards, tokenizer
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import tokenizer
 from tinyllama_jax.data.blocks import Blocks, read_manifest
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.data.prepare import shards
 
 ROOT = Path(__file__).parents[2]
 prepare = functools.partial(prepare_lib.prepare, held_out=0)  # tests of what is held out are in test_corpora.py
@@ -89,7 +90,7 @@ def command(*arguments, shard: int = 1 << 20, first: str = "", **options) -> sub
     start = f"{first}; " if first else ""
     start += f"from tinyllama_jax.data import prepare, runners; prepare.SHARD = ({shard}, 1 << 30); "
     start += "runners.LINES = (1e9, 1e9); " if "LINES" not in first else ""  # a slow machine would say how far it is
-    start += "from tinyllama_jax.errors import run_main; run_main(prepare.main)"
+    start += "from tinyllama_jax.base.errors import run_main; run_main(prepare.main)"
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", start, "--held-out", "0", *map(str, arguments)],
         **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},

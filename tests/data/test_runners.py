@@ -17,11 +17,11 @@ import fsspec
 import pytest
 from test_prepare import ROOT, children, command, digests, finished, gone, lines, listening, wait_until
 
-from tinyllama_jax.data import prepare as prepare_lib
-from tinyllama_jax.data import runners, store
+from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.data.prepare import runners, store
+from tinyllama_jax.prepare import prepare
 
 SHARD = 1 << 16
 

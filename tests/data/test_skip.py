@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from tinyllama_jax import cli
-from tinyllama_jax.config import Data
+from tinyllama_jax.base import cli, schedule
+from tinyllama_jax.base.config import Data
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed
-from tinyllama_jax.data import skip as skip_lib
 from tinyllama_jax.data.mixture import Mixture
-from tinyllama_jax.errors import UserError
 
 
 def data(skip):
@@ -25,9 +24,9 @@ def by_hand(skip, steps):
 
 @pytest.mark.parametrize("skip", ["", "1:1", "5:5", "5:9,5:9", "5:9,20:22", "20:22,5:9", "7:30,3:10,40:40", "3:4,2:6,1:1"])
 def test_batches_left_out(skip):
-    out = skip_lib.left_out(data(skip))
-    assert skip_lib.batch_of(np.arange(1, 101), out).tolist() == by_hand(skip, 100)
-    kept = set(skip_lib.batch_of(np.arange(1, 1_001), out).tolist())
+    out = schedule.left_out(data(skip))
+    assert schedule.batch_of(np.arange(1, 101), out).tolist() == by_hand(skip, 100)
+    kept = set(schedule.batch_of(np.arange(1, 1_001), out).tolist())
     assert len(kept) == 1_000 and not kept & set(out.tolist())
 
 
@@ -37,11 +36,11 @@ def test_batches_left_out(skip):
 def test_from_which_step_on_two_skips_differ(a, b):
     same = [x == y for x, y in zip(by_hand(a, 60), by_hand(b, 60), strict=True)]
     for steps in range(1, 61):
-        assert skip_lib.same_batches(data(a), data(b), steps) == all(same[:steps]), steps
+        assert schedule.same_batches(data(a), data(b), steps) == all(same[:steps]), steps
 
 
 def test_the_order_follows():
-    order = lambda skip: feed.Order([100], Mixture([1.0]), 0, [(0, 0, 4)], skip_lib.left_out(data(skip)))
+    order = lambda skip: feed.Order([100], Mixture([1.0]), 0, [(0, 0, 4)], schedule.left_out(data(skip)))
     plain, skipping = order(""), order("3:4")
     for step in range(1, 11):
         np.testing.assert_array_equal(skipping.at(step), plain.at(step if step < 3 else step + 2))
@@ -52,7 +51,7 @@ def test_a_larger_batch_comes_earlier_by_what_is_left_out_before_it(skip, tiny_c
     """The clock of tokens, and with it the learning rate, follows the batches that are trained on."""
     ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40", "data.skip": skip}
     config = cli.override(tiny_config, ramp)
-    order, clock = feed.order(config, feed.open_sources(config)), skip_lib.in_steps(config)
+    order, clock = feed.order(config, feed.open_sources(config)), schedule.in_steps(config)
     sizes = [order.size(step) * 16 for step in range(1, 41)]
     assert sizes[0] == 128 and sizes[-1] == 1_024
     assert [clock.tokens_after(step) for step in range(1, 41)] == np.cumsum(sizes).tolist()
@@ -62,13 +61,13 @@ def test_every_step_of_a_stage_left_out(tiny_config):
     """It is as if there were no such stage; of the first, whose steps the learning rate counts, it is refused."""
     ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40"}  # steps 1 to 8, 9 to 12, and on
     config = cli.override(tiny_config, ramp | {"data.skip": "9:12"})
-    assert skip_lib.in_steps(config).stages == [(0, 0, 128), (8, 1024, 1024)]
+    assert schedule.in_steps(config).stages == [(0, 0, 128), (8, 1024, 1024)]
     order = feed.order(config, feed.open_sources(config))
     assert [order.size(step) for step in (8, 9)] == [8, 64]
-    assert skip_lib.in_steps(cli.override(config, {"data.skip": "2:500"})).stages == [(0, 0, 128), (1, 128, 1024)]
+    assert schedule.in_steps(cli.override(config, {"data.skip": "2:500"})).stages == [(0, 0, 128), (1, 128, 1024)]
     for skip in ("1:8", "1:40", "1:4,1:4"):
         with pytest.raises(UserError, match=rf"--data.skip={skip}: leaves out all 8 steps of train.tokens_per_step=128"):
-            skip_lib.in_steps(cli.override(config, {"data.skip": skip}))
+            schedule.in_steps(cli.override(config, {"data.skip": skip}))
 
 
 @pytest.mark.parametrize("skip", ["3", "3:", "a:b", "0:3", "5:3", "1:2000000", "1:2:3"])

@@ -9,9 +9,8 @@ import sys
 import pytest
 import sentencepiece
 
-from tinyllama_jax import hf_tokenizer
-from tinyllama_jax.data import tokenizer
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import hf_tokenizer, tokenizer
 
 
 def reference(path):

@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tinyllama_jax.data import inputs, tokenizer, vocabulary
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import tokenizer
+from tinyllama_jax.data.prepare import inputs, vocabulary
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from tinyllama_jax import config as c
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base import config as c
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.kernels.attention import KERNELS, attention, choose, plain, triton
 
 QUERY_BLOCK = 8

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from array_record.python import array_record_module
 
-from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import Count, check_utf8, read_json, sha256
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import Count, check_utf8, read_json, sha256
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
@@ -139,14 +139,14 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     path = directory / MANIFEST
     if not directory.is_dir():
         if directory.with_name(directory.name + ".partial").is_dir():
-            raise UserError(f"{directory}: is half prepared; run `python -m tinyllama_jax.data.prepare` again to finish it")
-        raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.data.prepare` makes it")
+            raise UserError(f"{directory}: is half prepared; run `python -m tinyllama_jax.prepare` again to finish it")
+        raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.prepare` makes it")
     if not path.is_file() and (packed := sorted(directory.glob("*.bin"))):
         first = next((file for file in packed if file.name.startswith("train")), packed[0])
         name = first.name.rpartition("_")[0] or first.stem
         raise UserError(f"{directory}: is named by what its .bin files begin with, such as {directory / name}")
     if not path.is_file():
-        raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.data.prepare`")
+        raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.prepare`")
     again = "copy or prepare the data again"
     written = read_json(path, typing.TypedDict("Format", {"format": int}), again)["format"]
     if written != FORMAT:

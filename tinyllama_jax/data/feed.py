@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,17 +11,15 @@ import grain
 import jax
 import numpy as np
 
-from tinyllama_jax.config import Bos, Config
+from tinyllama_jax.base.config import Bos, Config
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.schedule import NONE, batch_of, left_out
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
-from tinyllama_jax.data.skip import NONE, batch_of, left_out
-from tinyllama_jax.errors import UserError
-from tinyllama_jax.files import decode_json
 
 MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
-READ_AGAIN = 1 << 22  # tokens of the last batches, read again on resume: a second or two from a disk
 
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
@@ -59,6 +55,11 @@ def open_sources(config: Config) -> list[Blocks]:
                 "tokenizers; prepare one of them again"
             )
     return opened
+
+
+def dtype(sources: list[Blocks]) -> np.dtype:
+    """The dtype of the tokens of a batch."""
+    return np.result_type(*(source.dtype for source in sources))
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
@@ -196,56 +197,11 @@ def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tupl
     """Blocks by (source [n], block [n]) -> tokens [n, S + 1], length [n]; one batched read a source."""
     if len(sources) == 1:
         return sources[0].read(block)
-    dtype = np.result_type(*(s.dtype for s in sources))
-    tokens, length = np.empty((len(source), sources[0].seq_len + 1), dtype), np.empty(len(source), np.int32)
+    tokens, length = np.empty((len(source), sources[0].seq_len + 1), dtype(sources)), np.empty(len(source), np.int32)
     for j in np.unique(source):
         here = source == j
         tokens[here], length[here] = sources[j].read(block[here])
     return tokens, length
-
-
-class Line(typing.TypedDict):
-    """The part of a line of metrics.jsonl that tells the batch of a step."""
-
-    step: int
-    checksum: int
-
-
-def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]:
-    """Reads the batches of the last recorded steps up to `step` again: 3, or up to 64 if they have few tokens.
-
-    Returns a line that says so. Raises UserError if a checksum is not the recorded one.
-    """
-    path, checked, data_order = Path(config.workdir) / "metrics.jsonl", 0, order(config, sources)
-    lines = _recorded(path, step) if path.is_file() and step else []
-    for line in reversed(lines[-64:]):
-        source, block = data_order.at(line["step"])
-        if checked >= 3 and (checked + 1) * len(block) * config.model.seq_len > READ_AGAIN:
-            break
-        checksum_now = checksum(*gather(sources, source, block))
-        if checksum_now != line["checksum"]:
-            places = {sources[j].place(b)[0] for j, b in zip(source.tolist(), block.tolist(), strict=True)}
-            newest = max(places, key=lambda file: file.stat().st_mtime)
-            raise UserError(
-                f"step {line['step']:,}: its batch is not the one that the run in {config.workdir} was trained on (checksum "
-                f"{line['checksum']}, and now {checksum_now}); a data file has changed, probably {newest}, the newest of them: "
-                f"put the old one back, or start another run with --workdir=NEW --init.from={config.workdir}"
-            )
-        checked += 1
-    if step and not checked:
-        return [f"{path} records none of the steps up to {step:,}: whether the data are the same was not checked"]
-    return [f"the last {checked} recorded batches are as they were"] if checked else []
-
-
-def _recorded(path: Path, step: int) -> list[Line]:
-    """The last lines of training steps up to `step` in a metrics file; a line cut short by a kill is left out."""
-    lines = []
-    with path.open("rb") as f:
-        f.seek(max(f.seek(0, os.SEEK_END) - (1 << 23), 0))
-        for text in f:
-            with contextlib.suppress(ValueError):
-                lines.append(decode_json(text, Line))
-    return [line for line in lines if 1 <= line["step"] <= step]
 
 
 def checksum(tokens: np.ndarray, length: np.ndarray) -> int:

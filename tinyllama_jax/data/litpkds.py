@@ -8,7 +8,6 @@ and the tokens. A source is named by what its files' names begin with, DIR/train
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -25,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax import files
+from tinyllama_jax.base import files
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged
-from tinyllama_jax.errors import UserError, run_main
 
 HEADER = struct.Struct("<7sQBQ")
 MAGIC, VERSION = b"LITPKDS", 1
@@ -335,28 +334,3 @@ def _take_back(place: Path, output: Path) -> None:
 
 def _identity(file: Path) -> list[int]:
     return [file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns]
-
-
-def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tinyllama_jax.data.litpkds",
-        description="Writes a prepared data set as the original's packed files, byte for byte as its builder does.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--input", required=True, type=Path, metavar="DIR", help="made by `python -m tinyllama_jax.data.prepare`"
-    )
-    parser.add_argument("--split", default="train", metavar="NAME", help="of the input (train)")
-    parser.add_argument("--prefix", required=True, metavar="NAME", help="what the files' names begin with: train_slim")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the files")
-    parser.add_argument("--chunk-size", type=int, default=CHUNK, metavar="N", help=f"tokens in a file ({CHUNK} = 2049 x 1024)")
-    parser.add_argument(
-        "--tail", choices=("fill", "drop"), default="fill", help="the last file: fill it up with bos, or drop it (fill)"
-    )
-    args = parser.parse_args(argv)
-    export(args.input, args.split, args.output, args.prefix, args.chunk_size, args.tail)
-
-
-if __name__ == "__main__":
-    run_main(main)

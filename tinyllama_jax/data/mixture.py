@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.config import Weight, knots_of, weight_at
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.config import Weight, knots_of, weight_at
+from tinyllama_jax.base.errors import UserError
 
 
 class _Curve(NamedTuple):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from tinyllama_jax import hf_tokenizer
-from tinyllama_jax.errors import UserError, run_main
-from tinyllama_jax.files import Count, open_regular, read_json
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import Count, open_regular, read_json
+from tinyllama_jax.data import hf_tokenizer
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character
@@ -391,9 +391,3 @@ class HuggingFaceTokenizer(Tokenizer):
         if any(not 0 <= i < self.vocab_size for i in ids):
             raise IndexError(f"ids must lie in [0, {self.vocab_size})")
         return self._hf.decode([int(i) for i in ids])
-
-
-if __name__ == "__main__":
-    from tinyllama_jax.data import vocabulary  # imported here because it imports this module
-
-    run_main(vocabulary.main)

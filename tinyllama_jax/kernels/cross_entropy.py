@@ -20,7 +20,7 @@ class Sums(NamedTuple):
     rows: jax.Array  # [B]: the loss of each sequence, to be looked at; nothing flows back through it
 
 
-def none(batch: int) -> Sums:
+def zero_sums(batch: int) -> Sums:
     """Zeros, for `batch` sequences."""
     return Sums(*(np.float32(0),) * 3, np.zeros(batch, np.float32))
 
@@ -47,7 +47,7 @@ def cross_entropy(
         x, labels, weights = (_slice(a, i, chunk) for a in arrays)
         return jax.tree.map(jnp.add, sums, _sums(_logits(x, kernel_DV), labels, weights, z_loss)), None
 
-    return lax.scan(body, none(len(x_BSD)), jnp.arange(n_chunks))[0]
+    return lax.scan(body, zero_sums(len(x_BSD)), jnp.arange(n_chunks))[0]
 
 
 def _whole(a_BS: jax.Array, chunk: int) -> jax.Array:
@@ -110,7 +110,7 @@ def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
         dkernel_DV += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
         return (sums, dx_BSD, dkernel_DV), None
 
-    zeros = (none(len(x_BSD)), jnp.zeros_like(arrays[0]), jnp.zeros(kernel_DV.shape, jnp.float32))
+    zeros = (zero_sums(len(x_BSD)), jnp.zeros_like(arrays[0]), jnp.zeros(kernel_DV.shape, jnp.float32))
     (sums, dx_BSD, dkernel_DV), _ = lax.scan(body, zeros, jnp.arange(-(-S // chunk)))
     return sums, (dx_BSD[:, :S], dkernel_DV, like)
 

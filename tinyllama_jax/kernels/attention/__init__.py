@@ -7,7 +7,7 @@ import importlib.util
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.kernels.attention import library, plain
 
 KERNELS = ("pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")  # of whole arrays: no compiler splits one over devices

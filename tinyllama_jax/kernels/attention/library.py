@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tinyllama_jax.errors import UserError
+from tinyllama_jax.base.errors import UserError
 
 SPLASH_BLOCK = 512  # queries and keys of a block in splash attention, as MaxText has it by default for v4 to v6e (`sa_block_q`)
 

@@ -1,0 +1,113 @@
+"""What a step minimises: next-token cross-entropy, summed over a micro-batch. Fine-tuning passes another loss to the step."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import jmp
+
+from tinyllama_jax.base import sharding
+from tinyllama_jax.base.config import Bos, Config
+from tinyllama_jax.core import model
+from tinyllama_jax.kernels.cross_entropy import Sums, chunk_of, cross_entropy
+from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
+
+
+class Batch(NamedTuple):
+    """One step's blocks: `tokens` [A, B, S + 1] and `length` [A, B], the real tokens in each (the rest is padding).
+
+    A micro-batches of B sequences over all devices. Evaluation takes them without A.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    source: jax.Array | None = None  # [A, B] int32: which source each is of, if there are several in training
+
+
+class Loss(Protocol):
+    """What a step minimises: the sum of `sums` over all micro-batches, divided by the sum of `predicted`."""
+
+    def sums(self, params: dict, batch: Batch, config: Config) -> Sums:
+        """Summed loss (nats, fp32; as `rows`, of each source) and hits of a micro-batch [B, S + 1]."""
+
+    def predicted(self, batch: Batch, config: Config) -> jax.Array:
+        """How many tokens of each sequence the loss counts: int32 [..., B] for tokens [..., B, S + 1]."""
+
+    def token_losses(self, params: dict, batch: Batch, config: Config) -> jax.Array:
+        """Loss of each next token of a micro-batch: [B, S]. For `replay`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """The loss of pre-training: each real token is predicted from those before it; padding is not.
+
+    `eos_id`: the token that ends a document (or a `Bos`, which begins one), for `data.document_mask` and `data.eod_mask_loss`.
+    """
+
+    eos_id: int | None = None
+
+    def sums(self, params: dict, batch: Batch, config: Config) -> Sums:
+        """See `Loss`."""
+        with jax.numpy_dtype_promotion("strict"):
+            cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
+            labels_BS = tokens_BS[:, 1:]
+            real_BS = self.counted(batch, config).astype(jnp.float32)
+            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config))
+            kernel_XDV = sharding.copies(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
+            chunk = chunk_of(cfg.seq_len, config.train.seqs_per_device, cfg.loss_chunk)
+            # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once in every chunk
+            split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
+            head = partial(cross_entropy, chunk=chunk, z_loss=config.train.z_loss)
+            losses = jax.vmap(head)(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
+            by_source = sum_by_source(losses.rows.reshape(-1), batch.source, len(config.data.sources))
+            return Sums(*map(jnp.sum, losses[:3]), by_source)
+
+    def predicted(self, batch: Batch, config: Config) -> jax.Array:
+        """See `Loss`."""
+        if self._left_out(config) is None:
+            return jnp.maximum(batch.length - 1, 0)
+        return self.counted(batch, config).sum(-1, dtype=jnp.int32)
+
+    def token_losses(self, params: dict, batch: Batch, config: Config) -> jax.Array:
+        """See `Loss`; nats, fp32. At padding it means nothing."""
+        with jax.numpy_dtype_promotion("strict"):
+            cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
+            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config))
+            kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
+            chunk = chunk_of(cfg.seq_len, config.train.seqs_per_device, cfg.loss_chunk)
+            return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], chunk)
+
+    def documents(self, tokens_BS: jax.Array, config: Config) -> jax.Array | None:
+        """Segment ids [B, S] for attention: for each token, the number of documents in its block that end before it."""
+        if self.eos_id is None or not config.data.document_mask:
+            return None
+        edges_BS = (tokens_BS == jnp.int32(self.eos_id)).astype(jnp.int32)
+        return jnp.cumsum(edges_BS, axis=1) - (0 if isinstance(self.eos_id, Bos) else edges_BS)
+
+    def counted(self, batch: Batch, config: Config) -> jax.Array:
+        """Whether position s counts, bool [..., S]: token s + 1 is real and token s is not eos under `data.eod_mask_loss`."""
+        tokens, left_out = batch.tokens[..., :-1], self._left_out(config)
+        real = jnp.arange(1, tokens.shape[-1] + 1, dtype=jnp.int32) < batch.length[..., None]
+        return real if left_out is None else real & (tokens != left_out)
+
+    def _left_out(self, config: Config) -> int | None:
+        return self.eos_id if config.data.eod_mask_loss else None
+
+
+NEXT_TOKEN = NextToken()
+
+
+def sum_by_source(values: jax.Array, source: jax.Array | None, n_sources: int) -> jax.Array | None:
+    """`values` of sequences added up for each source [n_sources], if it is known of which they are."""
+    if source is None:
+        return None
+    return jnp.stack([jnp.where(source == j, values, 0).sum() for j in range(n_sources)])
+
+
+def count_tokens(predicted: jax.Array) -> jax.Array:
+    """The tokens that the mean is over: at least 1, as fp32 (exact below 2^24 = 16.8 M)."""
+    return jnp.maximum(predicted.sum(), 1).astype(jnp.float32)

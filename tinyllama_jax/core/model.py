@@ -1,0 +1,293 @@
+"""Llama 2 as a Flax module, and the pure functions around it: init, hidden, logits, decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jmp
+from jax.ad_checkpoint import checkpoint_name
+
+from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.base.config import Model
+from tinyllama_jax.kernels import attention as attention_kernels
+
+# What backward keeps of a layer, by the names given with checkpoint_name; everything else is computed again from it.
+_MATMULS = ("q", "k", "v", "residual", "gate", "up")
+REMAT_POLICIES = {
+    "save_matmuls_and_attention": jax.checkpoint_policies.save_only_these_names(*_MATMULS, "attention"),
+    "save_matmuls": jax.checkpoint_policies.save_only_these_names(*_MATMULS),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions so far, for decoding."""
+
+    k_LBTKH: jax.Array
+    v_LBTKH: jax.Array
+
+
+def _initializer(parameter: dims.Parameter, model: Model):
+    if parameter.kind == "norm":
+        return nn.initializers.ones
+    std = dims.init_std(parameter, model)
+    if model.init == "torch_default" and parameter.fan_in:
+        return lambda key, shape, dtype: std * 3**0.5 * jax.random.uniform(key, shape, dtype, -1.0, 1.0)
+    return nn.initializers.normal(std)
+
+
+class Weight(nn.Module):
+    """The one place where a parameter is made. Its key is folded from its path, so that no other parameter moves it."""
+
+    entry: str  # its name in dims.PARAMETERS
+    model: Model
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        parameter = dims.BY_NAME[self.entry]
+        shape = dims.shape(parameter, self.model)[parameter.dims.startswith("L") :]
+        dtype = jmp.get_policy(self.model.precision).param_dtype
+        return self.param(self.entry.rpartition("/")[2], _initializer(parameter, self.model), shape, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def linear(einsum: str, reduce_dtype: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`jnp.einsum(einsum, x, kernel)` in x's dtype; the kernel's gradient comes out of its matmul in `reduce_dtype`.
+
+    That is the dtype in which it is added up over the devices, since the sum follows the matmul. Both backward matmuls are
+    written out. Autodiff would compute the kernel's gradient transposed and turn it round, for which XLA's CPU backend copies
+    the activations: the MLP's forward and backward took 1.6 times the CPU time.
+    """
+    return jnp.einsum(einsum, x, kernel.astype(x.dtype))
+
+
+def _linear_forward(einsum, reduce_dtype, x, kernel):
+    return linear(einsum, reduce_dtype, x, kernel), (x, kernel)
+
+
+def _linear_backward(einsum, reduce_dtype, residuals, dy):
+    (x, kernel), (inputs, y) = residuals, einsum.split("->")
+    x_dims, kernel_dims = inputs.split(",")
+    dx = jnp.einsum(f"{y},{kernel_dims}->{x_dims}", dy, kernel.astype(dy.dtype))
+    dkernel = jnp.einsum(f"{x_dims},{y}->{kernel_dims}", x, dy, preferred_element_type=reduce_dtype)
+    return dx, dkernel.astype(kernel.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def down(reduce_dtype: str, gate_BSF: jax.Array, up_BSF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """SwiGLU's second half, (silu(gate) * up) kernel, [B, S, D]. Of it backward keeps gate and up alone; else as `linear`."""
+    return jnp.einsum("bsf,fd->bsd", _swiglu(gate_BSF, up_BSF), kernel_FD.astype(gate_BSF.dtype))
+
+
+def _swiglu(gate_BSF: jax.Array, up_BSF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BSF) * up_BSF
+
+
+def _down_forward(reduce_dtype, gate_BSF, up_BSF, kernel_FD):
+    return down(reduce_dtype, gate_BSF, up_BSF, kernel_FD), (gate_BSF, up_BSF, kernel_FD)
+
+
+def _down_backward(reduce_dtype, residuals, dy_BSD):
+    gate_BSF, up_BSF, kernel_FD = residuals
+    h_BSF, vjp = jax.vjp(_swiglu, gate_BSF, up_BSF)
+    dkernel_FD = jnp.einsum("bsf,bsd->fd", h_BSF, dy_BSD, preferred_element_type=reduce_dtype)
+    dgate_BSF, dup_BSF = vjp(jnp.einsum("bsd,fd->bsf", dy_BSD, kernel_FD.astype(dy_BSD.dtype)))
+    return dgate_BSF, dup_BSF, dkernel_FD.astype(kernel_FD.dtype)
+
+
+down.defvjp(_down_forward, _down_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str, reduce_dtype: str) -> jax.Array:
+    """`table_VD[tokens_BS]` in `dtype`, the table gathered over fsdp before: a lookup in a split one gathers activations."""
+    return sharding.constrain(table_VD.astype(dtype), "VD")[tokens_BS]
+
+
+def _lookup_forward(table_VD, tokens_BS, dtype, reduce_dtype):
+    return lookup(table_VD, tokens_BS, dtype, reduce_dtype), (jnp.zeros((len(table_VD), 0), table_VD.dtype), tokens_BS)
+
+
+def _lookup_backward(dtype, reduce_dtype, residuals, dx_BSD):
+    like, tokens_BS = residuals
+    D, X = dx_BSD.shape[-1], sharding.parts()
+    # fp32: a row is a sum over all occurrences of its token, and bf16 stops adding after 256 like ones
+    zeros_VD = jnp.zeros((len(like), D), jnp.float32)
+    add = jax.vmap(lambda tokens, dx: zeros_VD.at[tokens].add(dx.astype(jnp.float32)))
+    d_XVD = add(tokens_BS.reshape(X, -1), dx_BSD.reshape(X, -1, D))
+    return sharding.sum_of_parts(d_XVD, "VD", reduce_dtype).astype(like.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale, in fp32: squares of bf16 values summed in bf16 would lose all but the largest."""
+    x_f32 = x_BSD.astype(jnp.float32)
+    return x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps) * scale_D.astype(jnp.float32)
+
+
+def rope_table(positions_S: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [S, H/2] in fp32: a bf16 table is wrong by up to 1/256 of a turn's amplitude (transformers PR 29285)."""
+    frequency = 1.0 / model.rope_theta ** (jnp.arange(0, model.d_head, 2, dtype=jnp.float32) / model.d_head)
+    angle_SP = (positions_S.astype(jnp.float32) / model.rope_scaling)[:, None] * frequency
+    return jnp.cos(angle_SP), jnp.sin(angle_SP)
+
+
+def rope(x_BSNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of each head (the half-split layout, as in Hugging Face), in fp32."""
+    cos, sin = (t[None, :, None, :] for t in table)
+    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    model: Model
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, cache: Cache | None, start: jax.Array | int, ids_BS: jax.Array | None, table: tuple):
+        model = self.model
+        policy = jmp.get_policy(model.precision)
+
+        def weight(name: str) -> jax.Array:
+            kind = "scale" if name.endswith("norm") else "kernel"
+            return Weight(f"layers/{name}/{kind}", model, name=name)()
+
+        def project(name: str, einsum: str, x: jax.Array) -> jax.Array:
+            y = linear(einsum, model.reduce_dtype, x, weight(name))
+            # kept without H as a dimension of its own: a TPU's memory has it in 128s, twice what 64 need
+            return checkpoint_name(y.reshape(*y.shape[:2], -1), name).reshape(y.shape)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return policy.cast_to_compute(rms_norm(x, weight(name), model.norm_eps))
+
+        h_BSD = norm("attention_norm", x_BSD)
+        q_BSNH = rope(sharding.constrain(project("q", "bsd,dnh->bsnh", h_BSD), "BSNH"), table)
+        k_BSKH = rope(sharding.constrain(project("k", "bsd,dkh->bskh", h_BSD), "BSKH"), table)
+        v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
+        impl = model.attention
+        if impl == "auto":  # `step.build` has chosen for its mesh
+            shape = {"seq_len": q_BSNH.shape[1], "head_dim": model.d_head, "segments": ids_BS is not None}
+            impl = attention_kernels.choose(impl, model.compute_dtype, **shape)[0]
+        if cache is not None:  # decoding: the new keys and values join those before them
+            k_BSKH, v_BSKH = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+                for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True)
+            )
+            cache, impl = Cache(k_BSKH, v_BSKH), "reference" if impl == "reference" else "xla"
+        arrays = [a for a in (q_BSNH, k_BSKH, v_BSKH, ids_BS) if a is not None]
+        attend = partial(attention_kernels.attention, impl=impl, start=start)
+        if impl in attention_kernels.KERNELS:
+            attend = sharding.per_device(attend, ("BSNH", "BSKH", "BSKH", "BS")[: len(arrays)], "BSNH")
+        a_BSNH = attend(*arrays)
+        out_BSD = project("o", "bsnh,nhd->bsd", a_BSNH)
+        x_BSD = checkpoint_name(sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), "residual")
+
+        h_BSD = norm("mlp_norm", x_BSD)
+        gate_BSF = sharding.constrain(project("gate", "bsd,df->bsf", h_BSD), "BSF")
+        up_BSF = sharding.constrain(project("up", "bsd,df->bsf", h_BSD), "BSF")
+        out_BSD = down(model.reduce_dtype, gate_BSF, up_BSF, weight("down"))
+        return sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), cache
+
+
+class Llama(nn.Module):
+    """Embedding, L blocks under one scan, final norm, head."""
+
+    model: Model
+
+    def setup(self):
+        model = self.model
+        block = Block
+        if model.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[model.remat])
+        self.embed = Weight("embed/embedding", model)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=model.n_layers,
+        )(model)
+        self.final_norm = Weight("final_norm/scale", model)
+        self.lm_head = Weight("lm_head/kernel", model)
+
+    def hidden(
+        self,
+        tokens_BS: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+        segment_ids_BS: jax.Array | None = None,
+    ):
+        """What the head reads, [B, S, D] in the compute dtype, and the cache with these positions added."""
+        policy = jmp.get_policy(self.model.precision)
+        # in the residual stream's dtype: a table gathered in bf16 would bring bf16's rounding, 0.2%, into an fp32 stream
+        x_BSD = lookup(self.embed(), tokens_BS, self.model.residual_dtype, self.model.reduce_dtype)
+        x_BSD = sharding.constrain(x_BSD, "BSD")
+        table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)
+        x_BSD, cache = self.layers(x_BSD, cache, start, segment_ids_BS, table)
+        return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps)), cache
+
+    def __call__(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
+        """Logits [B, S, V] in the policy's output dtype, and the cache."""
+        policy = jmp.get_policy(self.model.precision)
+        x_BSD, cache = self.hidden(tokens_BS, cache, start)
+        kernel_DV = policy.cast_to_compute(self.lm_head())
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32)
+        return policy.cast_to_output(logits_BSV), cache
+
+
+# -- pure functions over a plain dict of parameters --------------------------------------------------------------------
+
+
+def init(key: jax.Array, model: Model) -> dict:
+    """Parameters as a nested dict whose paths are the names in `dims.PARAMETERS`; the same on any mesh."""
+    model = dataclasses.replace(model, attention="reference")  # no kernel is for the single token of this trace
+    return Llama(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def hidden(params: dict, tokens_BS: jax.Array, model: Model, segment_ids_BS: jax.Array | None = None) -> jax.Array:
+    """What the head reads: [B, S, D] in the compute dtype. With segments, a token sees those of its own alone."""
+    return Llama(model).apply({"params": params}, tokens_BS, segment_ids_BS=segment_ids_BS, method="hidden")[0]
+
+
+def logits(params: dict, tokens_BS: jax.Array, model: Model) -> jax.Array:
+    """Logits [B, S, V] in fp32."""
+    return Llama(model).apply({"params": params}, tokens_BS)[0]
+
+
+def init_cache(model: Model, batch: int, length: int) -> Cache:
+    """An empty cache for `length` positions, in the compute dtype."""
+    shape = (model.n_layers, batch, length, model.n_kv_heads, model.d_head)
+    return Cache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
+
+
+def decode(params: dict, tokens_BS: jax.Array, cache: Cache, start: jax.Array, model: Model) -> tuple[jax.Array, Cache]:
+    """Logits [B, S, V] of tokens at positions `start` .. `start` + S - 1 given the cache before them, and the new cache."""
+    return Llama(model).apply({"params": params}, tokens_BS, cache, start)
+
+
+def flatten(params: dict) -> dict[str, jax.Array]:
+    """Nested dict -> {"layers/q/kernel": array, ...}."""
+    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def unflatten(flat: dict) -> dict:
+    """Inverse of `flatten`."""
+    out: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = out
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return out

@@ -1,0 +1,141 @@
+"""The train step: gradients over micro-batches, update, and what happens to numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import jmp
+from jax import lax
+
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.core import optim
+from tinyllama_jax.core.losses import NEXT_TOKEN, Batch, Loss, count_tokens, sum_by_source
+from tinyllama_jax.kernels.cross_entropy import Sums, zero_sums
+
+FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step. The data need no state: the batch is a function of the step."""
+
+    step: jax.Array  # int32: steps done
+    params: dict
+    opt_state: tuple
+    loss_scale: dict  # fp16 compute only: jmp's dynamic loss scale and its counter; else empty
+    skipped: jax.Array  # int32: steps that were not finite and so changed nothing
+
+
+def new_state(params: dict, config: Config) -> TrainState:
+    """The state before the first step."""
+    fp16 = config.model.compute_dtype == "float16"
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optim.adamw(config).init(params),
+        loss_scale={"scale": jnp.float32(FIRST_LOSS_SCALE), "counter": jnp.int32(0)} if fp16 else {},
+        skipped=jnp.int32(0),
+    )
+
+
+def scaler(state: TrainState) -> jmp.LossScale:
+    """The loss scale in force: jmp's dynamic one for fp16, whose smallest number is 6e-8; none for bf16 and fp32."""
+    if not state.loss_scale:
+        return jmp.NoOpLossScale()
+    return jmp.DynamicLossScale(state.loss_scale["scale"], state.loss_scale["counter"])
+
+
+def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN) -> tuple[Sums, dict]:
+    """Loss sums over all micro-batches, and the gradient of the mean loss over the step's real tokens (times the loss scale).
+
+    The mean is over the whole step: a micro-batch with padding does not weigh more per token than another.
+    """
+    n_tokens = count_tokens(loss.predicted(batch, config))
+
+    def micro_batch(params: dict, micro: Batch) -> tuple[jax.Array, Sums]:
+        sums = loss.sums(params, micro, config)
+        return scaler(state).scale((sums.loss + sums.z) / n_tokens), sums
+
+    differentiate = jax.value_and_grad(micro_batch, has_aux=True)
+    if batch.tokens.shape[0] == 1:
+        (_, sums), grads = differentiate(state.params, jax.tree.map(lambda a: a[0], batch))
+        return sums, grads
+
+    def add(total, micro):
+        (_, sums), grads = differentiate(state.params, micro)
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+    no_sums = zero_sums(len(config.data.sources))
+    zeros = jax.tree.map(jnp.zeros_like, (no_sums if batch.source is not None else no_sums._replace(rows=None), state.params))
+    return lax.scan(add, zeros, batch)[0]
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step over all A micro-batches, and its metrics as scalars.
+
+    If the loss, any gradient or any parameter after the update is not finite, weights and moments stay as they were, `skipped`
+    counts it, and the step counter moves on to the next batch. A step without a token to predict changes nothing either; its
+    loss is NaN, and `skipped` does not count it.
+    """
+    sums, grads = gradients(state, batch, config, loss)
+    scale = scaler(state)
+    grads = scale.unscale(grads)
+    predicted = loss.predicted(batch, config)
+    n_tokens, predicts = count_tokens(predicted), (predicted > 0).any()
+    mean = lambda total: jnp.where(predicts, total / n_tokens, jnp.nan)
+    step = state.step + 1
+    params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
+    # squares of finite gradients can still overflow
+    finite = jmp.all_finite((sums.loss, grads, metrics["grad_norm"], params)) | ~predicts
+    learns, scale_after = finite & predicts, scale.adjust(finite)
+    loss_scale = {"scale": scale_after.loss_scale, "counter": scale_after.counter} if state.loss_scale else {}
+    new = TrainState(
+        step=step,
+        params=jmp.select_tree(learns, params, state.params),
+        opt_state=jmp.select_tree(learns, opt_state, state.opt_state),
+        loss_scale=jmp.select_tree(predicts, loss_scale, state.loss_scale),
+        skipped=state.skipped + jnp.int32(~finite),
+    )
+    metrics |= {
+        "loss": mean(sums.loss),
+        "accuracy": mean(sums.correct),
+        "finite": finite,
+        "skipped": new.skipped,
+        "loss_scale": jnp.float32(scale.loss_scale),
+        "real_tokens": jnp.where(predicts, n_tokens, 0),
+        **({"z_loss": mean(sums.z)} if config.train.z_loss else {}),
+        **({} if batch.source is None else by_source(sums.rows, predicted, batch.source)),
+        "checksum": checksum(batch),
+    }
+    return new, metrics
+
+
+def by_source(losses: jax.Array, predicted: jax.Array, source: jax.Array) -> dict[str, jax.Array]:
+    """Mean loss and number of predicted tokens of each source [n_sources]; the mean of no tokens is NaN."""
+    tokens = sum_by_source(predicted.astype(jnp.float32), source, len(losses))
+    return {"source_loss": losses / tokens, "source_tokens": tokens}
+
+
+def checksum(batch: Batch) -> jax.Array:
+    """uint32 over the real tokens of the global batch and their places in it; the same for any split over devices."""
+    tokens = batch.tokens.astype(jnp.uint32)
+    width = tokens.shape[-1]
+    # [A, B, W] as it lies, for [A B, W] would bring all tokens to every device
+    iota = partial(lax.broadcasted_iota, jnp.uint32, tokens.shape)
+    row = sum(iota(i) * jnp.uint32(math.prod(tokens.shape[i + 1 : -1])) for i in range(tokens.ndim - 1))
+    place = row * jnp.uint32(width) + iota(tokens.ndim - 1)
+    real = jnp.arange(width) < batch.length[..., None]
+    return jnp.where(real, (tokens + 1) * weight_of(place), jnp.uint32(0)).sum(dtype=jnp.uint32)
+
+
+def weight_of(place: jax.Array) -> jax.Array:
+    """An odd uint32 for each place, for checksums: no change of one element leaves a sum of such products as it was."""
+    place = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)  # spread the bits (constants: hash prospector, C. Wellons)
+    place = (place ^ (place >> 12)) * jnp.uint32(0x297A2D39)
+    return place | jnp.uint32(1)

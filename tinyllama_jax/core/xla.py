@@ -1,0 +1,120 @@
+"""XLA's settings, each with its reason: compiler options by platform, the part of a GPU's memory, where programs are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tinyllama_jax.base import dims
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError
+
+# The part of a GPU's memory that JAX takes at its start; 0.75 unless told. The rest, 3.4 of an A100's 42.3 GB, is for what
+# XLA's allocator does not count: CUDA's context, cuDNN's and cuBLAS's handles, NCCL's buffers. NVIDIA's JAX-Toolbox has 0.8 or
+# 0.9 for any model.
+MEMORY, MEMORY_NAMES = 0.92, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second: its older name
+
+
+class Option(NamedTuple):
+    """One of XLA's debug options. An XLA that no longer knows the name refuses to compile and says so: take it out then."""
+
+    name: str
+    value: bool | int
+    reason: str
+
+
+def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
+    """What the programs of a run are compiled with for the devices of `mesh`, without what the user's own flags say.
+
+    Milliseconds: of a step of configs/3t.py on a100-40g:2x8 in which it sends and no matmul runs (5.7 s in all, 830 with no
+    options), as counted in the compiled program; docs/log.md has how, and what was refused. libtpu does the same by default.
+    """
+    if mesh.devices.flat[0].platform != "gpu":
+        return []
+    cfg, size = config.model, lambda dtype: jnp.dtype(dtype).itemsize
+    layer = sum(dims.n_elements(p, cfg) for p in dims.PARAMETERS if p.dims[0] == "L") // cfg.n_layers // mesh.shape["tensor"]
+    a_layer, half = layer * size(cfg.reduce_dtype), layer * size(cfg.compute_dtype) * 11 // 20  # 176 and 48 MB of the 1.1B's
+    gradients = "a layer's gradients as one, or they wait for each other; 461 ms to 134 with fsdp 4, 639 to 118 with 2"
+    found = [
+        Option("xla_gpu_enable_latency_hiding_scheduler", True, "sends beside matmuls; 830 ms to 789, and the next needs it"),
+        Option("xla_gpu_enable_pipelined_all_reduce", True, "sends a layer's gradients beside the next one's; 789 ms to 197"),
+        Option("xla_gpu_all_gather_combine_threshold_bytes", half,
+               "a layer's weights as two, the second beside the first's matmuls; 197 ms to 127, 152 as one"),
+        Option("xla_gpu_reduce_scatter_combine_threshold_bytes", a_layer, gradients),
+        Option("xla_gpu_all_reduce_combine_threshold_bytes", a_layer, gradients),
+    ]  # fmt: skip
+    if config.train.deterministic:
+        found.append(Option("xla_gpu_deterministic_ops", True, "train.deterministic: only kernels whose sums have one order"))
+    return [option for option in found if option.name not in users_own()]
+
+
+def compiler_options(config: Config, mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
+    """`options` as jax.jit takes them."""
+    return {option.name: option.value for option in options(config, mesh)}
+
+
+def users_own() -> list[str]:
+    """The names of XLA's flags in the environment. They win: compiler options would overrule them."""
+    return re.findall(r"--(xla_\w+)", " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))
+
+
+def memory_fraction() -> float:
+    """The part of a GPU's memory that this run takes: the user's, or MEMORY. Raises UserError if that is none."""
+    name, text = next(((name, os.environ[name]) for name in MEMORY_NAMES if os.environ.get(name)), ("", str(MEMORY)))
+    if not re.fullmatch(r"0*\.\d+|1(\.0*)?", text) or float(text) == 0:
+        raise UserError(f"{name}={text}: must be a part of a GPU's memory, above 0 and at most 1")
+    return float(text)
+
+
+def reserve_memory() -> None:
+    """Has JAX take that part. To be called before JAX looks for devices."""
+    fraction = memory_fraction()
+    if not any(os.environ.get(name) for name in MEMORY_NAMES):
+        os.environ[MEMORY_NAMES[0]] = str(fraction)
+
+
+def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError if a device has not even the memory for its part of the weights and the two moments.
+
+    A CPU's virtual devices share this machine's memory. `plan` says how much a step needs beside the weights and moments.
+    """
+    first = mesh.local_devices[0]
+    if stats := first.memory_stats() if first.platform != "cpu" else None:
+        has = stats.get("bytes_limit", 2**62)
+    else:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    parameters, split = dims.n_parameters(config.model), mesh.shape["fsdp"] * mesh.shape["tensor"]
+    needs = 3 * jnp.dtype("float32").itemsize * parameters // split
+    if needs > has:
+        raise UserError(
+            f"the weights and moments of {parameters:,} parameters over fsdp x tensor = {split} devices take "
+            f"{needs / 2**30:,.1f} GiB of each, which has {has / 2**30:,.1f}; split them over more, or choose a smaller --model"
+        )
+
+
+def keep_compiled(config: Config) -> None:
+    """Has compiled programs kept in RUN/compiled, but for a CPU's; to be called once the devices are known.
+
+    With them a run keeps the kernels that XLA chose by timing them, and so its bits, and starts without choosing again.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
+
+
+def lines(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
+    """What is in force, for the start of a run."""
+    found, own, kept = options(config, mesh), users_own(), jax.config.jax_compilation_cache_dir
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    said = [
+        *([f"{memory_fraction():g} of a device's memory"] if gpu else []),
+        *([] if found else ["no options of ours"]),
+        *([f"the environment's own {' '.join(own)}"] if own else []),
+        f"compiled programs kept in {kept}" if kept else "compiled programs not kept",
+    ]
+    return ["xla: " + ", ".join(said), *(f"xla: {o.name}={str(o.value).lower()} ({o.reason})" for o in found)]

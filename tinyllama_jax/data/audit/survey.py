@@ -1,0 +1,250 @@
+"""What one pass over a data set finds in it, and what is wrong with that: see audit.py."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from tinyllama_jax.base.files import sha256
+from tinyllama_jax.data import litpkds
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged
+
+MOST = 10  # lines on one kind of finding in one source; the others are counted
+AT_ONCE = 1 << 22  # tokens in memory
+OCTAVE = 4  # bins of document lengths to a factor of two
+
+
+class Findings:
+    """Lines on what is wrong; beyond `MOST` of a kind in a source they are only counted."""
+
+    def __init__(self):
+        self.lines: list[tuple[str, str]] = []  # kind and line
+        self.times: Counter = Counter()
+
+    def add(self, kind: str, source: str, line: str, times: int = 1) -> None:
+        """One more, or `times` more of which `line` tells one."""
+        if self.times[kind, source] < MOST:
+            self.lines.append((kind, f"{source}: {line}"))
+        self.times[kind, source] += times
+
+    def add_blocks(self, kind: str, blocks: Blocks, indices: np.ndarray, what: Callable[[int], str]) -> None:
+        """One for each of the blocks `indices`, of which `what` gives the line's end (of the i-th of them)."""
+        for i, index in enumerate(indices[:MOST]):
+            file, record = blocks.place(int(index))
+            self.add(kind, name_of(blocks), f"{file.name}, record {record}: {what(i)}")
+        self.times[kind, name_of(blocks)] += max(len(indices) - MOST, 0)
+
+    def all(self, allowed: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+        """Everything to print: what is wrong, and what is of a kind that begins with one of `allowed`."""
+        more = [(kind, f"{source}: {kind}: {n - MOST:,} more") for (kind, source), n in self.times.items() if n > MOST]
+        sorted_out: tuple[list[str], list[str]] = [], []
+        for kind, line in self.lines + more:
+            sorted_out[kind.startswith(allowed)].append(line)
+        return sorted_out
+
+
+def name_of(blocks: Blocks) -> str:
+    """How lines call a split of a source."""
+    return f"{blocks.directory} ({blocks.split})"
+
+
+class Survey:
+    """What one pass over a split found."""
+
+    def __init__(self, blocks: Blocks, findings: Findings):
+        self.blocks, self.findings, self.name = blocks, findings, name_of(blocks)
+        self.manifest, vocabulary = blocks.manifest, blocks.manifest["tokenizer"]
+        self.vocab_size, self.bos, self.eos = (vocabulary[key] for key in ("vocab_size", "bos_id", "eos_id"))
+        self.tokenizer = tokenizer_lib.load(blocks.tokenizer)
+        if self.tokenizer.sha256 != vocabulary["sha256"]:
+            findings.add("tokenizer", self.name, f"{blocks.tokenizer}: is another tokenizer than the manifest's")
+        elif (size := self.tokenizer.vocab_size) != self.vocab_size:
+            findings.add(
+                "tokenizer", self.name, f"{MANIFEST}: speaks of {self.vocab_size:,} pieces; the tokenizer has {size:,}"
+            )
+        self.apart = {self.bos: "bos", self.eos: "eos"}  # what never stands twice in a row
+        self.edges = sum(self.manifest[name] for name in ("bos", "eos")) if self.bos == self.eos else 1  # to a document
+        if self.edges == 2:
+            self.apart = {}
+        if self.tokenizer.decode([0]).strip(" ⁇") == "":  # else it is a character, which text may repeat
+            self.apart.setdefault(0, "0")
+        self.apart.pop(-1, None)
+        self.tokens = self.damaged = self.filling = 0
+        self.counts_V = np.zeros(self.vocab_size, np.int64)
+        self.lengths = np.zeros(blocks.seq_len + 2, np.int64)
+        self.documents = np.zeros(64 * OCTAVE, np.int64)  # by length
+        self.open = 0  # tokens since a document last began
+        self.first: dict[int, int] = {}  # bos and eos -> the block that first has it
+        self.hashes = np.zeros(len(blocks), np.uint64)  # of each block; 0: of none
+
+    def read(self, first: int, end: int) -> None:
+        """Takes in the blocks [first, end); those that are damaged are findings."""
+        indices = np.arange(first, end)
+        try:
+            tokens, length = self.blocks.read(indices)
+        except Damaged:
+            good = []
+            for i in indices:
+                try:
+                    self.blocks.read([i])
+                    good.append(i)
+                except Damaged as error:
+                    self.findings.add("damage", self.name, str(error))
+            self.damaged += len(indices) - len(good)
+            indices = np.array(good, np.int64)
+            tokens, length = self.blocks.read(indices)
+        self.lengths += np.bincount(length, minlength=len(self.lengths))
+        hashed = [hashlib.blake2b(row[:n], digest_size=8).digest() for row, n in zip(tokens, length.tolist(), strict=True)]
+        self.hashes[indices] = np.where(length > 0, np.frombuffer(b"".join(hashed), np.uint64), 0)
+        if isinstance(self.blocks, litpkds.Packed):
+            self._look_at_filling(indices, length)
+        flat = tokens.ravel() if (length == tokens.shape[1]).all() else tokens[np.arange(tokens.shape[1]) < length[:, None]]
+        self._look_at(flat, np.cumsum(length), indices)
+
+    def _look_at(self, flat: np.ndarray, ends: np.ndarray, indices: np.ndarray) -> None:
+        """`flat`: all tokens. `ends`: where each of the blocks `indices` ends in them."""
+        self.tokens += len(flat)
+        outside = (flat >= self.vocab_size) | (flat < 0)
+        if outside.any():
+            at = np.flatnonzero(outside)
+            rows, firsts, times = np.unique(np.searchsorted(ends, at, "right"), return_index=True, return_counts=True)
+            what = lambda i: f"{times[i]} ids out of the vocabulary of {self.vocab_size}: {flat[at[firsts[i]]]}"
+            self.findings.add_blocks("ids out of the vocabulary", self.blocks, indices[rows], what)
+            self.counts_V += np.bincount(flat[~outside], minlength=self.vocab_size)
+        else:
+            self.counts_V += np.bincount(flat, minlength=self.vocab_size)
+        for id_, name in self.apart.items():
+            at = np.flatnonzero(flat == id_)
+            if at.size:
+                self.first.setdefault(id_, int(indices[np.searchsorted(ends, at[0], "right")]))
+            second = at[1:][np.diff(at) == 1]
+            rows, times = np.unique(np.searchsorted(ends, second, "right"), return_counts=True)
+            what = lambda i, times=times, name=name, id_=id_: f"{name} ({id_}) after {name}, {times[i]} times: padding?"
+            self.findings.add_blocks(f"runs of {name}", self.blocks, indices[rows], what)
+            if id_ == self._edge():
+                self._documents(at + 1 if self.manifest["eos"] else at, len(flat))
+
+    def _edge(self) -> int | None:
+        """The id that stands between documents, if there is one."""
+        return self.eos if self.manifest["eos"] else self.bos if self.manifest["bos"] else None
+
+    def _documents(self, edges: np.ndarray, size: int) -> None:
+        if edges.size:
+            lengths = np.diff(edges, prepend=-self.open)
+            lengths = lengths[lengths > 0]
+            self.documents += np.bincount((np.log2(lengths) * OCTAVE).astype(int), minlength=len(self.documents))
+        self.open = size - int(edges[-1]) if edges.size else self.open + size
+
+    def _look_at_filling(self, indices: np.ndarray, length: np.ndarray) -> None:
+        """Looks at blocks of one file that end in filling. An export fills up its last file; in any other it is a finding."""
+        filling = self.blocks.stored(indices) - length
+        rows = np.flatnonzero(filling)
+        if rows.size and self.blocks.place(int(indices[-1]))[0] != self.blocks.place(len(self.blocks) - 1)[0]:
+            file, record = self.blocks.place(int(indices[rows[0]]))
+            line = f"{file.name}, record {record}: is the first of {rows.size:,} blocks that end in bos or eos over and over"
+            line += f", {filling.sum():,} in all, left out when they are read"
+            self.findings.add("filling (the original's issue #83)", self.name, line)
+        self.filling += int(filling.sum())
+
+    def n_documents(self) -> int:
+        """How many there are, by what ends or begins one."""
+        edge = self._edge()
+        return int(self.counts_V[edge]) // self.edges if edge is not None else 0
+
+    def compare(self) -> None:
+        """Looks for what is not as the manifest says."""
+        packed, says = isinstance(self.blocks, litpkds.Packed), self.manifest["splits"][self.blocks.split]
+        add = lambda kind, where, line: self.findings.add(kind, self.name, f"{where}: {line}")
+        # blocks were held out instead of documents (`last_blocks_of_train`): documents of --train reach into them
+        cut = any(split.get("blocks") and not split.get("documents", 1) for split in self.manifest["splits"].values())
+        for id_ in {self.bos, self.eos} - {-1}:  # can be the same
+            names = [name for name in ("bos", "eos") if self.manifest["tokenizer"][f"{name}_id"] == id_]
+            name, a_document, found = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
+            guessed = packed and not (self.manifest["bos"] or self.manifest["eos"])  # a sample showed neither
+            if not a_document and found and not guessed:
+                file, record = self.blocks.place(self.first[id_])
+                add(
+                    f"{name} policy",
+                    f"{file.name}, record {record}",
+                    f"is the first of {found:,} {name} ({id_}); there should be none",
+                )
+            elif id_ == self.eos and packed and not self.manifest["bos"] and not found:
+                add(f"{name} policy", "all files", f"have no {name} ({id_}), which should stand at each document's end")
+            elif a_document and not (packed or cut or self.damaged) and found != a_document * says["documents"]:
+                should = f"{says['documents']:,} documents, each with {name} ({id_})"
+                add(f"{name} policy", MANIFEST, f"speaks of {should}; there are {found:,}")
+        if not packed and not self.damaged and self.tokens != says["tokens"]:
+            add("counts", MANIFEST, f"speaks of {says['tokens']:,} tokens; there are {self.tokens:,}")
+
+    def summary(self) -> str:
+        """What is in it, in a line."""
+        n, real = self.n_documents(), self.tokens / max(len(self.blocks) * (self.blocks.seq_len + 1), 1)
+        mean = f", {self.tokens / n:,.0f} tokens each" if n else ""
+        filling = f"; {self.filling:,} tokens of filling left out" if self.filling else ""
+        return f"{len(self.blocks):,} blocks, {self.tokens:,} tokens ({real:.2%} of what fits), {n:,} documents{mean}{filling}"
+
+    def text(self, ids: np.ndarray) -> str:
+        """The text of those ids that the tokenizer knows."""
+        return self.tokenizer.decode(ids[(ids >= 0) & (ids < self.tokenizer.vocab_size)].tolist())
+
+    def samples(self, n: int) -> list[tuple[str, str]]:
+        """`n` blocks at random: (where, the beginning of its text, documents apart)."""
+        chosen, out = np.random.default_rng(0).choice(len(self.blocks), min(n, len(self.blocks)), replace=False), []
+        for index in sorted(chosen.tolist()):
+            file, record = self.blocks.place(index)
+            with contextlib.suppress(Damaged):  # named already
+                (tokens,), (length,) = self.blocks.read([index])
+                ids = tokens[: min(length, 300)]
+                parts = np.split(ids, np.flatnonzero(ids == self._edge()) + 1)
+                out.append((f"{file.name}, record {record}", "\n---\n".join(map(self.text, parts))))
+        return out
+
+
+def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -> Survey:
+    """Reads all of a split, and all bytes of its files; calls `advance` with the number of blocks read since it last did."""
+    found = Survey(blocks, findings)
+    entries = blocks.manifest["splits"][blocks.split].get("shards", ())
+    checksums = {entry["file"]: entry["sha256"] for entry in entries}
+    step = max(AT_ONCE // (blocks.seq_len + 1), 1)
+    for file, first, last in blocks.files():
+        if file.name in checksums and sha256(file) != checksums[file.name]:  # reading it here leaves it in the page cache
+            findings.add("checksums", found.name, f"{file.name}: is not the file that was written (sha256)")
+        for start in range(first, last, step):
+            found.read(start, min(start + step, last))
+            advance(min(start + step, last) - start)
+    found.compare()
+    if gone := blocks.missing():
+        findings.add("missing files", found.name, f"by its number there should be {gone[0]}; {len(gone):,} such files in all")
+    return found
+
+
+def duplicates(surveys: list[Survey], findings: Findings) -> int:
+    """Finds blocks that are there twice, in whatever source or split; returns how many. 24 bytes of memory a block."""
+    hashes = np.concatenate([s.hashes for s in surveys])
+    ordered = np.sort(hashes)
+    again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    again = again[again > 0]
+    starts = np.cumsum([0, *(len(s.blocks) for s in surveys)])
+    first: dict[int, int] = {}
+    n = 0
+    for begin in range(0, len(hashes) if again.size else 0, 1 << 20):
+        part = hashes[begin : begin + (1 << 20)]
+        near = np.minimum(np.searchsorted(again, part), len(again) - 1)
+        for index in (np.flatnonzero(again[near] == part) + begin).tolist():
+            one = first.setdefault(int(hashes[index]), index)
+            if one == index:
+                continue
+            (a, i), (b, k) = (((j := int(np.searchsorted(starts, x, "right")) - 1), int(x - starts[j])) for x in (one, index))
+            n += 1
+            (file, record), (other, where) = surveys[b].blocks.place(k), surveys[a].blocks.place(i)
+            same = "" if a == b else f"{surveys[a].name}, "
+            line = f"{file.name}, record {record}: has the same tokens as {same}{other.name}, record {where}"
+            kind = "duplicate blocks" if surveys[a].blocks.split == surveys[b].blocks.split else "overlap of splits"
+            findings.add(kind, surveys[b].name, line)
+    return n

@@ -1,0 +1,382 @@
+"""What a document must be like to be kept, and what is replaced in it: filters and scrubbing. Runs in the workers.
+
+A filter looks at no more than the first `HEAD` characters (a length and a Python function: at all), so that a document of any
+size takes bounded memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import ipaddress
+import itertools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import store
+from tinyllama_jax.data.prepare.store import Place
+
+HEAD = 1 << 20  # characters of a document that filters look at, and that --keep-dropped keeps
+WHOLE = 1 << 27  # characters of a document that a Python function can be given
+SAMPLE = 1 << 16  # characters that say which language it is
+CHUNK, LONGEST = 1 << 20, 1 << 24  # characters of a document at once; held beyond them to look for a line's end
+FILTERS = {
+    "length": "length:MINIMUM:MAXIMUM (characters; empty: no limit)",
+    "language": "language:CODE:MINIMUM (share of the text, 0 to 1)",
+    "repetition": "repetition",
+    "python": "python:MODULE_OR_FILE.py:FUNCTION",
+    "fasttext": "fasttext:MODEL.bin:LABEL:MINIMUM (probability, 0 to 1)",
+}
+LIBRARIES = {"language": "pycld2", "minhash": "datasketch"}
+# Rae et al. 2021 (Gopher), table A1: the most of a document's lines that repeat another, of its characters in them, and of
+# its characters in the most frequent n-gram of words. Their rules of paragraphs and of repeated 5- to 10-grams are not here.
+LINES, LINE_CHARACTERS, TOP_NGRAM = 0.30, 0.20, {2: 0.20, 3: 0.18, 4: 0.16}
+
+
+class Filter(NamedTuple):
+    """A filter as it was asked for; `content` is a Python file's text, since workers elsewhere have not the file."""
+
+    spec: str
+    name: str
+    arguments: tuple
+    sha256: str = ""  # of the file that it needs, so that another one is another job
+    content: str = ""
+
+
+class Scrub(NamedTuple):
+    """A pattern that is replaced; a match that `keep` is true of (given the text before it, too) stays."""
+
+    name: str
+    pattern: str
+    replacement: str
+    keep: Callable[[str, str], bool] | None = None
+
+
+class Cleaning(NamedTuple):
+    """All that can be asked for. Can be pickled."""
+
+    filters: tuple[Filter, ...] = ()
+    scrubs: tuple[Scrub, ...] = ()
+    dedup: str = ""  # of `duplicates.METHODS`
+    threshold: float = 0.0
+    keep: Place | None = None  # folder for what is dropped
+
+    def settings(self) -> dict:
+        """What makes another data set of the same input; empty if there is nothing."""
+        filters = [filter_.spec + (f" sha256:{filter_.sha256}" if filter_.sha256 else "") for filter_ in self.filters]
+        said = {"filter": filters, "dedup": self.dedup, "scrub": [scrub.name for scrub in self.scrubs]}
+        said |= {"dedup_threshold": self.threshold if self.dedup == "minhash" else 0, "keep_dropped": self.keep is not None}
+        used = [LIBRARIES[name] for name in (*(f.name for f in self.filters), self.dedup) if name in LIBRARIES]
+        said["versions"] = {name: metadata.version(name) for name in used}  # which may judge in another way
+        return {key: value for key, value in said.items() if value}
+
+
+def parse(
+    filters: Iterable[str], scrubs: Iterable[str], dedup: str, threshold: float | None, keep: str | Path | None
+) -> Cleaning:
+    """What is asked for in words. `scrubs`: each a regular expression, or names with commas between. Raises UserError."""
+    names = itertools.chain.from_iterable([spec] if spec.startswith("regex:") else spec.split(",") for spec in scrubs)
+    found = Cleaning(tuple(map(parse_filter, filters)), tuple(map(parse_scrub, names)), dedup, threshold, None)
+    for option, specs in (("filter", [f.spec for f in found.filters]), ("scrub", [s.name for s in found.scrubs])):
+        if twice := [spec for spec, n in Counter(specs).items() if n > 1]:
+            raise UserError(f"--{option} {twice[0]}: is given more than once")
+    if keep is not None and not (filters or dedup):
+        raise UserError(f"--keep-dropped {keep}: nothing is dropped without --filter or --dedup")
+    return found._replace(keep=store.place(keep, "--keep-dropped") if keep is not None else None)
+
+
+def parse_filter(spec: str) -> Filter:
+    """The filter that `spec` (one of `FILTERS`) says. Raises UserError: an unknown one, a bad value, a file not there."""
+    name, _, rest = spec.partition(":")
+    if name not in FILTERS:
+        raise UserError(f"--filter {spec}: no such filter; there are {', '.join(FILTERS.values())}")
+    colons = {"length": 1, "language": 1, "repetition": -1, "python": 1, "fasttext": 2}[name]
+    arguments = rest.rsplit(":", colons) if rest else []  # a path may hold colons, what comes after it does not
+    if len(arguments) != colons + 1 or not any(arguments + ["-"] * (colons < 0)):
+        raise UserError(f"--filter {spec}: must be {FILTERS[name]}")
+    if name == "length":
+        low, high = _number(spec, arguments[0] or "0", int), _number(spec, arguments[1] or "inf", int)
+        if not 0 <= low <= high:
+            raise UserError(f"--filter {spec}: no document is that long; must be {FILTERS[name]}")
+        return Filter(spec, name, (low, high))
+    if name == "language":
+        codes = sorted(code for _, code in _cld2().LANGUAGES)
+        if arguments[0] not in codes:
+            raise UserError(f"--filter {spec}: {arguments[0]!r} is no language that CLD2 knows; it knows {' '.join(codes)}")
+        return Filter(spec, name, (arguments[0], _number(spec, arguments[1], float)))
+    if name == "python":
+        return _parse_python(spec, *arguments)
+    if name == "fasttext":
+        path, label, least = arguments
+        if not Path(path).is_file():
+            raise UserError(f"--filter {spec}: there is no file {path}")
+        filter_ = Filter(spec, name, (os.path.abspath(path), label, _number(spec, least, float)))
+        labels = _fasttext(filter_.arguments[0]).predict("", k=-1)[0]  # all, the likeliest first
+        if labels and _label(label) not in labels:
+            there = " ".join(known.removeprefix("__label__") for known in labels[:20])
+            raise UserError(f"--filter {spec}: {path} has no label {label!r}; it has {there}")
+        with open(path, "rb") as file:
+            return filter_._replace(sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    return Filter(spec, name, ())
+
+
+def _number(spec: str, text: str, kind: type) -> float:
+    try:
+        value = math.inf if kind is int and text == "inf" else kind(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or (kind is float and not 0 <= value <= 1):
+        what = "a whole number" if kind is int else "a number from 0 to 1"
+        raise UserError(f"--filter {spec}: {text!r} is not {what}; must be {FILTERS[spec.split(':')[0]]}")
+    return value
+
+
+def _parse_python(spec: str, where: str, function: str) -> Filter:
+    path, content = where, ""
+    if where.endswith(".py"):
+        if not Path(where).is_file():
+            raise UserError(f"--filter {spec}: there is no file {where}")
+        try:
+            content = Path(where).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--filter {spec}: {where} is not UTF-8") from None
+    else:
+        try:
+            path = importlib.util.find_spec(where).origin
+        except (ImportError, AttributeError, ValueError):
+            raise UserError(f"--filter {spec}: there is no module {where} (a file's name ends in .py)") from None
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path or "").is_file() else ""
+    filter_ = Filter(spec, "python", (where, function), sha256, content)
+    _predicate(filter_)  # now, not in the workers
+    return filter_
+
+
+def parse_scrub(spec: str) -> Scrub:
+    """The pattern that `spec` says: a key of `SCRUBS`, or regex:PATTERN=REPLACEMENT. Raises UserError."""
+    if spec in SCRUBS:
+        return SCRUBS[spec]
+    known = f"there are {', '.join(SCRUBS)}, regex:PATTERN=REPLACEMENT"
+    pattern, equals, replacement = spec.removeprefix("regex:").rpartition("=")
+    if not spec.startswith("regex:") or not equals:
+        raise UserError(f"--scrub {spec}: no such pattern; {known}")
+    try:
+        if re.compile(pattern).search(""):
+            raise UserError(f"--scrub {spec}: matches an empty text, which is everywhere")
+    except re.error as error:
+        raise UserError(f"--scrub {spec}: {pattern!r} is not a regular expression: {error}") from None
+    return Scrub(spec, pattern, replacement)
+
+
+def rejected_by(filters: list[Filter], document: Iterable[str]) -> str:
+    """Spec of the first filter that drops a document, in parts; "" if none does, or if it is empty.
+
+    Raises UserError if a user's function raises.
+    """
+    if not filters:
+        return ""
+    start, length = head(document)
+    if not length:  # counted as such
+        return ""
+    for filter_ in filters:
+        if filter_.name == "length":
+            keep = filter_.arguments[0] <= length <= filter_.arguments[1]
+        else:
+            if filter_.name == "python" and length > WHOLE:
+                raise UserError(f"--filter {filter_.spec}: takes a document whole, and one has more than {WHOLE:,} characters")
+            keep = _predicate(filter_)(start if filter_.name != "python" else "".join(document))
+        if not keep:
+            return filter_.spec
+    return ""
+
+
+def head(document: Iterable[str]) -> tuple[str, int]:
+    """The first `HEAD` characters of a document, and how many it has."""
+    kept, length = [], 0
+    for part in document:
+        if length < HEAD:
+            kept.append(part[: HEAD - length])
+        length += len(part)
+    return "".join(kept), length
+
+
+@functools.lru_cache(maxsize=64)  # once a worker
+def _predicate(filter_: Filter) -> Callable[[str], bool]:
+    if filter_.name == "repetition":
+        return _is_varied
+    if filter_.name == "language":
+        return functools.partial(_is_in_language, *filter_.arguments)
+    if filter_.name == "fasttext":
+        path, label, least = filter_.arguments
+        return functools.partial(_has_label, _fasttext(path), _label(label), least)
+    where, function = filter_.arguments
+    try:
+        if filter_.content:
+            names = {"__name__": Path(where).stem, "__file__": where}
+            exec(compile(filter_.content, where, "exec"), names)
+            call = names[function]
+        else:
+            call = getattr(importlib.import_module(where), function)
+    except (KeyError, AttributeError):
+        raise UserError(f"--filter {filter_.spec}: {where} has no function {function}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--filter {filter_.spec}: {where} cannot be run: {type(error).__name__}: {error}") from None
+    if not callable(call):
+        raise UserError(f"--filter {filter_.spec}: {function} of {where} is not a function")
+
+    def guarded(text: str) -> bool:
+        try:
+            return bool(call(text))
+        except (Exception, SystemExit) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"--filter {filter_.spec}: {said}, of the text that begins {text[:40]!r}") from None
+
+    return guarded
+
+
+def _is_varied(text: str) -> bool:
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    counts = Counter(lines)
+    if len(lines) - len(counts) > LINES * len(lines):
+        return False
+    repeated = sum(len(line) * (n - 1) for line, n in counts.items() if n > 1)
+    if repeated > LINE_CHARACTERS * sum(map(len, lines)):
+        return False
+    words = text.split()
+    total = sum(map(len, words))
+    for n, most in TOP_NGRAM.items():
+        grams = Counter(zip(*(itertools.islice(words, i, None) for i in range(n)), strict=False))
+        # of those as frequent as the most frequent one, the longest
+        times = max(grams.values(), default=1)
+        if times > 1 and times * max(sum(map(len, gram)) for gram, k in grams.items() if k == times) > most * total:
+            return False
+    return True
+
+
+# CLD2 takes only what it calls interchange-valid: neither control characters nor noncharacters
+_NONE = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+_NO_TEXT = re.compile(f"[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONE}]")
+
+
+def _is_in_language(code: str, least: float, text: str) -> bool:
+    _, _, found = _cld2().detect(_NO_TEXT.sub(" ", text[:SAMPLE]).encode(), isPlainText=True, bestEffort=True)
+    return any(code == known and percent >= 100 * least for _, known, percent, _ in found)
+
+
+def _cld2():
+    try:
+        import pycld2
+    except ImportError:
+        raise UserError("--filter language: needs CLD2: pip install pycld2") from None
+    return pycld2
+
+
+def _has_label(model: object, label: str, least: float, text: str) -> bool:
+    labels, probabilities = model.predict(text.replace("\n", " "), k=-1)  # it takes one line
+    return bool(dict(zip(labels, probabilities, strict=True)).get(label, 0) >= least)
+
+
+def _label(name: str) -> str:
+    return name if name.startswith("__label__") else f"__label__{name}"
+
+
+@functools.lru_cache(maxsize=4)
+def _fasttext(path: str) -> object:
+    try:
+        import fasttext
+    except ImportError:
+        raise UserError("--filter fasttext: needs fastText: pip install fasttext-predict") from None
+    try:
+        model = fasttext.load_model(path)
+        model.predict("", k=-1)
+        return model
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--filter fasttext: {path}: is not a fastText classifier: {error}") from None
+
+
+def chunks(document: Iterable[str]) -> Iterator[str]:
+    """A document in parts of `CHUNK` characters and what is left of the line, wherever its own parts end.
+
+    A line that goes on for `LONGEST` more is cut at a space, if it has one there.
+    """
+    rest = ""
+    for part in document:
+        rest, at = rest + part, 0
+        while len(rest) - at > CHUNK and (cut := _cut(rest, at + CHUNK)):
+            yield rest[at:cut]
+            at = cut
+        rest = rest[at:]
+    if rest:
+        yield rest
+
+
+def _cut(text: str, begin: int) -> int:
+    """Where the first chunk that ends at `begin` or later ends; 0 if `text` does not go on far enough to say."""
+    end = begin + LONGEST
+    line = text.find("\n", begin, end) + 1
+    if line or len(text) < end:
+        return line
+    return text.rfind(" ", begin, end) + 1 or end
+
+
+def scrubbed(scrubs: list[Scrub], document: Iterable[str], counts: Counter) -> Iterator[str]:
+    """The document with every match replaced; counts replacements by name."""
+    for text in chunks(document):
+        for scrub in scrubs:
+            text, n = _replace(scrub, text)
+            counts[scrub.name] += n
+        yield text
+
+
+def _replace(scrub: Scrub, text: str) -> tuple[str, int]:
+    if scrub.keep is None:
+        return re.subn(scrub.pattern, scrub.replacement.replace("\\", r"\\"), text)
+    n = 0
+
+    def replacement(match: re.Match) -> str:
+        nonlocal n
+        if scrub.keep(text[max(match.start() - 24, 0) : match.start()], match[0]):
+            return match[0]
+        n += 1
+        return scrub.replacement
+
+    return re.sub(scrub.pattern, replacement, text), n
+
+
+def _is_no_persons_ip(before: str, found: str) -> bool:
+    """Whether it is a private, reserved or impossible address, or stands where a version does."""
+    try:
+        public = ipaddress.ip_address(found).is_global
+    except ValueError:
+        return True
+    return not public or bool(_VERSION.search(before))
+
+
+_VERSION = re.compile(r"(?i)(?:\b(?:v|ver|versions?|release|rev|build|section)|[=<>~!]=)[\s.:='\"(]*$|\w[-_/@^]$")
+SCRUBS = {
+    # begins where a word does, so that a long run of letters is looked at once
+    "email": (
+        r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w@-])",
+        "<EMAIL>",
+    ),
+    "ip": (
+        r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?<!:)(?![\w:])",
+        "<IP_ADDRESS>",
+        _is_no_persons_ip,
+    ),
+    # +49 30 1234567, (555) 234-5678, 555-234-5678; not a bare row of digits, which is more often something else
+    "phone": (
+        r"(?<![\w+.-])(?:\+(?=[1-9](?:[ ().-]{0,2}\d){7})\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){1,2}(?:[ .-]?\d{2,4}){1,4}"
+        r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})(?![\w-]|\.\d)",
+        "<PHONE>",
+    ),
+}
+SCRUBS = {name: Scrub(name, *how) for name, how in SCRUBS.items()}

@@ -1,0 +1,370 @@
+"""Documents out of text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead.
+
+A text file is read in parts, whatever its size. In files of other types a document is held in memory whole, and one of more
+than `LONGEST` bytes makes its file a bad one. So memory is bounded even if a small file unpacks to a lot: see `shards.MEMORY`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import BinaryIO, NamedTuple, TypedDict
+
+import pyarrow
+import pyarrow.parquet
+from array_record.python import array_record_module
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import decode_json
+from tinyllama_jax.data.prepare import inputs
+from tinyllama_jax.data.prepare.inputs import READ, Source
+
+ROWS = 64  # records of ArrayRecord in a unit
+LONGEST = 1 << 27  # bytes of a line of jsonl, or of a text in parquet or ArrayRecord
+ANY_JSON = 1 << 23  # bytes of a line that is decoded in full: nested lists take 30 times that in memory
+START = 1 << 16  # characters of a document that decide its split
+
+
+class BadFile(UserError):
+    """A file that cannot be read however often it is tried: its content is at fault, or this machine's disk or permissions."""
+
+    source: Source
+    start: int = 0  # of the piece in which it was found
+
+
+class Piece(NamedTuple):
+    """A part [start, end) of a file: bytes of plain jsonl, row groups of parquet, `ROWS` records of ArrayRecord; else all."""
+
+    source: Source
+    start: int
+    end: int
+    weight: int  # bytes of text, roughly
+
+
+def units(source: Source, text_key: str) -> list[int]:
+    """Weight of each part that a file can be cut into (see `Piece`); plain jsonl is cut anywhere. Raises BadFile, UserError."""
+    if source.kind == "array_record":
+        inputs.text_feature(source, text_key)
+        with _reading(source):
+            n = -(-_array_record_reader(source).num_records() // ROWS)
+        return [source.size * source.factor // max(n, 1)] * n
+    if source.kind != "parquet":
+        with _reading(source):
+            if source.kind in ("zstd", "gzip") and not source.size:
+                raise _BadDocument(f"is empty, which no whole {source.kind} file is")
+        return [source.size * source.factor]
+    with _reading(source, damaged="is not a whole parquet file: "), _parquet_file(source) as file:
+        column = file.schema_arrow.get_field_index(text_key)
+        if column < 0:
+            names = file.schema_arrow.names
+            there = ", ".join(names)
+            if text_key in names:
+                raise _BadDocument(f"has {names.count(text_key)} columns {text_key!r}; it has {there}: rename one")
+            raise _BadDocument(f"has no column {text_key!r}; it has {there}: choose one with --text-key")
+        type_ = file.schema_arrow.field(column).type
+        if not _holds_text(type_):
+            raise _BadDocument(f"column {text_key!r} holds {type_}, not text; choose one with --text-key")
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+        return [sum(c.total_uncompressed_size for c in group if c.path_in_schema == text_key) for group in columns]
+
+
+def _holds_text(type_: pyarrow.DataType) -> bool:
+    """Whether a column of this type can hold text. Bytes can: Spark and DuckDB may store UTF-8 text as bytes."""
+    while isinstance(type_, pyarrow.DictionaryType | pyarrow.BaseExtensionType):
+        type_ = type_.value_type if isinstance(type_, pyarrow.DictionaryType) else type_.storage_type
+    name = str(type_).removeprefix("large_").removesuffix("_view")
+    return name in ("string", "binary", "null")
+
+
+def pieces(source: Source, weights: list[int], target: int) -> list[Piece]:
+    """`source` in pieces of about `target` bytes of text, where its type can be cut. `weights`: of its `units`."""
+    if source.kind in ("parquet", "array_record"):
+        return [Piece(source, *span, sum(weights[slice(*span)])) for span in spans(weights, target) or [(0, 0)]]
+    n = max(-(-source.size // target), 1) if source.kind == "jsonl" else 1
+    ends = itertools.pairwise(source.size * i // n for i in range(n + 1))
+    return [Piece(source, start, end, sum(weights) // n) for start, end in ends]
+
+
+def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
+    """Items in a row, [start, end), so that each span weighs about `target`."""
+    total = max(sum(weights), 1)
+    n = max(round(total / target), 1)
+    out: list[list[int]] = []
+    done, last = 0, -1
+    for i, weight in enumerate(weights):
+        here = min((2 * done + weight) * n // (2 * total), n - 1)  # where the middle of the item falls
+        done += weight
+        if here != last or not out:
+            out.append([i, i])
+        out[-1][1], last = i + 1, here
+    return [(start, end) for start, end in out]
+
+
+def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[str]) -> Iterator[Iterable[str]]:
+    """The documents of a piece in order, each a text in one or more parts that can be read again. Raises BadFile naming file
+    and line.
+
+    `drop`: of jsonl, rows that have this value at this key ("meta.source": "x") are left out, and counted in `dropped`; so are
+    rows whose text is null, of parquet too.
+    """
+    if piece.source.kind == "text":
+        return iter([_Text(piece.source)])
+    if piece.source.kind == "parquet":
+        return _parquet(piece, text_key, dropped)
+    if piece.source.kind == "array_record":
+        return _array_record(piece, text_key)
+    return _jsonl(piece, text_key, drop, dropped)
+
+
+def held_out(document: Iterable[str], fraction: float) -> tuple[bool, Iterable[str]]:
+    """Whether a document is one of the `fraction` of all that is held out; and the document again.
+
+    A function of its first `START` characters alone: the same document is on the same side wherever it lies and however it is
+    stored; what was held out of a smaller fraction is held out of a larger one; a file of any size is read once.
+    """
+    parts, start, size = iter(document), [], 0
+    while size < START and (part := next(parts, None)) is not None:
+        start.append(part)
+        size += len(part)
+    digest = hashlib.sha256("".join(start)[:START].encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64, itertools.chain(start, parts)
+
+
+class _BadDocument(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") -> Iterator[None]:
+    """What goes wrong with a file as BadFile, which says `where`. What a store says is a UserError already, and stays one."""
+    try:
+        yield
+        return
+    except _BadDocument as error:
+        said = f"{where()}: {error}"
+    except MemoryError:
+        said = f"{where()}: unpacks to more than a worker may hold in memory"
+    except (OSError, pyarrow.ArrowException) as error:
+        if "Frame requires too much memory" in str(error):  # zstd's own limit
+            damaged = "was compressed with a window of more than 128 MiB; unpack it with `zstd -d --long=31`: "
+        number = error.errno if isinstance(error, OSError) else None  # those without one are pyarrow's
+        said = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{' '.join(str(error).split())}"
+    bad = BadFile(source.path + said)
+    bad.source = source
+    raise bad
+
+
+class _Text(NamedTuple):
+    """The document that is a whole file, of any size."""
+
+    source: Source
+
+    def __iter__(self) -> Iterator[str]:
+        return _text(self.source)
+
+
+def _text(source: Source) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    with _reading(source, lambda: f", line {line}"), source.open() as file:
+        while True:
+            data = file.read(READ)
+            try:
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise _BadDocument(f"is not UTF-8 (byte {error.object[error.start]:#04x})") from None
+            if not data:
+                return
+            line += data.count(b"\n")
+
+
+def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[str]) -> Iterator[Iterable[str]]:
+    """The lines whose first byte lies in the piece."""
+    source, lines = piece.source, 0
+    at, end = piece.start, piece.end if source.kind == "jsonl" else float("inf")
+    with _reading(source, lambda: f", line {_lines_before(piece) + lines}"), _open(source) as file:
+        if at:  # the line that runs into the piece belongs to the one before
+            at -= 1
+            file.seek(at)
+            while at < end and (part := file.readline(READ)):  # which may run beyond the piece, too
+                at += len(part)
+                if part.endswith(b"\n"):
+                    break
+        while at < end:
+            lines += 1
+            if not (line := file.readline(LONGEST + 1)):
+                return
+            if len(line) > LONGEST:
+                raise _BadDocument(f"{_too_long('is')}; a document of any length can be a .txt file")
+            at += len(line)
+            if line := line.strip():
+                row = _row(line, text_key, drop)
+                if drop and (reason := _reason(row, drop)):
+                    dropped[reason] += 1
+                    continue
+                if text_key not in row:
+                    there = ", ".join(map(repr, row))
+                    raise _BadDocument(f"has no key {text_key!r}; it has {there}: choose one with --text-key")
+                if row[text_key] is None:
+                    dropped[_null(text_key)] += 1
+                    continue
+                yield (_checked(row[text_key], text_key),)
+
+
+def _open(source: Source) -> BinaryIO:
+    if source.kind == "jsonl":
+        return source.open()
+    # unlike the zstandard package, pyarrow notices when a file ends within a frame
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(source.open(), "r"), source.kind), READ)
+
+
+def _too_long(is_: str) -> str:
+    return f"{is_} longer than {LONGEST:,} bytes: cut it into several documents"
+
+
+def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
+    if len(line) > ANY_JSON:
+        return _long_row(line, text_key, drop)
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _BadDocument(f"is not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from None
+    except RecursionError:
+        raise _BadDocument("is not JSON: is nested too deeply") from None
+    except ValueError as error:
+        if "digits" in str(error):  # of a number, which Python would not make, and nobody asked for
+            return _long_row(line, text_key, drop)
+        raise _BadDocument(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise _BadDocument(f"is not an object with the key {text_key!r}, but {_short(row)}")
+    return row
+
+
+def _long_row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
+    """Decodes a long line without making objects of anything but the text and the values at the keys of `drop`."""
+    kinds = {text_key: str | None}
+    for key in drop:
+        kind: type = str | float | bool | None
+        for name in reversed(key.split(".")[1:]):
+            kind = TypedDict("Row", {name: kind}, total=False)
+        kinds[key.partition(".")[0]] = kind
+    try:
+        return decode_json(line.removeprefix(codecs.BOM_UTF8), TypedDict("Row", kinds, total=False))
+    except ValueError as error:
+        raise _BadDocument(f"is not JSON with a text at {text_key!r}: {error}") from None
+
+
+def _reason(row: dict, drop: Mapping[str, str]) -> str:
+    """Why a row is left out; "" if it is not."""
+    for key, value in drop.items():
+        there: object = row
+        for name in key.split("."):
+            there = there.get(name) if isinstance(there, dict) else None
+        if there is None:
+            raise _BadDocument(f"has no {key}, by which documents of this corpus are left out; without --corpus all are taken")
+        if there == value:
+            return f"{key}={value}"
+    return ""
+
+
+def _null(text_key: str) -> str:
+    return f"{text_key}=null"
+
+
+def _checked(text: object, text_key: str) -> str:
+    if not isinstance(text, str):
+        raise _BadDocument(f"{text_key!r} is not a text, but {_short(text)}")
+    for start in range(0, 0 if text.isascii() else len(text), READ):
+        try:
+            text[start : start + READ].encode()
+        except UnicodeEncodeError as error:
+            where = start + error.start
+            raise _BadDocument(f"{text_key!r} holds half of a surrogate pair at {where}, which is no character") from None
+    return text
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _lines_before(piece: Piece) -> int:
+    if not piece.start:
+        return 0
+    with piece.source.open() as file:
+        lines, left = 0, piece.start
+        while data := file.read(min(READ, left)):
+            lines, left = lines + data.count(b"\n"), left - len(data)
+        file.seek(piece.start - 1)
+        return lines + (file.read(1) != b"\n")
+
+
+@contextlib.contextmanager
+def _parquet_file(source: Source) -> Iterator[pyarrow.parquet.ParquetFile]:
+    # with a buffer a page at a time is read, not a row group; checksums are verified where the file has some
+    options = {"buffer_size": READ, "pre_buffer": False, "page_checksum_verification": True}
+    with source.open() as raw, pyarrow.parquet.ParquetFile(raw, **options) as file:
+        yield file
+
+
+def _parquet(piece: Piece, text_key: str, dropped: Counter[str]) -> Iterator[Iterable[str]]:
+    source, row = piece.source, 0
+    with _reading(source, lambda: f", row {row}", "what follows is damaged: "), _parquet_file(source) as file:
+        row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = range(piece.start, piece.end)
+        # a row at a time costs 4 us more than 64 at once, but 64 rows of a dictionary would be 64 copies of one long text
+        for batch in file.iter_batches(1, row_groups=groups, columns=[text_key], use_threads=False):
+            row += 1
+            column = batch.column(0)
+            if column.null_count or column.type == pyarrow.null():
+                dropped[_null(text_key)] += 1
+                continue
+            yield (_decoded(column[0].as_py, text_key),)
+
+
+def _decoded(get: Callable[[], str | bytes], text_key: str) -> str:
+    """The text that `get` returns. Raises _BadDocument if it is not UTF-8, or too long to be held in memory."""
+    try:
+        text = get()
+        if len(text) > LONGEST:
+            raise _BadDocument(_too_long(f"{text_key!r} is"))
+        return _checked(text.decode() if isinstance(text, bytes) else text, text_key)
+    except UnicodeDecodeError as error:
+        raise _BadDocument(f"{text_key!r} is not UTF-8 (at {error.start})") from None
+
+
+def _array_record_reader(source: Source) -> array_record_module.ArrayRecordReader:
+    try:
+        reader = array_record_module.ArrayRecordReader(source.path, "readahead_buffer_size:0,max_parallelism:0")
+    except Exception as error:  # ArrayRecord's own, of no common type
+        raise _BadDocument(f"is not a whole ArrayRecord file: {str(error).splitlines()[0]}") from None
+    n, written = reader.num_records(), inputs.records(source)
+    if n != written:  # of the beginning of a file it says that it has none
+        raise _BadDocument(f"is not a whole ArrayRecord file: it has {n} records of {written}")
+    return reader
+
+
+def _array_record(piece: Piece, text_key: str) -> Iterator[Iterable[str]]:
+    source, record = piece.source, piece.start * ROWS
+    feature = inputs.text_feature(source, text_key)
+    with _reading(source, lambda: f", record {record}"):
+        reader = _array_record_reader(source)
+        reader.seek(record)
+        for _ in range(record, min(piece.end * ROWS, reader.num_records())):
+            try:
+                row = feature.deserialize_example_np(reader.read())
+            except Exception as error:  # ArrayRecord's, protobuf's and TFDS's own
+                if isinstance(error, MemoryError) or "Could not allocate" in str(error):
+                    raise MemoryError from None
+                raise _BadDocument(f"is damaged: {str(error).splitlines()[0]}") from None
+            record += 1
+            yield (_decoded(functools.partial(row.get, text_key), text_key),)

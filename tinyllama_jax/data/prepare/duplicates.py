@@ -1,0 +1,341 @@
+"""Which documents are copies, or nearly, of an earlier one: exact keys, MinHash bands, and a sketch that says how alike.
+
+Exact: the same text but for the kind and number of white space, and canonical equivalence (Unicode NFC).
+Nearly: the sets of 5-grams of words have a Jaccard similarity of at least the threshold. Words are lower case, without
+punctuation; a character of a script that is written without spaces counts as a word. Candidates share a band of MinHashes
+(Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3). They are compared by all 5-grams of documents that have
+no more than `SKETCH` distinct ones, and by the `SKETCH` least of their hashes otherwise: so a document's similarity is exact
+up to 4,096 5-grams, with an error of up to sqrt(0.25 / 4,096) = 0.008 (standard deviation) beyond.
+
+Two passes over the shards come before they are made. DIR.partial/looked has of each shard what its filters drop and, of the
+others, rows (see `look`) and sketches; DIR.partial/copies has what is dropped of it: rows are grouped by key, which makes
+pairs of documents to compare, and pairs by the shard of the later one, which is dropped if the two are alike. So that every
+document that is like an earlier one is dropped, whether or not that one is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.prepare import clean, shards, store
+from tinyllama_jax.data.prepare.shards import Job, Shard
+from tinyllama_jax.data.prepare.store import Place
+
+METHODS = ("exact", "minhash")
+THRESHOLD = 0.8
+N = 5  # words in a shingle
+PERMUTATIONS = 256
+RECALL = 0.99  # least share of the pairs at the threshold that come to be compared
+SKETCH = 4_096
+FIRST = 8  # documents of a bucket that the others are compared to: the earliest
+NUMBERS = "numbers.json"  # see `numbers`
+LOW = (1 << 32) - 1  # a document's number: of its shard, and 32 bits of its place in it
+ROW = np.dtype([("key", "u8"), ("same", "u8"), ("doc", "u8")])
+PAIR = np.dtype([("doc", "u8"), ("of", "u8"), ("sure", "?")])
+# Chinese, Japanese, Thai, Lao, Burmese, Khmer
+_NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_WORD = re.compile(f"[{_NO_SPACES}]|[^\\W{_NO_SPACES}]+")
+_SPACE = re.compile(r"\s")
+# odd numbers by which hashes are multiplied and added up
+_ODD = np.random.RandomState(0).randint(1 << 62, size=max(N, PERMUTATIONS), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def bands(threshold: float) -> tuple[int, int]:
+    """(bands, rows in each): the most rows with which pairs at the threshold share a band with probability `RECALL`."""
+    rows = max(r for r in range(1, PERMUTATIONS + 1) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL or r == 1)
+    return PERMUTATIONS // rows, rows
+
+
+def check(method: str, threshold: float | None) -> float:
+    """The threshold. Raises UserError on one that is impossible, or of no use, and if a library is missing."""
+    if method not in ("", *METHODS):
+        raise UserError(f"--dedup {method}: must be one of {' '.join(METHODS)}")
+    if threshold is not None and method != "minhash":
+        raise UserError(f"--dedup-threshold {threshold}: is for --dedup minhash")
+    if method == "minhash":
+        _minhash()
+    threshold = THRESHOLD if threshold is None else threshold
+    if not 0.5 <= threshold <= 0.99:
+        raise UserError(f"--dedup-threshold {threshold}: must be from 0.5 to 0.99")
+    return threshold
+
+
+def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [n] of `ROW`, of which copies have one in common (doc is 0), and the sketch, uint32 [at most `SKETCH`], sorted."""
+    text, near, empty = hashlib.blake2b(digest_size=16), method == "minhash", True
+    minhash = _minhash() if near else None  # of its own: a worker may have threads
+    sketch, tail = np.empty(0, np.uint32), np.empty(0, np.uint64)  # tail: the last words, whose shingles are not whole yet
+    for chunk in clean.chunks(document):
+        empty = False
+        chunk = chunk if chunk.isascii() else unicodedata.normalize("NFC", chunk)
+        for part in _parts(chunk):
+            if words := part.split():
+                text.update((" ".join(words) + " ").encode())
+            if near:
+                words = np.array([_WORDS[word] for word in _WORD.findall(part.lower())], np.uint64)
+                tail = np.concatenate([tail, words])
+                new = np.unique(_shingles(tail))
+                tail = tail[max(len(tail) - N + 1, 0) :]
+                for i in range(0, len(new), 256):  # x 256 permutations x 4 B: 256 KiB, which a cache holds
+                    minhash.update_batch(new[i : i + 256].tolist())
+                sketch = np.union1d(sketch, new)[:SKETCH]
+    if len(_WORDS) == 1 << 20:
+        _WORDS.clear()
+    if near and not len(sketch) and len(tail):  # fewer than N words are a shingle
+        sketch = _short((tail * _ODD[: len(tail)]).sum(keepdims=True) + np.uint64(len(tail)))
+        minhash.update_batch(sketch.tolist())
+    n_bands, n_rows = bands(threshold) if len(sketch) else (0, 0)
+    rows = np.zeros(0 if empty else 1 + n_bands, ROW)
+    if empty:  # which is no copy, but counted as such
+        return rows, sketch
+    rows["key"][0], rows["same"][0] = np.frombuffer(text.digest(), "<u8")
+    if n_bands:
+        hashes = minhash.hashvalues[: n_bands * n_rows].reshape(n_bands, n_rows).astype(np.uint64)
+        rows["key"][1:] = _mix(hashes @ _ODD[:n_rows] + np.arange(1, n_bands + 1, dtype=np.uint64) * _ODD[n_rows])
+        rows["same"][1:] = np.frombuffer(hashlib.blake2b(sketch, digest_size=8).digest(), "<u8")
+    return rows, sketch
+
+
+def _parts(text: str) -> Iterator[str]:
+    """`text` in parts of about a million characters, which end before white space where there is some."""
+    at = 0
+    while at < len(text):
+        longest = at + (1 << 20) + (1 << 16)
+        space = _SPACE.search(text, at + (1 << 20), longest)
+        end = space.start() if space else min(longest, len(text))
+        yield text[at:end]
+        at = end
+
+
+class _Words(dict):
+    """Hash of each word, computed once."""
+
+    def __missing__(self, word: str) -> int:
+        value = zlib.crc32(word.encode())
+        if len(self) < 1 << 20 and len(word) < 32:
+            self[word] = value
+        return value
+
+
+_WORDS = _Words()
+
+
+def _shingles(words: np.ndarray) -> np.ndarray:
+    """Hashes, uint32 [n - N + 1], of each N words in a row; words: uint64 [n]."""
+    n = max(len(words) - N + 1, 0)
+    return _short(sum(words[i : i + n] * _ODD[i] for i in range(N)))
+
+
+def _short(x: np.ndarray) -> np.ndarray:
+    return (_mix(x) >> np.uint64(32)).astype(np.uint32)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 after which each bit depends on all (MurmurHash3's last step)."""
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> np.uint64(33))
+
+
+def _minhash():
+    try:
+        import datasketch
+    except ImportError:
+        raise UserError("--dedup minhash: needs datasketch: pip install 'datasketch>=2'") from None
+    scheme = "affine32"
+    if not _PERMUTATIONS:  # drawing them takes longer than a short document
+        _PERMUTATIONS.append(datasketch.MinHash(PERMUTATIONS, scheme=scheme).permutations)
+    return datasketch.MinHash(PERMUTATIONS, hashfunc=int, scheme=scheme, permutations=_PERMUTATIONS[0])
+
+
+_PERMUTATIONS: list[np.ndarray] = []
+
+
+def pairs(method: str, rows: np.ndarray) -> np.ndarray:
+    """[n] of `PAIR`: the documents with a key in common, each with the earliest that have it; sure: no need to compare them.
+
+    Their number is at most `FIRST` times that of the rows, however many share a key.
+    """
+    rows, new = _sorted(rows, "key", "same", "doc")
+    new = new["key"] | new["same"]
+    first = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
+    found = [_pairs(rows["doc"][~new], rows["doc"][first[~new]], True)]
+    if method == "minhash":
+        rows, new = _sorted(rows[new], "key", "doc")
+        at = np.arange(len(rows))
+        first = np.maximum.accumulate(np.where(new["key"], at, 0))
+        for i in range(FIRST):
+            later = first + i < at
+            found.append(_pairs(rows["doc"][later], rows["doc"][first[later] + i], False))
+    return unique(np.concatenate(found))
+
+
+def unique(found: np.ndarray) -> np.ndarray:
+    """`PAIR`s without those that are there twice, sorted."""
+    found, new = _sorted(found, *PAIR.names)
+    return found[np.logical_or.reduce([*new.values()])]
+
+
+def _sorted(rows: np.ndarray, *names: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rows sorted by the fields of these names, and for each field whether it differs from the row before.
+
+    NumPy's own sort of records is forty times slower.
+    """
+    rows = rows[np.lexsort([rows[name] for name in reversed(names)])]
+    return rows, {name: np.append(True, rows[name][1:] != rows[name][:-1])[: len(rows)] for name in names}
+
+
+def _pairs(doc: np.ndarray, of: np.ndarray, sure: bool) -> np.ndarray:
+    out = np.empty(len(doc), PAIR)
+    out["doc"], out["of"], out["sure"] = doc, of, sure
+    return out[doc != of]
+
+
+def copies(found: np.ndarray, sketch: Callable[[int], np.ndarray], threshold: float) -> dict[int, int]:
+    """Each document that is a copy of an earlier one, and the earliest of those. `found`: `PAIR`s; `sketch`: of a document."""
+    out: dict[int, int] = {}
+    for doc, of, sure in unique(found).tolist():
+        if doc not in out and (sure or similarity(sketch(doc), sketch(of)) >= threshold):
+            out[doc] = of
+    return out
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Jaccard similarity of the sets of which `a` and `b` are sketches: exact if they hold all, else an estimate."""
+    if cut := [s[-1] for s in (a, b) if len(s) == SKETCH]:  # up to the lesser of these, both hold all
+        a, b = (s[: np.searchsorted(s, min(cut), "right")] for s in (a, b))
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
+
+
+# -- the passes ---------------------------------------------------------------------------------------------------------
+
+
+def make(job: Job, pickled: bytes) -> None:
+    """The first pass over a shard. See `shards.attempt`."""
+    shards.attempt(job, pickled, _make)
+
+
+def _make(job: Job, shard: Shard) -> None:
+    name, dropped, rows = job.records / shard.file, [], []
+    pieces: Counter[tuple[str, int]] = Counter()  # documents in each
+    ends = [0]  # of the sketches, in numbers
+    local = store.beside(store.room(job.folder) / shard.file)
+    try:
+        with open(local, "wb") as sketches:
+            for n, (piece, document) in enumerate(shards.read(job, shard, Counter())):
+                pieces[piece.source.name, piece.start] += 1
+                if reason := clean.rejected_by(job.cleaning.filters, document):
+                    dropped.append([n, reason])
+                    ends.append(ends[-1])
+                    continue
+                found, sketch = look(job.cleaning.dedup, job.cleaning.threshold, document)
+                found["doc"] = n
+                rows.append(found)
+                sketches.write(sketch.tobytes())
+                ends.append(ends[-1] + len(sketch))
+        shards.check_unchanged(shard)
+        store.put(local, name.with_name(f"{shard.file}.sketches"))
+    finally:
+        local.unlink(missing_ok=True)
+    store.write(name.with_name(f"{shard.file}.ends"), np.array(ends, "<u8").tobytes())
+    store.write(name.with_name(f"{shard.file}.rows"), np.concatenate(rows or [np.empty(0, ROW)]).tobytes())
+    record = {"identity": shard.identity(), "bad": shard.bad or {}, "dropped": dropped}
+    record["pieces"] = [pieces[piece.source.name, piece.start] for piece in shard.pieces]
+    store.write(name.with_name(f"{shard.file}.json"), json.dumps(record))
+
+
+def rows_of(job: Job, pickled: bytes) -> Iterator[tuple[int, bytes]]:
+    """The rows of a shard, in as many parts as there are shards, by key: (part, bytes of `ROW`s)."""
+    shard = shards.unpacked(pickled)
+    with shards.telling(job, shard.file):
+        rows = _array(job.folder / "looked" / f"{shard.file}.rows", ROW).copy()
+    rows["doc"] |= np.uint64(job.shards.index(shard.file) << 32)
+    n = len(job.shards)
+    part = rows["key"] % np.uint64(n)
+    rows = rows[np.argsort(part, kind="stable")]
+    ends = np.searchsorted(np.sort(part), np.arange(n + 1, dtype=np.uint64))
+    for i in range(n):
+        yield i, rows[ends[i] : ends[i + 1]].tobytes()
+
+
+def pairs_of(job: Job, part: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Pairs to compare of a part of all rows: (number of the later one's shard, bytes of `PAIR`s)."""
+    i, rows = part
+    with shards.telling(job, f"part {i}"):
+        found = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
+    yield i, b""  # so that every shard comes to `settle`
+    number, start = np.unique(found["doc"] >> np.uint64(32), return_index=True)  # they are sorted
+    for i, mine in zip(number.tolist(), np.split(found, start[1:]), strict=True) if len(found) else ():
+        yield i, mine.tobytes()
+
+
+def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
+    """Writes what is dropped of a shard: [[number, why, [file, number in it] that it is a copy of, or null]].
+
+    That is said only if the dropped are kept, since the list would be long for nothing.
+    """
+    i, found = pairs_of_shard
+    name = job.shards[i]
+    with shards.telling(job, name):
+        sketch = functools.lru_cache(1 << 12)(functools.partial(_sketch, job))
+        same = copies(np.frombuffer(b"".join(found), PAIR), sketch, job.cleaning.threshold)
+        filtered = shards.record(job.folder / "looked" / f"{name}.json", shards.Looked)["dropped"]
+        why = f"dedup:{job.cleaning.dedup}"
+        dropped = [[n, reason, None] for n, reason in filtered]
+        where = shards.record(job.folder / NUMBERS, list[list[tuple[str, int, int]]]) if same and job.cleaning.keep else None
+        dropped += [[doc & LOW, why, where and _place(where[of >> 32], of & LOW)] for doc, of in same.items()]
+        store.write(job.records / f"{name}.json", json.dumps({"plan": job.plan, "dropped": sorted(dropped)}))
+
+
+def dropped_of(job: Job, shard: Shard) -> list | None:
+    """What `settle` wrote of a shard; None if it has not, for this plan."""
+    try:
+        record = shards.record(job.records / f"{shard.file}.json", shards.Copies)
+    except (FileNotFoundError, UserError):
+        return None
+    return record["dropped"] if record["plan"] == job.plan else None
+
+
+def numbers(planned: list[Shard], records: dict[str, dict]) -> list[list]:
+    """For each shard [[file, number in it of the first document, documents]] of its pieces. `records`: of the first pass."""
+    seen: Counter[tuple[str, str]] = Counter()
+    out = []
+    for shard in planned:
+        out.append([])
+        for piece, n in zip(shard.pieces, records[shard.file]["pieces"], strict=True):
+            out[-1].append([piece.source.name, seen[shard.split, piece.source.name], n])
+            seen[shard.split, piece.source.name] += n
+    return out
+
+
+def _place(pieces: list, n: int) -> list:
+    for file, first, documents in pieces:
+        if n < documents:
+            return [file, first + n]
+        n -= documents
+    raise IndexError(n)
+
+
+def _sketch(job: Job, doc: int) -> np.ndarray:
+    file, n = job.folder / "looked" / job.shards[doc >> 32], doc & LOW
+    start, end = _array(file.with_name(f"{file.name}.ends"), np.dtype("<u8"), n, n + 2).tolist()
+    return _array(file.with_name(f"{file.name}.sketches"), np.dtype("<u4"), start, end)
+
+
+def _array(file: Place, dtype: np.dtype, start: int = 0, end: int | None = None) -> np.ndarray:
+    """Numbers [start, end) in a file. Raises UserError if the file is shorter."""
+    data = store.read(file, start * dtype.itemsize, end and end * dtype.itemsize)
+    if len(data) % dtype.itemsize or (end is not None and len(data) != (end - start) * dtype.itemsize):
+        raise UserError(f"{file}: is cut off; delete the folder that it is in and run this again")
+    return np.frombuffer(data, dtype)

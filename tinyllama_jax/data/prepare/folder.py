@@ -1,0 +1,277 @@
+"""The folder that data preparation makes: begun, locked, resumed, finished."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import typing
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import MANIFEST, Record, read_manifest
+from tinyllama_jax.data.prepare import shards, store
+from tinyllama_jax.data.prepare.inputs import Source
+from tinyllama_jax.data.prepare.shards import HELD_OUT, Job, Shard
+from tinyllama_jax.data.prepare.store import Place, Remote
+
+
+def partial_of(output: Place) -> Place:
+    """DIR.partial. Raises UserError if `output` can be no folder."""
+    if isinstance(output, Remote):
+        return output.with_name(output.name + ".partial")
+    whole = Path(os.path.abspath(output))
+    if output.is_file() or not whole.name:
+        raise UserError(f"--output {output}: must be a new folder")
+    return whole.with_name(whole.name + ".partial")
+
+
+def check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[str | Path, ...]) -> None:
+    """Raises UserError if --keep-dropped is in the way of something."""
+    if isinstance(keep, Path):
+        for folder in (output, partial, *inputs):
+            if "://" not in str(folder) and Path(os.path.abspath(keep)).is_relative_to(os.path.abspath(folder)):
+                raise UserError(f"--keep-dropped {keep}: lies within {folder}; choose a folder outside")
+
+
+def is_half(output: Place, partial: Place) -> bool:
+    """Whether `output` is half made in place, where it cannot be renamed: it has our files and as yet no manifest."""
+    ours = ("blocks-", "tokenizer", "features.json", "dataset_info.json")
+    there = store.names(output, folders=True)
+    if isinstance(output, Path) and not all(name.startswith(ours) for name in there):
+        return False
+    return MANIFEST not in there and "settings.json" in store.names(partial)
+
+
+def complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> dict:
+    """The manifest of the data set in `output`, if it is the one that is asked for. Raises UserError otherwise."""
+    if isinstance(output, Remote) and MANIFEST not in store.names(output):
+        raise UserError(f"{output}: holds something that this command did not make; choose another --output")
+    with store.here(output, MANIFEST) as folder:
+        manifest, _ = read_manifest(folder)
+    made = store.modified_ns(output / MANIFEST)
+    files = {split: counts["sources"] + counts.get("bad_files", []) for split, counts in manifest["splits"].items()}
+    there = {split: {file["file"]: file["bytes"] for file in named} for split, named in files.items() if named}
+    here = {split: {source.name: source.size for source in found} for split, found in sources.items()}
+    _same(output, {**{k: manifest.get(k) for k in wanted}, **there}, {**wanted, **here})
+    for split, found in sources.items():
+        checksums = {file["file"]: file.get("sha256") for file in files[split]}  # a bad file has none
+        for source in found:
+            if source.mtime_ns > made and source.sha256() != checksums[source.name]:
+                raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
+    return manifest
+
+
+def _same(folder: Place, there: dict, here: dict) -> None:
+    """Raises UserError naming the first thing in which what `folder` was made for differs from what is asked for now."""
+    for key in here | there:
+        old, new = there.get(key), here.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = next(k for k in old | new if old.get(k) != new.get(k))
+            key, old, new = f"{key}: {inner}", old.get(inner), new.get(inner)
+        old, new = ("absent" if value is None else "none" if value == "" else value for value in (old, new))
+        raise UserError(
+            f"{folder}: was made for something else: {key} was {old}, now {new}; choose another --output, or delete it"
+        )
+
+
+def is_ours(partial: Place) -> bool:
+    """Whether this module made the folder, or would: it is empty, has its settings, or holds nothing but what it has."""
+    names = store.names(partial, folders=True)
+    return "settings.json" in names or all(
+        name.startswith(("settings.json", "lock", "done", "failed", "whole", "looked", "copies", "numbers.json"))
+        for name in names
+    )
+
+
+def begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
+    """Makes DIR.partial ready. Raises UserError if it is for something else."""
+    partial, whole = job.folder, job.whole
+    settings = partial / "settings.json"
+    if not is_ours(partial):
+        raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
+    for name in store.names(partial):
+        if name.startswith(("blocks-", "dropped-", "settings.json.", "numbers.json", "log")):
+            store.remove(partial / name)  # what a killed worker left
+    if "settings.json" in store.names(partial):
+        _same(partial, shards.record(settings, dict[str, typing.Any]), wanted)
+    else:  # before anything else, so that the folder is known as ours
+        _dropped(job, set())
+        store.write(settings, json.dumps(wanted))
+        if isinstance(settings, Path):
+            _sync(settings)
+    store.remove(partial / "failed")
+    passes = ("looked", "copies", "done") if job.cleaning.dedup else ("done",)
+    for folder in (job.failed, whole, *(partial / name for name in passes)):
+        store.make_folder(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        spm.save(Path(folder, "tokenizer"))
+        store.copy(Path(folder, "tokenizer"), whole / "tokenizer")
+
+
+def left_of(job: Job, planned: list[Shard]) -> list[Shard]:
+    """The shards that are left to make. Those of files that have changed since (mended, say) are made again."""
+    dropped = _dropped(job, {shards.dropped_file(shard) for shard in planned})
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
+    if job.cleaning.keep:
+        store.make_folder(job.cleaning.keep)
+        made = [shard for shard in made if shards.dropped_file(shard) in dropped]
+    kept = {name for shard in made for name in (*shard.files().values(), f"{shard.file}.json")}
+    for folder in (job.records, job.whole):
+        for name in store.names(folder) - kept:
+            store.remove(folder / name)
+    return [shard for shard in planned if shard.file not in kept]
+
+
+def _dropped(job: Job, mine: set[str]) -> set[str]:
+    """Names of what --keep-dropped holds. Raises UserError if that is anything but `mine`."""
+    there = store.names(job.cleaning.keep, folders=True) if job.cleaning.keep else set()
+    if others := sorted(there - mine):
+        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
+    return there
+
+
+def _is_made(job: Job, shard: Shard) -> bool:
+    """Whether an earlier run made this very shard, and all of it is there."""
+    files = shards.made(job.records, shard).get("files", {}).values()
+    return bool(files) and all(store.is_whole(job.whole / file["file"], file["bytes"], file["sha256"]) for file in files)
+
+
+def records_of(job: Job, planned: list[Shard]) -> dict[str, dict]:
+    """The record of each shard; empty where it has not been made."""
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        found = pool.map(lambda shard: shards.made(job.records, shard), planned)
+        return {shard.file: record for shard, record in zip(planned, found, strict=True)}
+
+
+def bad_files_of(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[str, str], list]:
+    """(split, name) -> [where the first bad piece begins, why] of all files that could not be read."""
+    bad: dict[tuple[str, str], list] = {}
+    for shard in planned:
+        for name, found in records[shard.file]["bad"].items():
+            bad[shard.split, name] = min(found, bad.get((shard.split, name), found))
+    return bad
+
+
+@contextlib.contextmanager
+def lock(partial: Place) -> Iterator[None]:
+    """Keeps a second command out of DIR.partial. The kernel gives the lock back when the process ends, however it ends.
+
+    An object store has no locks: two commands that make the same there write the same bytes; one of them may fail at the end.
+    """
+    if isinstance(partial, Remote):
+        yield
+        return
+    with open(partial / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: another command is preparing this; wait for it") from None
+        yield
+
+
+def _hold_out(job: Job, planned: list[Shard], records: dict[str, dict]) -> int:
+    """If all documents fell into one split, holds out the last blocks instead; returns how many, else 0."""
+    sides: Counter[str] = Counter()
+    for shard in planned:
+        for split, file in records[shard.file]["files"].items():
+            sides[split] += file["blocks"]
+            sides[f"documents {split}"] += file["documents"]
+    total = sum(sides[split] for split in ("train", HELD_OUT))
+    if not job.held_out or total < 2 or (sides["documents train"] and sides[f"documents {HELD_OUT}"]):
+        return 0
+    left = n = min(max(round(job.held_out * total), 1), total - 1)
+    for shard in reversed(planned):
+        files = records[shard.file]["files"]
+        mine = min(left, sum(file["blocks"] for file in files.values()))
+        if mine != files[HELD_OUT]["blocks"]:
+            records[shard.file] = shards.hold_out(job, shard, mine)
+        left -= mine
+    return n
+
+
+def finish(
+    output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
+) -> dict:
+    """Writes what describes the data, and moves all to its place. `unplanned`: bad files that are in no shard."""
+    import tensorflow_datasets as tfds  # see `Record`
+
+    whole, splits, infos = job.whole, {}, []
+    records = records_of(job, planned)
+    last = _hold_out(job, planned, records)
+    bad = unplanned | {key: why for key, (_, why) in bad_files_of(planned, records).items()}
+    for split in dict.fromkeys([*sources, *([HELD_OUT] if wanted["held_out"] else [])]):
+        files = [file for shard in planned if (file := records[shard.file]["files"].get(split))]
+        made = [records[shard.file] for shard in planned if shard.split == split]
+        counts = {key: sum(file[key] for file in files) for key in ("documents", "empty_documents", "tokens", "blocks")}
+        if last:  # both splits hold blocks of the same documents
+            every = [file for shard in planned for file in records[shard.file]["files"].values()] if split in sources else []
+            counts |= {key: sum(file[key] for file in every) for key in ("documents", "empty_documents")}
+        if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
+            for file in files:
+                store.remove(whole / file["file"])
+            continue
+        if not counts["blocks"]:
+            n = sum(file["documents"] for record in made for file in record["files"].values())
+            took = "; its only block was held out: give --held-out 0" if n else ""
+            n = sum(sum(record["dropped"].values()) for record in made)
+            took += f"; {n} documents were dropped" if n else ""
+            raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
+        checksums = {name: checksum for record in made for name, checksum in record["sources"].items()}
+        named, left_out = [], []
+        for source in sources.get(split, ()):
+            if why := bad.get((split, source.name)):
+                left_out.append({"file": source.name, "bytes": source.size, "reason": why})
+            else:
+                named.append({"file": source.name, "bytes": source.size, "sha256": checksums[source.name]})
+        entries = [{key: file[key] for key in ("file", "blocks", "tokens", "bytes", "sha256")} for file in files]
+        sums = {key: sum((Counter(record[key]) for record in made), Counter()) for key in ("dropped", "scrubbed")}
+        counts |= {key: dict(sorted(total.items())) for key, total in sums.items()}
+        counts |= {"last_blocks_of_train": last} if last and split == HELD_OUT else {}
+        splits[split] = {**counts, "shards": entries, "sources": named, "bad_files": left_out}
+        size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
+    manifest = {**wanted, "splits": splits}
+    features = Record(wanted["seq_len"], wanted["dtype"]).features
+    with tempfile.TemporaryDirectory() as folder:
+        data = [Path(folder, file["file"]) for counts in splits.values() for file in counts["shards"]]
+        for file in data:
+            file.touch()  # it looks at their names
+        tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
+        for file in data:
+            file.unlink()
+        store.copy(Path(folder), whole)
+    store.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    if isinstance(whole, Path):
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
+            list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
+        _move(whole, output)
+    store.remove(job.folder)
+    return manifest
+
+
+def _move(whole: Path, output: Path) -> None:
+    """Gives a folder its name. A mount, or a folder with nothing but a file manager's files, stays and is moved into."""
+    if not output.exists() or not os.listdir(output):
+        with contextlib.suppress(OSError):  # a mount
+            os.rename(whole, output)
+            return
+    for name in sorted(os.listdir(whole), key=lambda name: (name == MANIFEST, name)):
+        if (output / name).is_dir():  # left by a move that was killed
+            shutil.rmtree(output / name)
+        shutil.move(whole / name, output / name)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,282 @@
+"""Input files of data preparation: found in folders, object stores and TensorFlow data sets, identified, opened."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import open_regular
+from tinyllama_jax.data.prepare.store import SCHEMES, matcher, reaching
+
+# type of a file -> how it is read, and bytes of text in a byte of it, roughly
+KINDS = {
+    ".txt": ("text", 1),
+    ".jsonl": ("jsonl", 1),
+    ".json": ("jsonl", 1),
+    ".jsonl.zst": ("zstd", 4),
+    ".json.zst": ("zstd", 4),
+    ".jsonl.gz": ("gzip", 3),
+    ".json.gz": ("gzip", 3),
+    ".parquet": ("parquet", 1),
+}
+ARRAY_RECORD = "array_record", 2  # what `tfds:` stands for
+READ = 1 << 20  # bytes read at once
+FETCH = 8 << 20  # bytes of an object fetched at once
+
+
+class Source(NamedTuple):
+    """An input file, as it was when the work was planned."""
+
+    path: str  # absolute (bytes that are not UTF-8 as surrogates), or gs://... or s3://...
+    name: str  # relative to the folder that all inputs of its split have in common, so the same wherever that folder lies
+    kind: str  # how it is read
+    factor: int  # bytes of text in a byte of it, roughly
+    size: int
+    mtime_ns: int
+    etag: str  # what an object store calls this content; "" on this machine
+
+    def unchanged(self) -> bool:
+        """Whether the file is still as it was then, by size, time and etag."""
+        return _stat(self.path) == (self.size, self.mtime_ns, self.etag)
+
+    def open(self) -> BinaryIO:
+        """The file, to be read and sought in. An object comes in parts of `FETCH` bytes."""
+        if not _scheme(self.path):
+            return io.BufferedReader(open_regular(self.path).detach(), READ)
+        with reaching(self.path, absent=False) as store:
+            file = store.open(self.path, "rb", block_size=FETCH, cache_type="readahead")
+        fetch = file.cache.fetcher
+
+        def reached(start: int, end: int) -> bytes:
+            with reaching(self.path, absent=False):  # an error here says nothing about the file: it may be readable later
+                return fetch(start, end)
+
+        file.cache.fetcher = reached
+        return io.BufferedReader(file, READ)
+
+    def sha256(self) -> str:
+        """Of its bytes, read once more."""
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(
+    paths: Iterable[str | Path], option: str, kinds: Iterable[str] = tuple(KINDS), data_dir: str | Path | None = None
+) -> tuple[list[Source], list[str]]:
+    """The files at `paths`, sorted by name; and those there that are of other types than `kinds`.
+
+    A path is a file, a folder (searched to the bottom), a pattern with * ? [ or **, one of these with gs:// or s3://, or
+    tfds:NAME[/CONFIG][:VERSION][:SPLIT], prepared in `data_dir`. Hidden files are left out. Raises UserError that names
+    `option`: a path that is not there, a file of another type, a file given twice, no file at all.
+    """
+    paths, kinds = [os.fspath(path) for path in paths], tuple(kinds)
+    found: list[tuple[str, tuple[str, int]]] = []  # path, and what KINDS says of it
+    stats: dict[str, tuple[int, int, str]] = {}  # of objects: a store lists them with their names
+    others = []
+    for path in paths:
+        if path.startswith("tfds:"):
+            found += [(file, ARRAY_RECORD) for file in _tfds(path, option, data_dir)]
+            continue
+        places = _objects(path, stats) if _scheme(path) else _files(path)
+        if not places:
+            pattern = glob.has_magic(path)
+            raise UserError(f"{option} {path}: no {'file or folder matches' if pattern else 'such file or folder'}")
+        if places == {path: [path]} and not _scheme(path) and not os.path.isfile(path):
+            raise UserError(f"{option} {path}: is not a regular file; read a pipe into one first")
+        if places == {path: [path]} and not _type_of(path, kinds):
+            raise UserError(f"{option} {path}: is of no known type; known are {' '.join(kinds)}")
+        for file in dict.fromkeys(itertools.chain(*places.values())):  # a pattern can match a folder and what is in it
+            if end := _type_of(file, kinds):
+                found.append((file, KINDS[end]))
+            else:
+                others.append(file)
+    if not found:
+        raise UserError(f"{option} {' '.join(paths)}: there is no file of a known type; known are {' '.join(kinds)}")
+    absolute = [file if _scheme(file) else os.path.abspath(file) for file, _ in found]
+    real, times = Counter(file if _scheme(file) else os.path.realpath(file) for file in absolute).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{option}: {real} is given {times} times (links count)")
+    parents = zip(*(file.split("/")[:-1] for file in absolute), strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of what all have in common
+    sources = []
+    for path, (_, kind) in zip(absolute, found, strict=True):
+        # bytes that are not UTF-8 are written as \xe9, for manifests and messages
+        name = os.fsencode("/".join(path.split("/")[depth:])).decode(errors="backslashreplace")
+        sources.append(Source(path, name, *kind, *(stats.get(path) or _stat(path))))
+    return sorted(sources, key=lambda source: source.name), sorted(others)
+
+
+def _type_of(path: str, kinds: tuple[str, ...]) -> str:
+    return max((end for end in kinds if path.lower().endswith(end)), key=len, default="")
+
+
+def _scheme(path: str) -> str:
+    """ "gs" or "s3"; "" for a path on this machine. Raises UserError on another scheme."""
+    scheme, there, _ = path.partition("://")
+    if there and scheme not in SCHEMES:
+        raise UserError(f"{path}: {scheme}:// cannot be read; known are {' '.join(f'{s}://' for s in SCHEMES)}")
+    return scheme if there else ""
+
+
+def _stat(path: str) -> tuple[int, int, str]:
+    """(size, mtime_ns, etag)."""
+    if _scheme(path):
+        with reaching(path, absent=False) as store:
+            return _stat_of(store.info(path))
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, ""
+
+
+# -- on this machine ----------------------------------------------------------------------------------------------------
+
+
+def _files(path: str) -> dict[str, list[str]]:
+    """What `path` names or matches, and the files there: itself, or those below it."""
+    if not os.path.exists(path) and "**" in path.split("/"):
+        return _deep(os.path.normpath(os.path.expanduser(path)))
+    names = [path] if os.path.exists(path) else sorted(glob.glob(os.path.expanduser(path)))
+    seen: set[tuple[int, int]] = set()
+    out = {}
+    for name in names:
+        if os.path.isdir(name):
+            out[name] = [file for file in _below(name, seen) if not os.path.isdir(file)]
+        elif name == path or os.path.isfile(name):
+            out[name] = [name]
+    return out
+
+
+def _deep(pattern: str) -> dict[str, list[str]]:
+    """`_files` of a pattern with **. Python's own glob would follow circular links."""
+    pattern = "/".join(name if name == "**" else re.sub(r"\*+", "*", name) for name in pattern.split("/"))
+    matches = matcher(pattern)
+    top = pattern.partition("**")[0].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
+    seen: set[tuple[int, int]] = set()
+    below = [os.path.normpath(name) for folder in sorted(glob.glob(top)) for name in (folder, *_below(folder, seen))]
+    matching = {name for name in below if matches(name) or matches(f"{name}/")}
+    folders = tuple(f"{name}/" for name in matching if os.path.isdir(name))
+    files = [name for name in below if not os.path.isdir(name) and (name in matching or name.startswith(folders))]
+    return {pattern: files} if matching else {}
+
+
+def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
+    """The folders and files below a folder, but for hidden ones, pipes and devices, and for folders already `seen`.
+
+    Without `seen`, links to parents would be followed for ever.
+    """
+    names_below = []
+    _is_new(top, seen)
+    for parent, folders, files in os.walk(top, onerror=_unreadable, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), seen)]
+        names_below += [os.path.join(parent, name) for name in (*folders, *files) if not name.startswith(".")]
+    # `not exists`: a broken link is kept, and is an error later
+    return [name for name in names_below if os.path.isfile(name) or os.path.isdir(name) or not os.path.exists(name)]
+
+
+def _unreadable(error: OSError) -> None:
+    raise error  # os.walk would leave the folder out silently
+
+
+def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder is not among those `seen`; adds it to them."""
+    before, stat = len(seen), os.stat(folder)
+    seen.add((stat.st_dev, stat.st_ino))
+    return len(seen) > before
+
+
+# -- in object stores ---------------------------------------------------------------------------------------------------
+
+
+def _objects(path: str, stats: dict[str, tuple[int, int, str]]) -> dict[str, list[str]]:
+    """`_files` of a path in a store; also notes what the store says of each file."""
+    scheme = _scheme(path)
+    found = {}
+    with reaching(path, absent=False) as store:
+        try:
+            there = store.glob(path, detail=True) if glob.has_magic(path) else {path: store.info(path)}
+        except FileNotFoundError:
+            return {}
+        for place, info in there.items():
+            inside = store.find(place, detail=True) if info["type"] == "directory" else {place: info}
+            start = len(store._strip_protocol(place))
+            objects = {name: info for name, info in inside.items() if "/." not in name[start:] and info["type"] == "file"}
+            full = {name if _scheme(name) else f"{scheme}://{name}": info for name, info in objects.items()}
+            stats |= {name: _stat_of(info) for name, info in full.items()}
+            found[place] = list(full)
+    return found
+
+
+def _stat_of(info: dict) -> tuple[int, int, str]:
+    seconds = int((info.get("LastModified") or info["mtime"]).timestamp())  # S3 tells fractions in listings alone
+    return info["size"], seconds * 10**9, info.get("ETag") or info["etag"]
+
+
+# -- in TensorFlow data sets --------------------------------------------------------------------------------------------
+
+
+def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
+    """The files of tfds:NAME[/CONFIG][:VERSION][:SPLIT]; the split is "train" if it is not said."""
+    import tensorflow_datasets as tfds
+
+    name, *rest = path.removeprefix("tfds:").split(":")
+    if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
+        name = f"{name}:{rest.pop(0)}"
+    split = ":".join(rest) or "train"
+    where = os.fspath(data_dir or tfds.core.constants.DATA_DIR)
+    if _scheme(where):
+        raise UserError(f"--data-dir {where}: ArrayRecord files are read from this machine alone; copy the data set here")
+    try:
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where, file_format="array_record")
+        if split not in (there := list(builder.info.splits)):  # among them "train[:10%]", which is no whole files
+            raise UserError(f"{option} {path}: has no split {split!r}; it has {', '.join(there)}")
+        return [os.fspath(file) for file in builder.info.splits[split].filepaths]
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"{option} {path}: no such data set, configuration or version is prepared in {where}; "
+            "say where with --data-dir, or prepare it with `tfds build --file_format=array_record`"
+        ) from None
+    except ValueError as error:
+        if "file format" not in str(error):
+            raise UserError(f"{option} {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{option} {path}: is not stored as ArrayRecord; convert it with `tfds convert_format "
+            "--dataset_version_dir=DIR --out_file_format=array_record --out_dir=NEW` where TensorFlow is installed"
+        ) from None
+
+
+@functools.lru_cache(maxsize=4)
+def _described(folder: str) -> tuple[dict, dict[str, int]]:
+    """What the TensorFlow data set in `folder` says of itself: name -> feature, file -> number of records."""
+    import tensorflow_datasets as tfds
+
+    info = tfds.builder_from_directory(folder, file_format="array_record").info
+    splits = [zip(split.filepaths, split.shard_lengths, strict=True) for split in info.splits.values()]
+    return dict(info.features), {os.fspath(file): length for split in splits for file, length in split}
+
+
+def records(source: Source) -> int:
+    """How many records a file of a TensorFlow data set should have."""
+    return _described(os.path.dirname(source.path))[1][source.path]
+
+
+def text_feature(source: Source, name: str):
+    """What decodes the feature `name` in a file of a TensorFlow data set. Raises UserError if it is no text."""
+    import tensorflow_datasets as tfds
+
+    folder = os.path.dirname(source.path)
+    features, _ = _described(folder)
+    texts = sorted(key for key, feature in features.items() if isinstance(feature, tfds.features.Text))
+    if name not in texts:
+        those = ", ".join(texts) or "none"
+        raise UserError(f"{folder}: {name!r} is no text feature of it; those are {those}: choose one with --text-key")
+    return tfds.features.FeaturesDict({name: features[name]})

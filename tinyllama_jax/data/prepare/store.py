@@ -1,0 +1,212 @@
+"""Where a data set is made: a local folder, or a place in an object store (s3://, gs://) through fsspec.
+
+In both, a file appears when it is whole. Only a local folder can be locked, waits for its disk and gets its name at the end; in
+an object store a data set is whole once its manifest is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import listed, open_regular, sha256
+
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # of a URL -> the package that fsspec reads it with
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder in an object store. Can be pickled."""
+
+    url: str
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    def with_name(self, name: str) -> Remote:
+        return Remote(f"{self.url.rpartition('/')[0]}/{name}")
+
+
+Place = Path | Remote
+
+
+def place(path: str | Path, option: str) -> Place:
+    """`path` as a place. Raises UserError that names `option`: a kind of store that is not known, a bucket without a folder."""
+    scheme, is_url, rest = str(path).partition("://")
+    if not is_url and any(str(path).startswith(f"{s}:/") for s in SCHEMES):  # pathlib takes out a slash, too
+        raise UserError(f"{option} {path}: takes two slashes after the colon")
+    if not is_url:
+        return Path(path)
+    if scheme not in SCHEMES:
+        raise UserError(f"{option} {path}: can be a folder, {' or '.join(f'{s}://BUCKET/FOLDER' for s in SCHEMES)}")
+    if not all(rest.rstrip("/").partition("/")[::2]):
+        raise UserError(f"{option} {path}: must name a folder in a bucket, such as {scheme}://BUCKET/FOLDER")
+    return Remote(f"{scheme}://{rest.rstrip('/')}")
+
+
+def filesystem(url: str) -> Any:
+    """fsspec's, for the store of `url`. Raises UserError if the package for it is not installed."""
+    scheme = url.partition("://")[0]
+    logging.getLogger(SCHEMES[scheme]).setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
+    try:
+        import fsspec  # only who reads or writes there needs it
+
+        return fsspec.filesystem(scheme, use_listings_cache=False)  # other machines write there too
+    except ImportError:
+        raise UserError(f"{url}: takes `pip install {SCHEMES[scheme]}`") from None
+
+
+def matcher(pattern: str) -> Callable[[str], object]:
+    """A function that tells whether a path matches a pattern with * ? [ or **, here or in an object store."""
+    import fsspec.utils
+
+    return re.compile(fsspec.utils.glob_translate(pattern)).match
+
+
+@contextlib.contextmanager
+def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iterator[Any]:
+    """fsspec's file system for `at`. Its errors become UserError; with `absent`, FileNotFoundError is let through."""
+    try:
+        yield filesystem(str(at))
+    except UserError:
+        raise
+    except Exception as error:  # a store's library raises what it likes: credentials, names, the network
+        if absent and isinstance(error, FileNotFoundError):
+            raise
+        hint = "no permission; log in, or ask for access: " if isinstance(error, PermissionError) else ""
+        raise UserError(f"{at}: cannot be {doing}: {hint}{' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def names(folder: Place, folders: bool = False) -> set[str]:
+    """Names of the files in `folder`, and of its folders if asked for; none if it is absent. See `files.listed`."""
+    try:
+        if isinstance(folder, Path):
+            names_there = {*listed(folder)}
+            with os.scandir(folder) as entries:  # scandir knows the types without a look at each file
+                return {entry.name for entry in entries if entry.name in names_there and (folders or entry.is_file())}
+        with reaching(folder) as system:
+            entries = system.ls(folder.url, detail=True)
+        return {e["name"].rstrip("/").rpartition("/")[2] for e in entries if folders or e["type"] == "file"}
+    except FileNotFoundError:
+        return set()
+
+
+def holds_something(folder: Place) -> bool:
+    """Whether there is anything in `folder`, or a file in its place."""
+    if isinstance(folder, Path):
+        return folder.exists() and not (folder.is_dir() and not listed(folder))
+    with reaching(folder) as system:
+        return system.exists(folder.url)
+
+
+def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a file. Raises FileNotFoundError."""
+    if isinstance(file, Path):
+        with open_regular(file) as local:
+            local.seek(start)
+            return local.read(-1 if end is None else end - start)
+    with reaching(file) as system:
+        return system.cat_file(file.url, start=start or None, end=end)
+
+
+def write(file: Place, content: str | bytes) -> None:
+    """Writes a file that appears when it is whole."""
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    if isinstance(file, Path):
+        temporary = beside(file)
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    else:
+        with reaching(file, "written", absent=False) as system:
+            system.pipe_file(file.url, content)
+
+
+def put(local: Path, file: Place) -> None:
+    """Moves a local file, which lies in `room` for it, to its place, where it appears when it is whole."""
+    if isinstance(file, Path):
+        os.replace(local, file)
+        return
+    with reaching(file, "written", absent=False) as system:
+        system.put_file(str(local), file.url)
+    local.unlink()
+
+
+def copy(local: Path, folder: Place) -> None:
+    """Writes the files of a local folder into another, which may be new."""
+    make_folder(folder)
+    for file in sorted(local.iterdir()):
+        write(folder / file.name, file.read_bytes())
+
+
+def make_folder(folder: Place) -> None:
+    if isinstance(folder, Path):  # an object store has none
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def room(folder: Place) -> Path:
+    """A local folder for files on their way to `folder`: itself, or TMPDIR."""
+    return folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
+
+
+def remove(at: Place) -> None:
+    """Removes a file, or a folder and what is in it, if it is there."""
+    if isinstance(at, Remote):
+        with contextlib.suppress(FileNotFoundError), reaching(at) as system:
+            system.rm(at.url, recursive=True)
+    elif at.is_dir():
+        shutil.rmtree(at, ignore_errors=True)
+    else:
+        at.unlink(missing_ok=True)
+
+
+def is_whole(file: Place, size: int, checksum: str) -> bool:
+    """Whether all of a file is there: workers do not wait for the disk, but an object store is asked for the size alone."""
+    try:
+        if isinstance(file, Path):
+            return sha256(file) == checksum
+        with reaching(file) as system:
+            return system.size(file.url) == size
+    except FileNotFoundError:
+        return False
+
+
+def modified_ns(file: Place) -> int:
+    if isinstance(file, Path):
+        return file.stat().st_mtime_ns
+    with reaching(file) as system:
+        return int(system.modified(file.url).timestamp() * 1e9)
+
+
+@contextlib.contextmanager
+def here(folder: Place, *files: str) -> Iterator[Path]:
+    """A local folder with `files` of `folder`, or with all: itself, or a copy that goes away again."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in files or names(folder):
+            with contextlib.suppress(FileNotFoundError):
+                Path(copy, name).write_bytes(read(folder / name))
+        yield Path(copy)
+
+
+def beside(path: Path) -> Path:
+    """A name that nobody else takes: a runner may give the same work to two workers."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")

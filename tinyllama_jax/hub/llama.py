@@ -1,0 +1,320 @@
+"""The bijective name and shape table between this and Llama in Hugging Face; numpy only.
+
+Hugging Face keeps one tensor a layer, and a matrix as [out, in]; here all layers of a kind are one array [L, in ..., out ...].
+RoPE is half-split on both sides, so that no row moves. Everything else follows from `dims.PARAMETERS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import struct
+import typing
+from collections import ChainMap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tinyllama_jax.base import dims, files
+from tinyllama_jax.base.config import Model
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.hub import tensor_files
+from tinyllama_jax.hub.tensor_files import DTYPES, Tensors
+
+NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+}
+SHARD_BYTES = 5_000_000_000  # Hugging Face's "5GB"
+LARGEST_CONFIG = 1 << 20  # bytes of a config.json
+MOST_LAYERS = 4_096  # more is a mistake in config.json, and the names alone would take too much memory
+
+
+# -- names and shapes ---------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: Model) -> Iterator[tuple[str, dims.Parameter, int | None]]:
+    """(Hugging Face's name, our parameter, layer), in the order in which a forward pass uses them."""
+    for layered, group in itertools.groupby(dims.PARAMETERS, key=lambda p: p.dims.startswith("L")):
+        for layer, p in itertools.product(range(model.n_layers) if layered else [None], group):
+            yield NAMES[p.name].format(layer), p, layer
+
+
+def _hf_shape(parameter: dims.Parameter, model: Model) -> tuple[int, ...]:
+    ours = _layer_shape(parameter, model)
+    n = len(parameter.fan_in)
+    return (math.prod(ours[n:]), math.prod(ours[:n])) if n else ours
+
+
+def _layer_shape(parameter: dims.Parameter, model: Model) -> tuple[int, ...]:
+    return dims.shape(parameter, model)[parameter.dims.startswith("L") :]
+
+
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's name -> shape, of every tensor of `model`."""
+    return {name: _hf_shape(p, model) for name, p, _ in _tensors(model)}
+
+
+def to_hf(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of every tensor as Hugging Face has it: views of `params` where they are numpy arrays."""
+    for name, p, layer in _tensors(model):
+        array = np.asarray(functools.reduce(dict.__getitem__, p.name.split("/"), params))
+        array = array if layer is None else array[layer]
+        yield name, array.reshape(-1, _hf_shape(p, model)[0]).T if p.fan_in else array
+
+
+def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_non_finite: bool = False) -> dict:
+    """Inverse of `to_hf`: nested dict of fp32 arrays. Each tensor is asked for once.
+
+    Raises UserError naming the first unknown, missing or misshapen tensor, and unless `allow_non_finite` one that holds NaN or
+    infinity; rotary tables of old checkpoints are left out.
+    """
+    tensor_files.check(tensors, shapes(model), origin)  # before a tensor is read, or memory of the model's size is allocated
+    flat = {p.name: np.empty(dims.shape(p, model), np.float32) for p in dims.PARAMETERS}
+    for name, p, layer in _tensors(model):
+        tensor = np.asarray(tensors[name])
+        if not allow_non_finite:
+            tensor_files.check_finite(name, tensor, origin)
+        ours = (tensor.T if p.fan_in else tensor).reshape(_layer_shape(p, model))
+        flat[p.name][... if layer is None else layer] = ours
+    params: dict = {}
+    for name, array in flat.items():
+        *parents, last = name.split("/")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, params)[last] = array
+    return params
+
+
+# -- config.json --------------------------------------------------------------------------------------------------------
+
+# Fields that would change what is computed, and their values that do not (the default of an absent one is among them).
+_COMPUTED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+}
+
+
+def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> dict:
+    """The contents of config.json, in words that Transformers 4 and 5 both read."""
+    # with linear scaling, the length before it: readers multiply by the factor, and must not exceed the trained length
+    scaled, before = model.rope_scaling != 1, max(int(model.seq_len / model.rope_scaling), 1)
+    inexact = {} if round(before * model.rope_scaling) == model.seq_len else {"seq_len": model.seq_len}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.d_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": before,
+        **inexact,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": {"type": "linear", "factor": model.rope_scaling} if scaled else None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+    }
+
+
+_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_NUMBERS = dict.fromkeys(_KEYS, files.Size) | dict.fromkeys(("rms_norm_eps", "rope_theta"), files.Positive)
+_NUMBERS |= dict.fromkeys(("num_key_value_heads", "head_dim"), files.Size | None) | {"seq_len": object}
+_ROPE = dict.fromkeys(("type", "rope_type"), str) | dict.fromkeys(("factor", "rope_theta"), files.Positive)
+_Rope = typing.TypedDict("_Rope", _ROPE | {"partial_rotary_factor": float | None}, total=False)
+_Described = typing.TypedDict(
+    "_Described", _NUMBERS | dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None), total=False
+)
+
+
+def from_hf_config(config: dict, origin: str = "config.json") -> Model:
+    """The architecture that a config.json describes. Raises UserError for what this model does not compute."""
+    if config.get("model_type") != "llama":
+        raise UserError(f"{origin}: model_type is {config.get('model_type')!r:.200}; only 'llama' can be read")
+    for key, harmless in _COMPUTED.items():
+        if key in config and config[key] not in harmless:
+            raise UserError(
+                f"{origin}: {key} is {config[key]!r:.200}, which this model does not compute (only {harmless[0]!r})"
+            )
+    try:
+        described = files.typed(config, _Described)
+        rope, raw_rope = (c.get("rope_scaling") or c.get("rope_parameters") or {} for c in (described, config))
+        kind, whole = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor") in (1, None)
+        if kind not in ("default", "linear") or not whole or any(isinstance(value, dict) for value in raw_rope.values()):
+            raise UserError(
+                f"RoPE is {json.dumps(raw_rope):.200}; only the types 'default' and 'linear' are computed, on whole heads"
+            )
+        heads, width = described["num_attention_heads"], described["hidden_size"]
+        if described.get("head_dim") and described["head_dim"] * heads != width:
+            raise UserError(
+                f"head_dim is {described['head_dim']}, but only hidden_size / heads = {width} / {heads} is computed"
+            )
+        if described["num_hidden_layers"] > MOST_LAYERS:
+            raise UserError(f"num_hidden_layers is {described['num_hidden_layers']:,}, and {MOST_LAYERS:,} are the most")
+        scaling = rope["factor"] if kind == "linear" else 1.0
+        before, length = described["max_position_embeddings"], described.get("seq_len")
+        exact = isinstance(length, int) and max(int(length / scaling), 1) == before  # as `to_hf_config` says it
+        return Model(
+            n_layers=described["num_hidden_layers"],
+            d_model=width,
+            n_heads=heads,
+            n_kv_heads=described.get("num_key_value_heads") or heads,  # absent before grouped-query attention
+            d_ff=described["intermediate_size"],
+            vocab_size=described["vocab_size"],
+            seq_len=length if exact else round(before * scaling),
+            rope_theta=rope.get("rope_theta", described.get("rope_theta", 10_000.0)),
+            rope_scaling=scaling,
+            norm_eps=described["rms_norm_eps"],
+        )
+    except KeyError as error:
+        raise UserError(f"{origin}: does not say {error}") from None
+    except (UserError, ValueError) as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+# -- writing a folder ---------------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    params: dict, model: Model, folder: Path, dtype: str, bos: int | None, eos: int | None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes config.json, generation_config.json and safetensors of at most `shard_bytes` each into `folder`.
+
+    Holds one tensor more than `params` at a time. Raises UserError for a number that `dtype` cannot hold.
+    """
+    sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in shapes(model).items()}
+    shards: list[dict[str, int]] = [{}]
+    for name, size in sizes.items():
+        if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    n = len(shards)
+    files = ["model.safetensors"] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    tensors = to_hf(params, model)
+    for file, shard in zip(files, shards, strict=True):
+        _write_safetensors(folder / file, shard, tensors, dtype, shapes(model))
+    documents = {
+        "config.json": to_hf_config(model, bos, eos, dtype),
+        "generation_config.json": {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos},
+    }
+    if n > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        documents["model.safetensors.index.json"] = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": weight_map,
+        }
+    for name, content in documents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_safetensors(
+    path: Path,
+    sizes: dict[str, int],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    dtype: str,
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """The next `len(sizes)` of `tensors`, one by one; the library's writer wants all of a file in memory at once."""
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # Transformers refuses a file that does not say it
+    end = 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for expected, (name, tensor) in zip(sizes, tensors, strict=False):
+            assert expected == name
+            f.write(np.ascontiguousarray(_cast(name, tensor, dtype)).reshape(-1).view(np.uint8))
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # told below, by name
+        cast = tensor.astype(DTYPES[dtype], copy=False)
+    too_large = np.isinf(cast) & np.isfinite(tensor)
+    if too_large.any():
+        largest = np.abs(tensor[too_large]).max()
+        raise UserError(f"--dtype={dtype}: {name} holds {largest:g}, which {dtype} cannot; use --dtype=bfloat16 or float32")
+    return cast
+
+
+# -- reading a folder ---------------------------------------------------------------------------------------------------
+
+
+# -- reading a folder ---------------------------------------------------------------------------------------------------
+
+
+def load_model(path: str | Path) -> Model:
+    """The architecture of a Hugging Face folder, or of a file beside its config.json. Raises UserError."""
+    return from_hf_config(_read_config(Path(path)), str(path))
+
+
+def load_folder(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model]:
+    """(parameters as fp32 numpy arrays in a nested dict, model) of a Hugging Face folder, or of a file beside its config.json.
+
+    Tied embeddings come as two equal tables. Raises UserError.
+    """
+    path = Path(path)
+    model, tensors = load_model(path), tensor_files.read(path)
+    if _read_config(path).get("tie_word_embeddings"):
+        tensors = _untie(tensors, model, str(path))
+    return from_hf(tensors, model, str(path), allow_non_finite), model
+
+
+def _read_config(path: Path) -> dict:
+    described = (path.parent if path.is_file() else path) / "config.json"
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path}: is neither a file nor a folder" if path.exists() else f"{path}: no such folder")
+    if not described.is_file():
+        raise UserError(f"{described}: no such file; it describes the model")
+    return files.read_json(described, dict, largest=LARGEST_CONFIG)
+
+
+def describes(folder: Path) -> bool:
+    """Whether `folder` says of itself that it is one of Hugging Face's."""
+    return (folder / "config.json").is_file() and "model_type" in _read_config(folder)
+
+
+def _untie(tensors: Tensors, model: Model, origin: str) -> Tensors:
+    head, embedding = NAMES["lm_head/kernel"], NAMES["embed/embedding"]
+    both = {name: shapes(model)[name] for name in (head, embedding)}
+    if set(both) <= set(tensors):
+        tensor_files.check({name: tensors[name] for name in both}, both, origin)
+        if not np.array_equal(*(np.asarray(tensors[name], np.float32) for name in both), equal_nan=True):
+            raise UserError(f"{origin}: tie_word_embeddings is true, but {head} and {embedding} differ")
+    print(f"{origin}: its embedding is also its head (tie_word_embeddings); here they become two tables, and train apart")
+    return ChainMap({head: tensors[embedding]}, tensors) if embedding in tensors else tensors

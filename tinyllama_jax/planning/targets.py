@@ -1,0 +1,193 @@
+"""Accelerators: the speed, memory and price of each, and devices to compile for on a machine without them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import xla
+
+PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
+
+
+class Sm(NamedTuple):
+    """What XLA's GPU compiler has to know of the multiprocessors (its names: device_description.proto of XLA)."""
+
+    capability: tuple[int, int]  # compute capability
+    count: int
+    lanes: int  # fp32 operations a clock, each
+    clock: float  # GHz, boost
+    l2: int  # bytes
+    threads: int  # resident at once, each
+    shared: int  # bytes of shared memory, each; a block can have 1 KB less
+
+
+class Target(NamedTuple):
+    """A kind of accelerator. Bytes, bytes/s and FLOP/s of one device unless it says otherwise; 1 GB = 10^9."""
+
+    kind: str  # how `jax.Device.device_kind` begins
+    shape: str  # an example of what follows the colon: NODESxGPUS, or a TPU slice's chips along each axis
+    memory: int  # what programs can be given in all, as the driver or the TPU compiler says
+    flops: float  # peak of dense bf16 matmuls with fp32 accumulation
+    bandwidth: float  # of memory
+    link: float  # to the other devices of its node or slice, in one direction, all links together
+    between: float  # of a NODE to the other nodes, in one direction; 0 for a TPU slice, which is one node
+    price: float  # USD an hour, on demand
+    mfu: float  # the part of the peak that the best public run of a ~1B model reaches, counting executed matmuls alone
+    source: str
+    sm: Sm | None = None  # GPUs
+
+    @property
+    def platform(self) -> str:
+        """The PJRT plugin that compiles for it."""
+        return "cuda" if self.sm else "tpu"
+
+
+_A100 = "NVIDIA A100 datasheet and architecture whitepaper; CUDA programming guide, compute capability 8.0; "
+_H100 = "NVIDIA Hopper whitepaper; CUDA programming guide, compute capability 9.0; "
+_EFA = "400 Gb/s of EFA a node"
+TARGETS = {
+    "a100-40g": Target("NVIDIA A100", "2x8", 42_298_834_944, 312e12, 1.555e12, 300e9, 50e9, 2.745, 0.52,
+        _A100 + f"AWS p4d.24xlarge: {_EFA}, 21.96 USD an hour for 8 (2026-09; 32.77 before 2025-06); MFU: TinyLlama, 24,000 "
+        "tokens/s",
+        Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
+    "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, 312e12, 2.039e12, 300e9, 50e9, 3.431, 0.52,
+        _A100 + f"AWS p4de.24xlarge: {_EFA}, 27.45 USD an hour for 8 (2026); MFU: llm-foundry's 1b, 24,200 tokens/s",
+        Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
+    "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, 989e12, 3.352e12, 450e9, 400e9, 6.88, 0.37,
+        _H100 + "AWS p5.48xlarge: 3,200 Gb/s a node, 55.04 USD an hour for 8 (2026-07); MFU: llm-foundry's 1b, 54,000 tokens/s",
+        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
+    "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, 989e12, 4.8e12, 450e9, 400e9, 7.912, 0.37,
+        _H100 + "NVIDIA H200 datasheet; AWS p5en.48xlarge: 3,200 Gb/s a node, 63.30 USD an hour for 8 (2026-08); MFU: as h100",
+        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
+    "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, 0.50,
+        "NVIDIA GA102 whitepaper; CUDA programming guide, compute capability 8.6; PCIe 4.0 x16, 20 to 23 GB/s as users measure "
+        "it; between nodes 10 Gb/s and MFU: assumed; RunPod, 0.50 USD an hour (2026-09)",
+        Sm((8, 6), 82, 128, 1.695, 6_291_456, 1_536, 102_400)),
+    "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, 0.50,
+        "NVIDIA Ada whitepaper 2.02, appendix A; CUDA programming guide, compute capability 8.9; no NVLink nor peer-to-peer: "
+        "31 GB/s both ways through the host (Puget Systems, 2023); between nodes 10 Gb/s and MFU: assumed; RunPod, 0.74 USD an "
+        "hour (2026-10)",
+        Sm((8, 9), 128, 128, 2.52, 75_497_472, 1_536, 102_400)),
+    "v4": Target("TPU v4", "2x2x4", 33_014_415_360, 275e12, 1.2e12, 300e9, 0, 3.22, 0.39,
+        "docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB of which 30.75 can be used, 6 links of 50 GB/s; 3.22 USD an "
+        "hour; MFU: 16,000 tokens/s, from MaxText's larger models"),
+    "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, 197e12, 0.819e12, 200e9, 0, 1.20, 0.45,
+        "docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 15.75 GiB to use, 400 GB/s both ways; 1.20 USD an hour; MFU: "
+        "Marin's 1.2b, 13,000 tokens/s"),
+    "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, 459e12, 2.765e12, 600e9, 0, 4.20, 0.44,
+        "docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95.74 GiB to use, 1,200 GB/s both ways; 4.20 USD an hour; MFU: "
+        "Marin's 1.2b, 30,000 tokens/s"),
+    "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, 918e12, 1.638e12, 400e9, 0, 2.70, 0.35,
+        "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour; MFU: "
+        "47,000 tokens/s, none public at this size"),
+}  # fmt: skip
+
+
+def of(device_kind: str) -> Target | None:
+    """The target of a device that is here, or None if it is none of them (a CPU, say)."""
+    known = [target for target in TARGETS.values() if device_kind.startswith(target.kind)]
+    return max(known, key=lambda target: len(target.kind), default=None)
+
+
+class Machine(NamedTuple):
+    """What `--on` names."""
+
+    on: str  # as --on has it
+    target: Target | None  # None for a CPU
+    devices: list[jax.Device]  # in the order of nodes
+    per_node: int  # devices of one node
+
+    @property
+    def budget(self) -> int:
+        """Bytes of one device that a program may plan with: of a CPU's, an equal part of what this machine has."""
+        if self.target is None:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.devices)
+        # at its start a run takes this part of a GPU's memory; a TPU compiler counts all memory, and refuses what does not fit
+        return int(self.target.memory * (xla.memory_fraction() if self.target.sm else 1.0))
+
+
+def machine(on: str) -> Machine:
+    """The machine `on`: "a100-40g:2x8" (NODESxGPUS), "v5e:4x4" (a TPU slice) or "cpu:8" (virtual devices).
+
+    Its devices hold no arrays and run nothing, but for a CPU's. Raises UserError for a target that is not known, not installed
+    or not of a size that exists. Where jax's CUDA plugin is installed and no driver is, JAX_PLATFORMS=cpu must have been set
+    before jax was imported.
+    """
+    name, _, shape = on.partition(":")
+    most, shape = 1_024 if name == "cpu" else 16_384, shape[:100]
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and (n := math.prod(map(int, shape.split("x")))) > most:
+        raise UserError(f"--on={on[:100]}: {n:,} devices; at most {most:,}")
+    if name == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
+        return Machine(on, None, _virtual(on, int(shape)), int(shape))
+    if name not in TARGETS or not re.fullmatch(r"[1-9]\d*x[1-9]\d*" if TARGETS[name].sm else r"[1-9]\d*(x[1-9]\d*)+", shape):
+        known = ", ".join(f"{n}:{t.shape}" for n, t in TARGETS.items())
+        size = "NODESxGPUS" if name in TARGETS and TARGETS[name].sm else "the chips along each axis of a slice"
+        near = [n for n in TARGETS if name and n.startswith(name)] or difflib.get_close_matches(name, TARGETS, 1)
+        write = f"write {near[0]}:{TARGETS[near[0]].shape}" + (f", {size}" if name in TARGETS else "") + "; " if near else ""
+        raise UserError(f"--on={on}: not a known target and its size; {write}choose one like {known}, cpu:8")
+    target = TARGETS[name]
+    if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS[target.platform]):
+        raise UserError(f"--on={on}: the compiler for {target.platform} is not installed; pip install '.[plan]'")
+    try:
+        if target.sm:
+            nodes, _, per_node = shape.partition("x")
+            description = topologies.get_topology_desc(
+                platform="cuda", target_config=_target_config(target), topology=f"1x{int(nodes)}x{int(per_node)}"
+            )
+            return Machine(on, target, list(description.devices), int(per_node))
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of a metadata server that is not there
+        devices = _slice(name, shape)
+        return Machine(on, target, devices, len(devices))
+    except (RuntimeError, ValueError) as e:  # jax's errors of the plugin are RuntimeErrors
+        raise UserError(f"--on={on}: no such machine, says the compiler ({str(e).splitlines()[0]})") from e
+
+
+def _virtual(on: str, n: int) -> list[jax.Device]:
+    try:
+        jax.config.update("jax_num_cpu_devices", n)
+    except RuntimeError:  # jax has looked for its devices already
+        if len(jax.devices("cpu")) < n:
+            raise UserError(f"--on={on}: this process has {len(jax.devices('cpu'))} devices") from None
+    return jax.devices("cpu")[:n]
+
+
+def _slice(name: str, shape: str) -> list[jax.Device]:
+    chips = math.prod(int(n) for n in shape.split("x"))
+    if name in ("v5e", "v6e") and shape == "1x1":  # the smallest that the compiler describes has four
+        shape = "2x2"
+    more = {"chip_config_name": "megacore"} if name == "v4" else {}  # a chip's two cores as one device
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more).devices)[:chips]
+
+
+def _target_config(target: Target) -> str:
+    """A GpuTargetConfigProto as text."""
+    sm = target.sm
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {sm.capability[0]} minor: {sm.capability[1]} }}
+          core_count: {sm.count} fpus_per_core: {sm.lanes} clock_rate_ghz: {sm.clock}
+          memory_bandwidth: {round(target.bandwidth)} l2_cache_size: {sm.l2} device_memory_size: {target.memory}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {sm.threads}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          shared_memory_per_block: 49152 shared_memory_per_core: {sm.shared}
+          shared_memory_per_block_optin: {sm.shared - 1_024}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 8 }}
+    """  # cuDNN: the oldest that jax's CUDA plugin takes
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bf16 FLOP/s of a device by `jax.Device.device_kind`, or None if it is not in `TARGETS`."""
+    target = of(device_kind)
+    return target.flops if target else None

@@ -1,0 +1,56 @@
+"""Turns raw text into training data.
+
+python -m tinyllama_jax.prepare --train FILES --tokenizer FILE --output DIR --seq-len 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tinyllama_jax.base.errors import run_main
+from tinyllama_jax.data.prepare import clean, corpora, inputs, runners
+from tinyllama_jax.data.prepare.pipeline import prepare
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Options that are not its own go to Beam, if --runner says that it runs elsewhere."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.prepare",
+        description=f"PATH: a file ({' '.join(inputs.KINDS)}), a folder, which is searched to the bottom, a pattern in "
+        "quotes ('data/**/*.txt'), any of these in gs:// or s3://, or tfds:NAME[/CONFIG][:VERSION][:SPLIT]. With --runner, "
+        "options of Apache Beam can follow: see docs/runners.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="what to train on")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="PATH", help="what is held out, if it lies apart")
+    parser.add_argument("--held-out", type=float, metavar="F", help="else: fraction held out by a hash of each document (0.01)")
+    parser.add_argument("--corpus", default="", metavar="NAME", help=f"how it is stored: {', '.join(corpora.CORPORA)}")
+    parser.add_argument("--languages", nargs="+", default=[], metavar="NAME", help="of starcoder: exact names of folders (all)")
+    parser.add_argument("--bad-files", default="stop", metavar="stop|skip", help="skip: leave out what cannot be read (stop)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where tfds: data sets lie (~/tensorflow_datasets)")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece file, or a folder with a tokenizer")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder, here or s3://... gs://...")
+    parser.add_argument("--seq-len", type=int, required=True, metavar="S", help="positions of a training sequence")
+    parser.add_argument("--text-key", default="", metavar="NAME", help="key or column that holds the text (by --corpus; text)")
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos (no)")
+    parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos (yes)")
+    several = {"action": "append", "default": []}
+    parser.add_argument("--filter", **several, dest="filters", metavar="FILTER", help=", ".join(clean.FILTERS.values()))
+    parser.add_argument("--dedup", default="", metavar="exact|minhash", help="keep the first of documents that are alike (no)")
+    parser.add_argument("--dedup-threshold", type=float, metavar="J", help="Jaccard similarity from which they are (0.8)")
+    parser.add_argument("--scrub", **several, metavar="NAMES", help=f"{','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT")
+    parser.add_argument("--keep-dropped", metavar="DIR", help="folder for what --filter and --dedup drop, to look at")
+    parser.add_argument("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the input)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes here (one for each processor)")
+    parser.add_argument("--runner", default=runners.DIRECT, help="direct, dask, or Beam's name of one (direct)")
+    known, rest = parser.parse_known_args(argv)
+    try:
+        prepare(**vars(known), beam_options=rest)
+    except KeyboardInterrupt:
+        print("\nwhat is done is kept: run the same command again to go on", end="", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    run_main(main)

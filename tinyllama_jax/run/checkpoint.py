@@ -1,0 +1,224 @@
+"""The checkpoints of a run: written, sealed, found, restored; the only orbax file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tinyllama_jax.base import config as config_lib
+from tinyllama_jax.base import dims, files
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import model, optim
+from tinyllama_jax.core.step import TrainState, new_state
+from tinyllama_jax.run import seals
+from tinyllama_jax.run.seals import damage, find_step, steps_in
+
+# errors of a disk; exceptions without an errno are told by the error's text
+DISK = "ENOSPC EDQUOT EIO EFBIG EROFS EACCES EPERM ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE EREMOTEIO"
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that Orbax raises too
+
+
+def _but_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook`, silent about the errors of TensorStore's threads that find their event loop closed after a failed save."""
+    value = lambda args: args[1] if len(args) > 1 else args[0].exc_value
+    return lambda *args: None if str(value(args)) == "Event loop is closed" else hook(*args)
+
+
+sys.excepthook, sys.unraisablehook = map(_but_closed_loops, (sys.excepthook, sys.unraisablehook))
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, rotated, found again by number."""
+
+    def __init__(self, config: Config):
+        """Opens RUN/checkpoints, or makes it. Removes checkpoints that a killed process left half written or half deleted."""
+        self._run, self._keep = Path(config.workdir).resolve(), config.checkpoint
+        self._folder = self._run / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._last, self._saving = self.latest(), False
+        self._failed = False
+        self._deleting: list[threading.Thread] = []
+        self._first = jax.process_index() == 0  # this process does what must be done once
+        for path in self._folder.iterdir() if self._first else ():
+            if seals.unfinished(path.name):
+                shutil.rmtree(path)
+        self._writer = _writer(self._folder, config)
+
+    def latest(self) -> int | None:
+        """The newest step that is sealed, or None."""
+        return max(steps_in(self._run), default=None)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save; returns as soon as `state` may be overwritten. An error of an earlier save is raised here."""
+        if step == self._last:
+            return
+        self.check(wait=True)
+        if self._first and os.path.lexists(self._folder / str(step)):  # made by somebody else since the run began
+            seals.set_aside(self._run, self._folder / str(step))
+        params, rest = _parts(state)
+        with self._disk_errors():
+            # checked before the save: Orbax would find the disk full only in its threads
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+            if shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
+            self._writer.save(self._folder / str(step), args=_items(params=params, train=rest))
+        self._last, self._saving = step, True
+
+    def check(self, wait: bool = False) -> None:
+        """Raises the error of a save that failed in the background. `wait`: first waits until the save is on disk."""
+        with self._disk_errors():
+            self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
+            if self._first and self._saving and seals.exists(self._folder / str(self._last) / seals.SEAL):
+                self._rotate()
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
+        return _read_state(self._folder / str(step), abstract)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        # after an error, closing could wait for ever: for other processes, or for Orbax's threads, which wait for one another
+        if kind is None or (jax.process_count() == 1 and not self._failed):
+            self.close()
+
+    def close(self) -> None:
+        """Waits until all saves are on disk and all old checkpoints are deleted."""
+        self.check(wait=True)
+        for thread in self._deleting:
+            thread.join()
+        self._writer.close()
+
+    def _rotate(self) -> None:
+        """Records that the newest checkpoint is whole, and begins to delete those that are no longer kept."""
+        seals.remember(self._run, self._last)
+        self._saving, keep = False, self._keep
+        for step in steps_in(self._run)[: -keep.keep]:
+            if step not in keep.kept and not (keep.keep_every and step % keep.keep_every == 0):
+                old = self._folder / f"{step}{seals.OLD}"
+                (self._folder / str(step)).rename(old)  # atomic: a half-deleted checkpoint is never taken for a whole one
+                self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True))
+                self._deleting[-1].start()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Raises disk errors as the OSError that they were; Orbax and TensorStore wrap them in exceptions of several types."""
+        try:
+            yield
+        except Exception as error:
+            self._failed, cause = True, error
+            while cause:
+                numbers = [getattr(errno, name) for name in DISK.split() if hasattr(errno, name)]
+                number = getattr(cause, "errno", None) or next((n for n in numbers if os.strerror(n) in str(cause)), None)
+                if number:
+                    where = getattr(cause, "filename", None) or str(self._folder)
+                    raise OSError(number, os.strerror(number), where) from None
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+
+def _writer(folder: Path, config: Config) -> ocp.AsyncCheckpointer:
+    """The Orbax checkpointer that writes in the background, and seals a checkpoint before it gets its name."""
+    seal = lambda: seals.seal(folder, config.data.skip) if jax.process_index() == 0 else None
+    options = ocp.AsyncOptions(timeout_secs=4 * 3_600, post_finalization_callback=seal)  # supervised: see processes.py
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def _items(**items: dict) -> ocp.args.Composite:
+    return ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
+
+
+@contextlib.contextmanager
+def _read_errors(checkpoint: Path) -> Iterator[None]:
+    """What Orbax says of a checkpoint that it cannot read, in one line."""
+    try:
+        yield
+    except Exception as error:  # of many types
+        before = [s for s in steps_in(checkpoint.parent.parent) if s < int(checkpoint.name)]
+        other = f"; step {before[-1]:,} is there too" if before else ""
+        raise UserError(f"{checkpoint}: cannot be read: {damage(checkpoint) or str(error).splitlines()[0]}{other}") from error
+
+
+def _parts(state: TrainState) -> tuple[dict, dict]:
+    """(parameters, the rest): apart, so that those who want the weights read nothing else."""
+    rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "params"}
+    return state.params, rest
+
+
+def load_config(run: str | Path) -> Config:
+    """The configuration of a run folder. Raises UserError."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: is not a run folder (it has no config.json)")
+    with files.open_regular(path) as f:
+        return config_lib.from_json(f.read(1 << 20), str(path))
+
+
+def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
+    """(parameters as fp32 numpy arrays in a nested dict, config, step) of a run folder, on the host. Raises UserError."""
+    step, config = find_step(run, step), load_config(run)
+    path = _undamaged(run, step, "params")
+    as_numpy = {p.name: ocp.RestoreArgs(restore_type=np.ndarray) for p in dims.PARAMETERS}
+    with ocp.PyTreeCheckpointer() as reader, _read_errors(path.parent):
+        return reader.restore(path, restore_args=model.unflatten(as_numpy)), config, step
+
+
+def restore_params(run: str | Path, step: int, abstract: dict) -> dict:
+    """The parameters of a run folder after `step`, straight into the shardings of `abstract`."""
+    path = _undamaged(run, step, "params")
+    with ocp.StandardCheckpointer() as reader, _read_errors(path.parent):
+        return reader.restore(path, abstract)
+
+
+def restore_state(run: str | Path, step: int, abstract: TrainState) -> TrainState:
+    """The state after `step`, as `Checkpoints.restore` gives it, by one who only looks: nothing in RUN is touched."""
+    return _read_state(_undamaged(run, step), abstract)
+
+
+def _read_state(checkpoint: Path, abstract: TrainState) -> TrainState:
+    params, rest = _parts(abstract)
+    with ocp.StandardCheckpointer() as reader, _read_errors(checkpoint):
+        return TrainState(params=reader.restore(checkpoint / "params", params), **reader.restore(checkpoint / "train", rest))
+
+
+def _undamaged(run: str | Path, step: int, part: str = "") -> Path:
+    """The folder of a checkpoint or of an item of it. Raises UserError if it is damaged, naming the newest whole one before."""
+    checkpoint = Path(run).resolve() / "checkpoints" / str(step)
+    if reason := damage(checkpoint, part):
+        before = [s for s in steps_in(run) if s < step and not damage(checkpoint.parent / str(s), part)]
+        raise UserError(f"{checkpoint}: is damaged: {reason}" + (f"; step {before[-1]} is whole" if before else ""))
+    return checkpoint / part
+
+
+def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, dict] | None = None, step: int = 0) -> None:
+    """Writes config and checkpoint of weights that come from elsewhere (nested dict of fp32 arrays, as `load_params` gives).
+
+    With Adam's `moments` (first, second) the run can be gone on with at `step`; without, it is for `--init.from`.
+    """
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    items = {"params": params}
+    if moments:
+        state = new_state({}, config)
+        state = dataclasses.replace(state, step=np.int32(step), opt_state=optim.from_moments(*moments, step, config))
+        items["train"] = _parts(state)[1]
+    folder = (run / "checkpoints").resolve()
+    with contextlib.closing(_writer(folder, config)) as writer:
+        writer.save(folder / str(step), args=_items(**items))
+    if moments:
+        seals.remember(run, step)
+    files.write(run / "config.json", config_lib.to_json(config))

@@ -1,0 +1,160 @@
+"""Several processes as one run: how they find one another, say where they are, and agree to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.run import addresses
+
+EXIT_SPIKE = 3  # exit code of train.spike and train.give_up: the same command would end in the same way
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU  # save and end
+STARTING = 6  # times train.wait: how long processes wait for one another at the start
+BUSY = "another process is training in this folder; wait for it, or name another --workdir"
+CHANNEL = "TINYLLAMA_JAXCHANNEL"  # environment of the child: a file descriptor that it shares with its parent
+HEARTBEAT = struct.Struct("<qqqq16s")  # process, processes, how often it has moved, step, what it does
+_shared: mmap.mmap | None = None  # with the parent; None without one
+_moves = 0
+
+
+def several() -> bool:
+    """Whether this process is one of several: JAX_*, srun, mpirun; TINYLLAMA_JAX_JOIN=1 where only JAX can tell, on a TPU."""
+    return identity()[1] != 1
+
+
+def has_parent() -> bool:
+    """Whether a parent process watches this one."""
+    return _shared is not None
+
+
+def identity() -> tuple[int, int]:
+    """(this process, processes) as the environment says; (-1, -1) where only JAX can tell. Raises UserError."""
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        names = "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"
+    elif "SLURM_STEP_NUM_TASKS" in env:
+        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+    elif "OMPI_COMM_WORLD_SIZE" in env:
+        names = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
+    else:
+        return (-1, -1) if env.get("TINYLLAMA_JAX_JOIN") == "1" else (0, 1)
+    try:
+        index, count = (int(env[name]) for name in names)
+    except (KeyError, ValueError):
+        values = " and ".join(f"{name}={env.get(name)}" for name in names)
+        raise UserError(f"the environment has {values}; both must be numbers") from None
+    if not 0 <= index < count:
+        raise UserError(f"the environment has {names[0]}={index}, which must lie in [0, {names[1]}={count})")
+    return index, count
+
+
+def join(wait: float) -> None:
+    """Meets the other processes, if there are any. Nothing of JAX's devices may have been asked for before."""
+    global _shared
+    process, processes = identity()
+    if addresses.one_machine(processes):
+        addresses.listen_on_loopback(processes)
+    if processes == 1:
+        return
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train`
+    seconds = int(wait * STARTING) + 60  # longer than the parent's wait: its message names the missing process
+    where = addresses.arguments(process, processes, seconds)
+    jax.distributed.initialize(
+        **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
+    )
+    addresses.check_gpus(jax.default_backend(), jax.local_device_count())
+    if CHANNEL in os.environ:
+        _shared = mmap.mmap(int(os.environ[CHANNEL]), HEARTBEAT.size)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    heartbeat(0, "starting")
+
+
+def heartbeat(step: int, what: str) -> None:
+    """Tells the parent that this process has come to `what` ("training", say) of `step`. All processes say it alike."""
+    global _moves
+    if _shared is not None:
+        import jax
+
+        _moves += 1
+        HEARTBEAT.pack_into(_shared, 0, jax.process_index(), jax.process_count(), _moves, step, what.encode())
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)  # nobody watches any more
+
+
+def caught_signals() -> list[signal.Signals]:
+    """SIGINT, SIGTERM, and those of `STOP_SIGNALS` that are not ignored: under `nohup` SIGHUP is."""
+    return [n for n in STOP_SIGNALS if n in STOP_SIGNALS[:2] or signal.getsignal(n) != signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[list[signal.Signals]]:
+    """A list that the first signal adds itself to: the loop then saves and ends. A second SIGINT or SIGTERM ends at once."""
+    stop: list[signal.Signals] = []
+    first = 0.0  # when the first SIGINT or SIGTERM came; a scheduler may send another signal before
+    before = {number: signal.getsignal(number) for number in caught_signals()}
+
+    def handler(number: int, _: FrameType | None) -> None:
+        nonlocal first
+        if not stop:
+            stop.append(signal.Signals(number))
+        if number in STOP_SIGNALS[:2]:
+            if first and time.monotonic() - first > 1:  # within 1 s it is the same one, sent to parent and child
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            first = first or time.monotonic()
+
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+class CoordinatedStop:
+    """Makes all processes stop after the same step once one of them got a signal."""
+
+    def __init__(self, mesh, stop: list[signal.Signals]):
+        """`mesh`: jax.sharding.Mesh over the devices of all processes. `stop`: of `stop_on_signal`."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        self._stop, self._asked = stop, None
+        self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def signal(self) -> signal.Signals | None:
+        """The signal to stop for, the largest of all. Several processes learn of it one call later, so as not to wait."""
+        import jax
+        import numpy as np
+
+        own = self._stop[0] if self._stop else None
+        if jax.process_count() == 1:
+            return own
+        local = np.full(jax.local_device_count(), own or 0, np.int32)
+        before, flags = self._asked, jax.make_array_from_process_local_data(self._flags, local)
+        self._asked = self._any(flags)
+        number = int(before) if before is not None else 0
+        return signal.Signals(number) if number else None
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes have come to this point."""
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)

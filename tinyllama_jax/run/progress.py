@@ -1,0 +1,124 @@
+"""What a person sees while a run trains: the progress line, its speed, and how long the start took."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import rich.console
+import rich.progress
+
+from tinyllama_jax.base import cli, dims, schedule
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import close_stream, disk_error
+
+
+class Timer:
+    """The speed of a run between two lines of its log. Validation does not count; waits are counted apart."""
+
+    def __init__(self, config: Config, start: int, devices: int, peak_flops: float | None):
+        self.tokens_after, self._devices = schedule.in_steps(config).tokens_after, devices
+        self._flops, self._peak = dims.flops_per_token(config.model), peak_flops
+        self._since, self._step = time.perf_counter(), start
+        self._spent = {"data_wait": 0.0, "checkpoint": 0.0, "elsewhere": 0.0}
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time of the block as "data_wait", "checkpoint" (both part of a step) or "elsewhere" (not)."""
+        before = time.perf_counter()
+        yield
+        self._spent[what] += time.perf_counter() - before
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Tokens so far, tokens/s, TFLOP/s and (where the peak is known) MFU; seconds a step, and how many of them waited."""
+        now = time.perf_counter()
+        steps = max(step - self._step, 1)
+        seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
+        rate = (self.tokens_after(step) - self.tokens_after(self._step)) / seconds
+        out = {
+            "tokens": self.tokens_after(step),
+            "tokens_per_second": rate,
+            "step_seconds": seconds / steps,
+            "data_wait_seconds": self._spent["data_wait"] / steps,
+            "checkpoint_seconds": self._spent["checkpoint"] / steps,
+        }
+        for convention, flops in self._flops.items():
+            out[f"tflops_per_device_{convention}"] = flops * rate / self._devices / 1e12
+            if self._peak:
+                out[f"mfu_{convention}"] = flops * rate / self._devices / self._peak
+        self._since, self._step, self._spent = now, step, dict.fromkeys(self._spent, 0.0)
+        return out
+
+
+class Startup:
+    """How long each part of a run's start took."""
+
+    def __init__(self, began: float):
+        """`began`: `time.perf_counter()` when the process started."""
+        self._marks = [("", began)]
+        self.mark("imports")
+
+    def mark(self, what: str) -> None:
+        """Ends the part `what`."""
+        self._marks.append((what, time.perf_counter()))
+
+    def line(self) -> str:
+        """Ends the last part, compilation and the first step, and says how long each took."""
+        self.mark("compilation and first step")
+        parts = (f"{what} {at - before:.1f} s" for (_, before), (what, at) in itertools.pairwise(self._marks))
+        return "started in: " + ", ".join(parts)
+
+
+class Progress:
+    """A live line on a terminal (step, loss, tokens/s, time left); elsewhere a plain line every ten seconds."""
+
+    def __init__(self, start: int, steps: int, stop: list[signal.Signals]):
+        """`stop`: the list of `cluster.stop_on_signal`; SIGPIPE is added to it when the output can no longer be written."""
+        self.console, self._stop, self._lost = rich.console.Console(highlight=False), stop, False
+        self._steps, self._last = steps, 0.0
+        self._first = self._bar = None  # (the first step shown, when), for the time left: it excludes compilation
+        if self.console.is_terminal:
+            columns = (
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self._bar = rich.progress.Progress(*columns, console=self.console, speed_estimate_period=60)
+            self._task = self._bar.add_task("starting", total=steps, completed=start)
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Shows the state of the run after `step`."""
+        text = f"step {step:,}/{self._steps:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif not self._lost and (time.monotonic() - self._last > 10 or step == self._steps):
+            self._last = time.monotonic()
+            first, began = self._first = self._first or (step, self._last)
+            if first < step < self._steps:
+                text += f", {cli.time_left((self._last - began) / (step - first) * (self._steps - step))} left"
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the live one if there is one; on standard error once standard output takes no more."""
+        try:
+            if self._bar and not self._lost:
+                self.console.print(text, soft_wrap=True, markup=False)
+            else:
+                print(text, flush=True, file=sys.stderr if self._lost else sys.stdout)
+        except OSError as error:
+            close_stream(sys.stderr if self._lost else sys.stdout)
+            if not self._lost:
+                self._lost = True
+                self._stop.append(signal.SIGPIPE)
+                self.say(f"standard output: {disk_error(error)}: the run saves and ends")
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+        if self._bar:
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.stop()
