@@ -80,7 +80,7 @@ def watch(argv: list[str]) -> int:
     return supervise._supervised("tinyllama_jax.train", argv)
 
 
-MAIN = {m.__name__.rpartition(".")[2]: m.main for m in (train, replay, report, plan, generate, prepare, audit, litpkds)}
+MAIN = {m.__name__.rpartition(".")[2]: m.main for m in (train, replay, report, plan, generate, prepare, audit, convert)}
 MAIN |= {"export": tool("convert_to_torch"), "import": tool("convert_from_torch"), "watch": watch}
 AUDIT = "--config tiny.py --processes 2 --train.seqs_per_device=4"
 LIT = "--config tiny.py --tokenizer tok.model"
@@ -109,7 +109,9 @@ TARGETS = [
     Target("audit", f"data/a data/b {ALLOW}", "data", DATA, printed, (2, 4)),
     Target("audit", f"{ALLOW} {AUDIT}", "data", "tiny.py data/a/manifest.json data/a/*.array_record*", printed, (2, 4)),
     Target("audit", f"packed/train_a --seq-len 16 {ALLOW}", "packed", PACKED, printed, (2, 4)),
-    Target("litpkds", "--input data/a --prefix train_x --output out --chunk-size 500", "data", DATA, digest("out/*.bin")),
+    Target(
+        "convert", "to-litpkds --input data/a --prefix train_x --output out --chunk-size 500", "data", DATA, digest("out/*.bin")
+    ),
     Target("prepare", f"--train text.jsonl {PREPARE}", "", "text.jsonl tok.model", MADE),
     Target("prepare", f"--train texts {PREPARE}", "texts", "texts/*", MADE),
     Target("prepare", f"--train texts/c.parquet {PREPARE}", "texts", "texts/c.parquet", MADE),

@@ -18,7 +18,7 @@ from tinyllama_jax.base import cli
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.prepare import prepare
+from tinyllama_jax.data.prepare.pipeline import prepare
 from tinyllama_jax.run import checkpoint, spikes
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")

@@ -46,7 +46,7 @@ def train_tokenizer(path: Path, texts: list[str], vocab_size: int) -> Path:
 
 def make_tiny_data(folder: Path) -> Path:
     """Writes the sources a and b (train and validation, S = 16), one of one block, one of another tokenizer, and tiny.py."""
-    from tinyllama_jax.prepare import prepare
+    from tinyllama_jax.data.prepare.pipeline import prepare
 
     texts = make_texts(24)
     tokenizers = [train_tokenizer(folder / f"{size}.model", texts, size) for size in (512, 400)]

@@ -41,7 +41,7 @@ from array_record.python import array_record_module
 from tinyllama_jax.base import config as c
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.prepare import prepare
+from tinyllama_jax.data.prepare.pipeline import prepare
 
 S = 2048
 # SlimPajama without its GitHub part, and starcoderdata. Bytes of text: SlimPajama's 893 GB of jsonl.zst hold about 2.7 TB,

@@ -13,12 +13,13 @@ from array_record.python import array_record_module
 from generated import texts
 
 from tinyllama_jax import audit
-from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base import cli, files
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data import feed, litpkds, survey
+from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.audit import report, survey
 from tinyllama_jax.data.blocks import Blocks, Record
+from tinyllama_jax.data.prepare import pipeline
 
 S = 16
 BOS, EOS = 1, 2
@@ -39,9 +40,9 @@ def prepared(tmp_path_factory, tiny_data) -> Path:
         lines = (json.dumps({"text": words(seed % 7 * 20 + 11, seed)}) + "\n" for seed in seeds)
         (folder / f"{split}.jsonl").write_text("".join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib, "SHARD", (1 << 13, 1 << 30))
+        patch.setattr(pipeline, "SHARD", (1 << 13, 1 << 30))
         files = {split: [folder / f"{split}.jsonl"] for split in ("train", "validation")}
-        prepare_lib.prepare(**files, tokenizer=tiny_data / "512.model", output=folder / "data", seq_len=S, workers=1)
+        pipeline.prepare(**files, tokenizer=tiny_data / "512.model", output=folder / "data", seq_len=S, workers=1)
     assert len(Blocks(folder / "data", "train").files()) > 2
     return folder / "data"
 
@@ -81,7 +82,7 @@ def edit(folder: Path, change) -> None:
 @pytest.fixture
 def findings(capsys, monkeypatch):
     """`findings(*arguments)`: what the command prints of what is wrong; its exit code fits it."""
-    monkeypatch.setattr(audit, "draw", lambda _: b"")  # half a second, and looked at in the test of clean data
+    monkeypatch.setattr(report, "draw", lambda _: b"")  # half a second, and looked at in the test of clean data
 
     def run(*arguments) -> list[str]:
         code = audit.main([str(argument) for argument in arguments])
@@ -234,9 +235,9 @@ def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": words(30, seed)}) + "\n" for seed in range(5)))
     made = {"train": [tmp_path / "x.jsonl"], "tokenizer": tiny_data / "512.model", "seq_len": S, "workers": 1, "bos": True}
     for eos in (False, True):
-        prepare_lib.prepare(**made, eos=eos, output=tmp_path / f"last{eos}")  # the last blocks are held out
+        pipeline.prepare(**made, eos=eos, output=tmp_path / f"last{eos}")  # the last blocks are held out
         assert findings(tmp_path / f"last{eos}") == []
-        prepare_lib.prepare(**made, eos=eos, held_out=0, output=tmp_path / f"data{eos}")
+        pipeline.prepare(**made, eos=eos, held_out=0, output=tmp_path / f"data{eos}")
         assert findings(tmp_path / f"data{eos}") == []
         found = survey.survey(Blocks(tmp_path / f"data{eos}", "train"), survey.Findings(), lambda _: None)
         assert found.n_documents() == 5 and found.documents.sum() == 5 - (not eos)  # where the last one ends nothing says
@@ -303,9 +304,9 @@ def test_what_cannot_be_read_is_told_and_the_other_source_is_looked_at(data, tin
 
 
 def test_a_page_that_cannot_be_written_hides_nothing(data, capsys, monkeypatch):
-    monkeypatch.setattr(audit, "draw", lambda _: b"")
+    monkeypatch.setattr(report, "draw", lambda _: b"")
     edit(data, lambda manifest: manifest["splits"]["train"].update(tokens=1))
-    monkeypatch.setattr(audit, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "audit.html")))
+    monkeypatch.setattr(report, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "audit.html")))
     with pytest.raises(OSError, match="No space left"):
         audit.main([str(data)])
     assert "wrong: " in capsys.readouterr().out
@@ -455,7 +456,7 @@ def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings
 
 
 def test_a_part_of_a_large_run(data, config_file, findings, capsys, monkeypatch):
-    monkeypatch.setattr(audit, "SAMPLES", 1_000)
+    monkeypatch.setattr(report, "SAMPLES", 1_000)
     assert findings("--config", config_file, "--data.sources", data, "--train.steps", 9_000) == []  # the value is no DIR
     audit.main([str(data), "--config", str(config_file), "--train.steps=9000"])
     assert "order: the first 1,000 of 72,000 samples of the run\n" in capsys.readouterr().out

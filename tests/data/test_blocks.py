@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import blocks as blocks_lib
 from tinyllama_jax.data.blocks import Blocks, Record
+from tinyllama_jax.data.prepare import pipeline
 
 S = 32
 
@@ -31,9 +31,9 @@ def prepared(tmp_path_factory, texts, model) -> Path:
     for name, documents in {"train": texts, "validation": ["x"]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib, "SHARD", (1 << 14, 1 << 30))
+        patch.setattr(pipeline, "SHARD", (1 << 14, 1 << 30))
         files = {name: [folder / f"{name}.jsonl"] for name in ("train", "validation")}
-        prepare_lib.prepare(**files, tokenizer=model, output=folder / "out", seq_len=S, workers=1)
+        pipeline.prepare(**files, tokenizer=model, output=folder / "out", seq_len=S, workers=1)
     return folder / "out"
 
 

@@ -18,8 +18,8 @@ from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import read_manifest
 from tinyllama_jax.data.prepare import folder as folder_lib
-from tinyllama_jax.data.prepare import store
-from tinyllama_jax.prepare import prepare
+from tinyllama_jax.data.prepare import pipeline, store
+from tinyllama_jax.data.prepare.pipeline import prepare
 
 # fixtures: an object store, Dask's scheduler, and what starts a worker of it
 bucket, scheduler, start = test_runners.bucket, test_runners.scheduler, test_runners.start
@@ -48,7 +48,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def small_shards(monkeypatch, size: int = 1 << 11):
-    monkeypatch.setattr(prepare_lib, "SHARD", (size, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (size, 1 << 30))
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
     options = {"train": [*tmp_path.glob("*.jsonl")], "tokenizer": model, "seq_len": 64, "held_out": 0, "workers": 1}
     options |= {"output": tmp_path / "out", "dedup": "minhash", "keep_dropped": tmp_path / "dropped"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     partial = tmp_path / "out.partial"
 
@@ -207,7 +207,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
             prepare(**{**options, **change} | ({"keep_dropped": None} if change == {"dedup": ""} else {}))
     (tmp_path / "dropped/dropped-train-00002-of-00008.jsonl.gz").unlink()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     assert times("looked") == before["looked"] and times("copies") == before["copies"]
     again = {name for name, time in times("whole").items() if time != before["whole"][name]}

@@ -15,8 +15,8 @@ from test_prepare import digests, expected, lines, stream
 from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer
-from tinyllama_jax.data.prepare import documents, inputs
-from tinyllama_jax.prepare import prepare
+from tinyllama_jax.data.prepare import documents, inputs, pipeline
+from tinyllama_jax.data.prepare.pipeline import prepare
 
 WORDS = ["the", "of", "a", "def", "return", "in", "self", "for", "import", "None"]
 
@@ -185,7 +185,7 @@ def test_the_same_document_is_on_the_same_side_wherever_it_lies(tmp_path, model,
         "train": (len(rest), 1),
         "validation": (len(held), 0),
     }
-    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 12, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (1 << 12, 1 << 30))
     manifest = run(train=[tmp_path / "b"], output=tmp_path / "b-out")
     files = {split: [s["blocks"] for s in counts["shards"]] for split, counts in manifest["splits"].items()}
     assert len(files["train"]) == len(files["validation"]) > 10 and 0 in files["validation"]  # some hold nothing
@@ -217,7 +217,7 @@ def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, cap
     """On whichever side they all fall, and also if it was stopped on the way."""
     texts = [text for text in numbered(400) if is_held_out(text, 0.1) == side][:30]
     put(tmp_path / "few.jsonl", lines(texts))
-    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 9 if shards > 1 else 1 << 20, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (1 << 9 if shards > 1 else 1 << 20, 1 << 30))
     manifest = run(train=[tmp_path / "few.jsonl"], held_out=0.1)
     train, held = (manifest["splits"][split] for split in ("train", "validation"))
     assert (train["documents"], held["documents"], held["last_blocks_of_train"]) == (30, 0, held["blocks"])
@@ -229,7 +229,7 @@ def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, cap
     assert stream(tmp_path / "out") + validation == ids and len(validation) == held["tokens"]
     assert run(train=[tmp_path / "few.jsonl"], held_out=0.1) == manifest
 
-    hold_out, calls = prepare_lib.folder_lib.shards.hold_out, []
+    hold_out, calls = pipeline.folder_lib.shards.hold_out, []
 
     def stopped(*arguments):
         calls.append(arguments)
@@ -238,7 +238,7 @@ def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, cap
         return hold_out(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib.shards, "hold_out", stopped)
+        patch.setattr(pipeline.folder_lib.shards, "hold_out", stopped)
         run(train=[tmp_path / "few.jsonl"], held_out=0.1, output=tmp_path / "again")
     assert run(train=[tmp_path / "few.jsonl"], held_out=0.1, output=tmp_path / "again") == manifest
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
@@ -283,7 +283,7 @@ def test_a_large_document_is_not_held_in_memory(tmp_path):
 @pytest.fixture
 def damaged(tmp_path, monkeypatch) -> dict[str, list[str]]:
     """A folder `in` of good and bad files, in many shards; the texts of the good ones."""
-    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 12, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (1 << 12, 1 << 30))
     texts = numbered(200)
     good = {"a.jsonl": texts[:80], "e.jsonl": texts[80:160], "g.txt": ["text"]}
     for name in ("a.jsonl", "e.jsonl"):
@@ -324,7 +324,7 @@ def test_bad_files_are_left_out_wholly_and_listed(tmp_path, model, run, damaged,
     # whoever does the work, and wherever it is stopped: here between the two rounds, and in the second
     run(**options, bad_files="skip", output=tmp_path / "two", workers=2)
     assert digests(tmp_path / "two") == digests(tmp_path / "out")
-    again, rounds = prepare_lib._again, []
+    again, rounds = pipeline._again, []
 
     def interrupted(*arguments):
         rounds.append(again(*arguments) if rounds else None)
@@ -332,7 +332,7 @@ def test_bad_files_are_left_out_wholly_and_listed(tmp_path, model, run, damaged,
 
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare_lib, "_again", interrupted)
+            patch.setattr(pipeline, "_again", interrupted)
             run(**options, bad_files="skip", output=tmp_path / "three")
     assert len(rounds[1]) > 1
     run(**options, bad_files="skip", output=tmp_path / "three")
@@ -343,7 +343,7 @@ def test_a_bad_file_is_an_error_again_and_read_when_it_is_mended(tmp_path, model
     options = {"train": [tmp_path / "in"], "held_out": 0}
     (tmp_path / "in/d.parquet").unlink()  # would be found before anything runs
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run(**options, bad_files="skip")
     with pytest.raises(UserError, match="in/[bcf].*, line "):
         run(**options)

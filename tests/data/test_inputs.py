@@ -15,10 +15,9 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from test_prepare import digests, expected, lines, make_corpus, stream
 
-from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.prepare import documents, inputs
-from tinyllama_jax.prepare import prepare
+from tinyllama_jax.data.prepare import documents, inputs, pipeline
+from tinyllama_jax.data.prepare.pipeline import prepare
 
 # -- object stores ------------------------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ def uploaded(tmp_path_factory, stores, texts) -> Path:
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_store_gives_the_bytes_that_a_folder_gives(uploaded, model, tmp_path, monkeypatch, scheme):
-    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 15, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (1 << 15, 1 << 30))
     monkeypatch.setattr(inputs, "FETCH", 1 << 14)  # several to a file
     options = {"tokenizer": model, "seq_len": 64, "held_out": 0.1}
     prepare(train=[uploaded], output=tmp_path / "here", workers=1, **options)
@@ -175,7 +174,7 @@ def test_a_tensorflow_data_set(tales, model, tmp_path, monkeypatch):
     assert [s["file"] for s in manifest["splits"]["train"]["sources"]] == [
         f"tales-train.array_record-{i:05d}-of-00003" for i in range(3)
     ]
-    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 12, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (1 << 12, 1 << 30))
     manifest = prepare(train=["tfds:tales/en"], held_out=0, output=tmp_path / "cut", **options)
     assert len(manifest["splits"]["train"]["shards"]) > 5 and stream(tmp_path / "cut") == expected(TALES, model)
     prepare(train=["tfds:tales/en:1.0.0:test"], held_out=0, text_key="title", output=tmp_path / "title", **options)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyllama_jax import convert
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base import files
 from tinyllama_jax.base.config import Bos
@@ -83,9 +84,9 @@ def test_files_are_those_of_the_builder(tiny_data, tmp_path, stream, chunk, tail
     arguments += ["--chunk-size", str(chunk), "--tail", tail]
     if not want:
         with pytest.raises(UserError, match=f"--tail drop: would drop all {n:,} tokens, which do not fill one file; say"):
-            litpkds.main(arguments)
+            convert.main(["to-litpkds", *arguments])
         return
-    litpkds.main(arguments)
+    convert.main(["to-litpkds", *arguments])
     files = sorted((tmp_path / "out").glob("*.bin"))
     assert [file.name for file in files] == [f"train_slim_{i:010d}.bin" for i in range(len(want))]
     assert [file.read_bytes() for file in files] == want

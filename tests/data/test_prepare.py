@@ -26,10 +26,10 @@ from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer
 from tinyllama_jax.data.blocks import Blocks, read_manifest
-from tinyllama_jax.data.prepare import shards
+from tinyllama_jax.data.prepare import pipeline, shards
 
 ROOT = Path(__file__).parents[2]
-prepare = functools.partial(prepare_lib.prepare, held_out=0)  # tests of what is held out are in test_corpora.py
+prepare = functools.partial(pipeline.prepare, held_out=0)  # tests of what is held out are in test_corpora.py
 
 
 def lines(texts) -> bytes:
@@ -59,7 +59,7 @@ def corpus(tmp_path, texts) -> Path:
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of 16 kB of text, so that a test has many."""
-    monkeypatch.setattr(prepare_lib, "SHARD", (1 << 14, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (1 << 14, 1 << 30))
 
 
 def expected(texts, model, bos=False, eos=True) -> list[int]:
@@ -424,7 +424,7 @@ def test_a_mended_file_is_read_again_and_the_others_are_not(corpus, model, texts
 
     # all shards are made, but the last step is not taken
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     partial, out = tmp_path / "out.partial", tmp_path / "out"
     made = sorted(partial.glob("whole/blocks*"))
@@ -485,18 +485,18 @@ def test_what_file_managers_leave_is_nobodys_data(corpus, model, tmp_path):
         folder.mkdir()
         leave(folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options, output=tmp_path / "out")
     for name in ("done", "whole", "whole/tokenizer"):
         (tmp_path / "out.partial" / name / ".DS_Store").write_bytes(b"junk")
-    moved, move = [], prepare_lib.folder_lib.shutil.move
+    moved, move = [], pipeline.folder_lib.shutil.move
 
     def stopped(*arguments):
         moved.append(arguments)
         move(*arguments) if len(moved) < 5 else (_ for _ in ()).throw(KeyboardInterrupt)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib.shutil, "move", stopped)
+        patch.setattr(pipeline.folder_lib.shutil, "move", stopped)
         prepare(**options, output=tmp_path / "out")
     manifest = prepare(**options, output=tmp_path / "out")
     assert prepare(**options, output=tmp_path / "out") == manifest and not (tmp_path / "out.partial").exists()
@@ -536,7 +536,7 @@ def test_what_an_earlier_run_wrote_is_not_trusted(model, tmp_path, name, damage)
     (tmp_path / "a.txt").write_bytes(b"some text")
     options = {"train": [tmp_path / "a.txt"], "tokenizer": model, "output": tmp_path / "out", "seq_len": 8, "workers": 1}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_lib.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.folder_lib, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(**options)
     (tmp_path / "out.partial" / name).write_bytes(damage)
     if name == "settings.json":

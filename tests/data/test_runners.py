@@ -20,8 +20,8 @@ from test_prepare import ROOT, children, command, digests, finished, gone, lines
 from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.data.prepare import runners, store
-from tinyllama_jax.prepare import prepare
+from tinyllama_jax.data.prepare import pipeline, runners, store
+from tinyllama_jax.data.prepare.pipeline import prepare
 
 SHARD = 1 << 16
 
@@ -43,7 +43,7 @@ def expected(tmp_path_factory, corpus, model) -> dict[str, str]:
     """What `corpus` becomes by one process on this machine, which `--runner direct` names."""
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib, "SHARD", (SHARD, 1 << 30))
+        patch.setattr(pipeline, "SHARD", (SHARD, 1 << 30))
         prepare_lib.main([*map(str, arguments(corpus, model, out, "--runner", "direct", "--workers", 1))])
     return digests(out)
 
@@ -169,7 +169,7 @@ def test_work_given_again_is_not_done_again(corpus, model, tmp_path, monkeypatch
     """Dask does so with what a lost worker had finished."""
     calls, make = [], runners.shards._make
     monkeypatch.setattr(runners.shards, "_make", lambda job, shard: (calls.append(shard.file), make(job, shard)))
-    monkeypatch.setattr(prepare_lib, "SHARD", (SHARD, 1 << 30))
+    monkeypatch.setattr(pipeline, "SHARD", (SHARD, 1 << 30))
     run = runners.pipeline
     monkeypatch.setattr(runners, "pipeline", lambda job, work, *rest: run(job, work + work[:2], *rest))
     prepare(train=[corpus / "b.jsonl"], tokenizer=model, output=tmp_path / "out", seq_len=64, workers=1)

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tinyllama_jax import train_tokenizer
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer
 from tinyllama_jax.data.prepare import inputs, vocabulary
@@ -42,7 +43,7 @@ def test_the_command_makes_one_that_loses_nothing(files, tmp_path, odd):
     ours = tokenizer.load(tmp_path / "new")
     assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (600, 1, 2)
     assert [ours.decode(ours.encode(text)) for text in odd] == [text.replace("▁", " ") for text in odd]
-    vocabulary.main(["train", str(files), "--vocab-size", "600", "--output", str(tmp_path / "again")])
+    train_tokenizer.main([str(files), "--vocab-size", "600", "--output", str(tmp_path / "again")])
     assert tokenizer.load(tmp_path / "again").sha256 == ours.sha256
 
 
@@ -64,13 +65,13 @@ def test_mistakes_leave_nothing(files, tmp_path, arguments, says):
     (tmp_path / "empty.txt").touch()
     words = [word.format(files=files, tmp=tmp_path) for word in arguments]
     with pytest.raises(UserError, match=says) as error:
-        vocabulary.main(["train", "--output", str(tmp_path / "new"), *words])
+        train_tokenizer.main(["--output", str(tmp_path / "new"), *words])
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
 def test_what_is_there_is_not_overwritten(files, tmp_path):
     with pytest.raises(UserError, match="exists already"):
-        vocabulary.main(["train", str(files), "--vocab-size", "600", "--output", str(tmp_path)])
+        train_tokenizer.main([str(files), "--vocab-size", "600", "--output", str(tmp_path)])
 
 
 def test_a_sample_is_of_all_files_and_of_its_size(files):
