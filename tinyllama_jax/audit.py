@@ -2,7 +2,7 @@
 
     python -m tinyllama_jax.audit DIR... [--config CONFIG --section.key=value ...]
 
-DIR: what `data.prepare` wrote, or the beginning of LITPKDS files' names. Each finding is a line that names source, file and
+DIR: what `prepare` wrote, or the beginning of LITPKDS files' names. Each finding is a line that names source, file and
 record; a page shows lengths, tokens and samples to read. With a config: which blocks each process would read, and whether each
 is read once an epoch. Exit code 0: nothing found; 4: something is wrong with the data; 2: a user's mistake.
 """

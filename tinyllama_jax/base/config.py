@@ -170,7 +170,7 @@ class Model(_Typed):
 class Data(_Typed):
     """Where the blocks come from. With `train.seed` and the step it determines every batch."""
 
-    # folder written by `data.prepare`, or DIR/PREFIX of LITPKDS files -> its share of the sequences, or its shares over time:
+    # folder written by `prepare`, or DIR/PREFIX of LITPKDS files -> its share of the sequences, or its shares over time:
     # ((tokens, share), ...), linear between these and constant outside. The shares are normalised.
     sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them

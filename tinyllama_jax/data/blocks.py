@@ -159,7 +159,7 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
 
 
 class Blocks:
-    """The blocks of one split of a folder that `data.prepare` wrote. Files are opened when first read; can be pickled.
+    """The blocks of one split of a folder that `prepare` wrote. Files are opened when first read; can be pickled.
 
     manifest, manifest_sha256, tokenizer_sha256: what the folder says of itself      seq_len: S      dtype: of the tokens
     tokenizer: the folder or file that it is in

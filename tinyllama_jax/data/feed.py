@@ -23,7 +23,7 @@ MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data a
 
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
-    """One split of a source: a folder that `data.prepare` wrote, or DIR/PREFIX of LITPKDS files, which have any S."""
+    """One split of a source: a folder that `prepare` wrote, or DIR/PREFIX of LITPKDS files, which have any S."""
     return litpkds.Packed(path, split, seq_len) if litpkds.files_of(path, split) else Blocks(path, split)
 
 
