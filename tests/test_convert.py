@@ -150,9 +150,7 @@ def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(
     )
     partial.mkdir()
     (partial / "precious").touch()
-    with pytest.raises(
-        UserError, match=r"\.out\.partial: is needed for what is half made, and holds other things; move it away"
-    ):
+    with pytest.raises(UserError, match=r"\.out\.partial: is needed as a scratch folder, and holds other files; move it away"):
         make()
     assert [path.name for path in partial.iterdir()] == ["precious"]
     (partial / "precious").unlink()

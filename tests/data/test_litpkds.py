@@ -165,7 +165,7 @@ def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(
         (tmp_path / foreign).mkdir()
         (tmp_path / foreign / "precious").touch()
     (tmp_path / "x_0000000000.bin").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"\.x\.partial: is needed for what is half made, and holds other things; move it away"):
+    with pytest.raises(UserError, match=r"\.x\.partial: is needed as a scratch folder, and holds other files; move it away"):
         export()
     shutil.rmtree(tmp_path / ".x.partial")
     with pytest.raises(UserError, match=r"x_0000000000\.bin: exists already"):

@@ -11,19 +11,17 @@
 The same letters stand in variable suffixes (`q_BSNH`), einsum strings, this table, the sharding rules and kernel shapes.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
 
 class Parameter(NamedTuple):
-    """One tensor of the model. `name` is its path in the parameter tree; a leading `L` in `dims` is the scan over layers."""
+    """One tensor of the model. `name`: its path in the parameter tree. A leading `L` in `dims`: the scan over layers."""
 
     name: str
     dims: str
-    kind: str  # "norm" starts at one; "matrix" and "residual" (a matrix that writes to the residual stream) at random
-    fan_in: str = ""  # the contracted letters, which set the width of the random values
+    kind: str  # "norm": starts at one; "matrix", "residual" (a matrix that writes to the residual stream): random
+    fan_in: str = ""  # the contracted letters, which set the standard deviation at initialisation
 
 
 PARAMETERS = (
@@ -74,10 +72,10 @@ def n_parameters(model) -> int:
 
 
 def flops_per_token(model) -> dict[str, float]:
-    """FLOPs of forward and backward per token under the four conventions in use, of which MFU is quoted without saying which.
+    """FLOPs of forward and backward per token under the four conventions for MFU, which are often quoted without their name.
 
-    6 N for the matmuls and 12 L d S for attention's two; N with or without the embedding lookup (which multiplies nothing),
-    attention with or without the half that the causal mask leaves out. 7.708, 7.314, 7.154 and 6.760 GFLOP for the 1.1B.
+    6 N for the matmuls and 12 L D S for attention's two; N with or without the embedding lookup (no multiplication),
+    attention with or without the half that the causal mask removes. 7.708, 7.314, 7.154 and 6.760 GFLOP for the 1.1B.
     """
     everything = n_parameters(model)
     matmul = sum(n_elements(p, model) for p in PARAMETERS if p.fan_in)
@@ -91,7 +89,7 @@ def flops_per_token(model) -> dict[str, float]:
 
 
 def init_std(parameter: Parameter, model) -> float:
-    """Standard deviation at initialisation, of the scheme `model.init`.
+    """Standard deviation at initialisation under the scheme `model.init`.
 
     "tinyllama": the original's HEAD (lit_gpt/model.py:40-54): N(0, sqrt(2/(5 D))), and N(0, 1/(sqrt(D) L)) for the two
     matrices that write to the residual stream. "torch_default": what the 2023 run most likely started from, since its own

@@ -1,6 +1,4 @@
-"""Errors that a user can mend, in one line with an exit code: UserError, the operating system's errors, missing devices."""
-
-from __future__ import annotations
+"""Errors that a user can fix, as one line and an exit code: UserError, the operating system's errors, missing devices."""
 
 import contextlib
 import errno
@@ -9,7 +7,7 @@ import sys
 import typing
 from collections.abc import Callable
 
-LONGEST = 4_000  # characters of a message; what the user typed, and it repeats, can be longer
+LONGEST = 4_000  # characters of a message; a message that repeats what the user typed could be longer
 
 
 def readable(text: str) -> str:
@@ -19,7 +17,7 @@ def readable(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake that a person must mend before the same command can work: one line, exit code 2, no traceback."""
+    """A mistake that the user must fix before the same command can work: one line, exit code 2, no traceback."""
 
     code = 2
 
@@ -46,7 +44,7 @@ _DISK = {
 
 def disk_error(error: OSError) -> str:
     """An OSError in one line: where, what, what to do."""
-    # of two names the second is the target; the error of a failed write has no name
+    # the second of two names is the target; the error of a failed write has no name
     where = error.filename2 or error.filename
     what = _DISK.get(error.errno) or error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     return readable((f"{where}: " if where else "") + what)
@@ -65,7 +63,7 @@ def open_streams() -> None:
 
 
 def close_stream(stream: typing.TextIO) -> None:
-    """Flushes a standard stream. If that fails the stream goes to /dev/null, or Python would fail on it again at exit."""
+    """Flushes a standard stream. If that fails, redirects it to /dev/null, or Python would fail again at exit."""
     try:
         stream.flush()
     except OSError:
@@ -74,7 +72,7 @@ def close_stream(stream: typing.TextIO) -> None:
 
 
 def no_platform(error: Exception) -> str | None:
-    """The message if `error` means that JAX has no device of the kind in JAX_PLATFORMS; None if it means something else."""
+    """The message if `error` means that JAX has no device of the kind in JAX_PLATFORMS, else None."""
     asked, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
     if not (asked and jax and (isinstance(error, AssertionError) or "backend" in str(error))):
         return None
@@ -82,14 +80,14 @@ def no_platform(error: Exception) -> str | None:
         jax.devices()
     except (RuntimeError, AssertionError) as again:
         why = (str(again).splitlines() or ["JAX finds no such device, or its plugin is not installed"])[0]
-        return f"JAX_PLATFORMS={asked}: {why.partition(' (set JAX_PLATFORMS')[0]}; unset it, or say cpu"
+        return f"JAX_PLATFORMS={asked}: {why.partition(' (set JAX_PLATFORMS')[0]}; unset it, or set it to cpu"
     return None
 
 
 def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> None:
-    """Run an entry point and exit. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
+    """Runs an entry point and exits. A UserError or a disk error is one line and exit code 2; Ctrl-C is 130.
 
-    `returns`: go on if `main` returns None.
+    `returns`: returns instead of exiting if `main` returns None.
     """
     open_streams()
     code, line = 2, ""
@@ -97,7 +95,7 @@ def run_main(main: Callable[[list[str]], int | None], returns: bool = False) -> 
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        code, line = error.code, str(error) and f"error: {error}"  # an empty message: another process prints it for all
+        code, line = error.code, str(error) and f"error: {error}"  # empty: another process prints the message for all
     except OSError as error:
         line = f"error: {disk_error(error)}"
     except KeyboardInterrupt:

@@ -1,7 +1,5 @@
 """Reading and writing files safely: typed JSON with limits, regular files only, atomic writes, checksums, locks."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -25,17 +23,17 @@ Count = typing.Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of thing
 
 
 def check_utf8(path: str | Path) -> None:
-    """Raises UserError if a path is not UTF-8. Orbax, ArrayRecord, TensorBoard and matplotlib take no other."""
+    """Raises UserError if a path is not UTF-8: Orbax, ArrayRecord, TensorBoard and matplotlib accept no other."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{path}: is a name that is not UTF-8; rename what is not, or move it elsewhere") from None
+        raise UserError(f"{path}: is a name that is not UTF-8; rename it, or move it elsewhere") from None
 
 
 def check_local(option: str, path: str | Path) -> None:
-    """Raises UserError if a path that must be local is a URL. Without this gs://BUCKET/RUN would be made as a folder gs:/.
+    """Raises UserError if a path is a URL, or not UTF-8. Without this, gs://BUCKET/RUN would create a local folder gs:/.
 
-    Also if it is not UTF-8. `option`: the option that gave the path, such as "--workdir".
+    `option`: the option that gave the path, such as "--workdir".
     """
     check_utf8(path)
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", str(path), re.DOTALL):
@@ -53,11 +51,20 @@ def open_regular(path: str | Path) -> typing.BinaryIO:
     return os.fdopen(file, "rb")
 
 
-def read_json(path: str | Path, kind: type[T], remedy: str = "", largest: int = LARGEST_JSON) -> T:
-    """The JSON in a file as `kind`: a TypedDict, `list[...]` or any other type that msgspec decodes; unknown keys are left out.
+def exists(path: str | Path) -> bool:
+    """Whether a directory has the entry `path`, even a dangling link. Raises OSError if the disk cannot tell."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
-    Raises UserError if the file holds something else, or is too large or too deep; the message names file and key and ends
-    with `remedy`. Raises OSError if the file cannot be read.
+
+def read_json(path: str | Path, kind: type[T], remedy: str = "", largest: int = LARGEST_JSON) -> T:
+    """Decodes a JSON file as `kind`: a TypedDict, `list[...]` or any other type that msgspec decodes; unknown keys are ignored.
+
+    Raises UserError if the file does not fit, is too large or too deep; the message names file and key and ends with
+    `remedy`. Raises OSError if the file cannot be read.
     """
     with open_regular(path) as f:
         text = f.read(largest + 1)
@@ -70,23 +77,23 @@ def read_json(path: str | Path, kind: type[T], remedy: str = "", largest: int = 
 
 
 def decode_json(text: bytes | str, kind: type[T]) -> T:
-    """JSON as `kind`. Raises ValueError with one line that names the key if the JSON does not fit."""
+    """Decodes JSON as `kind`. Raises ValueError, one line that names the key, if it does not fit."""
     try:
         return msgspec.json.decode(text, type=kind)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
 
 
-_LEFT = {"lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "system volume information", "$recycle.bin"}
+_SYSTEM_FILES = {"lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "system volume information", "$recycle.bin"}
 
 
 def listed(folder: str | Path) -> list[str]:
-    """Names in `folder`, sorted, without those of file managers, NFS and servers: hidden ones, `lost+found`, `@eaDir`."""
-    return sorted(n for n in os.listdir(folder) if not n.startswith((".", "@", "#")) and n.lower() not in _LEFT)
+    """Names in `folder`, sorted, without files of file managers, NFS and servers: hidden ones, `lost+found`, `@eaDir`."""
+    return sorted(n for n in os.listdir(folder) if not n.startswith((".", "@", "#")) and n.lower() not in _SYSTEM_FILES)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically: even after a power cut it is whole, either the old one or the new one."""
+    """Writes a file atomically: even after a power cut, the path holds all of the old content or all of the new."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
@@ -106,15 +113,15 @@ Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 
 
 def typed(value: object, kind: type[T]) -> T:
-    """A decoded value as `kind`; unknown keys are left out. Raises ValueError as `decode_json` does."""
+    """Converts a decoded value to `kind`; unknown keys are ignored. Raises ValueError as `decode_json` does."""
     return msgspec.convert(value, kind)
 
 
 def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
-    """Locks the file at `path`, made if absent, and returns its descriptor. Closing it, or the end of the process, unlocks it.
+    """Locks the file at `path`, created if absent, and returns its descriptor. Closing it or ending the process unlocks it.
 
-    Raises UserError(busy) if another process still holds the lock after `seconds`, which give a killed process time to end.
-    On a file system without locks nobody is kept out.
+    Raises UserError(busy) if another process still holds the lock after `seconds`, in which a killed process can end.
+    On a file system without locks no process is kept out.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     end = time.monotonic() + seconds
@@ -134,25 +141,25 @@ def claim(path: Path, busy: str, seconds: float = 10.0) -> int:
             return file
 
 
-MARK = ".tinyllama_jax"  # a file that marks a workplace; the process that holds its lock is at work there
+MARK = ".tinyllama_jax"  # the file that marks a workplace; the process that holds its lock works there
 
 
 @contextlib.contextmanager
 def workplace(path: Path, busy: str) -> Iterator[Path]:
-    """The folder `path`, for this process alone, to make things in; it is removed when the `with` block ends.
+    """A scratch folder `path` for this process alone; it is removed when the `with` block ends.
 
-    At its start it may hold what a killed process left. Raises UserError(busy) if another process works there, and UserError,
-    leaving the folder as it is, if it was not made by this function.
+    At the start it may hold files of a killed process. Raises UserError(busy) if another process works there, and UserError,
+    leaving the folder as it is, if this function did not create it.
     """
     path.mkdir(parents=True, exist_ok=True)
     foreign = not (path / MARK).is_file() and any(not name.startswith(".nfs") for name in os.listdir(path))
     if path.is_symlink() or foreign:
-        raise UserError(f"{path}: is needed for what is half made, and holds other things; move it away")
+        raise UserError(f"{path}: is needed as a scratch folder, and holds other files; move it away")
     file = claim(path / MARK, busy, seconds=1)
     try:
         mark = os.stat(path / MARK) if (path / MARK).exists() else None
         if not mark or not os.path.samestat(mark, os.fstat(file)):
-            raise UserError(busy)  # the other process ended this very moment, and removed the file that we have locked
+            raise UserError(busy)  # the other process has just ended, and removed the file that this one has locked
         try:
             yield path
         finally:
@@ -162,7 +169,7 @@ def workplace(path: Path, busy: str) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Waits until `folder` and everything in it are on the disk, so that a power cut leaves no empty or partial files."""
+    """Syncs `folder` and everything in it to the disk, so that a power cut leaves no empty or partial files."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

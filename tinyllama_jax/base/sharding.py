@@ -1,7 +1,5 @@
 """The device mesh, and which axis of it each letter of the alphabet is split over."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,19 +24,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
     """The mesh (data, fsdp, tensor) over all devices. Raises UserError if the axes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
     axes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    said = math.prod(n for n in axes.values() if n > 0)
-    text = " x ".join(f"{name}={n}" for name, n in axes.items())
-    if len(devices) % said or (said != len(devices) and -1 not in axes.values()):
-        needs, processes = "a multiple of " * (-1 in axes.values()), len({d.process_index for d in devices})
-        here = f"{len(devices)} are here" + (f", in {processes} processes" if processes > 1 else "")
-        raise UserError(
-            f"--mesh: {text} needs {needs}{said} devices, and {here}; set one axis to -1 for the rest, such as "
-            "--mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=1"
-        )
-    shape = tuple(len(devices) // said if n == -1 else n for n in axes.values())
+    product, free = math.prod(n for n in axes.values() if n > 0), -1 in axes.values()
+    if len(devices) % product or (product != len(devices) and not free):
+        text, processes = " x ".join(f"{name}={n}" for name, n in axes.items()), len({d.process_index for d in devices})
+        own = f"{len(devices)} are here" + (f", in {processes} processes" if processes > 1 else "")
+        remedy = "set one axis to -1 for the rest, such as --mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=1"
+        raise UserError(f"--mesh: {text} needs {'a multiple of ' * free}{product} devices, and {own}; {remedy}")
+    shape = tuple(len(devices) // product if n == -1 else n for n in axes.values())
     try:
         return jax.make_mesh(shape, tuple(axes), axis_types=(AxisType.Auto,) * 3, devices=devices)
-    except NotImplementedError:  # on a TPU slice whose own axes are not products of these
+    except NotImplementedError:  # on a TPU slice whose physical axes are not products of these
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return jax.sharding.Mesh(placed, tuple(axes), axis_types=(AxisType.Auto,) * 3)
 
@@ -49,37 +44,20 @@ def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, NamedSharding]:
-    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with shape and remedy, where it cannot be.
-
-    That is: a dimension does not divide, two dimensions of one parameter go over the same axis, or no parameter uses a rule.
-    """
+    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with a remedy, if an axis does not divide."""
     out = {}
     for p in dims.PARAMETERS:
         shape, axes = dims.shape(p, model), [PARAMETER_AXES.get(letter) for letter in p.dims]
         for letter, size, axis in zip(p.dims, shape, axes, strict=True):
-            if axis and axes.count(axis) > 1:
-                both = " and ".join(other for other in p.dims if PARAMETER_AXES.get(other) == axis)
-                raise UserError(
-                    f"{p.name} {shape}: its dimensions {both} both go over the mesh axis {axis}, which can split one of them; "
-                    "change PARAMETER_AXES in sharding.py or the letters in dims.py"
-                )
             if axis and size % mesh.shape[axis]:
-                raise UserError(
-                    f"--mesh: {axis} {mesh.shape[axis]} does not divide dimension {letter}={size} of {p.name} {shape}; "
-                    f"{mesh.size} devices fit as {_fitting(mesh, model)}"
-                )
+                what = f"{axis} {mesh.shape[axis]} does not divide dimension {letter}={size} of {p.name} {shape}"
+                raise UserError(f"--mesh: {what}; {mesh.size} devices fit as {_fitting(mesh, model)}")
         out[p.name] = NamedSharding(mesh, PartitionSpec(*axes))
-    for letter, axis in PARAMETER_AXES.items():
-        if not any(letter in p.dims for p in dims.PARAMETERS):
-            raise UserError(
-                f"PARAMETER_AXES[{letter!r}]={axis!r}: no parameter has this dimension (there are "
-                f"{', '.join(sorted(set(''.join(p.dims for p in dims.PARAMETERS))))}); take the rule out of sharding.py"
-            )
     return out
 
 
 def _fitting(mesh: jax.sharding.Mesh, model: Model) -> str:
-    """The options of a mesh of as many devices, near this one, whose axes divide the parameters."""
+    """The options of a mesh with as many devices whose axes divide the parameters, as close to `mesh` as possible."""
     sizes = dims.sizes(model)
     common = lambda axis: math.gcd(*(sizes.get(letter, 0) for letter, over in PARAMETER_AXES.items() if over == axis))
     tensor = math.gcd(mesh.shape["tensor"], common("tensor"))
@@ -88,55 +66,52 @@ def _fitting(mesh: jax.sharding.Mesh, model: Model) -> str:
 
 
 def state_sharding(path: str, shape: tuple[int, ...], table: dict[str, NamedSharding]) -> NamedSharding:
-    """Where the leaf at `path` of a train state lives: as the parameter whose name ends `path`; scalars on every device.
+    """The sharding of the leaf at `path` of a train state: that of the parameter whose name ends `path`; none for a scalar.
 
-    `table` is of `parameter_shardings`. Raises UserError for an array that is none of its parameters, nor a moment of one.
+    `table`: from `parameter_shardings`. Raises UserError for an array that is neither a parameter nor a moment of one.
     """
     if not shape:
         return NamedSharding(next(iter(table.values())).mesh, PartitionSpec())
     for name, where in table.items():
         if f"/{path}".endswith(f"/{name}"):
             return where
-    raise UserError(
-        f"{path} {shape}: no such parameter, so that it would be whole on every device; name its dimensions in PARAMETERS "
-        "of dims.py"
-    )
+    raise UserError(f"{path} {shape}: no such parameter, and would be replicated; add it to PARAMETERS of dims.py")
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x`, whose dimensions are `letters`, laid out as an activation on the mesh in force (`jax.set_mesh`), if there is one."""
+    """`x`, whose dimensions are `letters`, with the sharding of an activation on the current mesh (`jax.set_mesh`), if any."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters)))
 
 
 def per_device(f: Callable, inputs: tuple[str, ...], output: str) -> Callable:
-    """`f` on what each device has of arrays laid out as activations, whose dimensions are said in letters."""
+    """`f` under shard_map, on each device's shard of activations, whose dimensions are the letters `inputs` and `output`."""
     if jax.sharding.get_abstract_mesh().empty:
         return f
     spec = lambda letters: PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters))
     return jax.shard_map(f, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)
 
 
-# -- parameters that all of a batch reads at once -------------------------------------------------------------------------
+# -- parameters read by the whole batch at once ----------------------------------------------------------------------------
 #
-# The compiler gathers a layer's matrix before its matmul and reduces its gradient into shards after. It does neither well for
-# the embedding and the head: the gradient of a lookup is an all-reduce of the whole table, and a head read in a loop over
-# chunks is gathered and reduced in every chunk. So each part of the batch has its own copy, and the copies' gradients are
-# added up here. (X: the parts, data x fsdp.)
+# The compiler all-gathers a layer's matrix before its matmul and reduce-scatters its gradient afterwards. It does neither well
+# for the embedding and the head: the gradient of a lookup is an all-reduce of the whole table, and a head read in a loop over
+# chunks is gathered and reduced in every chunk. So each part of the batch gets its own copy, and the gradients of the copies
+# are summed here. (X: the parts, data x fsdp.)
 
 
 def parts() -> int:
-    """X, the parts that the mesh in force splits a batch into: data x fsdp, or 1 without a mesh."""
+    """X, the number of parts that the current mesh splits a batch into: data x fsdp, or 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_devices(mesh)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def copies(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Array:
-    """[X, *w.shape]: the parameter `w`, whose dimensions are `letters`, gathered in `dtype` for each part of a batch.
+    """[X, *w.shape]: the parameter `w`, whose dimensions are `letters`, all-gathered in `dtype` for each part of a batch.
 
-    They are cast back to w's dtype, so that their gradients have it; w's own gradient is `sum_of_parts` of these.
+    The copies are cast back to w's dtype, so that their gradients have it; w's gradient is `sum_of_parts` of theirs.
     """
     gathered = constrain(w.astype(dtype), letters)
     return constrain(jnp.broadcast_to(gathered, (parts(), *w.shape)), "B" + letters).astype(w.dtype)
@@ -154,9 +129,9 @@ copies.defvjp(_copies_forward, _copies_backward)
 
 
 def sum_of_parts(d_X: jax.Array, letters: str, reduce_dtype: str) -> jax.Array:
-    """The sum over X of `d_X` [X, `letters`], each device's part of a gradient, laid out as the parameter; in `reduce_dtype`.
+    """The sum over X of the gradient parts `d_X` [X, `letters`], sharded as the parameter, in `reduce_dtype`.
 
-    Over fsdp first, where each device keeps its shard of the sum (a reduce-scatter), then the shards over data (an all-reduce).
+    A reduce-scatter over fsdp, then an all-reduce of the shards over data.
     """
     if parts() == 1:
         return d_X[0].astype(reduce_dtype)
@@ -165,7 +140,7 @@ def sum_of_parts(d_X: jax.Array, letters: str, reduce_dtype: str) -> jax.Array:
         shard = lax.psum_scatter(d_X[0], "fsdp", scatter_dimension=letters.index("D"), tiled=True)
         return lax.psum(shard, "data")
 
-    # said by hand: of a sum and a constraint, compilers make an all-reduce of the whole over data x fsdp
+    # explicit, because compilers turn a sum and a constraint into an all-reduce of the whole array over data x fsdp
     parts_spec = PartitionSpec(BATCH, *(ACTIVATION_AXES.get(letter) for letter in letters))
     shard_spec = PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in letters))
     return jax.shard_map(add, in_specs=parts_spec, out_specs=shard_spec)(d_X.astype(reduce_dtype))

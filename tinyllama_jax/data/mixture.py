@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.base.config import Weight, knots_of, weight_at
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.mixture_weights import Weight, knots_of, weight_at
 
 
 class _Curve(NamedTuple):
