@@ -58,7 +58,7 @@ def of_first_batch(config):
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         program = build(config, mesh)
-        state, _ = initialize._initial_state(config, program, initialize._check_origin(config, sources)[0])
+        state, _ = initialize.initial_state(config, program, initialize.check_origin(config, sources)[0])
         tokens, length = feed.gather(sources, *feed.order(config, sources).at(1))
         sums, n = program.evaluate(state.params, on_devices((tokens, length), program.eval_batch, 8))
         return float(sums.loss) / float(n), tokens
@@ -98,7 +98,7 @@ def test_moments_are_taken_or_not(published, tiny_config, tmp_path):
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             program = build(config, mesh)
-            states[state], said = initialize._initial_state(config, program, published / "run")
+            states[state], said = initialize.initial_state(config, program, published / "run")
             before = checkpoint.restore_state(published / "run", 10, program.state)
         assert "step 10 of" in said and int(states[state].step) == 0
     adam = {state: states[state].opt_state[0] for state in states}

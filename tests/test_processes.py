@@ -195,9 +195,14 @@ def test_signals_that_ask_to_stop(monkeypatch):
     """What a scheduler sends first does not make its SIGTERM a second one; what was to be ignored is, as after `nohup`."""
     monkeypatch.setattr(supervise.time, "monotonic", itertools.count(0, 60).__next__)  # a minute between any two
     with cluster.stop_on_signal() as stop:
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGTERM):
+        timers = signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, *timers, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop == [signal.SIGUSR1]
+    for number in timers:
+        with cluster.stop_on_signal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop == [number]
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with cluster.stop_on_signal() as stop:

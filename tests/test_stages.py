@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import report, train
-from tinyllama_jax.base import cli
+from tinyllama_jax.base import cli, mixture_weights
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed
@@ -135,7 +135,7 @@ def test_a_branch_is_the_run_that_it_would_have_been(math_code, tiny_config, tmp
         ({"train.seed": "7"}, "train.seed"),
         ({"train.tokens_per_step": "256"}, "52,480 tokens there, 144,128 here"),
         ({"data.skip": "3:3"}, "data.skip: none there"),
-        ({"data.sources": c.sources_text(config.data.sources).replace("0@53", "0.1@53")}, "data.sources"),
+        ({"data.sources": mixture_weights.sources_text(config.data.sources).replace("0@53", "0.1@53")}, "data.sources"),
     ):
         with pytest.raises(UserError, match=f"--init.state=all: until step 410 .*{words}"):
             run(cli.override(config, change), tmp_path, "--workdir", str(tmp_path / "other"), *branch[2:])
@@ -152,7 +152,7 @@ def test_what_is_to_come_can_be_changed_and_what_was_cannot(math_code, tmp_path)
     for folder in (again / "checkpoints").iterdir():
         if int(folder.name) > 510:
             shutil.rmtree(folder)
-    sources = c.sources_text(config.data.sources)
+    sources = mixture_weights.sources_text(config.data.sources)
     kept = lambda more: dataclasses.replace(cli.override(config, more), workdir=str(again))
     for change, words in (
         ({"data.sources": sources.replace("0.15@", "0.2@")}, "these are other weights"),

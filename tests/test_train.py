@@ -119,14 +119,16 @@ def curve_so_far(workdir):
     return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGALRM, 142)]
+)
 def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code):
     process = start(tiny_config_file, tmp_path / "run", checkpoint__every=1000)
     while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 3]:
         time.sleep(0.002)
     process.send_signal(number)
     out = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == code and "which is saved" in out, out
+    assert process.returncode == 128 + number and "which is saved" in out, out
     step = checkpoint.find_step(tmp_path / "run")
     assert step >= 3 and f"after step {step}" in out
     steps, _ = curve(tmp_path / "run")
@@ -148,9 +150,21 @@ def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_pa
     assert process.wait(120) == 128 + signal.SIGPIPE, error
     step = checkpoint.find_step(tmp_path / "run")
     assert error.splitlines() == [
-        "standard output: nobody reads the output any more: the run saves and ends",
-        f"stopped by SIGPIPE after step {step}, which is saved; run the same command to go on",
+        "standard output cannot be written: nobody reads the output any more",
+        f"stopped by a failed standard output after step {step}, which is saved; run the same command to resume",
     ]
+
+
+def test_an_output_that_fails_before_the_first_step_is_named(tiny_config_file, tmp_path):
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    argv = [sys.executable, "-W", "error", "-m", "tinyllama_jax.train", *command(tiny_config_file, tmp_path / "run")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert done.stderr.splitlines() == [
+        "standard output cannot be written: the disk is full; free some room and run the same command again",
+        "stopped by a failed standard output before its first step",
+    ]
+    assert done.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(
@@ -230,7 +244,7 @@ def test_a_missing_file_of_the_originals_is_said(tiny_config_file, tiny_data, tm
     source = tmp_path / "train_a"
     keys = {"data__sources": source, "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}
     assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
-    assert f"warning: of {source} 1 files are not there, such as train_a_0000000001.bin" in capsys.readouterr().out
+    assert f"warning: {source}: 1 files are missing, such as train_a_0000000001.bin" in capsys.readouterr().out
 
 
 def test_a_longer_context_from_the_same_weights_is_said(quiet, tiny_config_file, tmp_path, capsys):

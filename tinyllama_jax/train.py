@@ -24,10 +24,10 @@ from tinyllama_jax.planning import targets
 from tinyllama_jax.run import cluster, initialize
 from tinyllama_jax.run import folder as run_folder
 from tinyllama_jax.run.checkpoint import Checkpoints
-from tinyllama_jax.run.describe import describe
 from tinyllama_jax.run.evaluation import evaluate
 from tinyllama_jax.run.log import Log
 from tinyllama_jax.run.progress import Startup
+from tinyllama_jax.run.stages import describe
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         if start >= config.train.steps:
             log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps resumes it")
         if stop and jax.process_count() == 1:  # several processes agree on a step first
-            log.say(f"stopped by {stop[0].name} before its first step")
+            log.say(f"{cluster.stopped_by(stop[0])} before its first step")
             return 128 + stop[0]
         if origin and held_out:  # the weights as they came
             validate(program, config, state.params, held_out, start, log)
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
                 with log.timed("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
-                log.say(f"stopped by {stopping.name} after step {step:,}, which is saved; run the same command to resume")
+                log.say(f"{cluster.stopped_by(stopping)} after step {step:,}, which is saved; run the same command to resume")
                 return 128 + stopping
         return log.end(max(start, config.train.steps))
 
@@ -108,7 +108,7 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
 
 def validate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int, log: Log) -> None:
     """Measures the held-out loss of `params` and records it."""
-    log.record_pending()
+    log.record_pending(always=True)
     with log.timed("elsewhere"):
         scores = evaluate(program, config, params, held_out, step)
     log.validation(step, scores)

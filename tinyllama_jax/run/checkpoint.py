@@ -1,6 +1,4 @@
-"""The checkpoints of a run: written, sealed, found, restored; the only orbax file."""
-
-from __future__ import annotations
+"""Writes, rotates and restores the checkpoints of a run; the only file that uses Orbax."""
 
 import contextlib
 import dataclasses
@@ -10,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,103 +20,103 @@ from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base import dims, files
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import exists
 from tinyllama_jax.core import model, optim
 from tinyllama_jax.core.step import TrainState, new_state
 from tinyllama_jax.run import seals
 from tinyllama_jax.run.seals import damage, find_step, steps_in
 
-# errors of a disk; exceptions without an errno are told by the error's text
+# errors of a disk; in exceptions without an errno they are recognised by their text
 DISK = "ENOSPC EDQUOT EIO EFBIG EROFS EACCES EPERM ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE EREMOTEIO"
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that Orbax raises too
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads print the traceback of an error that Orbax also raises
 
 
-def _but_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
-    """`hook`, silent about the errors of TensorStore's threads that find their event loop closed after a failed save."""
+def _without_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook` without the errors of TensorStore's threads whose event loop is closed after a failed save."""
     value = lambda args: args[1] if len(args) > 1 else args[0].exc_value
     return lambda *args: None if str(value(args)) == "Event loop is closed" else hook(*args)
 
 
-sys.excepthook, sys.unraisablehook = map(_but_closed_loops, (sys.excepthook, sys.unraisablehook))
+sys.excepthook, sys.unraisablehook = map(_without_closed_loops, (sys.excepthook, sys.unraisablehook))
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved in the background, rotated, found again by number."""
+    """Saves the checkpoints of one run in the background, rotates and restores them."""
 
     def __init__(self, config: Config):
-        """Opens RUN/checkpoints, or makes it. Removes checkpoints that a killed process left half written or half deleted."""
+        """Opens or creates RUN/checkpoints. Removes checkpoints that a killed process left half written or half deleted."""
         self._run, self._keep = Path(config.workdir).resolve(), config.checkpoint
         self._folder = self._run / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._last, self._saving = self.latest(), False
-        self._failed = False
+        self._last, self._saving, self._failed = self.latest(), False, False
         self._deleting: list[threading.Thread] = []
-        self._first = jax.process_index() == 0  # this process does what must be done once
+        self._first = jax.process_index() == 0
         for path in self._folder.iterdir() if self._first else ():
             if seals.unfinished(path.name):
                 shutil.rmtree(path)
         self._writer = _writer(self._folder, config)
 
     def latest(self) -> int | None:
-        """The newest step that is sealed, or None."""
+        """The newest step with a sealed checkpoint, or None."""
         return max(steps_in(self._run), default=None)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts to save; returns as soon as `state` may be overwritten. An error of an earlier save is raised here."""
+        """Starts to save; returns as soon as `state` may be overwritten. Raises the error of an earlier save."""
         if step == self._last:
             return
         self.check(wait=True)
-        if self._first and os.path.lexists(self._folder / str(step)):  # made by somebody else since the run began
+        if self._first and exists(self._folder / str(step)):  # created by somebody else since the run began
             seals.set_aside(self._run, self._folder / str(step))
-        params, rest = _parts(state)
+        params, other = _parts(state)
         with self._disk_errors():
-            # checked before the save: Orbax would find the disk full only in its threads
+            # checked here because Orbax would find the disk full only in its threads
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
             if shutil.disk_usage(self._folder).free < needed:
                 raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
-            self._writer.save(self._folder / str(step), args=_items(params=params, train=rest))
+            self._writer.save(self._folder / str(step), args=_items(params=params, train=other))
         self._last, self._saving = step, True
 
     def check(self, wait: bool = False) -> None:
-        """Raises the error of a save that failed in the background. `wait`: first waits until the save is on disk."""
+        """Raises the error of a save that failed in the background. `wait`: waits first until the save is on disk."""
         with self._disk_errors():
             self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
-            if self._first and self._saving and seals.exists(self._folder / str(self._last) / seals.SEAL):
+            if self._first and self._saving and exists(self._folder / str(self._last) / seals.SEAL):
                 self._rotate()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state after `step`, straight into the shardings of `abstract` (shapes with shardings)."""
+        """Reads the state after `step` into the shardings of `abstract` (shapes with shardings). `recover` has verified it."""
         return _read_state(self._folder / str(step), abstract)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> typing.Self:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        # after an error, closing could wait for ever: for other processes, or for Orbax's threads, which wait for one another
+        # after an error, closing could wait for ever: for other processes, or for Orbax's deadlocked threads
         if kind is None or (jax.process_count() == 1 and not self._failed):
             self.close()
 
     def close(self) -> None:
-        """Waits until all saves are on disk and all old checkpoints are deleted."""
+        """Waits until all saves are on disk and all rotated checkpoints are deleted."""
         self.check(wait=True)
         for thread in self._deleting:
             thread.join()
         self._writer.close()
 
     def _rotate(self) -> None:
-        """Records that the newest checkpoint is whole, and begins to delete those that are no longer kept."""
+        """Records that the newest checkpoint is whole, and starts to delete those that are no longer kept."""
         seals.remember(self._run, self._last)
         self._saving, keep = False, self._keep
         for step in steps_in(self._run)[: -keep.keep]:
             if step not in keep.kept and not (keep.keep_every and step % keep.keep_every == 0):
                 old = self._folder / f"{step}{seals.OLD}"
-                (self._folder / str(step)).rename(old)  # atomic: a half-deleted checkpoint is never taken for a whole one
+                (self._folder / str(step)).rename(old)  # atomic: a half-deleted checkpoint never has its name
                 self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True))
                 self._deleting[-1].start()
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Raises disk errors as the OSError that they were; Orbax and TensorStore wrap them in exceptions of several types."""
+        """Raises the OSError inside the exceptions of several types with which Orbax and TensorStore wrap disk errors."""
         try:
             yield
         except Exception as error:
@@ -133,9 +132,9 @@ class Checkpoints:
 
 
 def _writer(folder: Path, config: Config) -> ocp.AsyncCheckpointer:
-    """The Orbax checkpointer that writes in the background, and seals a checkpoint before it gets its name."""
+    """The Orbax checkpointer, which writes in the background and seals a checkpoint before it gets its name."""
     seal = lambda: seals.seal(folder, config.data.skip) if jax.process_index() == 0 else None
-    options = ocp.AsyncOptions(timeout_secs=4 * 3_600, post_finalization_callback=seal)  # supervised: see processes.py
+    options = ocp.AsyncOptions(timeout_secs=4 * 3_600, post_finalization_callback=seal)  # supervise.py ends a save that hangs
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
 
@@ -145,32 +144,29 @@ def _items(**items: dict) -> ocp.args.Composite:
 
 @contextlib.contextmanager
 def _read_errors(checkpoint: Path) -> Iterator[None]:
-    """What Orbax says of a checkpoint that it cannot read, in one line."""
+    """Raises Orbax's error on reading a checkpoint as a UserError of one line."""
     try:
         yield
-    except Exception as error:  # of many types
-        before = [s for s in steps_in(checkpoint.parent.parent) if s < int(checkpoint.name)]
-        other = f"; step {before[-1]:,} is there too" if before else ""
-        raise UserError(f"{checkpoint}: cannot be read: {damage(checkpoint) or str(error).splitlines()[0]}{other}") from error
+    except Exception as error:  # Orbax raises many types
+        raise UserError(f"{checkpoint}: cannot be read: {damage(checkpoint) or str(error).splitlines()[0]}") from error
 
 
 def _parts(state: TrainState) -> tuple[dict, dict]:
-    """(parameters, the rest): apart, so that those who want the weights read nothing else."""
-    rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "params"}
-    return state.params, rest
+    """(parameters, the other fields): saved separately, so that the weights can be read alone."""
+    return state.params, {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "params"}
 
 
 def load_config(run: str | Path) -> Config:
-    """The configuration of a run folder. Raises UserError."""
+    """Reads the configuration of a run folder. Raises UserError or OSError."""
     path = Path(run) / "config.json"
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
     with files.open_regular(path) as f:
         return config_lib.from_json(f.read(1 << 20), str(path))
 
 
 def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
-    """(parameters as fp32 numpy arrays in a nested dict, config, step) of a run folder, on the host. Raises UserError."""
+    """Reads (parameters as a nested dict of fp32 numpy arrays, config, step) of a run folder. Raises UserError."""
     step, config = find_step(run, step), load_config(run)
     path = _undamaged(run, step, "params")
     as_numpy = {p.name: ocp.RestoreArgs(restore_type=np.ndarray) for p in dims.PARAMETERS}
@@ -179,25 +175,25 @@ def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config,
 
 
 def restore_params(run: str | Path, step: int, abstract: dict) -> dict:
-    """The parameters of a run folder after `step`, straight into the shardings of `abstract`."""
+    """Reads the parameters after `step` of a run folder into the shardings of `abstract`."""
     path = _undamaged(run, step, "params")
     with ocp.StandardCheckpointer() as reader, _read_errors(path.parent):
         return reader.restore(path, abstract)
 
 
 def restore_state(run: str | Path, step: int, abstract: TrainState) -> TrainState:
-    """The state after `step`, as `Checkpoints.restore` gives it, by one who only looks: nothing in RUN is touched."""
+    """Reads the state after `step` as `Checkpoints.restore` does, after verifying it; RUN is not changed."""
     return _read_state(_undamaged(run, step), abstract)
 
 
 def _read_state(checkpoint: Path, abstract: TrainState) -> TrainState:
-    params, rest = _parts(abstract)
+    params, other = _parts(abstract)
     with ocp.StandardCheckpointer() as reader, _read_errors(checkpoint):
-        return TrainState(params=reader.restore(checkpoint / "params", params), **reader.restore(checkpoint / "train", rest))
+        return TrainState(params=reader.restore(checkpoint / "params", params), **reader.restore(checkpoint / "train", other))
 
 
 def _undamaged(run: str | Path, step: int, part: str = "") -> Path:
-    """The folder of a checkpoint or of an item of it. Raises UserError if it is damaged, naming the newest whole one before."""
+    """The folder of a checkpoint or of an item of it. Raises UserError if it is damaged, naming a whole one before it."""
     checkpoint = Path(run).resolve() / "checkpoints" / str(step)
     if reason := damage(checkpoint, part):
         before = [s for s in steps_in(run) if s < step and not damage(checkpoint.parent / str(s), part)]
@@ -206,9 +202,9 @@ def _undamaged(run: str | Path, step: int, part: str = "") -> Path:
 
 
 def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, dict] | None = None, step: int = 0) -> None:
-    """Writes config and checkpoint of weights that come from elsewhere (nested dict of fp32 arrays, as `load_params` gives).
+    """Writes a run folder with the config and one checkpoint of imported weights (nested dict of fp32 arrays).
 
-    With Adam's `moments` (first, second) the run can be gone on with at `step`; without, it is for `--init.from`.
+    With Adam's `moments` (first, second) training can resume at `step`; without, the folder is for `--init.from`.
     """
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     items = {"params": params}

@@ -1,6 +1,4 @@
-"""Several processes as one run: how they find one another, say where they are, and agree to stop."""
-
-from __future__ import annotations
+"""Several processes as one run: how they join, report their progress and agree to stop."""
 
 import contextlib
 import mmap
@@ -16,17 +14,20 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.run import addresses
 
 EXIT_SPIKE = 3  # exit code of train.spike and train.give_up: the same command would end in the same way
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU  # save and end
+STOP_SIGNALS = (  # save and end; no library here uses the timers' three (ALRM, VTALRM, PROF)
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+    signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF
+)  # fmt: skip
 STARTING = 6  # times train.wait: how long processes wait for one another at the start
 BUSY = "another process is training in this folder; wait for it, or name another --workdir"
-CHANNEL = "TINYLLAMA_JAXCHANNEL"  # environment of the child: a file descriptor that it shares with its parent
-HEARTBEAT = struct.Struct("<qqqq16s")  # process, processes, how often it has moved, step, what it does
-_shared: mmap.mmap | None = None  # with the parent; None without one
+CHANNEL = "TINYLLAMA_JAXCHANNEL"  # environment variable of the child: a file descriptor shared with its parent
+HEARTBEAT = struct.Struct("<qqqq16s")  # process, processes, number of moves, step, what it does
+_shared: mmap.mmap | None = None  # memory shared with the parent; None without a parent
 _moves = 0
 
 
 def several() -> bool:
-    """Whether this process is one of several: JAX_*, srun, mpirun; TINYLLAMA_JAX_JOIN=1 where only JAX can tell, on a TPU."""
+    """Whether this process is one of several, from JAX_*, srun, mpirun, or TINYLLAMA_JAX_JOIN=1 on a TPU slice."""
     return identity()[1] != 1
 
 
@@ -36,7 +37,7 @@ def has_parent() -> bool:
 
 
 def identity() -> tuple[int, int]:
-    """(this process, processes) as the environment says; (-1, -1) where only JAX can tell. Raises UserError."""
+    """(this process, processes) from the environment; (-1, -1) on a TPU slice, where only JAX knows. Raises UserError."""
     env = os.environ
     if "JAX_COORDINATOR_ADDRESS" in env:
         names = "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"
@@ -57,7 +58,7 @@ def identity() -> tuple[int, int]:
 
 
 def join(wait: float) -> None:
-    """Meets the other processes, if there are any. Nothing of JAX's devices may have been asked for before."""
+    """Joins the other processes, if there are any. Must come before any use of JAX's devices."""
     global _shared
     process, processes = identity()
     if addresses.one_machine(processes):
@@ -72,7 +73,6 @@ def join(wait: float) -> None:
     jax.distributed.initialize(
         **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
     )
-    addresses.check_gpus(jax.default_backend(), jax.local_device_count())
     if CHANNEL in os.environ:
         _shared = mmap.mmap(int(os.environ[CHANNEL]), HEARTBEAT.size)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -80,7 +80,7 @@ def join(wait: float) -> None:
 
 
 def heartbeat(step: int, what: str) -> None:
-    """Tells the parent that this process has come to `what` ("training", say) of `step`. All processes say it alike."""
+    """Tells the parent that this process has reached `what` (such as "training") of `step`; the same calls in every process."""
     global _moves
     if _shared is not None:
         import jax
@@ -92,19 +92,24 @@ def heartbeat(step: int, what: str) -> None:
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)  # nobody watches any more
+    os.kill(os.getpid(), signal.SIGKILL)  # without its parent nothing would end it
 
 
 def caught_signals() -> list[signal.Signals]:
-    """SIGINT, SIGTERM, and those of `STOP_SIGNALS` that are not ignored: under `nohup` SIGHUP is."""
+    """SIGINT, SIGTERM, and those of `STOP_SIGNALS` that are not ignored, as SIGHUP is under `nohup`."""
     return [n for n in STOP_SIGNALS if n in STOP_SIGNALS[:2] or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def stopped_by(number: signal.Signals) -> str:
+    """Says what stopped a run. SIGPIPE stands for a standard output that cannot be written, for whatever reason."""
+    return f"stopped by {'a failed standard output' if number == signal.SIGPIPE else number.name}"
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[list[signal.Signals]]:
-    """A list that the first signal adds itself to: the loop then saves and ends. A second SIGINT or SIGTERM ends at once."""
+    """A list that receives the first signal: the loop then saves and ends. A second SIGINT or SIGTERM ends at once."""
     stop: list[signal.Signals] = []
-    first = 0.0  # when the first SIGINT or SIGTERM came; a scheduler may send another signal before
+    first = 0.0  # time of the first SIGINT or SIGTERM; a scheduler may send another signal before it
     before = {number: signal.getsignal(number) for number in caught_signals()}
 
     def handler(number: int, _: FrameType | None) -> None:
@@ -112,7 +117,7 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
         if not stop:
             stop.append(signal.Signals(number))
         if number in STOP_SIGNALS[:2]:
-            if first and time.monotonic() - first > 1:  # within 1 s it is the same one, sent to parent and child
+            if first and time.monotonic() - first > 1:  # within 1 s it is the same signal, sent to parent and child
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             first = first or time.monotonic()
@@ -127,10 +132,10 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
 
 
 class CoordinatedStop:
-    """Makes all processes stop after the same step once one of them got a signal."""
+    """Makes all processes stop after the same step once one of them has received a signal."""
 
     def __init__(self, mesh, stop: list[signal.Signals]):
-        """`mesh`: jax.sharding.Mesh over the devices of all processes. `stop`: of `stop_on_signal`."""
+        """`mesh`: jax.sharding.Mesh over the devices of all processes. `stop`: from `stop_on_signal`."""
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
@@ -139,7 +144,7 @@ class CoordinatedStop:
         self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def signal(self) -> signal.Signals | None:
-        """The signal to stop for, the largest of all. Several processes learn of it one call later, so as not to wait."""
+        """The signal to stop for, the largest of all processes'; with several of them one call later, to avoid a wait."""
         import jax
         import numpy as np
 
@@ -147,14 +152,5 @@ class CoordinatedStop:
         if jax.process_count() == 1:
             return own
         local = np.full(jax.local_device_count(), own or 0, np.int32)
-        before, flags = self._asked, jax.make_array_from_process_local_data(self._flags, local)
-        self._asked = self._any(flags)
-        number = int(before) if before is not None else 0
-        return signal.Signals(number) if number else None
-
-
-def barrier(name: str) -> None:
-    """Returns when all processes have come to this point."""
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(name)
+        before, self._asked = self._asked, self._any(jax.make_array_from_process_local_data(self._flags, local))
+        return signal.Signals(int(before)) if before is not None and int(before) else None

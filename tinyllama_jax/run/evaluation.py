@@ -1,6 +1,4 @@
-"""Loss on the held-out data during training."""
-
-from __future__ import annotations
+"""Held-out loss during training."""
 
 import math
 
@@ -15,9 +13,9 @@ from tinyllama_jax.run import cluster
 
 
 def evaluate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int) -> dict[str, float]:
-    """Loss (nats a token), perplexity and next-token accuracy over all held-out tokens; of several sources each one's loss.
+    """Held-out loss (nats a token), perplexity and next-token accuracy; with several sources also the loss of each.
 
-    `step`: which step the parameters are from.
+    `step`: the step of the parameters.
     """
     batch = program.shape[1]
     rows = feed.rows_here(program.eval_batch.length, (batch,), axis=0)

@@ -1,11 +1,9 @@
-"""What a run says and records: the progress line, the line of each step in metrics.jsonl, and its clocks."""
-
-from __future__ import annotations
+"""The log of a run: the progress line, the line of each step in metrics.jsonl, and the clocks."""
 
 import json
 import signal
+import typing
 from collections.abc import Callable
-from types import TracebackType
 
 import jax
 import numpy as np
@@ -18,9 +16,9 @@ from tinyllama_jax.run.cluster import EXIT_SPIKE
 
 
 class Log:
-    """The record of a run. Process 0 prints and writes; the others only follow the losses, so that all stop together.
+    """The log of a run. Process 0 prints and writes; the others only follow the losses, so that all stop together.
 
-    The numbers of a step are fetched one step later: waiting for them at once would leave the devices idle.
+    The metrics of a step are fetched one step later: fetching them at once would leave the devices idle.
     """
 
     def __init__(
@@ -35,9 +33,9 @@ class Log:
         startup: progress.Startup,
         peak_flops: Callable[[str], float | None] = lambda device_kind: None,
     ):
-        """`start`: the step before the first one here. `devices`: how many the run has. `argv`: the command's arguments.
+        """`start`: the step before the first one here. `devices`: their number. `argv`: the command's arguments.
 
-        `stop`: of `cluster.stop_on_signal`. `peak_flops`: device_kind -> FLOP/s, for the MFU. Raises UserError.
+        `stop`: from `cluster.stop_on_signal`. `peak_flops`: device_kind -> FLOP/s, for the MFU. Raises UserError.
         """
         first = jax.process_index() == 0
         self._config, self._start, self._startup = config, start, startup
@@ -46,33 +44,29 @@ class Log:
         self._timer = progress.Timer(config, start, devices, peak_flops(jax.devices()[0].device_kind))
         self._watch = spikes.Watch(config, start, argv)
         self._order, self._names = feed.order(config, sources), feed.names(config.data.sources)
-        self._counts = self._order.counts(start)  # samples read of each source up to the last line written
+        self._counts = self._order.counts(start)  # samples of each source up to the last line written
         self._pending: tuple[int, dict] | None = None
         self.timed = self._timer.timed
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> typing.Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._writer:
             self._progress.close()
             self._writer.close()
 
     def say(self, text: str) -> None:
-        """Prints lines, above the progress line."""
+        """Prints lines above the progress line."""
         if self._progress:
             self._progress.say(text)
 
     def step(self, step: int, on_device: dict[str, jax.Array]) -> None:
-        """Takes in the metrics of a step that has been started, and records those of the step before. Raises Spike."""
-        self._record()
+        """Takes the metrics of a step that has started, and records those of the step before. Raises Spike."""
+        self.record_pending()
         self._pending = (step, on_device)
-        if step == self._start + 2:  # now the first step is done
+        if step == self._start + 2:  # the first step is done
             self.say(self._startup.line())
-
-    def record_pending(self) -> None:
-        """Writes the line of the last step, whatever `log.every` says. Raises Spike."""
-        self._record(always=True)
 
     def validation(self, step: int, scores: dict[str, float]) -> None:
         """Records the validation after `step`."""
@@ -81,15 +75,15 @@ class Log:
         self.say(f"step {step:,}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def sync(self, step: int) -> None:
-        """Returns when all lines up to `step` are on the disk, which must not lag behind a checkpoint. Raises Spike."""
-        self.record_pending()
+        """Waits until all lines up to `step` are on the disk: a checkpoint must not be ahead of them. Raises Spike."""
+        self.record_pending(always=True)
         self._write(step, self._watch.state())
         if self._writer:
             self._writer.sync()
 
     def end(self, step: int) -> int:
-        """The exit code of a run that ends at `step`: EXIT_SPIKE, with a message, if its last steps were skipped, else 0."""
-        if self._watch.skipped_in_a_row < min(2, self._config.train.steps):  # a single one merely lowers fp16's loss scale
+        """The exit code of a run that ends at `step`: EXIT_SPIKE, with a message, if its last steps were skipped; else 0."""
+        if self._watch.skipped_in_a_row < min(2, self._config.train.steps):  # one skipped step only lowers fp16's loss scale
             return 0
         self.say("error: " + self._watch.all_skipped(step, "the run ends there"))
         return EXIT_SPIKE
@@ -98,8 +92,8 @@ class Log:
         if self._writer:
             self._writer.write(step, values)
 
-    def _record(self, always: bool = False) -> None:
-        """Writes the pending step's line if `log.every` is due, if the step was skipped or is a spike, or if `always`."""
+    def record_pending(self, always: bool = False) -> None:
+        """Writes the line of the last step if `log.every` is due, it was skipped, is a spike, or `always`. Raises Spike."""
         if self._pending is None:
             return
         (step, on_device), self._pending = self._pending, None
@@ -114,10 +108,8 @@ class Log:
             source, block = self._order.at(step)
             values["blocks"] = json.dumps([source.tolist(), block.tolist()])
         if not finite:
-            self.say(
-                f"step {step:,}: loss, gradient or new weights not finite (loss {values['loss']}); weights unchanged, "
-                f"{values['skipped']} such steps so far; its blocks are in metrics.jsonl"
-            )
+            what = f"loss, gradient or new weights not finite (loss {values['loss']}); weights unchanged"
+            self.say(f"step {step:,}: {what}, {values['skipped']} such steps so far; its blocks are in metrics.jsonl")
         elif not predicts:
             self.say(f"step {step:,}: has no token to predict; weights unchanged")
         self._write(step, values)
@@ -126,11 +118,11 @@ class Log:
         self._watch.check(step, values["loss"], spike)
 
     def _by_source(self, step: int, on_host: dict[str, np.ndarray]) -> dict[str, float]:
-        """Epochs read of each source; where there are several, its share of the samples since the last line, and its loss."""
+        """Epochs of each source; with several sources also its share of the samples since the last line, and its loss."""
         before, self._counts = self._counts, self._order.counts(step)
-        named = lambda what, numbers: {f"{what}/{name}": n for name, n in zip(self._names, numbers.tolist(), strict=True)}
+        named = lambda key, numbers: {f"{key}/{name}": n for name, n in zip(self._names, numbers.tolist(), strict=True)}
         values = named("epochs", self._counts / np.array(self._order.sizes))
-        if "source_loss" in on_host:  # NaN: the step had none of this source
+        if "source_loss" in on_host:  # NaN: the step had no token of this source
             since = self._counts - before
             values |= named("share", since / since.sum()) | named("loss", on_host["source_loss"])
         return values

@@ -1,9 +1,9 @@
 """The numbers of each step: RUN/metrics.jsonl, TensorBoard and Weights & Biases."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import math
+import mmap
 import os
 import threading
 import time
@@ -16,11 +16,11 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.base.files import Count, check_utf8, decode_json, open_regular
+from tinyllama_jax.base.files import Count, check_utf8, decode_json, exists, open_regular
 
 LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
+TAIL = 1 << 23  # bytes read from the end of metrics.jsonl: thousands of lines
 Value = int | float | bool | str | list[float] | None
-
 
 # The keys that are read from a line of metrics.jsonl, whether of a step, a validation or a save
 _NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss"), float | None)
@@ -39,10 +39,10 @@ def parse_line(text: bytes) -> dict[str, Value]:
 
 
 def read(run: str | Path) -> list[dict[str, Value]]:
-    """Reads the lines of RUN/metrics.jsonl, in order, without a last one that is still being written. Raises UserError."""
+    """Reads the lines of RUN/metrics.jsonl in order, without an incomplete last one. Raises UserError, OSError."""
     check_utf8(run)
     path = Path(run) / "metrics.jsonl"
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
     out: list[dict] = []
     with open_regular(path) as f:
@@ -58,9 +58,21 @@ def read(run: str | Path) -> list[dict[str, Value]]:
     return out
 
 
-def skipped(everything: list[dict]) -> str:
-    """Says in a line how many steps of a run were skipped, and which; an empty line if none were."""
-    steps = dict.fromkeys(row["step"] for row in everything if row.get("finite") is False)
+def tail(run: str | Path) -> list[dict[str, Value]]:
+    """Reads the last lines of RUN/metrics.jsonl, without incomplete or damaged ones; none if there is no such file."""
+    path, out = Path(run) / "metrics.jsonl", []
+    if exists(path):
+        with open_regular(path) as f:
+            f.seek(max(f.seek(0, os.SEEK_END) - TAIL, 0))
+            for text in f:
+                with contextlib.suppress(ValueError):
+                    out.append(parse_line(text))
+    return out
+
+
+def skipped(rows: list[dict]) -> str:
+    """A line with the number of skipped steps of a run and their ranges; empty if there are none."""
+    steps = dict.fromkeys(row["step"] for row in rows if row.get("finite") is False)
     spans = zip((s for s in steps if s - 1 not in steps), (s for s in steps if s + 1 not in steps), strict=True)
     named = [f"{first:,}" + (f" to {last:,}" if first < last else "") for first, last in spans]
     if len(named) > 10:
@@ -72,18 +84,18 @@ class Writer:
     """Writes each step's numbers to RUN/metrics.jsonl, RUN/tensorboard and, when asked, W&B."""
 
     def __init__(self, config: Config, start: int):
-        """What an earlier process wrote of the steps after `start`, which will be done again, is taken out."""
+        """Removes the lines of steps after `start`, which will be trained again. Raises UserError."""
         run = Path(config.workdir)
         self._wandb = _wandb(config) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         self._jsonl = (run / "metrics.jsonl").open("a")
-        threading.excepthook = _in_thread
+        threading.excepthook = _ignore_disk_errors
         self._events = EventFileWriter(str(run / "tensorboard"))
-        # TensorBoard drops the later steps of the event files before this one
+        # makes TensorBoard drop these steps from earlier event files
         self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, Value]) -> None:
-        """One line of metrics.jsonl: {"step": step, ...}. Floats read back to the same bits; NaN and inf are null."""
+        """Writes a line of metrics.jsonl: {"step": step, ...}. Floats read back bit for bit; NaN and inf become null."""
         values = {k.encode(errors="backslashreplace").decode(): v for k, v in values.items()}  # folder names not in UTF-8
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._jsonl.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
@@ -95,7 +107,7 @@ class Writer:
             self._wandb.log(scalars, step=step)
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk itself."""
+        """Waits until all lines are on the disk."""
         self._jsonl.flush()
         os.fsync(self._jsonl.fileno())
 
@@ -108,7 +120,7 @@ class Writer:
             self._wandb.finish()
 
 
-def _in_thread(error: threading.ExceptHookArgs) -> None:
+def _ignore_disk_errors(error: threading.ExceptHookArgs) -> None:
     """Ignores an OSError (a full disk) in TensorBoard's thread: the next event raises it in the main thread."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
@@ -124,16 +136,16 @@ def _wandb(config: Config):
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Cuts the lines of steps after `step`, and a last line cut short by a kill, off a metrics file. Reads only its end."""
-    if not path.exists():
+    """Removes the lines of steps after `step`, and an incomplete last line, from a metrics file. Reads only its end."""
+    if not exists(path):
         return
-    open_regular(path).close()  # refuses a pipe, which would be read without end
+    open_regular(path).close()  # rejects a pipe, which would be read without end
     with path.open("rb+") as f:
         keep, good, bad = f.seek(0, os.SEEK_END), 0, 0
+        content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if keep else b""
         while keep > 0:
-            line_start = _line_start(f, keep)
-            f.seek(line_start)
-            line = f.read(keep - line_start)
+            line_start = content.rfind(b"\n", 0, keep - 1) + 1
+            line = content[line_start:keep]
             try:
                 if line.endswith(b"\n") and parse_line(line)["step"] <= step:
                     break
@@ -142,18 +154,5 @@ def truncate_after(path: Path, step: int) -> None:
                 bad += 1  # a line cut short by a full disk or a power cut is dropped
             keep = line_start
         if not keep and bad > 1 > good:
-            raise UserError(f"{path}: none of its lines up to step {step:,} can be read; move it away, or mend it")
+            raise UserError(f"{path}: none of its lines up to step {step:,} can be read; move it away, or repair it")
         f.truncate(keep)
-
-
-def _line_start(f, end: int) -> int:
-    """Where the line that ends at `end` (its newline included) begins."""
-    block, at = 4096, end - 1  # not the line's own newline
-    while at > 0:
-        first = max(0, at - block)
-        f.seek(first)
-        newline = f.read(at - first).rfind(b"\n")
-        if newline >= 0:
-            return first + newline + 1
-        at = first
-    return 0

@@ -1,6 +1,4 @@
-"""What a person sees while a run trains: the progress line, its speed, and how long the start took."""
-
-from __future__ import annotations
+"""The progress line of a run, its speed, and the duration of its start."""
 
 import contextlib
 import itertools
@@ -18,7 +16,7 @@ from tinyllama_jax.base.errors import close_stream, disk_error
 
 
 class Timer:
-    """The speed of a run between two lines of its log. Validation does not count; waits are counted apart."""
+    """The speed of a run between two lines of its log. Validation does not count; waits are also listed separately."""
 
     def __init__(self, config: Config, start: int, devices: int, peak_flops: float | None):
         self.tokens_after, self._devices = schedule.in_steps(config).tokens_after, devices
@@ -34,10 +32,9 @@ class Timer:
         self._spent[what] += time.perf_counter() - before
 
     def lap(self, step: int) -> dict[str, float]:
-        """Tokens so far, tokens/s, TFLOP/s and (where the peak is known) MFU; seconds a step, and how many of them waited."""
-        now = time.perf_counter()
-        steps = max(step - self._step, 1)
-        seconds = max(now - self._since - self._spent["elsewhere"], 1e-9)
+        """Tokens so far, tokens/s, TFLOP/s, MFU (if the peak is known), seconds a step and seconds of waiting a step."""
+        at, steps = time.perf_counter(), max(step - self._step, 1)
+        seconds = max(at - self._since - self._spent["elsewhere"], 1e-9)
         rate = (self.tokens_after(step) - self.tokens_after(self._step)) / seconds
         out = {
             "tokens": self.tokens_after(step),
@@ -50,12 +47,12 @@ class Timer:
             out[f"tflops_per_device_{convention}"] = flops * rate / self._devices / 1e12
             if self._peak:
                 out[f"mfu_{convention}"] = flops * rate / self._devices / self._peak
-        self._since, self._step, self._spent = now, step, dict.fromkeys(self._spent, 0.0)
+        self._since, self._step, self._spent = at, step, dict.fromkeys(self._spent, 0.0)
         return out
 
 
 class Startup:
-    """How long each part of a run's start took."""
+    """The duration of each part of a run's start."""
 
     def __init__(self, began: float):
         """`began`: `time.perf_counter()` when the process started."""
@@ -67,7 +64,7 @@ class Startup:
         self._marks.append((what, time.perf_counter()))
 
     def line(self) -> str:
-        """Ends the last part, compilation and the first step, and says how long each took."""
+        """Ends the last part, compilation and the first step; returns a line with the duration of each."""
         self.mark("compilation and first step")
         parts = (f"{what} {at - before:.1f} s" for (_, before), (what, at) in itertools.pairwise(self._marks))
         return "started in: " + ", ".join(parts)
@@ -77,16 +74,13 @@ class Progress:
     """A live line on a terminal (step, loss, tokens/s, time left); elsewhere a plain line every ten seconds."""
 
     def __init__(self, start: int, steps: int, stop: list[signal.Signals]):
-        """`stop`: the list of `cluster.stop_on_signal`; SIGPIPE is added to it when the output can no longer be written."""
+        """`stop`: the list of `cluster.stop_on_signal`; SIGPIPE is added to it when the output cannot be written any more."""
         self.console, self._stop, self._lost = rich.console.Console(highlight=False), stop, False
         self._steps, self._last = steps, 0.0
-        self._first = self._bar = None  # (the first step shown, when), for the time left: it excludes compilation
+        self._first = self._bar = None  # (the first step shown, its time), for a time left without compilation
         if self.console.is_terminal:
-            columns = (
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(),
-                rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-            )
+            text, left = "{task.description}", rich.progress.TimeRemainingColumn(elapsed_when_finished=True)
+            columns = rich.progress.TextColumn(text), rich.progress.BarColumn(), left
             self._bar = rich.progress.Progress(*columns, console=self.console, speed_estimate_period=60)
             self._task = self._bar.add_task("starting", total=steps, completed=start)
             self._bar.start()
@@ -104,7 +98,7 @@ class Progress:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the live one if there is one; on standard error once standard output takes no more."""
+        """Prints a line above the live one, if there is one; on standard error once standard output fails."""
         try:
             if self._bar and not self._lost:
                 self.console.print(text, soft_wrap=True, markup=False)
@@ -115,7 +109,7 @@ class Progress:
             if not self._lost:
                 self._lost = True
                 self._stop.append(signal.SIGPIPE)
-                self.say(f"standard output: {disk_error(error)}: the run saves and ends")
+                self.say(f"standard output cannot be written: {disk_error(error)}")
 
     def close(self) -> None:
         """Leaves the last state on the screen."""

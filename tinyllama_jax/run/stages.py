@@ -1,25 +1,26 @@
-"""What changes over a run's tokens: learning rate, batch size and mixture, stage by stage."""
-
-from __future__ import annotations
+"""The stages of a run (learning rate, batch size and mixture over its tokens), and the description printed at its start."""
 
 import dataclasses
 import itertools
 import math
 
+import jax
 import numpy as np
 
-from tinyllama_jax.base import schedule
-from tinyllama_jax.base.config import Config, knots_of, weight_at
-from tinyllama_jax.core import optim
+from tinyllama_jax.base import dims, mixture_weights, schedule
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.mixture_weights import knots_of, weight_at
+from tinyllama_jax.core import optim, xla
+from tinyllama_jax.core.program import Program, attention_scope, choose_attention
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
 
 
 def stages(config: Config) -> list[dict]:
-    """The run in parts within which all that changes changes steadily, in order.
+    """The stages of a run in order: within each, learning rate and shares change without a kink.
 
-    Each: "steps" (first, last), "tokens" before and after it, "tokens_per_step", and the "lr" and "shares" of the sources (name
-    -> share of the sequences) at its begin and end.
+    Each: "steps" (first, last), "tokens" before and after it, "tokens_per_step", "lr" at its begin and end, and "shares":
+    source name -> share of the sequences at its begin and end.
     """
     config = dataclasses.replace(config, train=schedule.in_steps(config))
     train, last = config.train, config.train.steps
@@ -31,35 +32,30 @@ def stages(config: Config) -> list[dict]:
     at |= {step_at(config, steps * train.tokens_per_step) for steps in base_steps}
     edges = sorted(step for step in at if 0 <= step <= last)
     rate, out = optim.schedule(config.optim, train), []
-    for first, then in itertools.pairwise(edges):
-        tokens = train.tokens_after(first), train.tokens_after(then)
-        ends = [shares(config, knots.get(step, t)) for step, t in zip((first, then), tokens, strict=True)]
-        out.append(
-            {
-                "steps": (first + 1, then),
-                "tokens": tokens,
-                "tokens_per_step": train.tokens_after(first + 1) - tokens[0],
-                "lr": (float(rate(first)), float(rate(then))),
-                "shares": {name: (ends[0][name], ends[1][name]) for name in ends[0]},
-            }
-        )
+    for edge in itertools.pairwise(edges):
+        tokens = tuple(map(train.tokens_after, edge))
+        begin, end = (shares(config, knots.get(step, t)) for step, t in zip(edge, tokens, strict=True))
+        each = train.tokens_after(edge[0] + 1) - tokens[0]
+        stage = {"steps": (edge[0] + 1, edge[1]), "tokens": tokens, "tokens_per_step": each}
+        stage["lr"] = tuple(float(rate(step)) for step in edge)
+        out.append(stage | {"shares": {name: (begin[name], end[name]) for name in begin}})
     return out
 
 
 def step_at(config: Config, tokens: float) -> int:
-    """How many steps are done when `tokens` have been seen."""
+    """The number of steps after which `tokens` have been seen."""
     first, before, each = next(stage for stage in reversed(config.train.stages) if stage[1] <= tokens)
     return first + math.ceil((tokens - before) / each)
 
 
 def shares(config: Config, tokens: float) -> dict[str, float]:
-    """The share of each source after so many tokens, by name."""
+    """Source name -> share of the sequences after `tokens` tokens."""
     weights = [weight_at(weight, tokens) for weight in config.data.sources.values()]
     return {n: float(w / sum(weights)) for n, w in zip(feed.names(config.data.sources), weights, strict=True)}
 
 
 def lines(config: Config) -> list[str]:
-    """`stages` for a person, a line each."""
+    """A line of text for each of `stages`."""
     out = []
     for stage in stages(config):
         (a, b), (before, after) = stage["steps"], stage["tokens"]
@@ -74,7 +70,7 @@ def lines(config: Config) -> list[str]:
 
 
 def short(n: float) -> str:
-    """1.5e12 as 1.5T."""
+    """A number of tokens in short: 1.5e12 as 1.5T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if n >= size:
             return f"{n / size:.4g}{unit}"
@@ -82,12 +78,40 @@ def short(n: float) -> str:
 
 
 def epochs(config: Config, sources: list[Blocks]) -> list[str]:
-    """How often each source is read over by the end of the run, a line for those of more than `feed.MANY_EPOCHS` times."""
+    """A warning for each source that the run reads more than `feed.MANY_EPOCHS` times."""
     order = feed.order(config, sources)
     times = order.counts(config.train.steps) / np.array(order.sizes)
     return [
-        f"warning: {path} is read {n:,.1f} times over by the end; beyond {feed.MANY_EPOCHS} times data are worth ever less "
-        "than new ones (Muennighoff et al., arXiv:2305.16264)"
+        f"warning: {path} is read {n:,.1f} times by the end; beyond {feed.MANY_EPOCHS} times repeated data are worth less and "
+        "less (Muennighoff et al., arXiv:2305.16264)"
         for path, n in zip(config.data.sources, times.tolist(), strict=True)
         if n > feed.MANY_EPOCHS
+    ]
+
+
+def describe(
+    config: Config, mesh: jax.sharding.Mesh, program: Program, sources: list[Blocks], held_out: dict[str, Blocks]
+) -> list[str]:
+    """Lines on model, attention and its reason, mesh, batch, data, stages, XLA's options: nothing falls back silently."""
+    model, (accumulation, batch) = config.model, program.shape
+    impl, reason = choose_attention(config, mesh.devices.flat[0])
+    named = zip(config.data.sources.items(), sources, strict=True)
+    data = ", ".join(f"{mixture_weights.text(w)} x {p} ({len(s):,} blocks)" for (p, w), s in named)
+    splits = ", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"
+    absent = [f"; {p} has no such split" for p in config.data.sources if held_out and p not in held_out]
+    missing = [(s.directory, files) for s in sources if (files := s.missing())]
+    return [
+        f"model: {dims.n_parameters(model):,} parameters, {model.precision}, "
+        f"residual {model.residual_dtype}, remat {model.remat}",
+        f"attention: {impl} ({reason}), {attention_scope(config)} documents; "
+        f"loss: xla, {model.loss_chunk:,} tokens' logits at a time",
+        f"mesh: {dict(mesh.shape)}, {mesh.size} of {jax.device_count()} devices of {jax.devices()[0].device_kind}, "
+        f"{jax.local_device_count()} a process",
+        f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
+        f"data: {data}",
+        *(f"warning: {folder}: {len(files):,} files are missing, such as {files[0]}" for folder, files in missing),
+        f"validation: {splits}{''.join(absent)}",
+        *lines(config),
+        *epochs(config, sources),
+        *xla.lines(config, mesh),
     ]
