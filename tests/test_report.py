@@ -127,3 +127,12 @@ def test_lines_of_other_keys_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):
     (tmp_path / report.UNIGRAM).write_text('{"val_loss": "low"}')
     with pytest.raises(UserError, match=r"unigram.json: is damaged .*val_loss"):
         report.draw(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["nowhere", report.UNIGRAM])
+def test_a_baseline_that_cannot_be_read_is_not_taken_for_absent(tmp_path, to):
+    write(tmp_path, ROWS)
+    (tmp_path / report.UNIGRAM).symlink_to(to)
+    with pytest.raises(OSError, match=report.UNIGRAM):  # one line and exit code 2 in `run_main`
+        report.draw(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
