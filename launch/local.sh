@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine, as N hosts would be: to try and to test what many hosts do.
+# N processes of one run on this machine, as on N hosts: to try and to test a run on many hosts.
 #
 #   launch/local.sh 2 -- --config configs/demo.py --workdir=runs/two
 #   XLA_FLAGS=--xla_force_host_platform_device_count=4 launch/local.sh 2 -- --config configs/demo.py    (2 x 4 devices)
 #
-# Not for speed: one process drives all the GPUs of a machine.
+# Not for speed: one process can drive all the GPUs of a machine.
 # Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 go to every process once: they save and end. A second Ctrl-C or SIGTERM ends them
-# at once. The processes listen on the loopback alone.
-# When one has failed, the others have GRACE seconds (30) to end by themselves and are then killed. The exit code is that of
-# the first that failed. PYTHON (.venv/bin/python) and MODULE (tinyllama_jax.train) say what is run.
+# at once. The processes listen on the loopback only.
+# When one has failed, the others have GRACE seconds (30) to end and are then killed. The exit code is that of the first
+# that failed. The command is PYTHON (.venv/bin/python) -m MODULE (tinyllama_jax.train).
 set -uo pipefail
 
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || [ "${2:-}" != -- ]; then
@@ -26,10 +26,10 @@ export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$n
 # Each in its own process group: the terminal's Ctrl-C then reaches this script alone, which passes it on, once.
 set -m
 pids=()
-told= # the signal that was passed on
+passed= # the signal that was passed on
 # shellcheck disable=SC2317,SC2329  # called by the traps
 pass_on() {
-    told=$1
+    passed=$1
     kill -s "$1" "${pids[@]}" 2>/dev/null
 }
 trap 'pass_on INT' INT
@@ -61,7 +61,7 @@ while [ ${#pids[@]} -gt 0 ]; do
     done
     pids=(${running[@]+"${running[@]}"})
     # after a signal they are saving, however long it takes
-    if [ $first -ne 0 ] && [ -z "$told" ] && [ $((SECONDS - failed_at)) -ge "${GRACE:-30}" ] && [ ${#pids[@]} -gt 0 ]; then
+    if [ $first -ne 0 ] && [ -z "$passed" ] && [ $((SECONDS - failed_at)) -ge "${GRACE:-30}" ] && [ ${#pids[@]} -gt 0 ]; then
         echo "$0: a process ended with $first, and ${#pids[@]} others did not end within ${GRACE:-30} s: killing them" >&2
         kill -s KILL "${pids[@]}"
     fi

@@ -6,12 +6,12 @@
 #   launch/tpu_pod.sh setup                     the latter alone: after a new commit, or after the hosts have started anew
 #   launch/tpu_pod.sh run --config configs/3t.py --workdir=/shared/runs/3t --data.sources=/shared/data/a:0.7,/shared/data/b:0.3
 #   launch/tpu_pod.sh log                       what host 0 prints; Ctrl-C leaves the run alone
-#   launch/tpu_pod.sh stop                      save and end, on all hosts; `run` with the same arguments goes on
-#   launch/tpu_pod.sh delete                    the slice goes back and costs nothing any more
+#   launch/tpu_pod.sh stop                      save and end, on all hosts; `run` with the same arguments resumes
+#   launch/tpu_pod.sh delete                    release the slice, so that it costs nothing any more
 #
 # SHARED is an NFS share (Filestore, say) that every host mounts as /shared: the run folder and the data are there. A spot slice
-# that was taken away is SUSPENDED for good: delete, create, and the same run again.
-# SPOT= (empty) asks for on-demand capacity. MODULE (tinyllama_jax.train) says what is run.
+# that was preempted stays SUSPENDED: delete, create, and the same run again.
+# SPOT= (empty) asks for on-demand capacity. MODULE (tinyllama_jax.train) is the module that runs.
 set -euo pipefail
 
 usage() { grep '^#   ' "$0" >&2; exit 2; }
@@ -43,7 +43,7 @@ create)
     ;& # goes on with setup
 setup)
     : "${SHARED:?says which NFS share holds the data and the run folder, such as 10.0.0.2:/share}"
-    # What is committed, and no more: a run can be told by its commit.
+    # Only what is committed, so that a commit identifies the code of a run.
     code=$(mktemp -d)
     trap 'rm -rf "$code"' EXIT
     git archive --format=tar.gz --output="$code/tinyllama.tar.gz" HEAD
@@ -60,7 +60,7 @@ setup)
 run)
     # One axis: within a slice every chip reaches every other one over ICI, and fsdp alone needs the least memory.
     # systemd, and not ssh, is the parent: a connection that breaks ends nothing; when the host is taken away or maintained, the
-    # processes get the SIGTERM upon which they save. It starts them again, but not after a bug (1), a mistake (2),
+    # processes get a SIGTERM and save. It starts them again, but not after a bug (1), a mistake (2),
     # a loss that jumped (3), or `stop`.
     # TINYLLAMA_JAX_JOIN: on a slice only JAX knows how to find the other hosts.
     # The limits are those of a login, which a service does not have: libtpu locks memory.

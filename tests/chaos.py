@@ -1,11 +1,10 @@
-"""Training in 2 processes with real checkpoints, broken again and again at random moments, until it is done.
+"""Trains in 2 processes with real checkpoints and injects faults at random moments until the run is done.
 
     python tests/chaos.py --faults 200 --seed 1 --json FILE
 
-After each fault the same command is run again. In the end every loss, gradient norm and batch checksum must equal, bit for
-bit, those of a run that nothing happened to. Prints a table of faults by kind; exit code 1 if anything was not as it should.
-Some faults need root: a small file system to fill, two network namespaces joined by a cable to cut. They are left out, with
-a line, where it is not allowed.
+After each fault the same command is run again. In the end every loss, gradient norm and batch checksum must equal those of an
+undisturbed run bit for bit. Prints a table of faults by kind; exit code 1 if anything was wrong. Some faults need root: a small
+file system to fill, two network namespaces joined by a cable to cut. Without root they are left out, with a line.
 """
 
 import argparse
@@ -56,7 +55,7 @@ KINDS = {
 
 
 class Wrong(Exception):
-    """Something was not as it should."""
+    """The run did not behave as it should."""
 
 
 class Chaos:
@@ -203,7 +202,7 @@ class Chaos:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def lose_checkpoints(self, cluster):
-        """A disk that is not mounted: refused, and nothing that the run has is lost."""
+        """A disk that is not mounted: the run is refused, and keeps all it has."""
         if self.with_checkpoints(cluster) is None:
             raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")
         metrics = (self.run / "metrics.jsonl").read_bytes()
@@ -217,7 +216,7 @@ class Chaos:
             raise Wrong("without its checkpoints the run changed its metrics")
 
     def stray_files(self, cluster):
-        """What people, file managers and NFS leave: passed over, and no checkpoint is taken for damaged."""
+        """Files of people, file managers and NFS are left alone, and no checkpoint is taken for damaged."""
         newest = self.with_checkpoints(cluster)
         if newest is None:
             raise Wrong(f"no two checkpoints came:\n{cluster.output(0)}")

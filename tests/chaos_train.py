@@ -1,7 +1,7 @@
-"""`tinyllama_jax.train` as it is, but for what the environment asks for.
+"""`tinyllama_jax.train` with the faults that the environment asks for.
 
-CHAOS_NONFINITE: steps ("3,17") whose loss is not finite      CHAOS_NONFINITE_FROM: the first of those from which on none is
-CHAOS_WRITE_ERROR: a file; while it is there, no checkpoint can be sealed      CHAOS_SEAL_SECONDS: how late each is sealed
+CHAOS_NONFINITE: steps ("3,17") with a loss that is not finite      CHAOS_NONFINITE_FROM: from this step on no loss is finite
+CHAOS_WRITE_ERROR: a file; while it exists, no checkpoint can be sealed      CHAOS_SEAL_SECONDS: the delay of each seal
 """
 
 import errno
