@@ -31,7 +31,7 @@ ORDER = {
     "prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder initialize stages metrics progress spikes log evaluation "
     "describe",
-    "planning": "targets hlo compiled laws law_report",
+    "planning": "targets hlo compiled search laws law_report report",
 }
 HOME = {
     "flax": {"core.model"},
@@ -50,7 +50,7 @@ HOME = {
     "msgspec": {"base.files", "data.blocks"},
     "chex": {"core.step"},
     "tensorboard": {"run.metrics"},
-    "matplotlib": {"report", "plan", "planning.law_report", "data.audit.report"},
+    "matplotlib": {"report", "planning.report", "planning.law_report", "data.audit.report"},
 }
 
 
