@@ -121,7 +121,9 @@ def curve_so_far(workdir):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code):
-    process = start(tiny_config_file, tmp_path / "run", checkpoint__every=1000)
+    # the schedule of the quiet run, and far more steps, so that no load makes the signal come too late
+    more = {"checkpoint__every": 100_000, "train__steps": 100_000, "optim__decay_steps": 24}
+    process = start(tiny_config_file, tmp_path / "run", **more)
     while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 3]:
         time.sleep(0.002)
     process.send_signal(number)
@@ -130,7 +132,8 @@ def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code
     step = checkpoint.find_step(tmp_path / "run")
     assert step >= 3 and f"after step {step}" in out
     steps, _ = curve(tmp_path / "run")
-    assert exact(steps) == exact(curve(quiet[0])[0])[:step]
+    known = exact(curve(quiet[0])[0])[:step]
+    assert exact(steps)[: len(known)] == known
 
 
 def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_path):
@@ -149,7 +152,7 @@ def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_pa
     step = checkpoint.find_step(tmp_path / "run")
     assert error.splitlines() == [
         "standard output: nobody reads the output any more: the run saves and ends",
-        f"stopped by SIGPIPE after step {step}, which is saved; run the same command to go on",
+        f"stopped by SIGPIPE after step {step}, which is saved; run the same command to resume",
     ]
 
 

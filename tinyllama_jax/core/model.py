@@ -272,7 +272,7 @@ def init_cache(model: Model, batch: int, length: int) -> Cache:
 
 
 def decode(params: dict, tokens_BS: jax.Array, cache: Cache, start: jax.Array, model: Model) -> tuple[jax.Array, Cache]:
-    """Logits [B, S, V] of tokens at positions `start` .. `start` + S - 1, given the cache of earlier ones; and the new cache."""
+    """Logits [B, S, V] of tokens at positions `start` .. `start` + S - 1, given the earlier ones' cache; and the new cache."""
     return Llama(model).apply({"params": params}, tokens_BS, cache, start)
 
 

@@ -101,7 +101,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
 def keep_compiled(config: Config) -> None:
     """Caches compiled programs in RUN/compiled, except on CPUs. Call it once the devices are known.
 
-    XLA chooses GPU kernels by timing them. The cache keeps its choice, so that a resumed run has the same bits and starts faster.
+    XLA chooses GPU kernels by timing them. The cache keeps its choice: a resumed run has the same bits and starts faster.
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))

@@ -29,8 +29,8 @@ def attention(
 
     Query i is at position `start` + i and sees keys 0 .. `start` + i. Query head n uses key head n // (N / K). With
     `segment_ids_BS` (int32) a query sees only keys of its own segment. `impl`: "reference", "xla" or one of KERNELS. Kernels
-    and segments need start = 0 and S = T. `interpret` runs "pallas_triton" and "pallas_tpu" on any device, slowly. Besides q, k and
-    v, backward saves only values named "attention". Kernels have neither forward-mode nor second derivatives. A NaN can reach
+    and segments need start = 0 and S = T. `interpret` runs "pallas_triton" and "pallas_tpu" on any device, slowly. Backward
+    saves q, k, v and values named "attention". Kernels have neither forward-mode nor second derivatives. A NaN can reach
     other documents: 0 x NaN is NaN.
     """
     if impl in ("reference", "xla"):
