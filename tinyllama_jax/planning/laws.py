@@ -153,9 +153,10 @@ def overtrained(law: Law, size: float, tokens: float) -> Overtrained:
 
     TinyLlama (1,100,048,384 parameters, 3e12 tokens) takes 3.7 times the training FLOPs (BESIROGLU: 6.7 times) of the cheapest
     run with the same predicted loss, 4.9B parameters on 181B tokens (4.8B on 102B). With inference it needs the fewest FLOPs
-    of all if it serves 24e12 (43e12) tokens, and costs the least, with the default `Prices`, at 1.7e12 (3.1e12). But 2,727 tokens a parameter lie far outside both fits, and fits at usual ratios promise too much of further tokens (Sardana
-    et al., section 5), so the true figures are larger. The laws are for tokens seen once, another text and another tokenizer,
-    and give no value to memory or latency.
+    if it serves 24e12 (43e12) tokens, and costs the least, with the default `Prices`, at 1.7e12 (3.1e12). But 2,727 tokens a
+    parameter lie far outside both fits, and fits at usual ratios promise too much of further tokens (Sardana et al., section
+    5), so the true figures are larger. The laws are for tokens seen once, another text and another tokenizer, and give no value
+    to memory or latency.
     """
     loss = law.loss(size, tokens)
     cheapest = compute_optimal_for(law, loss)
