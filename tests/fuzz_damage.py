@@ -195,7 +195,8 @@ def damage_file(rng: random.Random, folder: Path, patterns: str) -> tuple[str, C
     if path.is_dir() or rng.randrange(5) == 0:
         what = odd_file(rng, path, files)
         optional = name.parts[0] == "texts" or name.name == "unigram.json"
-        absent = what in ("gone", "folder") if name.parts[0] == "texts" else what == "gone"  # a folder of files may hold folders
+        # a folder of texts may hold folders
+        absent = what in ("gone", "folder") if name.parts[0] == "texts" else what == "gone"
         return f"{name}: {what}", lambda: what.startswith("stray") or (optional and absent)
     before = path.read_bytes()
     after, what = None, "bytes"

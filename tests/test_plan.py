@@ -15,7 +15,7 @@ from tinyllama_jax import plan
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.planning import compiled, hlo, laws, search, targets
+from tinyllama_jax.planning import compiled, hlo, laws, report, search, targets
 
 ROOT = Path(__file__).parents[1]
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
@@ -130,7 +130,7 @@ def test_the_largest_that_fits_and_the_nearest_change_are_those_of_trying_all(mo
             known[repr(config)] = compiled.compile_step(config, machine)
         return known[repr(config)]
 
-    monkeypatch.setattr(plan, "compile_step", compile_once)
+    monkeypatch.setattr(search, "compile_step", compile_once)
     machine, wide = targets.machine("cpu:8"), config_of(mesh=(1, 8, 1), seqs=4, accumulation=2)
     peaks = {n: compile_once(search._with(wide, train__seqs_per_device=n), machine).peak for n in (1, 2, 4, 8)}
     now = compile_once(wide, machine)
@@ -186,7 +186,8 @@ def test_the_command_on_virtual_devices(tiny_config_file, tmp_path):
 
 
 def test_sweep_is_best_first_and_drawn(tiny_config_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "REMAT", ("none", "full"))
+    monkeypatch.setattr(search, "REMAT", ("none", "full"))
+    monkeypatch.setattr(report, "REMAT", ("none", "full"))
     monkeypatch.chdir(tmp_path)
     argv = (
         "--config",
