@@ -27,7 +27,9 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_data
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would all we start
+# what a shell's background jobs and nohup ignore, the processes that tests start would ignore too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
