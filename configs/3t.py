@@ -34,8 +34,8 @@ config = Config(
         seqs_per_device=8,  # on 16 devices 8 micro-batches: 8 x 16 x 8 = 1,024
         seed=3_407,
     ),
-    # 16 devices = data 2 x fsdp 8 (hybrid sharding, as in v1.1): parameters, gradients and moments are sharded over the 8 GPUs of
-    # a node, where links are fast; only gradients cross between nodes, once per micro-batch. v1.0 sharded over all 16,
+    # 16 devices = data 2 x fsdp 8 (hybrid sharding, as in v1.1): parameters, gradients and moments are sharded over the 8 GPUs
+    # of a node, where links are fast; only gradients cross between nodes, once per micro-batch. v1.0 sharded over all 16,
     # --mesh.data=1 --mesh.fsdp=16: half the state on each device, but every layer's weights go over the network.
     mesh=Mesh(data=-1, fsdp=8, tensor=1),
     checkpoint=Checkpoint(

@@ -3,8 +3,9 @@
 make demo
 python -m tinyllama_jax.train --config configs/demo.py      the training alone, once the demo has prepared the data
 
-Loss: 4.256 nats a token on the validation modules (text 5.08, code 3.87); a unigram model has 6.623. Two thirds of the validation
-tokens are code, but the training mixture is 7:3 text, so training loss is higher. With Python 3.11.7; other versions differ.
+Loss: 4.256 nats a token on the validation modules (text 5.08, code 3.87); a unigram model has 6.623. Two thirds of the
+validation tokens are code, but the training mixture is 7:3 text, so training loss is higher. With Python 3.11.7; other
+versions differ.
 Cost: 200 s of processor time for the whole demo; 214 s on 2 cores (Xeon with AVX-512) shared with other work.
 The losses in the comments below are from shorter runs: 410,000 tokens, 800 steps with their own warm-up and cosine.
 """

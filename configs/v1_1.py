@@ -5,9 +5,10 @@ python -m tinyllama_jax.train --config configs/v1_1.py
 Loss: not yet run at this size here.
 Cost: at the first run's 24,000 tokens/s per GPU, 60 days on 16 A100-40G, 23,148 GPU-hours.
 
-The model card (huggingface.co/TinyLlama/TinyLlama_v1.1) has three stages: up to 1.5T tokens; up to 1.85T tokens, where the variants
-(v1_1_math_code.py, v1_1_chinese.py) mix in other data; and a cool-down to 2T tokens, with larger batches on the same cosine, which
-here is a function of the tokens seen. The card gives 1.8M and 7.2M tokens per batch, but not the number of sequences.
+The model card (huggingface.co/TinyLlama/TinyLlama_v1.1) has three stages: up to 1.5T tokens; up to 1.85T tokens, where the
+variants (v1_1_math_code.py, v1_1_chinese.py) mix in other data; and a cool-down to 2T tokens, with larger batches on the same
+cosine, which here is a function of the tokens seen. The card gives 1.8M and 7.2M tokens per batch, but not the number of
+sequences.
 """
 
 import dataclasses

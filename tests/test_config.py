@@ -288,7 +288,7 @@ def test_not_a_number_is_no_share():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (5, "under a minute"),
         (90, "2 min"),
@@ -298,8 +298,8 @@ def test_not_a_number_is_no_share():
         (90 * 86_400, "90.0 days"),
     ],
 )
-def test_time_left(seconds, said):
-    assert cli.time_left(seconds) == said
+def test_time_left(seconds, text):
+    assert cli.time_left(seconds) == text
 
 
 COMMANDS = ("train", "generate", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
