@@ -9,6 +9,7 @@ import sys
 from fractions import Fraction
 
 import pytest
+from test_contracts import COMMANDS
 
 from tinyllama_jax.base import cli
 from tinyllama_jax.base import config as c
@@ -300,9 +301,6 @@ def test_not_a_number_is_no_share():
 )
 def test_time_left(seconds, text):
     assert cli.time_left(seconds) == text
-
-
-COMMANDS = ("train", "generate", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
 
 
 def parsers_of_help(command, monkeypatch):

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_contracts import COMMANDS
 
 from tinyllama_jax.base import cli
 from tinyllama_jax.base.config import keys
@@ -37,7 +38,10 @@ def command_lines() -> list[tuple[str, str]]:
     return out
 
 
-def test_command_lines_are_found():
+def test_the_readme_is_short_and_names_every_command():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 200
+    assert [name for name in COMMANDS if f"python -m tinyllama_jax.{name} " not in readme] == []
     assert len(command_lines()) > 50
 
 
