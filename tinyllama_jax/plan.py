@@ -39,6 +39,10 @@ from tinyllama_jax.planning.compiled import LARGE, Compiled, compile_step, gib, 
 from tinyllama_jax.run import stages
 
 DOES_NOT_FIT = 3
+PRICES = {"train_peak": "FLOP/s of a device in training", "train_price": "USD per device and hour in training",
+          "train_mfu": "MFU of training", "inference_peak": "operations/s of a device in inference",
+          "inference_price": "USD per device and hour in inference", "input_mfu": "MFU of reading a prompt",
+          "output_mfu": "MFU of writing tokens", "input_share": "fraction of the tokens that are read"}  # fmt: skip
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
 
 
@@ -378,28 +382,14 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--sweep", action="store_true", help="try meshes (with the config's mesh.tensor) x remat policies x sequences (no)"
     )
     parser.add_argument("--picture", type=_picture, help="picture of --sweep or --law (plan-MACHINE.png, plan-law.png)")
-    parser.add_argument(
-        "--law", choices=("chinchilla", "inference"), help="scaling laws for the model of --config, or the 1.1B (none)"
-    )
+    parser.add_argument("--law", choices=("chinchilla", "inference"), help="scaling laws, for --config or the 1.1B (none)")
     parser.add_argument("--fit", choices=laws.LAWS, default="hoffmann", help="whose constants the law uses (hoffmann)")
     parser.add_argument("--flops", type=_number, help="--law: a budget of training FLOPs (that of the model)")
-    parser.add_argument(
-        "--inference-tokens", type=_number, default=1e12, help="--law inference: tokens of all inference (1e12)"
-    )
-    lines = {
-        "train_peak": "FLOP/s of a device in training",
-        "train_price": "USD per device and hour in training",
-        "train_mfu": "fraction of that peak reached in training",
-        "inference_peak": "FLOP/s (or OP/s) of a device in inference",
-        "inference_price": "USD per device and hour in inference",
-        "input_mfu": "fraction of that peak reached in reading a prompt",
-        "output_mfu": "fraction of that peak reached in writing tokens",
-        "input_share": "fraction of the inference tokens that are read",
-    }
+    parser.add_argument("--inference-tokens", type=_number, default=1e12, help="--law inference: tokens in all (1e12)")
     for name, value in vars(laws.Prices()).items():
         kind = _part if name.endswith(("mfu", "share")) else _number
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=value, help=f"--law inference: {lines[name]} ({value:.3g})"
+            f"--{name.replace('_', '-')}", type=kind, default=value, help=f"--law inference: {PRICES[name]} ({value:.3g})"
         )
     return parser.parse_known_args(argv)
 

@@ -22,53 +22,29 @@ def main(argv: list[str]) -> None:
         "options of Apache Beam can follow: see docs/runners.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help="what to train on")
-    parser.add_argument(
-        "--validation", nargs="+", default=[], metavar="PATH", help="text to hold out, if it is stored separately (none)"
-    )
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        metavar="F",
-        help="without --validation: fraction of the documents to hold out, by a hash (0.01)",
-    )
-    parser.add_argument("--corpus", default="", metavar="NAME", help=f"a published corpus: {', '.join(corpora.CORPORA)} (none)")
-    parser.add_argument(
-        "--languages", nargs="+", default=[], metavar="NAME", help="languages of starcoder, by the names of its folders (all)"
-    )
-    parser.add_argument(
-        "--bad-files", default="stop", metavar="stop|skip", help="skip: leave out files that cannot be read (stop)"
-    )
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of tfds: data sets (~/tensorflow_datasets)")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece file, or a folder with a tokenizer")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder, here or s3://... gs://...")
-    parser.add_argument("--seq-len", type=int, required=True, metavar="S", help="positions of a training sequence")
-    parser.add_argument(
-        "--text-key", default="", metavar="NAME", help="key or column that holds the text (that of --corpus, or text)"
-    )
-    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin each document with bos (no)")
-    parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end each document with eos (yes)")
+    add = parser.add_argument
+    add("--train", nargs="+", required=True, metavar="PATH", help="what to train on")
+    add("--validation", nargs="+", default=[], metavar="PATH", help="text to hold out, if it is stored separately (none)")
+    add("--held-out", type=float, metavar="F", help="without --validation: fraction of documents to hold out (0.01)")
+    add("--corpus", default="", metavar="NAME", help=f"a published corpus: {', '.join(corpora.CORPORA)} (none)")
+    add("--languages", nargs="+", default=[], metavar="NAME", help="languages of starcoder: names of its folders (all)")
+    add("--bad-files", default="stop", metavar="stop|skip", help="skip: leave out files that cannot be read (stop)")
+    add("--data-dir", metavar="DIR", help="folder of tfds: data sets (~/tensorflow_datasets)")
+    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece file, or a folder with a tokenizer")
+    add("--output", required=True, metavar="DIR", help="new folder, here or s3://... gs://...")
+    add("--seq-len", type=int, required=True, metavar="S", help="positions of a training sequence")
+    add("--text-key", default="", metavar="NAME", help="key or column of the text (that of --corpus, or text)")
+    add("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin each document with bos (no)")
+    add("--eos", action=argparse.BooleanOptionalAction, default=True, help="end each document with eos (yes)")
     several = {"action": "append", "default": []}
-    parser.add_argument(
-        "--filter", **several, dest="filters", metavar="FILTER", help=f"{', '.join(clean.FILTERS.values())} (none)"
-    )
-    parser.add_argument(
-        "--dedup", default="", metavar="exact|minhash", help="keep only the first of equal, or similar, documents (no)"
-    )
-    parser.add_argument(
-        "--dedup-threshold", type=float, metavar="J", help="Jaccard similarity from which documents count as similar (0.8)"
-    )
-    parser.add_argument(
-        "--scrub", **several, metavar="NAMES", help=f"{','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT (none)"
-    )
-    parser.add_argument("--keep-dropped", metavar="DIR", help="folder for the documents that --filter and --dedup drop (none)")
-    parser.add_argument(
-        "--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the size of the input)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes on this machine (one for each processor)"
-    )
-    parser.add_argument("--runner", default=runners.DIRECT, help="direct, dask, or the name of one of Beam's runners (direct)")
+    add("--filter", **several, dest="filters", metavar="FILTER", help=f"{', '.join(clean.FILTERS.values())} (none)")
+    add("--dedup", default="", metavar="exact|minhash", help="keep only the first of equal, or similar, documents (no)")
+    add("--dedup-threshold", type=float, metavar="J", help="Jaccard similarity that counts as similar (0.8)")
+    add("--scrub", **several, metavar="NAMES", help=f"{','.join(clean.SCRUBS)}, or regex:PATTERN=REPLACEMENT (none)")
+    add("--keep-dropped", metavar="DIR", help="folder for the documents that --filter and --dedup drop (none)")
+    add("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the size of the input)")
+    add("--workers", type=int, default=0, metavar="N", help="processes on this machine (one for each processor)")
+    add("--runner", default=runners.DIRECT, help="direct, dask, or the name of one of Beam's runners (direct)")
     known, rest = parser.parse_known_args(argv)
     try:
         prepare(**vars(known), beam_options=rest)

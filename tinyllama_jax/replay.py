@@ -355,9 +355,7 @@ def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--run", required=True, type=Path, help="a run folder")
     parser.add_argument("--step", required=True, type=int, help="the step to look at, which the run has recorded")
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
