@@ -1,12 +1,15 @@
 """Configuration: what is accepted, what is refused and with which words."""
 
+import argparse
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
+from test_contracts import COMMANDS
 
 from tinyllama_jax.base import cli
 from tinyllama_jax.base import config as c
@@ -286,7 +289,7 @@ def test_not_a_number_is_no_share():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (5, "under a minute"),
         (90, "2 min"),
@@ -296,5 +299,40 @@ def test_not_a_number_is_no_share():
         (90 * 86_400, "90.0 days"),
     ],
 )
-def test_time_left(seconds, said):
-    assert cli.time_left(seconds) == said
+def test_time_left(seconds, text):
+    assert cli.time_left(seconds) == text
+
+
+def parsers_of_help(command, monkeypatch):
+    """Returns the parser whose help `python -m tinyllama_jax.COMMAND --help` prints, and those of its subcommands."""
+    shown = []
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
+    module = importlib.import_module(f"tinyllama_jax.{command}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    for action in shown[0]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            shown += action.choices.values()
+    return shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_line_and_the_default_of_every_option(command, monkeypatch):
+    for parser in parsers_of_help(command, monkeypatch):
+        for action in parser._actions:
+            name = (action.option_strings or [action.dest])[-1]
+            assert isinstance(action, argparse._SubParsersAction) or action.help, f"{command} {name} has no line"
+            if action.option_strings and not action.required and action.nargs != 0:
+                assert action.help.endswith(")"), f"{command} {name} does not end with its default in parentheses"
+
+
+def test_help_of_train_lists_every_key(monkeypatch):
+    (parser,) = parsers_of_help("train", monkeypatch)
+    listed = [action.option_strings[-1].removeprefix("--") for action in parser._actions]
+    assert listed == ["help", "config", *c.keys()]
+    lines = cli.key_lines()
+    assert lines["model.remat"].endswith(f"{', '.join(c.REMAT)} (none)")
+    assert lines["data.verify"].endswith("(false)") and lines["data.skip"].endswith("(empty)")
+    assert lines["train.steps"].endswith("(set by the config)") and lines["checkpoint.keep"].endswith("(3)")
+    assert all(f"--{key} " in parser.format_help() for key in c.keys())

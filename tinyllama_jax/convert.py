@@ -2,7 +2,7 @@
 
 python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR            a run -> a Hugging Face folder
 python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN          Hugging Face or lit-gpt -> a run folder
-python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR prepared data -> the original's packed files
+python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR  prepared data -> the original's packed files
 """
 
 from __future__ import annotations

@@ -232,19 +232,21 @@ def _note(text: str) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tinyllama_jax.generate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.generate", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="a run folder or a Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help='the text to go on with; "" begins a new document')
-    parser.add_argument("--step", type=int, help="which checkpoint of the run; the newest if absent")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: more of the likely tokens")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: all")
+    parser.add_argument("--prompt", required=True, help='the text to continue; "" begins a new document')
+    parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: likely tokens become likelier (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all (0)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likely tokens that reach this probability; 1: all"
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability (1.0)"
     )
-    parser.add_argument("--greedy", action="store_true", help="always the most likely token; the three above are not used")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument(
+        "--greedy", action="store_true", help="always take the most likely token; ignores the three options above (no)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument("--samples", type=int, default=1, help="texts to write (1)")
     args = parser.parse_args(argv)
     if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # how Python shows bytes that are no UTF-8
         raise UserError(f"--prompt {args.prompt!a}: is not UTF-8")

@@ -40,6 +40,12 @@ from tinyllama_jax.planning.search import most_sequences, nearest, sweep, whole_
 from tinyllama_jax.run import stages
 
 DOES_NOT_FIT = 3  # exit code
+PRICES = {"train_peak": "FLOP/s of a device in training", "train_price": "USD per device and hour in training",
+          "train_mfu": "MFU of training", "inference_peak": "operations/s of a device in inference",
+          "inference_price": "USD per device and hour in inference", "input_mfu": "MFU of reading a prompt",
+          "output_mfu": "MFU of writing tokens", "input_share": "fraction of the tokens that are read"}  # fmt: skip
+
+
 
 
 def main(argv: list[str]) -> int:
@@ -94,25 +100,27 @@ def _swept(args: argparse.Namespace, config: Config, machine: targets.Machine, s
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = cli.Parser(prog="tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
+    parser = cli.Parser(prog="python -m tinyllama_jax.plan", description=__doc__, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     known = ", ".join(f"{name}:{t.shape}" for name, t in targets.TARGETS.items())
-    parser.add_argument("--config", help="a file such as configs/3t.py")
-    parser.add_argument("--on", help=f"the machine: {known}, or cpu:8")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and the lines on stderr")
-    parser.add_argument("--price", type=_number, help="USD an hour and device, instead of the table's")
-    parser.add_argument("--mfu", type=_part, help="part of the peak that matmuls reach, instead of the table's (0.52 on A100)")
+    parser.add_argument("--config", help="a file such as configs/3t.py (none)")
+    parser.add_argument("--on", help=f"the machine: {known}, or cpu:8 (none)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
+    parser.add_argument("--price", type=_number, help="USD per device and hour (that of planning/targets.py)")
+    parser.add_argument("--mfu", type=_part, help="fraction of the peak that matmuls reach (that of planning/targets.py)")
     parser.add_argument(
-        "--sweep", action="store_true", help="meshes (tensor as the config has it) x remat policies x sequences"
+        "--sweep", action="store_true", help="try meshes (with the config's mesh.tensor) x remat policies x sequences (no)"
     )
-    parser.add_argument("--picture", type=_picture, help="where --sweep and --law draw (plan-a100-40g-2x8.png, plan-law.png)")
-    parser.add_argument("--law", choices=("chinchilla", "inference"), help="scaling laws: the model of --config, or the 1.1B")
-    parser.add_argument("--fit", choices=laws.LAWS, default="hoffmann", help="whose constants")
-    parser.add_argument("--flops", type=_number, help="--law: a budget of training FLOPs; the model's own if absent")
-    parser.add_argument("--inference-tokens", type=_number, default=1e12, help="--law inference: in all (1e12)")
+    parser.add_argument("--picture", type=_picture, help="picture of --sweep or --law (plan-MACHINE.png, plan-law.png)")
+    parser.add_argument("--law", choices=("chinchilla", "inference"), help="scaling laws, for --config or the 1.1B (none)")
+    parser.add_argument("--fit", choices=laws.LAWS, default="hoffmann", help="whose constants the law uses (hoffmann)")
+    parser.add_argument("--flops", type=_number, help="--law: a budget of training FLOPs (that of the model)")
+    parser.add_argument("--inference-tokens", type=_number, default=1e12, help="--law inference: tokens in all (1e12)")
     for name, value in vars(laws.Prices()).items():
         kind = _part if name.endswith(("mfu", "share")) else _number
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"--law inference ({value:.3g})")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=value, help=f"--law inference: {PRICES[name]} ({value:.3g})"
+        )
     return parser.parse_known_args(argv)
 
 

@@ -355,11 +355,11 @@ def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = argparse.ArgumentParser(prog="tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--run", required=True, type=Path, help="a run folder")
-    parser.add_argument("--step", required=True, type=int)
+    parser.add_argument("--step", required=True, type=int, help="the step to look at, which the run has recorded")
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and the lines on stderr")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
     args, rest = parser.parse_known_args(argv)
     return args, cli.pairs(rest)
 

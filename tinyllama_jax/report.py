@@ -99,7 +99,7 @@ def unigram(run: Path) -> float | None:
 
 def main(argv: list[str]) -> int:
     """Draws; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.report", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
     run = parser.parse_args(argv).run
     print(*filter(None, (draw(run), metrics.skipped(metrics.read(run)))), sep="\n")

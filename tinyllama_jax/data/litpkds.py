@@ -1,6 +1,6 @@
 """LITPKDS .bin shards, the original's packed files: read as they lie on the disk, and written from a prepared data set.
 
-    python -m tinyllama_jax.data.litpkds --input DIR --split train --prefix train_slim --output DIR2
+    python -m tinyllama_jax.convert to-litpkds --input DIR --split train --prefix train_slim --output DIR2
 
 A file is a header of 24 bytes (b"LITPKDS", version 1 as u64, code of the dtype as u8, tokens in the file as u64, little-endian)
 and the tokens. A source is named by what its files' names begin with, DIR/train_slim; a tokenizer lies beside them in DIR.
