@@ -13,7 +13,6 @@ import numpy as np
 from tinyllama_jax.base.config import Weight, knots_of, weight_at
 from tinyllama_jax.base.errors import UserError
 
-
 _Knots = tuple[tuple[int, float], ...]  # (sample, weight)
 
 

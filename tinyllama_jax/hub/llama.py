@@ -1,6 +1,6 @@
 """Names and shapes of this model's parameters in Hugging Face's Llama, a bijection; numpy only.
 
-Hugging Face keeps one tensor per layer, and a matrix as [out, in]. This package keeps all layers in one array [L, in ..., out ...].
+Hugging Face has one tensor per layer, and a matrix as [out, in]. This package has all layers in one array [L, in ..., out ...].
 RoPE is half-split in both, so no row moves. Everything else follows from `dims.PARAMETERS`.
 """
 
