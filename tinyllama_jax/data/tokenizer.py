@@ -104,7 +104,7 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
 
 
 def _disagreement(named: Naming, ids: dict[str, int], main: str) -> str | None:
-    """The first token that another file lists and `main`, with the tokens `ids`, lacks or numbers otherwise; None if all agree."""
+    """The first listed token that `main`, with the tokens `ids`, lacks or numbers otherwise; None if all agree."""
     for file, token, id_ in named.listed:
         if ids.get(token) != id_:
             other = f"gives it the id {ids[token]}" if token in ids else "does not have it"
