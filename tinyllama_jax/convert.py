@@ -168,20 +168,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(required=True, dest="kind", metavar="to-torch|from-torch|to-litpkds")
     add = lambda name, text: kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-    to_torch = add("to-torch", "a run as a Hugging Face folder")
+    to_torch = add("to-torch", "write a run as a Hugging Face folder")
     to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder")
-    to_torch.add_argument("--step", type=int, metavar="N", help="which of its checkpoints (the newest)")
+    to_torch.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
     to_torch.add_argument(
         "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
     )
-    to_torch.add_argument("--dtype", choices=list(llama.DTYPES), default="float32", help="all but float32 round (float32)")
+    to_torch.add_argument(
+        "--dtype", choices=list(llama.DTYPES), default="float32", help="of the weights; the others round (float32)"
+    )
     to_torch.add_argument(
         "--tokenizer",
         choices=["checked", "none"],
         default="checked",
-        help="none: copy the run's tokenizer as it is, without a tokenizer.json (checked)",
+        help="none: copy the run's tokenizer unchanged, without a tokenizer.json (checked)",
     )
-    from_torch = add("from-torch", "published weights as a run folder")
+    from_torch = add("from-torch", "write published weights as a run folder")
     from_torch.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a Hugging Face folder, a file of one, or a lit-gpt .pth"
     )
@@ -194,11 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (to_torch, from_torch):
         command.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
-    to_litpkds = add("to-litpkds", "prepared data as the original's packed files, byte for byte as its builder writes them")
+    to_litpkds = add("to-litpkds", "write prepared data as packed files, byte for byte as the original's builder")
     to_litpkds.add_argument("--input", required=True, type=Path, metavar="DIR", help="a data set made by tinyllama_jax.prepare")
-    to_litpkds.add_argument("--split", default="train", metavar="NAME", help="of the input (train)")
+    to_litpkds.add_argument("--split", default="train", metavar="NAME", help="which split of the input (train)")
     to_litpkds.add_argument("--prefix", required=True, metavar="NAME", help="how the files' names begin, such as train_slim")
-    to_litpkds.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the files")
+    to_litpkds.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder for the files")
     to_litpkds.add_argument(
         "--chunk-size", type=int, default=litpkds.CHUNK, metavar="N", help=f"tokens in a file ({litpkds.CHUNK} = 2049 x 1024)"
     )
@@ -209,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
+    """Runs one conversion; returns the exit code."""
     args = _parser().parse_args(argv)
     if args.kind == "to-torch":
         checked = args.tokenizer == "checked"
