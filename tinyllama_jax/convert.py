@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
     )
     to_torch.add_argument(
-        "--dtype", choices=list(llama.DTYPES), default="float32", help="of the weights; the others round (float32)"
+        "--dtype", choices=list(llama.DTYPES), default="float32", help="of the written weights; all but float32 round (float32)"
     )
     to_torch.add_argument(
         "--tokenizer",
