@@ -46,8 +46,6 @@ PRICES = {"train_peak": "FLOP/s of a device in training", "train_price": "USD pe
           "output_mfu": "MFU of writing tokens", "input_share": "fraction of the tokens that are read"}  # fmt: skip
 
 
-
-
 def main(argv: list[str]) -> int:
     """Prints the plan; returns the exit code."""
     args, overrides = _arguments(argv)

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax.base import cli, sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.base.files import read_json
+from tinyllama_jax.base.files import check_local, read_json
 from tinyllama_jax.core import xla
 from tinyllama_jax.core.losses import NextToken
 from tinyllama_jax.core.program import Program, attention_scope, build, choose_attention, on_devices
@@ -361,6 +361,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
     args, rest = parser.parse_known_args(argv)
+    check_local("--run", args.run)
     return args, cli.pairs(rest)
 
 
