@@ -3,7 +3,7 @@
 python -m tinyllama_jax.train --config configs/3t.py
 
 Loss: not yet run at this size here.
-Cost: the original took 90 days of 16 A100-40G at 24,000 tokens/s each, 34,560 GPU-hours.
+Cost: the original took 90 days on 16 A100-40G at 24,000 tokens/s each, 34,560 GPU-hours.
 """
 
 from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Mesh, Model, Optim, Train
@@ -23,7 +23,7 @@ config = Config(
     data=Data(sources={"data/slimpajama": 0.693584, "data/starcoder": 0.306416}),
     optim=Optim(
         peak_lr=4e-4,
-        min_lr=4e-5,  # the original's was 4e-4 until step 240,000, by mistake: --optim.min_lr=4e-4, and from there without it
+        min_lr=4e-5,  # the original had 4e-4 until step 240,000, by mistake: --optim.min_lr=4e-4 until there reproduces it
         warmup_steps=2_000,  # 4.2B tokens
         weight_decay=0.1,
         clip_norm=1.0,
@@ -34,15 +34,15 @@ config = Config(
         seqs_per_device=8,  # on 16 devices 8 micro-batches: 8 x 16 x 8 = 1,024
         seed=3_407,
     ),
-    # 16 devices = data 2 x fsdp 8: parameters, gradients and moments split over the 8 GPUs of a node, where the links are fast,
-    # and gradients alone averaged between nodes, once a micro-batch (hybrid sharding, as v1.1). All 16 in one, as v1.0, is
-    # --mesh.data=1 --mesh.fsdp=16: half the state on each, and every layer's weights over the network.
+    # 16 devices = data 2 x fsdp 8 (hybrid sharding, as in v1.1): parameters, gradients and moments are sharded over the 8 GPUs
+    # of a node, where links are fast; only gradients cross between nodes, once per micro-batch. v1.0 sharded over all 16,
+    # --mesh.data=1 --mesh.fsdp=16: half the state on each device, but every layer's weights go over the network.
     mesh=Mesh(data=-1, fsdp=8, tensor=1),
     checkpoint=Checkpoint(
         every=5_000,  # 13.2 GB each
         keep=3,
-        keep_every=50_000,  # 105B tokens apart, 28 of them: 370 GB
-        # those of the original's releases, beside its last: 105B, 503B, 1T, 1.5T, 2T, 2.5T tokens
+        keep_every=50_000,  # 105B tokens apart: 28 checkpoints, 370 GB
+        # the original's releases before its last: 105B, 503B, 1T, 1.5T, 2T, 2.5T tokens
         keep_steps="50_000,240_000,480_000,715_000,955_000,1_195_000",
     ),
     log=Log(every=10, eval_every=5_000),

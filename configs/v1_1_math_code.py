@@ -1,13 +1,13 @@
-"""TinyLlama v1.1 Math&Code: from 1.5T tokens on a quarter StarCoder and Proof-Pile.
+"""TinyLlama v1.1 Math&Code: a quarter StarCoder and Proof-Pile from 1.5T tokens on.
 
 python -m tinyllama_jax.train --config configs/v1_1_math_code.py
 python -m tinyllama_jax.train --config configs/v1_1_math_code.py --init.from=runs/v1_1 --init.step=830_000 --init.state=all
 
-75% SlimPajama, 15% StarCoder, 10% Proof-Pile, come to in a straight line over 6B tokens. The second command goes on
-from a run of v1_1.py before that point, as its makers did; its batches and learning rate are those of the first.
+75% SlimPajama, 15% StarCoder, 10% Proof-Pile, reached linearly over 6B tokens. The second command forks a run of
+v1_1.py before that point, as the authors did, and gives the same batches and learning rates as the first.
 
 Loss: not yet run at this size here.
-Cost: as v1_1.py, of which the branch is the last quarter.
+Cost: as v1_1.py; the fork alone is its last quarter.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ config = dataclasses.replace(
     workdir="runs/v1_1_math_code",
     data=Data(
         sources={
-            "data/slimpajama": ((1.5e12, 1), (1.506e12, 0.75)),  # (tokens, share): linear between, constant outside
+            "data/slimpajama": ((1.5e12, 1), (1.506e12, 0.75)),  # (tokens, weight): linear in between, constant outside
             "data/starcoder": ((1.5e12, 0), (1.506e12, 0.15)),
             "data/proof_pile": ((1.5e12, 0), (1.506e12, 0.10)),
         }

@@ -1,9 +1,9 @@
-"""The whole line on this computer, offline: corpus, tokenizer, data, training, export, samples (`make demo`).
+"""Runs every stage on this computer, offline: corpus, tokenizer, data, training, export, samples (`make demo`).
 
 python -m examples.demo [--workdir runs/demo]
 
-Stopped at any moment, the same command goes on; what is done is not done again. Heavy imports stand where they are needed, so
-that a demo with nothing left to do ends at once.
+Stopped at any moment, the same command resumes, and finished stages are not repeated. Heavy imports stand where they
+are needed, so that a demo with nothing left to do ends at once.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ SAMPLE_TOKENS = 60
 def main(argv: list[str]) -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--workdir", default="runs/demo", help="the folder for everything that it makes (default: %(default)s)")
+    parser.add_argument("--workdir", default="runs/demo", help="folder for everything that the demo makes (%(default)s)")
     return demo(Path(parser.parse_args(argv).workdir), CONFIG)
 
 
 def demo(work: Path, config_file: str, stdlib: Path | None = None) -> int:
-    """Everything, in `work`, by the config in `config_file`, from the modules in `stdlib` (this Python's). Raises UserError."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # its size is a CPU's
+    """Runs all stages in `work` with a config file and the modules in `stdlib` (default: this Python's). Raises UserError."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model is small enough for a CPU
     started = time.monotonic()
     config, overrides = placed(cli.read(config_file), work)
     stages = Stages(work, config, stdlib)
@@ -60,7 +60,7 @@ def demo(work: Path, config_file: str, stdlib: Path | None = None) -> int:
         make_data(work, config)
         stages.done("data")
     if stages.todo("run", work / "run/checkpoints" / str(config.train.steps)):
-        stages.done("run")  # at its start: a run that was stopped goes on
+        stages.done("run")  # noted at the start: a run that was stopped resumes by itself
         if code := train(config, ["--config", config_file, *overrides]):
             return code
     if stages.todo("picture", work / "run/loss.png"):
@@ -77,25 +77,25 @@ def demo(work: Path, config_file: str, stdlib: Path | None = None) -> int:
 
 
 def placed(config: Config, work: Path) -> tuple[Config, list[str]]:
-    """The config with its run and data in `work`, and what to say to `train` for that (nothing if they are there already)."""
+    """Returns the config with its run and data in `work`, and the options that `train` needs for that (none if unchanged)."""
     sources = {str(work / "data" / Path(path).name): weight for path, weight in config.data.sources.items()}
     if set(map(os.path.basename, sources)) != set(demo_corpus.SOURCES):
         raise UserError(f"data.sources: the demo has the sources {', '.join(demo_corpus.SOURCES)}, not {', '.join(sources)}")
     if (config.workdir, config.data.sources) == (str(work / "run"), sources):
         return config, []
-    said = ",".join(f"{path}:{weight}" for path, weight in sources.items())
+    sources_option = ",".join(f"{path}:{weight}" for path, weight in sources.items())
     config = dataclasses.replace(config, workdir=str(work / "run"), data=dataclasses.replace(config.data, sources=sources))
-    return config, [f"--workdir={config.workdir}", f"--data.sources={said}"]
+    return config, [f"--workdir={config.workdir}", f"--data.sources={sources_option}"]
 
 
 class Stages:
-    """What each stage was made from, kept in WORK/stages.json: an output is used again only if it was made from the same."""
+    """Records in WORK/stages.json what each stage was made from: an output is reused only if its inputs are unchanged."""
 
     def __init__(self, work: Path, config: Config, stdlib: Path | None):
-        """Raises UserError if `work` holds a run that was made from something else."""
+        """Raises UserError if `work` holds a run that was made from other inputs."""
         self._file = work / "stages.json"
         settings = {key: value for key, value in config_lib.flat(config).items() if key not in ("workdir", "data.sources")}
-        self._now = {
+        self._inputs = {
             "corpus": demo_corpus.fingerprint(stdlib),
             "tokenizer": {"vocab_size": config.model.vocab_size, "shares": list(config.data.sources.values())},
             "data": {"seq_len": config.model.seq_len},
@@ -105,36 +105,36 @@ class Stages:
             "samples": {},
         }
         self._made = json.loads(self._file.read_text()) if self._file.is_file() else {}
-        for key, was, now in self._changes():
-            changed = f"{work} was made with {key}={was}, and now it is {now}"
+        for key, before, after in self._changes():
+            changed = f"{work} was made with {key}={before}, and it is now {after}"
             if (work / "run").exists():
-                raise UserError(f"{changed}; delete {work} to start anew, or leave it and say --workdir NEW")
-            say(f"{changed}: what depends on it is made again")
+                raise UserError(f"{changed}; delete {work} to start again, or choose another folder with --workdir NEW")
+            say(f"{changed}; the stages that depend on it are repeated")
 
     def _changes(self) -> list[tuple[str, object, object]]:
-        made_and_now = [(self._made.get(stage, now), now) for stage, now in self._now.items()]
-        return [(key, made.get(key), now[key]) for made, now in made_and_now for key in now if made.get(key) != now[key]]
+        pairs = [(self._made.get(stage, inputs), inputs) for stage, inputs in self._inputs.items()]
+        return [(key, made.get(key), inputs[key]) for made, inputs in pairs for key in inputs if made.get(key) != inputs[key]]
 
     def todo(self, stage: str, output: Path) -> bool:
-        """Whether the stage has to be done: its output is not there, or not known to be whole and made from the same."""
-        return self._made.get(stage) != self._now[stage] or not output.exists()
+        """Whether the stage has to run: its output is missing, incomplete, or made from other inputs."""
+        return self._made.get(stage) != self._inputs[stage] or not output.exists()
 
     def done(self, stage: str) -> None:
-        """Notes that the stage is done; what came after it is no longer known to be made from the same."""
-        before = list(self._now)[: list(self._now).index(stage)]
-        self._made = {name: self._now[name] for name in [*before, stage]}
+        """Records that the stage is done; later stages then have to run again."""
+        before = list(self._inputs)[: list(self._inputs).index(stage)]
+        self._made = {name: self._inputs[name] for name in [*before, stage]}
         partial = self._file.with_suffix(".partial")
         partial.write_text(json.dumps(self._made, indent=2) + "\n")
         partial.replace(self._file)
 
 
 def say(text: str) -> None:
-    """One line on what is done, at once also into a pipe."""
+    """Prints a line at once, also into a pipe."""
     print(text, flush=True)
 
 
 def fresh(folder: Path) -> Path:
-    """Removes `folder`, and makes an empty one beside it, to be given its name when it is whole."""
+    """Removes `folder` and returns an empty folder beside it, which is renamed to `folder` when it is complete."""
     partial = folder.with_name(folder.name + ".partial")
     for path in (folder, partial):
         shutil.rmtree(path, ignore_errors=True)
@@ -143,7 +143,7 @@ def fresh(folder: Path) -> Path:
 
 
 def make_corpus(folder: Path, stdlib: Path | None) -> None:
-    """Text and code in `folder`, one jsonl file a source and split."""
+    """Writes text and code into `folder`, one jsonl file for each source and split."""
     partial = fresh(folder)
     counts = demo_corpus.gather(partial, stdlib)
     sizes = {source: (partial / f"{source}.train.jsonl").stat().st_size / 1e6 for source in demo_corpus.SOURCES}
@@ -155,7 +155,7 @@ def make_corpus(folder: Path, stdlib: Path | None) -> None:
 
 
 def make_tokenizer(folder: Path, corpus: Path, config: Config) -> None:
-    """tokenizer.model in `folder`."""
+    """Writes tokenizer.model into `folder`."""
     shares = {Path(path).name: weight for path, weight in config.data.sources.items()}
     partial = fresh(folder)
     (partial / "tokenizer.model").write_bytes(demo_corpus.train_tokenizer(corpus, shares, config.model.vocab_size))
@@ -164,7 +164,7 @@ def make_tokenizer(folder: Path, corpus: Path, config: Config) -> None:
 
 
 def make_data(work: Path, config: Config) -> None:
-    """Blocks of tokens of each source, below `work`/data."""
+    """Writes the blocks of each source into `work`/data."""
     from tinyllama_jax import prepare
 
     shutil.rmtree(work / "data", ignore_errors=True)
@@ -179,7 +179,7 @@ def make_data(work: Path, config: Config) -> None:
 
 
 def train(config: Config, arguments: list[str]) -> int:
-    """What `python -m tinyllama_jax.train` does with `arguments`; and before it, the loss of the model to beat."""
+    """Writes the unigram model's loss, then runs `python -m tinyllama_jax.train` with `arguments`. Returns its exit code."""
     from tinyllama_jax import train as train_lib
 
     run = Path(config.workdir)
@@ -192,9 +192,9 @@ def train(config: Config, arguments: list[str]) -> int:
 
 
 def unigram_loss(config: Config) -> float:
-    """Validation loss, nats a token, of a unigram model: the training tokens' frequencies, mixed as in training, plus one each.
+    """Returns the validation loss of a unigram model in nats a token, over the same tokens as the run's own validation loss.
 
-    Over the tokens that the run's own validation loss is over.
+    The model has the frequencies of the training tokens, mixed as in training, with add-one smoothing.
     """
     from tinyllama_jax.data import feed
 
@@ -206,14 +206,14 @@ def unigram_loss(config: Config) -> float:
 
 
 def label_counts(blocks: Blocks, vocab_size: int) -> np.ndarray:
-    """How often each token is one to be predicted in `blocks`, [V]."""
+    """Counts how often each token is to be predicted in `blocks`: [V]."""
     tokens, length = blocks.read(np.arange(len(blocks)))
     real = np.arange(1, tokens.shape[1]) < length[:, None]
     return np.bincount(tokens[:, 1:][real], minlength=vocab_size)
 
 
 def unigram_cross_entropy(train_V: list[np.ndarray], weights: list[float], validation_V: np.ndarray) -> float:
-    """-sum q log p for the frequencies q of `validation_V` and p of the `train_V`, mixed by `weights`; counts [V], nats.
+    """Returns -sum q log p in nats, for frequencies q of `validation_V`, and p of `train_V` mixed by `weights`; all counts [V].
 
     Add-one smoothing: p is (n f + 1) / (n + V), where f is the mixture's frequency and n the number of training tokens.
     """
@@ -224,7 +224,7 @@ def unigram_cross_entropy(train_V: list[np.ndarray], weights: list[float], valid
 
 
 def export(work: Path) -> None:
-    """`work`/hf, which Transformers loads."""
+    """Exports the run to `work`/hf, which Transformers loads."""
     from tinyllama_jax import convert
 
     shutil.rmtree(work / "hf", ignore_errors=True)
@@ -233,15 +233,15 @@ def export(work: Path) -> None:
 
 
 def sample(work: Path) -> None:
-    """`work`/samples.txt: what the model says to `PROMPTS`."""
+    """Writes `work`/samples.txt: the model's continuations of `PROMPTS`."""
     from tinyllama_jax import generate
 
     params, model, tokenizer = generate.load(work / "run")
     texts = []
     for prompt in PROMPTS:
         ids = generate.first_tokens(work / "run", tokenizer, prompt)
-        how = generate.Sampling(temperature=0.6, top_p=0.9)
-        answer = generate.stream(params, model, ids, max_new_tokens=SAMPLE_TOKENS, sampling=how, eos_id=tokenizer.eos_id)
+        sampling = generate.Sampling(temperature=0.6, top_p=0.9)
+        answer = generate.stream(params, model, ids, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, eos_id=tokenizer.eos_id)
         texts.append(f"--- {prompt!r}\n{tokenizer.decode([*ids, *answer])}\n")
     partial = work / "samples.partial"
     partial.write_text("\n".join(texts), encoding="utf-8")
@@ -249,19 +249,19 @@ def sample(work: Path) -> None:
 
 
 def conclusion(work: Path, arguments: list[str], seconds: float) -> str:
-    """Samples, the two losses, where each thing is, and what to try next."""
+    """Returns the final message: samples, the two losses, where the results are, and what to try next."""
     run, samples = work / "run", work / "samples.txt"
     loss = [row["val_loss"] for row in metrics.read(run) if row.get("val_loss") is not None][-1]
     baseline = report.unigram(run)
-    here = Path(sys.executable).is_relative_to(Path.cwd())
-    python = shlex.join([os.path.relpath(sys.executable) if here else sys.executable, "-m"])
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    python = shlex.join([os.path.relpath(sys.executable) if inside else sys.executable, "-m"])
     places = {
-        work / "corpus": "text and code, a jsonl file a source and split",
+        work / "corpus": "text and code, a jsonl file for each source and split",
         work / "tokenizer": "the SentencePiece model",
         work / "data": "the corpus in blocks of tokens, with manifests",
         run: "checkpoints, config, metrics.jsonl, TensorBoard events, the loss curve loss.png",
         work / "hf": "the model for Hugging Face Transformers",
-        samples: "what stands above",
+        samples: "the samples above",
     }
     width = max(len(str(path)) for path in places)
     lines = [

@@ -1,7 +1,7 @@
-"""The demo's corpus, made of the standard library (docstrings and comments; the rest as code), and a tokenizer for it.
+"""Makes the demo's corpus and tokenizer from the standard library: docstrings and comments as text, everything else as code.
 
-Every computer that can run the demo has that library, so nothing is downloaded. One document a module and source; whole modules
-are held out of both sources, so that no training text explains validation code.
+Every computer that can run the demo has that library, so nothing is downloaded. Each module gives one document per source.
+Whole modules are held out of both sources, so that no training text explains validation code.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from tinyllama_jax.data.prepare import vocabulary
 SOURCES = ("text", "code")
 SPLITS = ("train", "validation")
 HELD_OUT = 0.01  # of the modules
-# Installed packages are not the library. Many distributions leave the tests out: with them the corpus would depend on who
-# packaged Python. The last two are generated tables.
+# Installed packages are not part of the library. Many distributions leave out the tests, so with them the corpus would depend
+# on who packaged Python. The last two are generated tables.
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 NOT_TEXT = re.compile(r"!|.*coding[:=]\s*[-\w.]+|\W*$")  # a shebang, an encoding, a ruler
 
 
 class Document(NamedTuple):
-    """One module, taken apart."""
+    """The text and the code of one module."""
 
     text: str  # docstrings and comments, in order, a blank line between
     code: str  # everything else, which still parses
 
 
 def modules(stdlib: Path | None = None) -> dict[str, Path]:
-    """Dotted name -> file, sorted by name, of the modules below `stdlib` (that of the Python running this)."""
+    """Returns dotted name -> file for all modules in `stdlib` (default: that of this Python), sorted by name."""
     stdlib = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
     files = {path.relative_to(stdlib).with_suffix("").parts: path for path in stdlib.rglob("*.py")}
     return {".".join(parts): files[parts] for parts in sorted(files) if not LEFT_OUT.intersection(parts)}
 
 
 def fingerprint(stdlib: Path | None = None) -> dict[str, str]:
-    """What the corpus depends on: the Python, its modules by name and size, and this file."""
+    """Returns what the corpus depends on: the Python version, its modules by name and size, and this file."""
     listing = "".join(f"{name} {path.stat().st_size}\n" for name, path in modules(stdlib).items())
     return {
         "python": sys.version.split()[0],
@@ -57,21 +57,21 @@ def fingerprint(stdlib: Path | None = None) -> dict[str, str]:
 
 
 def held_out(names: list[str]) -> set[str]:
-    """1% of `names` (at least one): those whose SHA-256 is smallest, so that adding a module hardly moves the others."""
+    """Returns the 1% of `names` (at least one) with the smallest SHA-256, so that adding a module hardly changes the others."""
     return set(sorted(names, key=_hash)[: max(1, round(HELD_OUT * len(names)))])
 
 
 def gather(folder: Path, stdlib: Path | None = None) -> dict[str, int]:
-    """Writes `folder`/SOURCE.SPLIT.jsonl ({"module": name, "text": document} a line); returns counts to be printed.
+    """Writes `folder`/SOURCE.SPLIT.jsonl, lines of {"module": name, "text": document}; returns counts to print.
 
-    Files that cannot be decoded or parsed are skipped and counted. Raises UserError if too little is left for two splits.
+    Files that cannot be decoded or parsed are skipped and counted. Raises UserError if too few remain for two splits.
     """
     files, documents = modules(stdlib), {}
     for name, path in files.items():
         try:
             with tokenize.open(path) as f:  # decodes by the file's own declaration
                 document = take_apart(f.read())
-            "".join(document).encode()  # a docstring can hold escapes that no text can (half of a surrogate pair)
+            "".join(document).encode()  # fails for half of a surrogate pair, which a docstring can contain as an escape
         except (SyntaxError, ValueError, tokenize.TokenError):
             continue
         documents[name] = document
@@ -94,29 +94,29 @@ def gather(folder: Path, stdlib: Path | None = None) -> dict[str, int]:
 
 def take_apart(source: str) -> Document:
     """Splits a module into its documentation and its code. Raises SyntaxError if it does not parse."""
-    lines = io.StringIO(source).readlines()  # not splitlines: a form feed ends no line
+    lines = io.StringIO(source).readlines()  # not splitlines, which also splits at form feeds
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a module's escapes deserve is not for us to say
+        warnings.simplefilter("ignore")  # about invalid escapes in the library's own modules
         tree = ast.parse(source)
-    found: list[tuple[int, str]] = []  # line number, paragraph
-    spans = []  # (first line, column, last line, column, what stands there instead)
+    paragraphs: list[tuple[int, str]] = []  # line number, paragraph
+    spans = []  # (first line, column, last line, column, replacement)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
             if docstring is not None:
-                found.append((node.body[0].lineno, inspect.cleandoc(docstring).strip()))
+                paragraphs.append((node.body[0].lineno, inspect.cleandoc(docstring).strip()))
                 spans.append(_docstring_span(node.body, lines, keep=not isinstance(node, ast.Module)))
     comments = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
-    found += _paragraphs(comments)
+    paragraphs += _paragraphs(comments)
     spans += [(*t.start, *t.end, "") for t in comments]
-    text = "\n\n".join(paragraph for _, paragraph in sorted(found, key=lambda pair: pair[0]) if paragraph)
+    text = "\n\n".join(paragraph for _, paragraph in sorted(paragraphs, key=lambda pair: pair[0]) if paragraph)
     return Document(text, _without(lines, spans))
 
 
 def train_tokenizer(corpus: Path, shares: dict[str, float], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model of `vocab_size` pieces from the training split in `corpus`, mixed by `shares` of characters.
+    """Returns a SentencePiece BPE model of `vocab_size` pieces, trained on `corpus` mixed by `shares` of characters.
 
-    `vocabulary.train` says of which kind. The same corpus gives the same bytes.
+    See `vocabulary.train`. The same corpus gives the same bytes.
     """
     documents = {source: _documents(corpus / f"{source}.train.jsonl") for source in SOURCES}
     total = min(sum(map(len, documents[source])) / share for source, share in shares.items())
@@ -128,7 +128,7 @@ def train_tokenizer(corpus: Path, shares: dict[str, float], vocab_size: int) -> 
 
 
 def _documents(path: Path) -> list[str]:
-    """The texts in a file of `gather`, those of related modules no longer side by side."""
+    """Returns the texts in a file of `gather`, in an order that separates related modules."""
     with path.open(encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     return [row["text"] for row in sorted(rows, key=lambda row: _hash(row["module"]))]
@@ -139,7 +139,7 @@ def _hash(name: str) -> bytes:
 
 
 def _docstring_span(body: list[ast.stmt], lines: list[str], keep: bool) -> tuple[int, int, int, int, str]:
-    """Where the docstring that opens `body` stands; a `pass` takes its place where the grammar wants a statement."""
+    """Returns the span of the docstring that opens `body`, and `pass` as its replacement if the grammar needs a statement."""
     node = body[0]
     first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
     start = len(first.encode()[: node.col_offset].decode())  # ast counts bytes of UTF-8
@@ -149,7 +149,7 @@ def _docstring_span(body: list[ast.stmt], lines: list[str], keep: bool) -> tuple
 
 
 def _paragraphs(comments: list[tokenize.TokenInfo]) -> list[tuple[int, str]]:
-    """(line number, paragraph): comments on consecutive lines that begin in the same column are one paragraph."""
+    """Returns (line number, paragraph): comments on consecutive lines that start in the same column form one paragraph."""
     runs: list[list[tokenize.TokenInfo]] = []
     for comment in comments:
         if runs and (runs[-1][-1].start[0] + 1, runs[-1][-1].start[1]) == comment.start:
@@ -164,11 +164,11 @@ def _paragraphs(comments: list[tokenize.TokenInfo]) -> list[tuple[int, str]]:
 
 
 def _without(lines: list[str], spans: list[tuple[int, int, int, int, str]]) -> str:
-    """The lines joined, each span replaced; a line on which nothing is left goes too, other lines stay as they are."""
+    """Returns the joined lines with each span replaced; lines that become empty are removed, all others are unchanged."""
     out = list(lines)
     outside: list[tuple[int, int, int, int, str]] = []
     for span in sorted(spans):
-        if not outside or span[:2] >= outside[-1][2:4]:  # a comment between the parts of a docstring goes with it
+        if not outside or span[:2] >= outside[-1][2:4]:  # a comment between the parts of a docstring is removed with it
             outside.append(span)
     for first, start, last, end, instead in reversed(outside):
         head, tail = out[first - 1][:start] + instead, out[last - 1][end:]

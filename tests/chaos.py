@@ -431,6 +431,7 @@ def main(argv):
     parser.add_argument("--only", help="one kind of fault")
     parser.add_argument("--json", help="adds the result to this file's list")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the processes of the run
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         chaos = Chaos(folder, args.seed, 20 * args.faults + 40, args.devices)

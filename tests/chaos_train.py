@@ -6,8 +6,12 @@ CHAOS_WRITE_ERROR: a file; while it exists, no checkpoint can be sealed      CHA
 
 import errno
 import os
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in train.py
 
 from tinyllama_jax.run import supervise
 

@@ -14,7 +14,7 @@ PATIENCE = 600  # seconds: nothing may take longer, on however busy a machine
 
 
 class Cluster:
-    """N processes with the same command, each with a parent that watches it (see processes.py) and its own output file."""
+    """N processes with the same command, each with a parent that watches it (see run/supervise.py) and its own output file."""
 
     def __init__(
         self,

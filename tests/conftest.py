@@ -5,16 +5,21 @@ import os
 import shutil
 import tempfile
 
+import kept
+
 # before anything imports jax
 os.environ["JAX_PLATFORMS"] = "cpu"
 # level 0, of LLVM's optimizations: two thirds of the processor time, which is nearly all the compiler's
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers and all processes they start, as long as the session
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tests-compiled-")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # for all workers and the processes that they start
+    try:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept.programs())
+    except OSError:  # a home that cannot be written to: for this session only
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tests-compiled-")
+        atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import signal
 from pathlib import Path
@@ -22,7 +27,9 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_data
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would all we start
+# what a shell's background jobs and nohup ignore, the processes that tests start would ignore too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -259,7 +259,7 @@ def test_a_skip_that_is_forgotten_is_a_mistake_and_no_wish_to_go_back(all_kept, 
 STRAYS = ("0019", "²", "১৭", "15.old", "17 copy", "notes.txt", "+18", "1e1")
 
 
-def test_what_is_no_checkpoint_is_left_alone(config):
+def test_what_is_no_checkpoint_is_passed_over_and_named(config, capsys):
     run = checkpoint.Path(config.workdir)
     for step in (10, 15):
         write_checkpoint(run, step)
@@ -271,10 +271,12 @@ def test_what_is_no_checkpoint_is_left_alone(config):
     assert checkpoint.steps_in(run) == [10, 15]
     files.write(run / "config.json", c.to_json(config))
     assert checkpoint.find_step(run) == 15
-    with pytest.raises(UserError, match="has checkpoints of the steps 10, 15$"):
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(name in said for name in ("17", "18", *STRAYS)) and "-tmp" not in said
+    with pytest.raises(UserError, match="has checkpoints of the steps 10, 15 "):
         checkpoint.find_step(run, 17)
     notes = seals.recover(config)
-    assert len(notes) == 2 and "17" in notes[1] and "18" in notes[0]
+    assert len(notes) == 3 and all(name in notes[2] for name in STRAYS) and "17" in notes[1] and "18" in notes[0]
     assert {name for name in os.listdir(folder) if name.isascii() and name.isdigit()} == {"10", "15", "0019"}
     assert len(os.listdir(run / "set_aside")) == 2
 
@@ -374,16 +376,32 @@ def past_of(config, tokenizer):
 
 
 @pytest.mark.parametrize("left", ["nothing", "empty", "strays", "a link"])
-def test_a_run_whose_checkpoints_are_gone_is_refused(config, tokenizer, left):
+def test_a_run_whose_checkpoints_are_gone_is_refused_until_told_to_start_over(config, tokenizer, left):
     run = past_of(config, tokenizer)
     if left == "a link":
         (run / "checkpoints").symlink_to("/nowhere/at/all")
     elif left != "nothing":
         (run / "checkpoints" / ("17" if left == "strays" else "")).mkdir(parents=True)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"checkpoints are gone, the newest of step 15; .*start again with --workdir=NEW"):
-        run_folder.open_run(config, XY, tokenizer)
+    for given in ("0", "10", "16"):
+        with pytest.raises(UserError, match=r"gone, the newest of step 15; .*start again with --init.start_over=15"):
+            run_folder.open_run(cli.override(config, {"init.start_over": given}), XY, tokenizer)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    again = cli.override(config, {"init.start_over": "15", "train.seed": "7"})
+    assert run_folder.open_run(again, XY, tokenizer) == [] and seals.recover(again) == []
+    aside = {path.name.partition("-")[0]: path for path in (run / "set_aside").iterdir()}
+    assert aside["metrics.jsonl"].read_bytes() == before[run / "metrics.jsonl"] and not (run / "metrics.jsonl").exists()
+    assert aside["config.json"].read_bytes() == before[run / "config.json"]
+    assert {"tokenizer", "data.json", "versions.json", "newest.json"} <= aside.keys() and seals.last_saved(run) == 0
+    assert checkpoint.load_config(run) == again
+    run_folder.open_run(again, XY, tokenizer)  # killed before its first checkpoint: the same command goes on
+    assert len(list((run / "set_aside").iterdir())) == len(aside)
+    write_checkpoint(run, 20)
+    run_folder.open_run(again, XY, tokenizer)
+    assert checkpoint.steps_in(run) == [20]
+    shutil.rmtree(run / "checkpoints")  # and the word was for the other past
+    with pytest.raises(UserError, match="--init.start_over=15: .* the newest of step 20"):
+        run_folder.open_run(again, XY, tokenizer)
 
 
 @pytest.mark.parametrize("to", ["nowhere", "itself"])

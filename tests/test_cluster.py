@@ -99,6 +99,20 @@ def test_where_process_0_listens(monkeypatch, environment, count, address, bind)
     assert (told["num_processes"], told["process_id"], told["local_device_ids"]) == (count, 1, addresses.gpus())
 
 
+def test_fewer_gpus_than_slurm_gave_are_refused():
+    addresses.check_gpus("gpu", 8, SBATCH)
+    addresses.check_gpus("gpu", 1, SBATCH | EIGHT)
+    addresses.check_gpus("cpu", 1, SBATCH | {"JAX_PLATFORMS": "cpu"})
+    addresses.check_gpus("gpu", 2, SBATCH | {"JAX_LOCAL_DEVICE_IDS": "0,1"})
+    addresses.check_gpus("cpu", 1, {})
+    for platform, devices, environment, words in (
+        ("gpu", 1, SBATCH, "gave this host 8 GPUs, and its 1 processes see 1"),
+        ("cpu", 2, SBATCH, "gave this host 8 GPUs, and its 1 processes see 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            addresses.check_gpus(platform, devices, environment)
+
+
 JOIN = """
 import json, jax
 from jax._src import xla_bridge

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import kept
 import pytest
 
 from tinyllama_jax.base.errors import UserError
@@ -30,6 +31,9 @@ TABLE, NORM = 32_000 * 256, 256
 LAYERS, ACCUMULATION = 3, 2
 LAYERS_MOVES = Counter({n: LAYERS * ACCUMULATION * LAYER.count(n) for n in LAYER})  # in a step, once a micro-batch
 MOVES = LAYERS_MOVES + Counter({TABLE: 2 * ACCUMULATION})
+# the files that a compiled step depends on
+SOURCES = [*(f"tinyllama_jax/{room}/**/*.py" for room in ("base", "kernels", "core", "planning")), "configs/3t.py"]
+SOURCES += ["tests/compile_for.py"]
 A100 = ("2,8,float32", "1,16,float32", "2,8,bfloat16")
 
 
@@ -42,10 +46,14 @@ def compile_for(on: str, *cases: str) -> dict:
     """What compile_for.py says of each case. Two processes may use libtpu at one time."""
     if not installed(on):
         pytest.skip(f"no compiler for {on} here: pip install '.[plan]'")
-    command = [sys.executable, TESTS / "compile_for.py", on, *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=600)
-    assert done.returncode == 0, done.stderr[-3_000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+
+    def compiled() -> dict:
+        command = [sys.executable, TESTS / "compile_for.py", on, *cases]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=600)
+        assert done.returncode == 0, done.stderr[-3_000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    results = kept.result(SOURCES, [on, *cases], compiled)
     for result in results.values():
         if isinstance(result, dict) and "collectives" in result:
             result["collectives"] = [hlo.Collective(**r | {"axes": tuple(r["axes"])}) for r in result["collectives"]]

@@ -1,12 +1,15 @@
 """Configuration: what is accepted, what is refused and with which words."""
 
+import argparse
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
+from test_contracts import COMMANDS
 
 from tinyllama_jax.base import cli, mixture_weights, values
 from tinyllama_jax.base import config as c
@@ -99,6 +102,10 @@ def test_override_by_type(config):
         ({"train.steps": "9" * 400}, f"--train.steps={'9' * 300}...: must be at most 2,147,483,647"),
         ({"train.tokens_per_step": "4" * 5_000}, "must be a whole number"),
         ({"train.batch_ramp": ",".join(f"{i}:144" for i in range(101))}, "has 101 parts; at most 100"),
+        (
+            {"model.d_model": "1048576", "model.n_layers": "1000", "model.d_ff": "1048576"},
+            "--model.d_model=1048576: makes 6.6e+15 parameters; at most 1e+13",
+        ),
         ({"train.batch_ramp": "1:16e999999999"}, "--train.batch_ramp=1:16e999999999: the number 16e999999999 is too long"),
         ({"train.batch_ramp": "1:2e9"}, "its tokens per step must be at most 1,073,741,824"),
         ({"data.skip": "1:2000000"}, "2,000,000 steps in 1 parts; at most 1,000,000 in 100"),
@@ -291,7 +298,7 @@ def test_not_a_number_is_no_share():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (5, "under a minute"),
         (90, "2 min"),
@@ -301,5 +308,40 @@ def test_not_a_number_is_no_share():
         (90 * 86_400, "90.0 days"),
     ],
 )
-def test_time_left(seconds, said):
-    assert cli.time_left(seconds) == said
+def test_time_left(seconds, text):
+    assert cli.time_left(seconds) == text
+
+
+def parsers_of_help(command, monkeypatch):
+    """Returns the parser whose help `python -m tinyllama_jax.COMMAND --help` prints, and those of its subcommands."""
+    shown = []
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
+    module = importlib.import_module(f"tinyllama_jax.{command}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    for action in shown[0]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            shown += action.choices.values()
+    return shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_line_and_the_default_of_every_option(command, monkeypatch):
+    for parser in parsers_of_help(command, monkeypatch):
+        for action in parser._actions:
+            name = (action.option_strings or [action.dest])[-1]
+            assert isinstance(action, argparse._SubParsersAction) or action.help, f"{command} {name} has no line"
+            if action.option_strings and not action.required and action.nargs != 0:
+                assert action.help.endswith(")"), f"{command} {name} does not end with its default in parentheses"
+
+
+def test_help_of_train_lists_every_key(monkeypatch):
+    (parser,) = parsers_of_help("train", monkeypatch)
+    listed = [action.option_strings[-1].removeprefix("--") for action in parser._actions]
+    assert listed == ["help", "config", *c.keys()]
+    lines = cli.key_lines()
+    assert lines["model.remat"].endswith(f"{', '.join(c.REMAT)} (none)")
+    assert lines["data.verify"].endswith("(false)") and lines["data.skip"].endswith("(empty)")
+    assert lines["train.steps"].endswith("(set by the config)") and lines["checkpoint.keep"].endswith("(3)")
+    assert all(f"--{key} " in parser.format_help() for key in c.keys())

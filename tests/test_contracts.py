@@ -30,7 +30,7 @@ ORDER = {
     "prepare.corpora prepare.clean prepare.shards prepare.duplicates prepare.runners prepare.folder prepare.vocabulary "
     "prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
-    "planning": "targets hlo compiled laws law_report",
+    "planning": "targets hlo compiled search laws law_report report",
 }
 HOME = {
     "flax": {"core.model"},
@@ -49,7 +49,7 @@ HOME = {
     "msgspec": {"base.files", "data.blocks"},
     "chex": {"core.step"},
     "tensorboard": {"run.metrics"},
-    "matplotlib": {"report", "plan", "planning.law_report", "data.audit.report"},
+    "matplotlib": {"report", "planning.report", "planning.law_report", "data.audit.report"},
 }
 
 

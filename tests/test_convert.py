@@ -21,7 +21,7 @@ from cluster import PATIENCE
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
 from test_hf_tokenizer import KINDS, train
 
-from tinyllama_jax import convert, generate
+from tinyllama_jax import convert, generate, replay, report
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base import dims, files, sharding
 from tinyllama_jax.base.config import Config
@@ -128,14 +128,14 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/precious").touch()
     done = command("convert_to_torch.py", "--checkpoint", run, "--output", tmp_path / "hf")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: --output {tmp_path / 'hf'}: is already there")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --output {tmp_path / 'hf'}: exists already")
     assert [path.name for path in tmp_path.joinpath("hf").iterdir()] == ["precious"]
     (tmp_path / "hf/precious").rename(tmp_path / "hf/.DS_Store")
     assert convert.export(run, tmp_path / "hf") == 12  # a folder with nothing of a person's is no loss
     assert (tmp_path / "hf/.DS_Store").is_file() and llama.load_folder(tmp_path / "hf")[1].n_layers == 3
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
-    with pytest.raises(UserError, match="link: is already there"):
+    with pytest.raises(UserError, match="link: exists already"):
         convert.export(run, tmp_path / "link")
 
 
@@ -180,6 +180,22 @@ def test_a_run_of_weights_that_are_not_finite_is_refused_unless_it_is_asked_for(
 def test_a_url_is_no_folder(run):
     with pytest.raises(UserError, match="^--output=s3://bucket/hf: is a URL, and must be a local path"):
         convert.export(run, "s3://bucket/hf")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (convert, "to-torch --checkpoint gs://b/run --output out"),
+        (convert, "from-torch --checkpoint gs://b/hf --output out"),
+        (convert, "from-torch --checkpoint hf --output out --tokenizer gs://b/hf"),
+        (generate, "--checkpoint gs://b/run --prompt x"),
+        (report, "gs://b/run"),
+        (replay, "--run gs://b/run --step 3"),
+    ],
+)
+def test_a_url_is_no_run_folder(command, arguments):
+    with pytest.raises(UserError, match=r"gs://b/\w+: is a URL, and must be a local path; mount it, or copy it to a disk"):
+        command.main(arguments.split())
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path):

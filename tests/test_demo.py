@@ -1,4 +1,4 @@
-"""The demo from end to end, in small: stopped at its stages and gone on with, done twice, its inputs changed."""
+"""The demo from end to end on a small library: stopped at each stage and resumed, run twice, run with changed inputs."""
 
 import contextlib
 import json
@@ -80,7 +80,7 @@ class Blocks:
         return np.array([[5, 1, 1, 2], [3, 4, 1, 0]], np.uint16), np.array([4, 3], np.int32)
 
 
-def test_counts_are_of_the_tokens_that_are_predicted():
+def test_only_predicted_tokens_are_counted():
     # neither the first of a block, which nothing predicts, nor padding
     assert demo.label_counts(Blocks(), 6).tolist() == [0, 3, 1, 0, 1, 0]
 
@@ -136,7 +136,7 @@ def listing(folder):
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
 
 
-def test_interrupted_and_continued_is_the_same_as_uninterrupted(small):
+def test_an_interrupted_demo_ends_with_the_same_losses(small):
     code, output = run(small, "whole")
     assert code == 0, output
     assert "Ctrl-C ends it: True" in output  # also after training, which saves first
@@ -183,7 +183,7 @@ def test_interrupted_and_continued_is_the_same_as_uninterrupted(small):
     assert trained[0] == trained[1] and len(trained[0]) == STEPS
 
 
-def test_stale_outputs_are_never_mixed(small, monkeypatch, capsys):
+def test_stale_outputs_are_not_reused(small, monkeypatch, capsys):
     monkeypatch.chdir(small)
     config, _ = demo.placed(cli.read("config.py"), Path("work"))
 
@@ -214,7 +214,7 @@ def test_stale_outputs_are_never_mixed(small, monkeypatch, capsys):
     assert stages().todo("run", Path("work/run")) is False
     (small / "config.py").write_text(CONFIG.replace("n_layers=1", "n_layers=2"))
     config, _ = demo.placed(cli.read("config.py"), Path("work"))
-    with pytest.raises(UserError, match=r"^work was made with model\.n_layers=1, and now it is 2; delete work to"):
+    with pytest.raises(UserError, match=r"^work was made with model\.n_layers=1, and it is now 2; delete work to"):
         stages()
     (small / "config.py").write_text(CONFIG)
     config, _ = demo.placed(cli.read("config.py"), Path("work"))
@@ -225,13 +225,13 @@ def test_stale_outputs_are_never_mixed(small, monkeypatch, capsys):
     assert listing(small / "work") == before
 
 
-def test_a_config_with_other_sources_is_one_line(small):
+def test_other_sources_are_an_error_of_one_line(small):
     (small / "config.py").write_text(CONFIG.replace("data/code", "data/poetry"))
     code, output = run(small)
     assert code == 2 and output.startswith("error: data.sources:") and output.count("\n") == 1
 
 
-def test_what_train_is_told():
+def test_options_for_train():
     config = cli.read(str(ROOT / "configs" / "demo.py"))
     assert demo.placed(config, Path("runs/demo")) == (config, [])  # the command in the config's first lines trains the same run
     moved, arguments = demo.placed(config, Path("elsewhere"))

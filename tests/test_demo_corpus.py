@@ -1,4 +1,4 @@
-"""The demo's corpus and tokenizer: modules taken apart, whole modules held out, text given back as it was."""
+"""The demo's corpus and tokenizer: modules are split, whole modules are held out, and text is decoded exactly."""
 
 import ast
 import io
@@ -152,7 +152,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_is_taken_apart(name):
+def test_a_module_is_split_into_text_and_code(name):
     source, text, code = (textwrap.dedent(part).strip("\n") for part in MODULES[name])
     document = demo_corpus.take_apart(source + "\n")
     assert document.text == text
@@ -169,20 +169,20 @@ def test_f_strings_of_python_3_12():
 
 
 class WithoutDocstrings(ast.NodeTransformer):
-    """What is left of a syntax tree, said independently of lines and columns."""
+    """Removes docstrings from a syntax tree, so that trees can be compared without lines and columns."""
 
     def visit(self, node):
         self.generic_visit(node)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body
             if body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
-                rest = body[1:]
-                node.body = rest if rest or isinstance(node, ast.Module) else [ast.Pass()]
+                others = body[1:]
+                node.body = others if others or isinstance(node, ast.Module) else [ast.Pass()]
             node.body = [n for n in node.body if not isinstance(n, ast.Pass)]  # whether one was added beside other statements
         return node
 
 
-def test_code_of_whole_modules_means_the_same_and_has_no_comments():
+def test_code_keeps_its_meaning_and_has_no_comments():
     for name in map(str, range(100)):
         source = generated.module(int(name))
         code = demo_corpus.take_apart(source).code
@@ -193,7 +193,7 @@ def test_code_of_whole_modules_means_the_same_and_has_no_comments():
 
 
 def library(folder, n=12):
-    """`n` modules with text and code, and what a library also holds."""
+    """Writes `n` modules with text and code, and other files that a library has."""
     for i in range(n):
         path = folder / ("package" if i % 2 else ".") / f"module_{i}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def library(folder, n=12):
 
 
 def corpus(folder):
-    """(source, split) -> {module: text}."""
+    """Returns (source, split) -> {module: text}."""
     return {
         (source, split): {
             row["module"]: row["text"]
@@ -213,7 +213,7 @@ def corpus(folder):
     }
 
 
-def test_gather_decodes_counts_and_leaves_out(tmp_path):
+def test_gather_decodes_counts_and_skips(tmp_path):
     files = library(tmp_path / "library")
     (files / "latin.py").write_bytes('# coding: latin-1\n"""Grüße."""\ny = 1\n'.encode("latin-1"))
     (files / "bom.py").write_bytes(b'\xef\xbb\xbf"""With a mark."""\r\nz = """a\r\nb"""\r\n')
@@ -227,9 +227,9 @@ def test_gather_decodes_counts_and_leaves_out(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     assert demo_corpus.gather(out, files) == {"modules": 14, "held out": 1, "skipped": 4}
-    found = corpus(out)
-    text = found["text", "train"] | found["text", "validation"]
-    code = found["code", "train"] | found["code", "validation"]
+    texts = corpus(out)
+    text = texts["text", "train"] | texts["text", "validation"]
+    code = texts["code", "train"] | texts["code", "validation"]
     assert text["latin"] == "Grüße." and code["latin"] == "y = 1"
     assert text["bom"] == "With a mark." and code["bom"] == 'z = """a\nb"""'
     assert text["package.module_3"] == "Documentation 3." and code["package.module_3"] == "x = 3"
@@ -238,12 +238,12 @@ def test_gather_decodes_counts_and_leaves_out(tmp_path):
 
 def test_whole_modules_are_held_out_of_both_sources(tmp_path):
     demo_corpus.gather(tmp_path, library(tmp_path / "library", 300))
-    found = corpus(tmp_path)
-    assert len(found["text", "validation"]) == 3  # 1%
+    texts = corpus(tmp_path)
+    assert len(texts["text", "validation"]) == 3  # 1%
     for one in demo_corpus.SOURCES:
         for other in demo_corpus.SOURCES:
-            assert not found[one, "train"].keys() & found[other, "validation"].keys()
-    assert list(found["text", "train"]) == sorted(found["text", "train"])
+            assert not texts[one, "train"].keys() & texts[other, "validation"].keys()
+    assert list(texts["text", "train"]) == sorted(texts["text", "train"])
 
 
 def test_held_out_modules_hardly_depend_on_the_others():
@@ -256,7 +256,7 @@ def test_held_out_modules_hardly_depend_on_the_others():
     assert demo_corpus.held_out(list("abcdefghij")) == {"j"}  # of the smallest SHA-256 by `sha256sum`
 
 
-def test_a_python_without_sources_is_one_line(tmp_path):
+def test_a_library_without_sources_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match=r"holds 0 documented modules; 2 are needed"):
         demo_corpus.gather(tmp_path, tmp_path)
 
@@ -275,7 +275,7 @@ SHARES = {"text": 0.7, "code": 0.3}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tokenizer of a hundred modules, as the demo makes it."""
+    """Returns a tokenizer of a hundred modules, made as in the demo."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "library").mkdir()
     for i in range(100):
@@ -304,13 +304,13 @@ def test_training_again_gives_the_same_bytes(model):
     assert demo_corpus.train_tokenizer(folder, SHARES, 2_048) == first
 
 
-def test_every_character_comes_back(tokenizer):
+def test_every_character_is_decoded_exactly(tokenizer):
     every = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]  # NUL among them; no half pairs
     lost = [c for c, back in zip(every, tokenizer.decode(tokenizer.encode(every)), strict=True) if back != c]
     assert lost == ["▁"]  # SentencePiece's own sign for a space; no setting of it keeps the two apart
 
 
-def test_every_text_comes_back(tokenizer):
+def test_every_text_is_decoded_exactly(tokenizer):
     chosen = [
         "",
         " ",
@@ -341,13 +341,13 @@ def test_every_text_comes_back(tokenizer):
     assert all(0 not in ids for ids in tokenizer.encode(chosen))
 
 
-def test_the_shares_decide_what_it_learns_from(model):
+def test_shares_choose_the_training_text(model):
     folder, _ = model
     text, code = (
         sentencepiece.SentencePieceProcessor(model_proto=demo_corpus.train_tokenizer(folder, shares, 2_048))
         for shares in ({"text": 0.99, "code": 0.01}, {"text": 0.01, "code": 0.99})
     )
-    found = corpus(folder)
+    texts = corpus(folder)
     for source, better, worse in (("text", text, code), ("code", code, text)):
-        documents = list(found[source, "train"].values())
+        documents = list(texts[source, "train"].values())
         assert sum(map(len, better.encode(documents))) < 0.95 * sum(map(len, worse.encode(documents)))

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_what_nobody_could_tell_from_a_good_file(fuzz, name, after, could_be):
     plausible = importlib.import_module("fuzz_damage").plausible
     assert plausible(Path(name), before, after.encode(errors="surrogateescape")) is could_be
     assert plausible(Path(name), before, before)
+
+
+@pytest.mark.parametrize(("size", "could_be"), [(100, True), (50, False)])
+def test_a_copy_of_another_good_file_is_plausible_if_it_has_its_header(fuzz, tmp_path, size, could_be):
+    good, other = tmp_path / "0.bin", tmp_path / "1.bin"
+    for path, n in ((good, 100), (other, size)):
+        path.write_bytes(bytes([n]) * 24 + path.name.encode() * n)
+    choices = iter([good, "other", other])
+    rng = types.SimpleNamespace(choice=lambda _: next(choices), randrange=lambda _: 0)
+    what, verdict = importlib.import_module("fuzz_damage").damage_file(rng, tmp_path, "*.bin")
+    assert (what, good.read_bytes(), verdict()) == ("0.bin: other", other.read_bytes(), could_be)
 
 
 def test_a_case_is_the_same_each_time(fuzz):

@@ -15,7 +15,7 @@ from tinyllama_jax import plan
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.planning import compiled, hlo, laws, targets
+from tinyllama_jax.planning import compiled, hlo, laws, report, search, targets
 
 ROOT = Path(__file__).parents[1]
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
@@ -130,24 +130,24 @@ def test_the_largest_that_fits_and_the_nearest_change_are_those_of_trying_all(mo
             known[repr(config)] = compiled.compile_step(config, machine)
         return known[repr(config)]
 
-    monkeypatch.setattr(plan, "compile_step", compile_once)
+    monkeypatch.setattr(search, "compile_step", compile_once)
     machine, wide = targets.machine("cpu:8"), config_of(mesh=(1, 8, 1), seqs=4, accumulation=2)
-    peaks = {n: compile_once(plan._with(wide, train__seqs_per_device=n), machine).peak for n in (1, 2, 4, 8)}
+    peaks = {n: compile_once(search._with(wide, train__seqs_per_device=n), machine).peak for n in (1, 2, 4, 8)}
     now = compile_once(wide, machine)
     assert sorted(peaks.values()) == list(peaks.values())
     for limit in (peaks[2], peaks[8] - 1, 2 * peaks[8]):
         monkeypatch.setattr(targets.Machine, "budget", limit)
         fit = [n for n, peak in peaks.items() if peak <= limit]
-        assert plan.most_sequences(now)[0] == fit[-1]
+        assert search.most_sequences(now)[0] == fit[-1]
         if not now.fits:
-            change, other = plan.nearest(now)
+            change, other = search.nearest(now)
             assert change == {"train.seqs_per_device": fit[-1]} and other.peak == peaks[fit[-1]]
     monkeypatch.setattr(targets.Machine, "budget", peaks[1] - 1)
-    change, other = plan.nearest(now)
+    change, other = search.nearest(now)
     assert change["model.remat"] != "none" and other.peak < peaks[1]
     assert other.config.train.seqs_per_device == change.get("train.seqs_per_device", 4)
     monkeypatch.setattr(targets.Machine, "budget", 1_000)
-    assert plan.nearest(now) is None
+    assert search.nearest(now) is None
 
 
 def test_a_refusal_for_memory_is_told_from_another():
@@ -186,7 +186,8 @@ def test_the_command_on_virtual_devices(tiny_config_file, tmp_path):
 
 
 def test_sweep_is_best_first_and_drawn(tiny_config_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "REMAT", ("none", "full"))
+    monkeypatch.setattr(search, "REMAT", ("none", "full"))
+    monkeypatch.setattr(report, "REMAT", ("none", "full"))
     monkeypatch.chdir(tmp_path)
     argv = (
         "--config",

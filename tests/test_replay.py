@@ -172,6 +172,9 @@ def test_a_line_that_was_tampered_with(cube, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"step 17: {name} recorded {wrong!r}, replayed {was!r}\n" in out and out.count(" recorded ") == 1
     assert "agrees with itself" in out and "with the run's checkpoint of step 20, bit for bit" in out
+    assert again(run, 20, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"] == [{"step": 17, "name": name, "recorded": wrong, "replayed": was}]
 
 
 def test_each_number_is_compared_to_the_bit():
@@ -240,10 +243,22 @@ def test_a_device_that_errs_now_is_named(tiny_config_file, tmp_path, monkeypatch
     assert f"this machine does not agree with itself: step 17, device 5 (process 0), params/{NAME}\n" in out
 
 
-def test_a_replica_that_errs_now_is_named(cube, monkeypatch, capsys):
-    err(monkeypatch, replay, 17, device=6)
-    assert again(cube, 18) == 1
-    assert f"does not agree with itself: step 17, device 6 (process 0), params/{NAME}\n" in capsys.readouterr().out
+def test_replicas_that_err_now_are_named(cube, monkeypatch, capsys):
+    err(monkeypatch, replay, 18, device=6)
+    assert again(cube, 18) == 1  # whose numbers were out before
+    out = capsys.readouterr().out
+    assert f"step 18: devices 2 (process 0), 6 (process 0): another params/{NAME} than the replicas" in out
+    assert f"does not agree with itself: step 18, device 6 (process 0), params/{NAME}\n" in out
+
+
+def test_a_minority_of_three_is_one_device(tiny_config_file, tmp_path):
+    config = cli.override(cli.read(str(tiny_config_file)), {"mesh.data": "4", "mesh.fsdp": "2", "train.seqs_per_device": "1"})
+    mesh = replay.sharding.make_mesh(config.mesh)
+    program = build(config, mesh)
+    state = flip(program.init(), 3)
+    run = replay.Run(tmp_path, config, [], {}, mesh, program, replay.checksums(program, mesh), 0)
+    assert replay.replicas_apart(run, np.asarray(run.checksums(program.init()))) is None
+    assert replay.replicas_apart(run, np.asarray(run.checksums(state))) == (f"params/{NAME}", "device 3 (process 0)")
 
 
 @pytest.mark.parametrize("every", [17, 10])  # of checkpoint.every: one right after the fault, or only later
@@ -256,7 +271,7 @@ def test_a_device_that_erred_in_the_run(tiny_config_file, tmp_path, monkeypatch,
     out = capsys.readouterr().out
     assert "this machine agrees with itself: three times the same bits" in out and "the recorded run differed" in out
     if every == 17:
-        assert f"step 17: another params/{NAME} in the run's checkpoint, first in the shard of device 5 (process 0)" in out
+        assert f"step 17: another params/{NAME} in the run's checkpoint, first in what device 5 (process 0) holds here" in out
     else:
         assert "step 18: loss recorded" in out and "step 20: another params/" in out
 
@@ -264,13 +279,13 @@ def test_a_device_that_erred_in_the_run(tiny_config_file, tmp_path, monkeypatch,
 # -- documents, and without them ------------------------------------------------------------------------------------------
 
 
-def test_the_documents_losses_are_the_steps_loss(tiny_config_file, tiny_data, tmp_path, monkeypatch):
+def test_the_documents_losses_are_the_steps_loss(tiny_config_file, tiny_data, tmp_path, capsys):
     keys = CUBE | {"data__sources": f"{tiny_data / 'a'}:0.5,{tiny_data / 'one'}:0.5", "train__steps": 7}
     assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
-    returned, by_loss = [], replay.by_loss
-    monkeypatch.setattr(replay, "by_loss", lambda *args: returned.append(by_loss(*args)) or returned[0])
-    assert again(tmp_path / "run", 7, "--top", "1000") == 0
-    documents, line = returned[0][0], curve(tmp_path / "run")[7]
+    capsys.readouterr()
+    assert again(tmp_path / "run", 7, "--json", "--top", "1000") == 0
+    out = json.loads(capsys.readouterr().out)
+    documents, line = out["documents"], curve(tmp_path / "run")[7]
     assert sum(d["tokens"] for d in documents) == line["real_tokens"] < 8 * 16  # the source "one" is mostly padding
     total = sum(d["tokens"] * d["loss"] for d in documents)
     assert total / line["real_tokens"] == pytest.approx(line["loss"], rel=1e-6)
@@ -328,8 +343,8 @@ def test_mistakes(cube, tmp_path, monkeypatch):
         (tmp_path / "import", 3, (), "it has no steps to replay"),
         (tmp_path / "gone on", 4, (), "--step 4: is not in .*metrics.jsonl, whose nearest steps are 5, 6"),
         (tmp_path / "gone on", 5, (), "--step 5: .* has no whole checkpoint before it"),
-        (cube, 3, ("--data.skip=1:1",), "--data.skip=1:1: is fixed by the run"),
-        (cube, 3, ("--model.d_ff=1",), "--model.d_ff=1: is fixed by the run"),
+        (cube, 3, ("--data.skip=1:1",), "--data.skip=1:1: is part of what the run was"),
+        (cube, 3, ("--model.d_ff=1",), "--model.d_ff=1: is part of what the run was"),
         (cube, 3, ("--mesh.date=1",), "did you mean --mesh.data"),
         (cube, 3, ("--mesh.data=3",), "devices, and 8 are here"),
     ]:

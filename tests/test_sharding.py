@@ -105,3 +105,15 @@ def test_gradients_of_copies_are_not_rounded_to_the_dtype_that_these_are_gathere
 def test_constrain_without_a_mesh_is_nothing():
     x = jax.numpy.ones((2, 3, 4))
     assert sharding.constrain(x, "BSD") is x
+
+
+def test_an_axis_can_split_one_dimension_of_a_parameter(monkeypatch):
+    monkeypatch.setitem(sharding.PARAMETER_AXES, "V", "fsdp")
+    with pytest.raises(UserError, match=r"embed/embedding \(100, 32\): .* V and D both go over the mesh axis fsdp"):
+        sharding.parameter_shardings(sharding.make_mesh(c.Mesh(2, 2, 2)), MODEL)
+
+
+def test_a_rule_that_no_parameter_uses(monkeypatch):
+    monkeypatch.setitem(sharding.PARAMETER_AXES, "E", "tensor")
+    with pytest.raises(UserError, match=r"PARAMETER_AXES\['E'\]='tensor': no parameter has .*D, F, H, K, L, N, V"):
+        sharding.parameter_shardings(sharding.make_mesh(c.Mesh(2, 2, 2)), MODEL)

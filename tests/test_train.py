@@ -123,7 +123,9 @@ def curve_so_far(workdir):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGALRM, 142)]
 )
 def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code):
-    process = start(tiny_config_file, tmp_path / "run", checkpoint__every=1000)
+    # the schedule of the quiet run, and far more steps, so that no load makes the signal come too late
+    more = {"checkpoint__every": 100_000, "train__steps": 100_000, "optim__decay_steps": 24}
+    process = start(tiny_config_file, tmp_path / "run", **more)
     while process.poll() is None and not [s for s in curve_so_far(tmp_path / "run") if s >= 3]:
         time.sleep(0.002)
     process.send_signal(number)
@@ -132,7 +134,8 @@ def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code
     step = checkpoint.find_step(tmp_path / "run")
     assert step >= 3 and f"after step {step}" in out
     steps, _ = curve(tmp_path / "run")
-    assert exact(steps) == exact(curve(quiet[0])[0])[:step]
+    known = exact(curve(quiet[0])[0])[:step]
+    assert exact(steps)[: len(known)] == known
 
 
 def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_path):

@@ -22,16 +22,16 @@ WRONG = 4  # exit code
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tinyllama_jax.audit", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.audit", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("dirs", nargs="*", metavar="DIR", help="data sets; those of --config by default")
-    parser.add_argument("--config", help="a training config, and --section.key=value on top: what its run would read")
-    parser.add_argument("--processes", type=int, metavar="N", help="of that run, each with one device (1)")
-    parser.add_argument("--seq-len", type=int, metavar="S", help="of LITPKDS files (the config's, or 2048)")
-    parser.add_argument("--samples", type=int, default=3, metavar="N", help="blocks of each split shown as text (3)")
-    parser.add_argument("--page", type=Path, default=Path("audit.html"), metavar="FILE", help="what it writes (audit.html)")
-    parser.add_argument("--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: kinds that are not wrong (none)")
+    parser.add_argument("--config", help="a training config, with --section.key=value: check what its run would read (none)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes of that run, each with one device (1)")
+    parser.add_argument("--seq-len", type=int, metavar="S", help="sequence length of LITPKDS files (the config's, or 2048)")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="blocks of each split to show as text (3)")
+    parser.add_argument("--page", type=Path, default=Path("audit.html"), metavar="FILE", help="the page to write (audit.html)")
+    parser.add_argument(
+        "--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: findings that are only warnings (none)"
+    )
     args, rest = parser.parse_known_args(_joined(argv))
     allow = tuple(filter(None, args.allow.split(",")))
     if unknown := set(allow) - set(ALLOWED):

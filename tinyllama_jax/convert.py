@@ -1,8 +1,8 @@
-"""Converts weights and data to and from the formats of others.
+"""Converts weights and data to and from other programs' formats.
 
 python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR            a run -> a Hugging Face folder
 python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN          Hugging Face or lit-gpt -> a run folder
-python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR prepared data -> the original's packed files
+python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR  prepared data -> the original's packed files
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ def export(
     tokenizer: bool = True,
     allow_non_finite: bool = False,
 ) -> int:
-    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, from a run's newest (or given) step; returns it.
+    """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` from a run's newest (or given) step; returns the step.
 
-    float32, the dtype of the weights, loses nothing. `output` must not exist, or be empty; it appears when it is whole, and its
-    tokenizer, loaded as users will, has given the ids of training. `tokenizer=False` copies the run's tokenizer, unchanged and
+    float32, the dtype of the weights, loses nothing. `output` must be absent or empty. It appears when it is complete and
+    Transformers has read the tokenizer's ids of training from it. `tokenizer=False` copies the run's tokenizer unchanged and
     unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
+    files.check_local("--checkpoint", run)
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and llama.describes(run):
-        raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; a run folder is wanted, as `train` makes")
+        raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; name a run folder, as `train` makes")
     with _made_whole(output) as folder:
         params, config, step = checkpoint.load_params(run, step)
         for name, tensor in () if allow_non_finite else llama.to_hf(params, config.model):
@@ -53,10 +54,10 @@ def export(
         )
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
         llama.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
-        if (theirs := run / "tokenizer/generation_config.json").is_file():
-            shutil.copyfile(theirs, folder / theirs.name)
+        if (generation := run / "tokenizer/generation_config.json").is_file():
+            shutil.copyfile(generation, folder / generation.name)
         if tokenizer and not hf_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
-            print(f"{output}: whether Transformers reads this tokenizer as training did is not checked: it is not installed")
+            print(f"{output}: not checked whether Transformers reads this tokenizer as training did: it is not installed")
     return step
 
 
@@ -91,12 +92,14 @@ def import_checkpoint(
     tokenizer: str | None = None,
     allow_non_finite: bool = False,
 ) -> str:
-    """Writes a run folder from a Hugging Face folder (or one file of it), or a lit-gpt .pth; returns a line that says what.
+    """Writes a run folder from a Hugging Face folder (or one file of it), or a lit-gpt .pth; returns a line about it.
 
-    `config_file`: what the run is to be gone on with. A .pth needs it, since it does not say its model; without it the run
-    has no data or schedule of its own, and is for `--init.from` and `generate`. `tokenizer`: a file or folder, if there is
-    none beside the weights. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
+    `config_file`: the config to resume the run with. A .pth needs it, since it does not describe its model. Without it the run
+    has no data or schedule of its own, and serves `--init.from` and `generate`. `tokenizer`: a file or folder, if none is
+    beside the weights. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
+    for option, path in (("--checkpoint", source), ("--tokenizer", tokenizer or "")):
+        files.check_local(option, path)
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
@@ -125,7 +128,7 @@ def import_checkpoint(
 
 
 def _unscheduled(model: Model) -> Config:
-    """The config of a run of which only the model is known: the other sections are place-holders that nothing reads."""
+    """The config of a run whose model alone is known; the other sections are placeholders that nothing reads."""
     return Config(
         workdir="unknown",
         model=model,
@@ -138,19 +141,19 @@ def _unscheduled(model: Model) -> Config:
 
 @contextlib.contextmanager
 def _made_whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into, which takes its name once the block has ended well, and else is removed."""
+    """A folder to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
     files.check_local("--output", output)
     output = Path(os.path.abspath(output))
-    mine = output.is_dir() and not output.is_symlink() and not files.listed(output) and output != Path.cwd()
-    if os.path.lexists(output) and not mine:
-        raise UserError(f"--output {output}: is already there; name a folder that is not, or remove it")
+    usable = output.is_dir() and not output.is_symlink() and not files.listed(output) and output != Path.cwd()
+    if os.path.lexists(output) and not usable:
+        raise UserError(f"--output {output}: exists already; name a new folder, or remove it")
     busy = f"--output {output}: another process is writing it"
     with files.workplace(output.with_name(f".{output.name}.partial"), busy) as place:
         folder = place / "whole"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         folder.mkdir()
         yield folder
-        for name in os.listdir(output) if output.is_dir() else ():  # files that a file manager left there, see `files.listed`
+        for name in os.listdir(output) if output.is_dir() else ():  # a file manager's files, see `files.listed`
             os.replace(output / name, folder / name)
         files.settle(folder)
         os.replace(folder, output)
@@ -165,20 +168,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(required=True, dest="kind", metavar="to-torch|from-torch|to-litpkds")
     add = lambda name, text: kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-    to_torch = add("to-torch", "a run as a Hugging Face folder")
+    to_torch = add("to-torch", "write a run as a Hugging Face folder")
     to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder")
-    to_torch.add_argument("--step", type=int, metavar="N", help="which of its checkpoints (the newest)")
+    to_torch.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
     to_torch.add_argument(
         "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
     )
-    to_torch.add_argument("--dtype", choices=list(llama.DTYPES), default="float32", help="all but float32 round (float32)")
+    to_torch.add_argument(
+        "--dtype", choices=list(llama.DTYPES), default="float32", help="of the written weights; all but float32 round (float32)"
+    )
     to_torch.add_argument(
         "--tokenizer",
         choices=["checked", "none"],
         default="checked",
-        help="none: copy the run's tokenizer as it is, without a tokenizer.json (checked)",
+        help="none: copy the run's tokenizer unchanged, without a tokenizer.json (checked)",
     )
-    from_torch = add("from-torch", "published weights as a run folder")
+    from_torch = add("from-torch", "write published weights as a run folder")
     from_torch.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a Hugging Face folder, a file of one, or a lit-gpt .pth"
     )
@@ -191,11 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (to_torch, from_torch):
         command.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
-    to_litpkds = add("to-litpkds", "prepared data as the original's packed files, byte for byte as its builder writes them")
+    to_litpkds = add("to-litpkds", "write prepared data as packed files, byte for byte as the original's builder")
     to_litpkds.add_argument("--input", required=True, type=Path, metavar="DIR", help="a data set made by tinyllama_jax.prepare")
-    to_litpkds.add_argument("--split", default="train", metavar="NAME", help="of the input (train)")
+    to_litpkds.add_argument("--split", default="train", metavar="NAME", help="which split of the input (train)")
     to_litpkds.add_argument("--prefix", required=True, metavar="NAME", help="how the files' names begin, such as train_slim")
-    to_litpkds.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the files")
+    to_litpkds.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder for the files")
     to_litpkds.add_argument(
         "--chunk-size", type=int, default=litpkds.CHUNK, metavar="N", help=f"tokens in a file ({litpkds.CHUNK} = 2049 x 1024)"
     )
@@ -206,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
+    """Runs one conversion; returns the exit code."""
     args = _parser().parse_args(argv)
     if args.kind == "to-torch":
         checked = args.tokenizer == "checked"

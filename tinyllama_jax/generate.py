@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tinyllama_jax.base import dims
+from tinyllama_jax.base import dims, files
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.core import model
@@ -53,14 +53,14 @@ def filtered(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_p < 1:
         order_V = jnp.argsort(logits_V, descending=True)
         p_V = jax.nn.softmax(logits_V[order_V])
-        kept_V = jnp.cumsum(p_V) - p_V < sampling.top_p  # the probability of all that are more likely
+        kept_V = jnp.cumsum(p_V) - p_V < sampling.top_p  # the probability of all more likely tokens
         logits_V = jnp.where(jnp.zeros_like(kept_V).at[order_V].set(kept_V), logits_V, -jnp.inf)
     return logits_V
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling"), donate_argnames="cache")
 def _next_token(params, token, position, cache, key, cfg: Model, sampling: Sampling):
-    """(the token after `token`, which stands at `position`; the cache with `token` added)."""
+    """(the token after `token`, which is at `position`; the cache with `token` added)."""
     logits_BSV, cache = model.decode(params, token[None, None], cache, position, cfg)
     logits_V = logits_BSV[0, 0]
     if sampling.temperature == 0:
@@ -70,7 +70,7 @@ def _next_token(params, token, position, cache, key, cfg: Model, sampling: Sampl
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
 def _prefill(params, tokens_S, cache, cfg: Model):
-    """The cache with a prompt added; its logits are not asked for, so that no head is computed."""
+    """The cache with a prompt added. Its logits are unused, so the head is not computed."""
     return model.decode(params, tokens_S[None], cache, jnp.int32(0), cfg)[1]
 
 
@@ -87,9 +87,9 @@ def stream(
 ) -> Iterator[int]:
     """The tokens that follow `prompt`, one by one as they are computed.
 
-    Ends after `max_new_tokens`, after `eos_id` (which is given too), or when prompt and answer fill the context,
-    `cfg.seq_len` tokens. The token at a position depends on (seed, sample, position) and on what stands before it, not on
-    how much is asked for. Compiled once a model and sampling, and the prompt once a power of two of its length.
+    Ends after `max_new_tokens`, after `eos_id` (which is returned too), or when prompt and answer fill the context of
+    `cfg.seq_len` tokens. The token at a position depends on (seed, sample, position) and on the tokens before it, not on
+    `max_new_tokens`. Compiles once per model and sampling, and once per power of two of the prompt's length.
     Raises UserError if the prompt is empty or leaves no room.
     """
     if not prompt:
@@ -105,9 +105,9 @@ def stream(
 
 def _tokens(params, cfg: Model, prompt: list[int], n: int, sampling: Sampling, eos_id: int, key: jax.Array) -> Iterator[int]:
     cache = model.init_cache(cfg, 1, cfg.seq_len)
-    before = len(prompt) - 1  # all but the last go into the cache at once; the last one asks for what follows
+    before = len(prompt) - 1  # these go into the cache at once; the last token of the prompt starts the loop
     if before:
-        padded = min(1 << (before - 1).bit_length(), cfg.seq_len)  # what padding leaves in the cache is overwritten unseen
+        padded = min(1 << (before - 1).bit_length(), cfg.seq_len)  # padding in the cache is overwritten before it is read
         cache = _prefill(params, np.asarray(prompt[:-1] + [0] * (padded - before), np.int32), cache, cfg)
     token = jnp.int32(prompt[-1])
     for position in range(before, before + n):
@@ -124,9 +124,10 @@ def _tokens(params, cfg: Model, prompt: list[int], n: int, sampling: Sampling, e
 def load(path: str | Path, step: int | None = None) -> tuple[dict, Model, Tokenizer]:
     """(parameters on the device, model, tokenizer) of a run folder (its newest step, or `step`) or a Hugging Face folder.
 
-    On a CPU everything is fp32, since XLA's bf16 is many times slower there; elsewhere matrices are kept in the model's
-    compute dtype. Rows of the vocabulary that the tokenizer has no piece for (padding) are left out. Raises UserError.
+    On a CPU everything is fp32, since XLA's bf16 is many times slower on it; elsewhere matrices have the model's compute
+    dtype. Rows of the vocabulary without a token (padding) are left out. Raises UserError.
     """
+    files.check_local("--checkpoint", path)
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face folder")
@@ -145,7 +146,7 @@ def load(path: str | Path, step: int | None = None) -> tuple[dict, Model, Tokeni
         vocab_size=tokenizer.vocab_size,
         precision=f"params=float32,compute={compute},output=float32",
         residual="float32" if compute == "float32" else cfg.residual,
-        attention="auto",  # what trained it need not run here
+        attention="auto",  # the kernel of training may not run on this device
     )
     flat = model.flatten(params)
     flat = {p.name: flat[p.name][tuple(slice(n) for n in dims.shape(p, cfg))] for p in dims.PARAMETERS}
@@ -155,9 +156,9 @@ def load(path: str | Path, step: int | None = None) -> tuple[dict, Model, Tokeni
 
 
 def first_tokens(path: str | Path, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids, begun as the model's documents began: with bos if its data (or Hugging Face's settings) say so.
+    """The prompt's ids, with bos in front if the documents of training (or Hugging Face's settings) had it.
 
-    An empty prompt asks for a new document: it is bos, or else eos, which stood between documents.
+    An empty prompt begins a new document: it is bos, or else eos, which separated documents.
     """
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_id >= 0 and tokenizer_lib.documents_begin_with_bos(Path(path)):
@@ -166,13 +167,13 @@ def first_tokens(path: str | Path, tokenizer: Tokenizer, prompt: str) -> list[in
 
 
 class Text:
-    """The text of a growing list of tokens, in parts that no later token changes."""
+    """Decodes a growing list of tokens into parts that no later token changes."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._tokens, self._printed = tokenizer, [], ""
 
     def add(self, tokens: list[int], last: bool = False) -> str:
-        """What can be printed after `tokens` and could not before; everything that is left if they are the `last`.
+        """The text that `tokens` complete; all the remaining text if they are the `last`.
 
         A character of several byte tokens waits for its last one: until then it decodes to up to three U+FFFD.
         """
@@ -190,12 +191,12 @@ class Text:
 def main(argv: list[str]) -> int:
     """Prints samples; returns the exit code."""
     args = _arguments(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # the text alone goes to stdout
+    with contextlib.redirect_stdout(sys.stderr):
         params, cfg, tokenizer = load(args.checkpoint, args.step)
     prompt = first_tokens(args.checkpoint, tokenizer, args.prompt)
     sampling = Sampling(0.0) if args.greedy else Sampling(args.temperature, args.top_k, args.top_p)
     answer = partial(stream, params, cfg, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling)
-    answer(eos_id=tokenizer.eos_id)  # a prompt that cannot be is refused before a word is printed
+    answer(eos_id=tokenizer.eos_id)  # refuses a wrong prompt before anything is printed
     how = "greedy" if args.greedy else f"temperature {args.temperature:g}, top-k {args.top_k}, top-p {args.top_p:g}"
     _note(f"{args.checkpoint}: {dims.n_parameters(cfg):,} parameters, {cfg.compute_dtype} on {jax.devices()[0].device_kind}")
     _note(f"{how}, seed {args.seed}; prompt of {len(prompt):,} tokens, context of {cfg.seq_len:,}")
@@ -208,7 +209,7 @@ def main(argv: list[str]) -> int:
 
 
 def _print(tokens: Iterator[int], cfg: Model, tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """Prints the prompt and what follows as it comes; returns a line on why it ended and how fast it was."""
+    """Prints the prompt and the tokens as they come; returns a line that says why they ended and how fast they came."""
     text, n, started = Text(tokenizer), 0, time.perf_counter()
     print(text.add(prompt), end="", flush=True)
     for n, token in enumerate(tokens, 1):
@@ -228,25 +229,29 @@ def _print(tokens: Iterator[int], cfg: Model, tokenizer: Tokenizer, prompt: list
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # the text alone goes to stdout
+    print(text, file=sys.stderr, flush=True)  # stdout is for the generated text alone
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tinyllama_jax.generate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="a run folder or a Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help='the text to go on with; "" begins a new document')
-    parser.add_argument("--step", type=int, help="which checkpoint of the run; the newest if absent")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: more of the likely tokens")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: all")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likely tokens that reach this probability; 1: all"
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.generate", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--greedy", action="store_true", help="always the most likely token; the three above are not used")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--checkpoint", required=True, help="a run folder or a Hugging Face folder")
+    parser.add_argument("--prompt", required=True, help='the text to continue; "" begins a new document')
+    parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: likely tokens become likelier (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all (0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the most likely tokens that together reach this probability (1.0)"
+    )
+    parser.add_argument(
+        "--greedy", action="store_true", help="always take the most likely token; the three options above are ignored (no)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument("--samples", type=int, default=1, help="texts to write (1)")
     args = parser.parse_args(argv)
-    if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # how Python shows bytes that are no UTF-8
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # Python's sign for bytes that are not UTF-8
         raise UserError(f"--prompt {args.prompt!a}: is not UTF-8")
     for name, ok, remedy in (
         ("max_new_tokens", 1 <= args.max_new_tokens < 2**31, "must be at least 1, and less than 2^31"),

@@ -1,17 +1,21 @@
-"""Replays one step of a run: whether its bits are as recorded, what differs and where, and its documents by loss.
+"""One step of a run again: whether its bits come out as recorded, what differs and where, and its documents by loss.
 
 python -m tinyllama_jax.replay --run RUN --step N [--section.key=value]
 
-Starts from the checkpoint before step N with the run's own config and data; writes nothing into RUN. Works with several
-processes, as training does. Exit code 0: all is equal bit for bit; 1: something differs; 2: a user's mistake.
+From the checkpoint before step N with the run's own config and data; nothing is written into RUN. Several processes work as
+they do in training. Exit code 0: everything is equal bit for bit; 1: something differs; 2: a user's mistake.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax.base import cli, sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.base.files import check_local, read_json
 from tinyllama_jax.core import xla
 from tinyllama_jax.core.losses import NextToken
 from tinyllama_jax.core.program import Program, attention_scope, build, choose_attention, on_devices
@@ -35,11 +40,11 @@ from tinyllama_jax.run import checkpoint, cluster, initialize, metrics, seals
 from tinyllama_jax.run import folder as run_folder
 
 COMPARED = "loss", "grad_norm", "checksum"
-REACH = 10  # if something differs, a checkpoint at most this many steps after step N is compared too
+REACH = 10  # steps that it goes on, at least, to a checkpoint after step N that can say more
 
 
 class Run(NamedTuple):
-    """The run that is replayed, and the program and mesh to replay it on."""
+    """What is replayed, and on what."""
 
     folder: Path
     config: Config
@@ -48,10 +53,7 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     program: Program
     checksums: Callable[[TrainState], jax.Array]
-    base: int  # the step of the checkpoint to start from, or 0
-
-
-Seen = dict[int, tuple[dict, np.ndarray]]  # step -> (values of `COMPARED`, checksums [tensor, device] of the state after it)
+    base: int  # the step whose state is on disk, or 0
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +62,8 @@ def main(argv: list[str]) -> int:
     config, written = recorded(args.run, args.step, overrides)
     xla.reserve_memory()
     cluster.join(config.train.wait)
-    say = lambda line: print(line, flush=True) if jax.process_index() == 0 else None
+    first = jax.process_index() == 0
+    say = lambda line: print(line, flush=True, file=sys.stderr if args.json else sys.stdout) if first else None
     sources = feed.open_sources(config)
     check_data(args.run, config, sources)
     mesh = mesh_of(args.run, config, overrides)
@@ -70,27 +73,35 @@ def main(argv: list[str]) -> int:
         run = Run(args.run, config, sources, written, mesh, program, checksums(program, mesh), base)
         state, origin = begin(run)
         impl, reason = choose_attention(config, mesh.devices.flat[0])
-        where = f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
-        say(f"{where}; attention: {impl} ({reason}), {attention_scope(config)} documents")
+        say(
+            f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}; "
+            f"attention: {impl} ({reason}), {attention_scope(config)} documents"
+        )
         say(f"{args.run}: steps {base + 1:,} to {args.step:,} again, from {origin.removeprefix('from ')}")
-        state, seen = execute(run, state, base, args.step - 1)
-        documents, n = by_loss(run, state.params, args.step, args.top)
-        state, last = execute(run, state, args.step - 1, args.step)
-        seen |= last
-        differences = [d for step in sorted(seen) for d in differing(step, written.get(step), seen[step][0])]
+        differences, seen = [], {}
+        for start, end in ((base, args.step - 1), (args.step - 1, args.step)):
+            if start == args.step - 1:
+                documents, n = by_loss(run, state.params, args.step, args.top)
+            for step, now, values, table in execute(run, state, start, end):
+                state, seen[step] = now, (values, table)
+                differences += differing(step, written.get(step), values)
         verdict = judge(run, args.step, state, seen, differences)
-    n_compared = len(seen.keys() & written.keys())
-    for line in verdict or [f"all equal, bit for bit: {', '.join(COMPARED)} of {n_compared:,} recorded steps"]:
+    skip = how_to_skip(run, args.step, overrides)
+    out = {"run": str(args.run), "step": args.step, "from": base, "compared": [s for s in sorted(seen) if s in written]}
+    out |= {"differences": differences, "verdict": verdict, "loss": values["loss"], "documents": documents, "skip": skip}
+    for line in verdict or [f"all equal, bit for bit: {', '.join(COMPARED)} of {len(out['compared']):,} recorded steps"]:
         say(line)
     say(f"documents of step {args.step:,} by their loss before it, nats a token; {len(documents):,} of {n:,}:")
     for d in documents:
         where = f"{d['source']} block {d['block']:,} [{d['start']}:{d['end']}]"
         say(f"{d['loss']:9.4f}  {d['tokens']:6,} tokens  {where}  {d['text']}")
-    say(f"to resume from before step {args.step:,} without its batch:\n    {how_to_skip(run, args.step, overrides)}")
+    say(f"to go on from before step {args.step:,} without its batch:\n    {skip}")
+    if args.json and first:
+        print(json.dumps(out, indent=1))
     return 1 if verdict else 0
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------------
+# -- what there is ----------------------------------------------------------------------------------------------------------
 
 
 def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, dict[int, dict]]:
@@ -98,124 +109,129 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
     config = checkpoint.load_config(run)
     for key in overrides:
         if key in (*run_folder.FIXED, "train.batch_ramp", "data.skip", "workdir") or key.startswith("init."):
-            raise UserError(f"--{key}={overrides[key]}: is fixed by the run, which is replayed as it was")
+            raise UserError(f"--{key}={overrides[key]}: is part of what the run was; it is replayed as it was")
     config = cli.override(config, {**overrides, "workdir": str(run)})
-    if run_folder.read_sources(run) is None:
+    if not (run / "data.json").is_file():
         raise UserError(f"{run}: has weights and no data (an import): it has no steps to replay")
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: the run's steps are 1 to {config.train.steps}")
-    rows = {row["step"]: row for row in metrics.read(run) if "loss" in row}
-    if step not in rows:
-        near = ", ".join(map(str, sorted(sorted(rows, key=lambda s: abs(s - step))[:2])))
-        raise UserError(f"--step {step}: is not in {run / 'metrics.jsonl'}, whose nearest steps are {near}")
-    return config, {s: row for s, row in rows.items() if s <= step}
+    lines = {row["step"]: row for row in metrics.read(run) if "loss" in row}
+    if step not in lines:
+        near = sorted(lines, key=lambda s: abs(s - step))[:2]
+        raise UserError(
+            f"--step {step}: is not in {run / 'metrics.jsonl'}, whose nearest steps are {', '.join(map(str, sorted(near)))}"
+        )
+    return config, {s: row for s, row in lines.items() if s <= step}
 
 
 def check_data(run: Path, config: Config, sources: list[Blocks]) -> None:
     """Raises UserError unless the sources are those that the run was trained on."""
-    for path, source, old in zip(config.data.sources, sources, run_folder.read_sources(run), strict=False):
-        if source.manifest_sha256 != old["manifest_sha256"]:
-            raise UserError(f"--data.sources: {path} is not what the run was trained on, {old['path']} as it was then")
+    theirs = read_json(run / "data.json", list[run_folder.Source])
+    for path, source, then in zip(config.data.sources, sources, theirs, strict=False):
+        if source.manifest_sha256 != then["manifest_sha256"]:
+            raise UserError(f"--data.sources: {path} is not what the run was trained on, {then['path']} as it was then")
 
 
 def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.sharding.Mesh:
-    """The run's own mesh, on the first devices if there are more; or the mesh of `overrides`."""
+    """The run's own mesh, on the first devices if there are more here; that of `--mesh...` if it was given."""
     if any(key.startswith("mesh.") for key in overrides):
         return sharding.make_mesh(config.mesh)
-    old = run_folder.read_versions(run)["devices"]
-    n, devices = int(old.partition(" x ")[0]), jax.devices()
+    then = run_folder.read_versions(run)["devices"]
+    n, devices = int(then.partition(" x ")[0]), jax.devices()
     if n > len(devices):
-        own = f"{len(devices)} x {devices[0].device_kind}"
-        remedy = "with --mesh.data, --mesh.fsdp and --mesh.tensor it is replayed on these, up to rounding"
-        raise UserError(f"{run}: ran on {old}, and here are {own}; {remedy}")
+        raise UserError(
+            f"{run}: ran on {then}, and here are {len(devices)} x {devices[0].device_kind}; with --mesh.data, --mesh.fsdp and "
+            "--mesh.tensor it is replayed on these, where sums are rounded otherwise: then not all bits will be equal"
+        )
     return sharding.make_mesh(config.mesh, devices[:n])
 
 
 def base_of(run: Path, config: Config, step: int, first: int) -> int:
-    """The newest undamaged checkpoint before `step` with the run's batches; else the step after which the run began."""
+    """The newest checkpoint before `step` that is whole and of these batches; else the one that the run began after."""
     for at in reversed([s for s in checkpoint.steps_in(run) if s < step]):
         if not seals.unusable(run / "checkpoints" / str(at), config):
             return at
     begun = initialize.first_step(config)
     if first > begun + config.log.every:
-        what = f"{run} has no whole checkpoint before it, and its first step was not {begun + 1} but about {first}"
-        raise UserError(f"--step {step}: {what}")
+        raise UserError(
+            f"--step {step}: {run} has no whole checkpoint before it, and its first step was not {begun + 1} but about {first}"
+        )
     return begun
 
 
 def begin(run: Run) -> tuple[TrainState, str]:
-    """(the state after step `base`, a description of its origin)."""
+    """The state after step `base`, and where it is from."""
     if run.base in checkpoint.steps_in(run.folder):
         return checkpoint.restore_state(run.folder, run.base, run.program.state), f"its checkpoint of step {run.base:,}"
-    return initialize.initial_state(run.config, run.program, initialize.check_origin(run.config, run.sources)[0])
+    origin, _ = initialize.check_origin(run.config, run.sources)
+    return initialize.initial_state(run.config, run.program, origin)
 
 
-# -- replayed ---------------------------------------------------------------------------------------------------------------
+# -- again ------------------------------------------------------------------------------------------------------------------
 
 
-def execute(run: Run, state: TrainState, start: int, end: int) -> tuple[TrainState, Seen]:
-    """Executes the steps `start` + 1 to `end`: (the state after them, what each gave). `state` is used up."""
-    program, seen = run.program, {}
+def execute(run: Run, state: TrainState, start: int, end: int) -> Iterator[tuple[int, TrainState, dict, np.ndarray]]:
+    """Steps `start` + 1 to `end`: (step, state after it, its numbers as metrics.jsonl has them, checksums [tensor, device])."""
+    program = run.program
     rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
     batches = feed.training(run.config, run.sources, program.shape[1], rows, start)
     for step in range(start + 1, end + 1):
-        state, on_device = program.train(state, on_devices(next(batches), program.batch, program.shape[1]))
-        values = {name: np.asarray(on_device[name]).item() for name in COMPARED}
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # as in metrics.jsonl
-        seen[step] = values, np.asarray(run.checksums(state))
-    return state, seen
+        state, now = program.train(state, on_devices(next(batches), program.batch, program.shape[1]))
+        values = {name: np.asarray(now[name]).item() for name in COMPARED}
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        yield step, state, values, np.asarray(run.checksums(state))
 
 
-def differing(step: int, written: dict | None, replayed: dict) -> list[dict]:
-    """The values of a step that are not as recorded, to the bit; none if it was not recorded (log.every)."""
-    if written is None:
+def differing(step: int, recorded: dict | None, replayed: dict) -> list[dict]:
+    """What of a step is not as recorded, to the bit; nothing if it was not recorded (log.every)."""
+    if recorded is None:
         return []
-    pairs = {name: {"recorded": written.get(name), "replayed": replayed[name]} for name in COMPARED}
+    pairs = {name: {"recorded": recorded.get(name), "replayed": replayed[name]} for name in COMPARED}
     return [{"step": step, "name": name, **pair} for name, pair in pairs.items() if pair["recorded"] != pair["replayed"]]
 
 
 def checksums(program: Program, mesh: jax.sharding.Mesh) -> Callable[[TrainState], jax.Array]:
-    """State -> uint32 [tensor, device], the checksum of each device's shard of each tensor."""
+    """State -> uint32 [tensor, device]: of the part of each tensor that each device of the mesh itself holds."""
 
-    def of_shard(shard: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * shard.dtype.itemsize}")
-        bits = lax.bitcast_convert_type(shard.reshape(-1), unsigned).astype(jnp.uint32)
+    def of_part(part: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
+        bits = lax.bitcast_convert_type(part.reshape(-1), unsigned).astype(jnp.uint32)
         return (bits * weight_of(lax.iota(jnp.uint32, bits.size))).sum(dtype=jnp.uint32).reshape(1)
-
-    def of_leaf(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        over = PartitionSpec(mesh.axis_names)
-        return jax.shard_map(of_shard, mesh=mesh, in_specs=spec, out_specs=over, check_vma=False)(leaf)
 
     def of_state(state: TrainState) -> jax.Array:
         leaves = zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True)
-        return jnp.stack([of_leaf(leaf, abstract.sharding.spec) for leaf, abstract in leaves])
+        split = lambda leaf, spec: jax.shard_map(
+            of_part, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(mesh.axis_names), check_vma=False
+        )(leaf)
+        return jnp.stack([split(leaf, shape.sharding.spec) for leaf, shape in leaves])
 
     return jax.jit(of_state, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-# -- what differs, and where ------------------------------------------------------------------------------------------------
+# -- what differs, and where --------------------------------------------------------------------------------------------------
 
 
-def judge(run: Run, last: int, state: TrainState, seen: Seen, differences: list[dict]) -> list[str]:
-    """Lines on what differs from the record or between executions; none if nothing differs.
+def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np.ndarray]], differences: list) -> list[str]:
+    """Lines on what differs from what was recorded, between replicas, between executions here; none if nothing does.
 
-    `seen`: of the steps up to `last`. `state`, after it, is used up: the devices may have room for only one.
+    `seen`: step -> (numbers, checksums) up to `last`. `state`, after it, is used up: the devices may have room for one only.
     """
     lines = [f"step {d['step']:,}: {d['name']} recorded {d['recorded']!r}, replayed {d['replayed']!r}" for d in differences]
+    split = [(step, *found) for step in sorted(seen) if (found := replicas_apart(run, seen[step][1]))][:1]
+    lines += [f"step {step:,}: {devices}: another {tensor} than the replicas" for step, tensor, devices in split]
     reach = last + (max(REACH, last - run.base) if lines else 0)
     after = next((s for s in checkpoint.steps_in(run.folder) if last <= s <= reach), None)
     if after and seals.unusable(run.folder / "checkpoints" / str(after), run.config):
         after = None
-    state, more = execute(run, state, last, after or last)
-    seen |= more
+    for step, now, values, table in execute(run, state, last, after or last):
+        state, seen[step] = now, (values, table)
     jax.tree.map(lambda a: a.delete(), state)
-    if after:
-        saved = np.asarray(run.checksums(checkpoint.restore_state(run.folder, after, run.program.state)))
-    if apart := after and first_apart(run, seen[after][1] != saved):
-        lines.append(f"step {after:,}: another {apart[0]} in the run's checkpoint, first in the shard of {apart[1]}")
+    apart = after and first_apart(run, seen[after][1] != saved(run, after))
+    if apart:
+        lines.append(f"step {after:,}: another {apart[0]} in the run's checkpoint, first in what {apart[1]} holds here")
     if not lines:
         return []
-    until = min([after or last, *(d["step"] for d in differences)])
+    until = min([d["step"] for d in differences] + [s[0] for s in split] + [after or last])
     if own := disagreement(run, until, seen):
         step, tensor, devices = own
         lines.append(f"this machine does not agree with itself: step {step:,}, {devices}, {tensor}")
@@ -224,75 +240,102 @@ def judge(run: Run, last: int, state: TrainState, seen: Seen, differences: list[
         return lines
     lines.append(f"this machine agrees with itself: three times the same bits up to step {until:,}")
     if after and not apart:
-        lines.append(f"and with the run's checkpoint of step {after:,}, bit for bit: only the record differs")
+        lines.append(f"and with the run's checkpoint of step {after:,}, bit for bit: only what was written down differs")
     else:
-        new = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
-        changes = run_folder.version_differences(run_folder.read_versions(run.folder), new)
-        cause = "the recorded run differed: a fault then, another mesh, a setting changed since, or other versions"
-        lines.append("; ".join([cause, *changes]))
+        lines.append(
+            "the recorded run differed: a fault then, another mesh, a setting changed since, or what it ran on" + ran_on(run)
+        )
     if any(d["name"] == "checksum" for d in differences):
-        lines.append("its batches differ too: the data files changed, or --data.skip did")
+        lines.append("its batches too: the data files changed, or --data.skip did")
     return lines
 
 
+def saved(run: Run, step: int) -> np.ndarray:
+    """The checksums of the run's checkpoint of `step`."""
+    return np.asarray(run.checksums(checkpoint.restore_state(run.folder, step, run.program.state)))
+
+
 def first_apart(run: Run, apart: np.ndarray) -> tuple[str, str] | None:
-    """(tensor, devices) of the first True in [tensor, device], parameters first; None if there is none."""
+    """(tensor, devices) of the first difference of [tensor, device], parameters first; None if there is none."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.program.state)]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    differ = sorted(np.flatnonzero(apart.any(axis=1)), key=lambda i: (not names[i].startswith("params"), i))
-    if not differ:
-        return None
-    devices = [f"{d.id} (process {d.process_index})" for d in run.mesh.devices.flat[apart[differ[0]]]]
-    every = 1 < len(devices) == run.mesh.size
-    return names[differ[0]], "every device" if every else f"device{'s' * (len(devices) > 1)} {', '.join(devices)}"
-
-
-def disagreement(run: Run, until: int, seen: Seen) -> tuple[int, str, str] | None:
-    """(step, tensor, devices) where one of two more executions first differs from `seen`; or None."""
-    for _ in range(2):
-        again = execute(run, begin(run)[0], run.base, until)[1]
-        for step, (values, table) in again.items():
-            if where := first_apart(run, table != seen[step][1]):
-                return step, *where
-            if values != seen[step][0]:
-                return step, "loss, gradient norm or checksum", "no device's state"
+    for i in sorted(np.flatnonzero(apart.any(axis=1)), key=lambda i: (not names[i].startswith("params"), i)):
+        where = [f"{d.id} (process {d.process_index})" for d in run.mesh.devices.flat[apart[i]]]
+        if 1 < len(where) == run.mesh.size:
+            return names[i], "every device"
+        return names[i], ("device " if len(where) == 1 else "devices ") + ", ".join(where)
     return None
 
 
-# -- documents --------------------------------------------------------------------------------------------------------------
+def replicas_apart(run: Run, table: np.ndarray) -> tuple[str, str] | None:
+    """(tensor, the devices in the minority) where devices that hold the same part of a tensor hold other bits; or None."""
+    apart, devices = np.zeros(table.shape, bool), list(run.mesh.devices.flat)
+    for i, leaf in enumerate(jax.tree.leaves(run.program.state)):
+        index = leaf.sharding.devices_indices_map(leaf.shape)
+        parts = [str(index[device]) for device in devices]
+        for part in set(parts):
+            here = np.array([p == part for p in parts])
+            (common, most), *others = Counter(table[i, here].tolist()).most_common()
+            if others:  # of two that differ nobody knows which is right: both
+                apart[i] |= here & ((table[i] != common) | (most == others[0][1]))
+    return first_apart(run, apart)
+
+
+def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]]) -> tuple[int, str, str] | None:
+    """(step, tensor, devices) where one of two more executions first leaves what was `seen` in the first; or None."""
+    for _ in range(2):
+        state, _ = begin(run)
+        for step, now, values, table in execute(run, state, run.base, until):
+            state = now
+            if found := first_apart(run, table != seen[step][1]):
+                return step, *found
+            if values != seen[step][0]:
+                return step, "loss, gradient norm or checksum", "no device's state"
+        del state, now  # there is room for one
+    return None
+
+
+def ran_on(run: Run) -> str:
+    """What differs here from RUN/versions.json."""
+    now = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
+    return "".join(f"; {line}" for line in run_folder.version_differences(run_folder.read_versions(run.folder), now))
+
+
+# -- documents ----------------------------------------------------------------------------------------------------------------
 
 
 def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], int]:
-    """(the `top` documents in the blocks of `step` by mean loss a token under `params`, the number of all documents).
+    """(the `top` documents in the blocks of `step` by mean loss a token under `params`, how many there are in all).
 
-    Evaluates one micro-batch of sequences at a time, and fetches only the loss of each token.
+    One micro-batch of sequences on the devices at a time, of which only a loss for each token comes back.
     """
     batch = run.program.shape[1]
     source, block = feed.order(run.config, run.sources).at(step)
     tokens, length = feed.gather(run.sources, source, block)
     tokenizer = tokenizer_lib.load(run.folder / "tokenizer")
     rows = feed.rows_here(run.program.eval_batch.length, (batch,), axis=0)
-    documents = []
+    found = []
     for first in range(0, len(block), batch):
         micro = on_devices((tokens[first + rows], length[first + rows]), run.program.eval_batch, batch)
         losses = np.asarray(run.program.token_losses(params, micro), np.float64)
         for row in range(first, first + batch):
             for start, end in spans(tokens[row, : length[row]], tokenizer.bos_id, tokenizer.eos_id):
-                predicted = losses[row - first, max(start, 1) - 1 : end - 1]  # the block's first token is not predicted
+                predicted = losses[row - first, max(start, 1) - 1 : end - 1]  # the block's first token is not
                 if predicted.size:
-                    documents.append((float(np.nan_to_num(predicted.mean(), nan=np.inf)), predicted.size, row, start, end))
+                    found.append((float(np.nan_to_num(predicted.mean(), nan=np.inf)), predicted.size, row, start, end))
     paths, out = list(run.config.data.sources), []
-    for loss, size, row, start, end in sorted(documents, reverse=True)[:top]:
-        place = {"source": paths[source[row]], "block": int(block[row]), "start": start, "end": end}
+    for loss, size, row, start, end in sorted(found, reverse=True)[:top]:
         text = one_line(tokenizer.decode(tokens[row, start:end][:200].tolist()))
+        place = {"source": paths[source[row]], "block": int(block[row]), "start": start, "end": end}
         out.append({**place, "tokens": size, "loss": loss, "text": text})
-    return out, len(documents)
+    return out, len(found)
 
 
 def spans(tokens: np.ndarray, bos: int, eos: int) -> list[tuple[int, int]]:
-    """[start, end) of each document in a block: it begins with bos or after eos."""
+    """[start, end) of each document in a block: one ends with eos, and begins with bos."""
     begins = (tokens[1:] == bos) | (tokens[:-1] == eos)
-    return list(itertools.pairwise([0, *(np.flatnonzero(begins) + 1).tolist(), len(tokens)]))
+    edges = [0, *(np.flatnonzero(begins) + 1).tolist(), len(tokens)]
+    return list(itertools.pairwise(edges))
 
 
 def one_line(text: str, width: int = 80) -> str:
@@ -302,21 +345,24 @@ def one_line(text: str, width: int = 80) -> str:
 
 
 def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
-    """The command that resumes from before `step` without its batch; in a new folder if no checkpoint is from before it."""
-    checkpoints = checkpoint.steps_in(run.folder)
-    workdir = run.folder if run.base in checkpoints or not checkpoints else f"{run.folder}-without-{step}"
-    options = [f"--workdir={workdir}", *(f"--{key}={value}" for key, value in overrides.items())]
+    """The command that goes on from before `step` without its batch; into a new folder if no checkpoint is from before it."""
+    steps = checkpoint.steps_in(run.folder)
+    begun = run.base in steps or not steps
+    options = [f"--workdir={run.folder}" if begun else f"--workdir={run.folder}-without-{step}"]
+    options += [f"--{key}={value}" for key, value in overrides.items()]
     command = ["--config", str(run.folder / "config.json"), *options]
     return shlex.join([sys.executable, "-m", "tinyllama_jax.train", *cli.skipping(command, run.config.data, step, step)])
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = argparse.ArgumentParser(prog="tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--run", required=True, type=Path, help="a run folder")
-    parser.add_argument("--step", required=True, type=int)
+    parser.add_argument("--step", required=True, type=int, help="the step to look at, which the run has recorded")
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
-    args, options = parser.parse_known_args(argv)
-    return args, cli.pairs(options)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
+    args, rest = parser.parse_known_args(argv)
+    check_local("--run", args.run)
+    return args, cli.pairs(rest)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.base.files import exists, read_json
+from tinyllama_jax.base.files import check_local, exists, read_json
 from tinyllama_jax.run import metrics
 
 UNIGRAM = "unigram.json"  # optional: {"val_loss": ...} of a unigram model on the run's validation tokens
@@ -104,9 +104,10 @@ def _add_tokens(axes, steps: np.ndarray, tokens: np.ndarray) -> None:
 
 def main(argv: list[str]) -> int:
     """Draws; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m tinyllama_jax.report", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
     run = parser.parse_args(argv).run
+    check_local("RUN", run)
     print(*filter(None, (draw(run), metrics.skipped(metrics.read(run)))), sep="\n")
     return 0
 

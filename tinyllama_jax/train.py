@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends at once, without a traceback
 
 from tinyllama_jax.run import supervise
 

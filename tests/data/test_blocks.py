@@ -105,18 +105,18 @@ def test_pickled_and_read_from_threads_and_another_process(prepared):
     assert out.stdout == want[0].tobytes()
 
 
-def test_more_files_than_a_process_may_open(prepared):
+def test_more_files_than_a_process_may_open(prepared, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-        blocks_lib._allow_open_files(500)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 756
-        with pytest.raises(UserError, match="raise `ulimit -n`"):
-            blocks_lib._allow_open_files(hard)
-        blocks_lib._allow_open_files(10)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 756  # never lowered
+        assert blocks_lib.may_open(500) == 500 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 756
+        assert blocks_lib.may_open(10) == 10 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 756  # never lowered
+        assert blocks_lib.may_open(hard) == hard - 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(blocks_lib, "may_open", lambda n: n - 1)
+    with pytest.raises(UserError, match=r"this process may open \d+: raise `ulimit -n`, or give a larger --shard-mb"):
+        Blocks(prepared, "train").read([0])
 
 
 # -- damage -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tinyllama_jax.base.config import Bos
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.blocks import Blocks, Damaged
+from tinyllama_jax.data.blocks import Blocks, Damaged, may_open
 from tinyllama_jax.data.litpkds import Packed
 
 S = 16
@@ -199,9 +199,9 @@ def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monk
     [
         ({"chunk": 0}, "--chunk-size 0: must be positive"),
         ({"chunk": 10**12}, "--chunk-size 1000000000000: must be positive, and 268,435,456 at most"),
-        ({"prefix": "a/b"}, "--prefix a/b: must be what the files' names begin with"),
+        ({"prefix": "a/b"}, "--prefix a/b: must be the start of the files' names"),
         ({"output": Path("gs://bucket/x")}, "--output=gs://bucket/x: is a URL, and must be a local path"),
-        ({"prefix": ".."}, "--prefix ..: must be what the files' names begin with"),
+        ({"prefix": ".."}, "--prefix ..: must be the start of the files' names"),
         ({"source": "nowhere"}, "nowhere: no such folder"),
         ({"split": "test"}, "has no split 'test'"),
     ],
@@ -286,7 +286,7 @@ def test_the_folder_is_not_the_name(folder, stream):
     for path in (folder / "train_slim", f"{folder}/train_slim*", f"{folder}/train_slim_0000000000.bin", f"{folder}/train*.bin"):
         assert names(path) == ["train_slim_0000000000.bin"] and names(path, "validation") == ["validation_slim_0000000000.bin"]
     assert names(folder / "other", "validation") == names(folder / "gone") == names(folder) == names(folder / "no" / "x") == []
-    with pytest.raises(UserError, match=f"is named by what its .bin files begin with, such as {folder / 'train'}"):
+    with pytest.raises(UserError, match=f"holds .bin files: name what they begin with, such as {folder / 'train'}"):
         feed.open_source(str(folder), "train", S)
     with pytest.raises(UserError, match="other: has no split 'validation'"):
         Packed(folder / "other", "validation", S)
@@ -322,9 +322,8 @@ def test_pickled_threads_and_few_files_at_once(folder, stream, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-        assert litpkds._may_map(2) == 2 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 258
-        monkeypatch.setattr(litpkds, "MAPPED", 1 << 40)
-        assert litpkds._may_map(10**9) == hard - 256
+        assert may_open(2) == 2 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 258
+        assert may_open(10**9) == hard - 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -386,9 +385,7 @@ def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data
         UserError, match=rf"^--data.document_mask=true: needs eos after every document, or bos .*: {neither} {seen};"
     ):
         mark("neither", **mask)
-    with pytest.raises(
-        UserError, match=rf"in all sources: {names['eos']} has 0 bos and \d+ eos, .*; {bos} has \d+ bos and 0 eos,"
-    ):
+    with pytest.raises(UserError, match=rf"in all sources: {bos} has \d+ bos and 0 eos,"):
         mark("eos", "bos", **mask)
     assert mark("eos", "both", eod_mask_loss=True) == EOS
     with pytest.raises(
@@ -443,7 +440,5 @@ def test_the_tokenizer_lies_beside_them(folder, tiny_data):
     assert vocabulary == json.loads((tiny_data / "other" / "manifest.json").read_text())["tokenizer"]
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer.model").unlink()
-    with pytest.raises(
-        UserError, match=f"has no tokenizer beside its LITPKDS files; put theirs there, as {folder}/tokenizer.model"
-    ):
+    with pytest.raises(UserError, match=f"has no tokenizer beside its LITPKDS files; copy it to {folder}/tokenizer.model"):
         Packed(path, "train", S)

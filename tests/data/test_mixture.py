@@ -29,35 +29,33 @@ def test_each_source_gives_its_samples_in_order_without_a_gap(weights):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_counts_never_leave_the_weights_by_more_than_one(weights):
+def test_counts_follow_the_weights_within_half_a_sample_a_level(weights):
     mixture = Mixture(weights)
     source, _ = mixture.locate(np.arange(20_000))
     exact = [Fraction(str(w)) for w in weights]
     for j, w in enumerate(exact):
         counts = np.cumsum(source == j)
         expected = np.arange(1, 20_001) * float(w / sum(exact))
-        bound = 0.5 if len(weights) <= 2 else 1.0
+        bound = (len(weights) - 1).bit_length() / 2  # 1 for up to four sources
         assert np.abs(counts - expected).max() <= bound + 1e-6
 
 
 def test_many_sources_of_any_weights():
-    """No tree keeps all of them within 1; one that is only as low as can be goes to 1.4."""
-    rng, worst = np.random.default_rng(0), []
-    for n in [5, 6, 7, 8, 12] * 4:
+    rng = np.random.default_rng(0)
+    for n in [3, 4, 5, 8, 12] * 8:
         weights = (rng.random(n) ** rng.choice([0.5, 1, 3]) + 0.001).round(4)
         source, _ = Mixture(weights.tolist()).locate(np.arange(20_000))
         counts = np.cumsum(source[:, None] == np.arange(n), 0)
-        worst.append(np.abs(counts - np.arange(1, 20_001)[:, None] * weights / weights.sum()).max())
-    assert max(worst) < 1.1 and np.median(worst) < 1
+        error = np.abs(counts - np.arange(1, 20_001)[:, None] * weights / weights.sum()).max()
+        assert error <= (n - 1).bit_length() / 2 + 1e-6
 
 
 def test_seven_to_three_by_hand():
     source, k = Mixture([0.7, 0.3]).locate(np.arange(10))
     assert np.bincount(source).tolist() == [7, 3]
-    # round-half-up of 0.3 n (the lighter source is the left child): 0 1 1 1 2 2 2 2 3 3 3 for n = 0 .. 10 has its steps at
-    # 0.3 n = 0.5, 1.5, 2.5, so at n = 2, 5, 9
-    assert np.flatnonzero(source == 1).tolist() == [1, 4, 8]
-    assert k[[1, 4, 8]].tolist() == [0, 1, 2]
+    # round-half-up of 0.7 n is 0 1 1 2 3 4 4 5 6 6 7 for n = 0 .. 10: no sample of the first source at n = 2, 6, 9
+    assert np.flatnonzero(source == 1).tolist() == [1, 5, 8]
+    assert k[[1, 5, 8]].tolist() == [0, 1, 2]
 
 
 def test_random_access_equals_the_sequence_far_out():
@@ -109,7 +107,7 @@ def test_weights_over_time_have_their_integral_and_no_gap(weights):
     for i in (1, 777, 6_001, n):
         assert mixture.counts(i).tolist() == counts[i - 1].tolist()
         assert mixture.locate(np.array([i - 1])) == (source[i - 1], k[i - 1])
-    bound = {2: 0.5, 3: 1.0, 4: 1.0, 7: 2.0}[len(weights)]
+    bound = {2: 0.5, 3: 1.0, 4: 1.0, 7: 1.5}[len(weights)]
     assert np.abs(counts - integral(weights, n)).max() <= bound + 1e-6
 
 

@@ -112,6 +112,15 @@ def test_file_folder_copy_and_pickle_are_the_same_tokenizer(model, tmp_path, odd
         ours.save(tmp_path / "new" / "copy")
 
 
+@pytest.mark.parametrize("text", ["<0x41>", "<s>", "<unk>"])
+def test_a_model_with_a_piece_that_is_not_utf_8(model, tmp_path, text):
+    """As a flipped bit makes it: the library loads it, and raises UnicodeDecodeError when the piece is asked for."""
+    content, at = model.read_bytes(), model.read_bytes().index(text.encode())
+    (tmp_path / "a.model").write_bytes(content[:at] + bytes([content[at] | 0x80]) + content[at + 1 :])
+    with pytest.raises(UserError, match=r"a\.model: is not a SentencePiece model"):
+        tokenizer.load(tmp_path / "a.model")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -204,7 +213,7 @@ CHAT = {"[PAD]": 700, "<|im_start|>": 701, "<|im_end|>": 702}
 
 @pytest.fixture
 def chat(models, tmp_path):
-    """`chat(tokenizer.json?)`: a folder such as TinyLlama-Chat v0.3's: it adds three tokens, one of them eos."""
+    """`chat(tokenizer.json?)`: a folder like TinyLlama-Chat v0.3's, which adds three tokens, one of them eos."""
     pytest.importorskip("tokenizers")
 
     def make(whole: bool):
@@ -227,9 +236,8 @@ def chat(models, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_tokens_that_files_add_to_a_sentencepiece_model(chat, models, tmp_path, odd, whole):
-    folder = chat(whole)
+def test_tokens_that_files_add_to_a_sentencepiece_model(chat, models, tmp_path, odd):
+    folder = chat(True)
     ours = tokenizer.load(folder)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (703, 1, 702)  # as special_tokens_map.json says
     assert ours.encode_batch(odd) == reference(models("prefix")).encode(odd)
@@ -238,10 +246,22 @@ def test_tokens_that_files_add_to_a_sentencepiece_model(chat, models, tmp_path, 
     assert (tmp_path / "copy/chat_template.jinja").read_text() == "{{ messages }}"
     for other in (tokenizer.load(tmp_path / "copy"), pickle.loads(pickle.dumps(ours))):
         assert (other.sha256, other.eos_id, other.encode_batch(odd)) == (ours.sha256, 702, ours.encode_batch(odd))
-    if whole:
-        transformers = pytest.importorskip("transformers", reason="whose choice it is")
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 702, 703)
+    transformers = pytest.importorskip("transformers", reason="the reader to agree with")
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (loaded.bos_token_id, loaded.eos_token_id, len(loaded)) == (1, 702, 703)
+
+
+def test_a_sentencepiece_model_that_other_files_change_needs_a_tokenizer_json(chat):
+    folder = chat(False)
+    for says in (
+        r"eos_token is '<\|im_end\|>', which tokenizer.model does not take for it; add the tokenizer.json",
+        r"added_tokens.json gives '\[PAD\]' the id 700, and tokenizer.model does not have it; add the tokenizer.json",
+    ):
+        with pytest.raises(UserError, match=says):
+            tokenizer.load(folder)
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "added_tokens.json").unlink()
+    assert tokenizer.load(folder).vocab_size == 700
 
 
 def test_each_file_of_a_folder_counts(chat, models):
@@ -253,25 +273,16 @@ def test_each_file_of_a_folder_counts(chat, models):
     (folder / "special_tokens_map.json").write_text("{}")
     other = tokenizer.load(folder)
     assert (other.eos_id, other.sha256 == first) == (2, False)  # now tokenizer_config.json has the word
-    decoder = {"703": {"content": "<|more|>", "special": True}}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|more|>", "added_tokens_decoder": decoder}))
-    more = tokenizer.load(folder)
-    assert (more.vocab_size, more.eos_id, more.bos_id) == (704, 703, -1) and more.sha256 not in (first, other.sha256)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
+        ("added_tokens.json", {"[PAD]": 701}, "gives '[PAD]' the id 701, and tokenizer.json gives it the id 700; keep"),
         (
             "added_tokens.json",
-            {"[PAD]": 701},
-            "tokenizer.json gives '[PAD]' the id 700, and added_tokens.json gives '[PAD]' the id 701",
-        ),
-        ("added_tokens.json", {"<new>": 5}, "the id 5, and added_tokens.json gives '<new>' the id 5"),
-        (
-            "added_tokens.json",
-            {"<new>": 900},
-            "added_tokens.json gives '<new>' the id 900, and beside tokenizer.json it is 703",
+            {"<new>": 5},
+            "added_tokens.json gives '<new>' the id 5, and tokenizer.json does not have it; keep",
         ),
         ("special_tokens_map.json", {"eos_token": "<|end|>"}, "eos_token is '<|end|>', which tokenizer.json does not have"),
         ("tokenizer_config.json", {"eos_token": 7}, "tokenizer_config.json: is damaged .*eos_token"),

@@ -1,13 +1,16 @@
-"""The command line: `--config FILE --section.key=value ...`; config files are read here."""
+"""The command line: `--config FILE --section.key=value ...`. Reads config files and writes the help of every key."""
 
 import argparse
 import dataclasses
 import difflib
+import inspect
+import re
 import runpy
 import traceback
 import typing
 from pathlib import Path
 
+from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base import mixture_weights
 from tinyllama_jax.base.config import Config, Data, from_json, keys
 from tinyllama_jax.base.errors import UserError
@@ -33,7 +36,7 @@ def _parse(key: str, text: str, kind: type) -> object:
 
 
 def override(config: Config, arguments: dict[str, str]) -> Config:
-    """`config` with `{"section.key": "text"}` applied. Raises UserError on an unknown key, a wrong type, a bad value."""
+    """Returns `config` with `{"section.key": "text"}` applied. Raises UserError for an unknown key, wrong type or bad value."""
     known = keys()
     changes: dict[str, dict[str, object]] = {}
     for key, text in arguments.items():
@@ -78,15 +81,73 @@ class Parser(argparse.ArgumentParser):
 
 
 def load(argv: list[str], description: str = "") -> Config:
-    """Reads the config that a command line gives: `--config FILE --section.key=value ...`. Raises UserError."""
-    parser = Parser(description=description, allow_abbrev=False, epilog="keys: " + " ".join(f"--{k}" for k in keys()))
-    parser.add_argument("--config", required=True, help="a file such as configs/demo.py")
-    args, options = parser.parse_known_args(argv)
-    return override(read(args.config), pairs(options))
+    """Returns the config of a command line `--config FILE --section.key=value ...`. Raises UserError."""
+    parser = Parser(usage="%(prog)s --config FILE [--section.key=value ...]", description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file such as configs/demo.py, or RUN/config.json")
+    if {"-h", "--help"} & set(argv):  # the keys are shown here, and parsed by `override`
+        group = parser.add_argument_group("keys of the config, each an option", "in parentheses: the default of the key")
+        for key, line in key_lines().items():
+            group.add_argument(f"--{key}", metavar="VALUE", help=line.replace("%", "%%"))
+    args, overrides = parser.parse_known_args(argv)
+    return override(read(args.config), pairs(overrides))
+
+
+# keys without a comment beside their field
+LINES = {
+    "workdir": "folder of the run",
+    "model.n_layers": "layers (L)",
+    "model.d_model": "width of the model (D)",
+    "model.n_heads": "query heads (N)",
+    "model.d_ff": "width of the feed-forward layer (F)",
+    "model.rope_theta": "base of the rotary positions",
+    "model.norm_eps": "added to the mean square in RMSNorm",
+    "optim.peak_lr": "learning rate at the end of the warm-up",
+    "optim.warmup_steps": "steps in which the learning rate rises linearly from 0",
+    "optim.weight_decay": "AdamW's decoupled weight decay",
+    "optim.clip_norm": "largest norm of the gradient; a larger gradient is scaled down to it; inf: no clipping",
+    "optim.b1": "AdamW's decay of the first moment",
+    "optim.b2": "AdamW's decay of the second moment",
+    "optim.eps": "AdamW's epsilon",
+    "optim.cooldown_lr": "learning rate at the end of a linear cool-down",
+    "train.steps": "optimizer steps of the run",
+    "train.seed": "seed of the initial weights and of the order of the data",
+    "checkpoint.every": "steps between checkpoints",
+    "mesh.data": "devices along `data`, which hold replicas; -1: all that the other axes leave",
+    "mesh.fsdp": "devices along `fsdp`, over which parameters and optimizer state are sharded; -1 as above",
+    "mesh.tensor": "devices along `tensor`, over which heads and feed-forward layers are split; -1 as above",
+}
+
+
+def key_lines() -> dict[str, str]:
+    """Returns one line of help for every key: the comment beside its field in config.py, or above it, and its default."""
+    out = {}
+    for path in keys():
+        section, _, name = path.rpartition(".")
+        hints = typing.get_type_hints(Config)
+        owner = hints[section] if section else Config
+        field = next(f for f in dataclasses.fields(owner) if f.name.rstrip("_") == name)
+        line = _comment(owner, field.name) or LINES[path]
+        # a comment may refer to a tuple of choices in config.py, such as REMAT
+        line = re.sub(r"see ([A-Z]+)\b", lambda match: ", ".join(getattr(config_lib, match[1])), line)
+        required = field.default is dataclasses.MISSING
+        default = "set by the config" if required else "empty" if field.default == "" else str(field.default)
+        out[path] = f"{line} ({default.lower() if keys()[path] is bool else default})"
+    return out
+
+
+def _comment(owner: type, name: str) -> str:
+    """Returns the comment at the end of a field's line, or else the comment lines above it."""
+    above: list[str] = []
+    for line in inspect.getsource(owner).splitlines():
+        code, _, comment = line.partition("  # ") if not line.lstrip().startswith("#") else ("", "", line.strip(" #"))
+        if re.match(rf"    {name}: ", code):
+            return comment or " ".join(above)
+        above = [*above, comment] if comment and not code else []
+    return ""
 
 
 def pairs(arguments: list[str]) -> dict[str, str]:
-    """`["--a.b=c", "--d", "e"]` -> `{"a.b": "c", "d": "e"}`. Raises UserError on anything else."""
+    """Returns `{"a.b": "c", "d": "e"}` for `["--a.b=c", "--d", "e"]`. Raises UserError for a word that is no option."""
     out, words = {}, list(arguments)
     while words:
         word = words.pop(0)
@@ -102,14 +163,15 @@ def pairs(arguments: list[str]) -> dict[str, str]:
 
 
 def skipping(arguments: list[str], data: Data, first: int, last: int) -> list[str]:
-    """`arguments` with a --data.skip that adds the batches of the steps `first` to `last` to `data.skip`."""
+    """Returns `arguments` with a --data.skip that adds the steps `first` to `last` to those that `data` skips already."""
     pairs = zip(["", *arguments], arguments, strict=False)  # each word with the one before it
     others = [word for before, word in pairs if "--data.skip" not in (before, word.partition("=")[0])]
-    return [*others, "--data.skip=" + f"{data.skip},{first}:{last}".removeprefix(",")]
+    skip = f"{data.skip},{first}:{last}".removeprefix(",")
+    return [*others, f"--data.skip={skip}"]
 
 
 def read(path: str) -> Config:
-    """Reads the `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError."""
+    """Returns the `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError."""
     try:
         with open_regular(path) as f:
             text = f.read(LARGEST + 1)
@@ -143,7 +205,7 @@ def _nearby_configs(path: str) -> str:
 
 
 def time_left(seconds: float) -> str:
-    """A duration in a unit that fits: 3.2 days, 5.1 h, 12 min, under a minute."""
+    """Returns a duration in a suitable unit: 3.2 days, 5.1 h, 12 min, under a minute."""
     for unit, size in (("days", 86_400), ("h", 3_600)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -17,6 +17,7 @@ from tinyllama_jax.base.values import LIMITS, check, check_one_of, checked
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
+PARAMETERS = 10**13
 TOKENS = 2**53  # 9.0e15, at most: every whole number up to this one is exact in a float
 
 
@@ -61,6 +62,10 @@ class Model(_Section):
         check(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"gives heads of odd width {self.d_head}; RoPE needs pairs")
         divides = self.n_heads % self.n_kv_heads == 0
         check(divides, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
+        layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
+        parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
+        remedy = f"makes {parameters:.3g} parameters; at most {PARAMETERS:.0e}"
+        check(parameters <= PARAMETERS, "model.d_model", self.d_model, remedy)
         check_one_of("model.init", self.init, ("tinyllama", "torch_default"))
         check_one_of("model.residual", self.residual, ("auto", "float32", "bfloat16", "float16"))
         check_one_of("model.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
@@ -287,6 +292,7 @@ class Init(_Section):
     from_: str = ""  # --init.from: a run folder or a Hugging Face folder; empty: from scratch
     step: int = 0  # which checkpoint of the run folder; 0: the newest
     state: str = "weights"  # weights only; "moments": with optimizer state; "all": with the step too, a full fork of the run
+    start_over: int = 0  # starts again a run whose checkpoints are gone; the value: the newest step that it saved
 
     def __post_init__(self):
         super().__post_init__()

@@ -44,15 +44,27 @@ def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, NamedSharding]:
-    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with a remedy, if an axis does not divide."""
+    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with a remedy.
+
+    Errors: an axis does not divide a dimension, two dimensions of a parameter use one axis, or a rule has no parameter.
+    """
     out = {}
     for p in dims.PARAMETERS:
         shape, axes = dims.shape(p, model), [PARAMETER_AXES.get(letter) for letter in p.dims]
         for letter, size, axis in zip(p.dims, shape, axes, strict=True):
+            if axis and axes.count(axis) > 1:
+                both = " and ".join(other for other in p.dims if PARAMETER_AXES.get(other) == axis)
+                what = f"its dimensions {both} both go over the mesh axis {axis}, which can split one of them"
+                raise UserError(f"{p.name} {shape}: {what}; change PARAMETER_AXES in sharding.py or the letters in dims.py")
             if axis and size % mesh.shape[axis]:
                 what = f"{axis} {mesh.shape[axis]} does not divide dimension {letter}={size} of {p.name} {shape}"
                 raise UserError(f"--mesh: {what}; {mesh.size} devices fit as {_fitting(mesh, model)}")
         out[p.name] = NamedSharding(mesh, PartitionSpec(*axes))
+    letters = sorted({letter for p in dims.PARAMETERS for letter in p.dims})
+    for letter, axis in PARAMETER_AXES.items():
+        if letter not in letters:
+            what = f"no parameter has this dimension (there are {', '.join(letters)})"
+            raise UserError(f"PARAMETER_AXES[{letter!r}]={axis!r}: {what}; remove the rule from sharding.py")
     return out
 
 

@@ -1,4 +1,4 @@
-"""What a step minimises: next-token cross-entropy, summed over a micro-batch. Fine-tuning passes another loss to the step."""
+"""The loss of pre-training, next-token cross-entropy, and the interface of any loss that a step can minimise."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tinyllama_jax.kernels.cross_entropy import token_losses as head_losses
 
 
 class Batch(NamedTuple):
-    """One step's blocks: `tokens` [A, B, S + 1] and `length` [A, B], the real tokens in each (the rest is padding).
+    """The blocks of a step: `tokens` [A, B, S + 1] and `length` [A, B], the number of real tokens; padding follows them.
 
-    A micro-batches of B sequences over all devices. Evaluation takes them without A.
+    A micro-batches of B sequences over all devices. Evaluation takes batches without A.
     """
 
     tokens: jax.Array
     length: jax.Array
-    source: jax.Array | None = None  # [A, B] int32: which source each is of, if there are several in training
+    source: jax.Array | None = None  # [A, B] int32: the source of each sequence, if training has several
 
 
 class Loss(Protocol):
-    """What a step minimises: the sum of `sums` over all micro-batches, divided by the sum of `predicted`."""
+    """A loss. A step minimises the sum of `sums` over all micro-batches, divided by the sum of `predicted`."""
 
     def sums(self, params: dict, batch: Batch, config: Config) -> Sums:
         """Summed loss (nats, fp32; as `rows`, of each source) and hits of a micro-batch [B, S + 1]."""
@@ -59,7 +59,7 @@ class NextToken:
             x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config))
             kernel_XDV = sharding.copies(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
             chunk = chunk_of(cfg.seq_len, config.train.seqs_per_device, cfg.loss_chunk)
-            # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once in every chunk
+            # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once per chunk
             split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
             head = partial(cross_entropy, chunk=chunk, z_loss=config.train.z_loss)
             losses = jax.vmap(head)(split(x_BSD), kernel_XDV, split(labels_BS), split(real_BS))
@@ -102,12 +102,12 @@ NEXT_TOKEN = NextToken()
 
 
 def sum_by_source(values: jax.Array, source: jax.Array | None, n_sources: int) -> jax.Array | None:
-    """`values` of sequences added up for each source [n_sources], if it is known of which they are."""
+    """Sums the `values` of sequences by source: [n_sources]; None without sources."""
     if source is None:
         return None
     return jnp.stack([jnp.where(source == j, values, 0).sum() for j in range(n_sources)])
 
 
 def count_tokens(predicted: jax.Array) -> jax.Array:
-    """The tokens that the mean is over: at least 1, as fp32 (exact below 2^24 = 16.8 M)."""
+    """The number of tokens that the mean is over, at least 1, as fp32 (exact below 2^24 = 16.8 M)."""
     return jnp.maximum(predicted.sum(), 1).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Llama 2 as a Flax module, and the pure functions around it: init, hidden, logits, decode."""
+"""Llama 2 as a Flax module, and pure functions around it: init, hidden, logits, decode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.kernels import attention as attention_kernels
 
-# What backward keeps of a layer, by the names given with checkpoint_name; everything else is computed again from it.
+# The activations of a layer that are saved for backward, by their checkpoint_name; the others are computed again.
 _MATMULS = ("q", "k", "v", "residual", "gate", "up")
 REMAT_POLICIES = {
     "save_matmuls_and_attention": jax.checkpoint_policies.save_only_these_names(*_MATMULS, "attention"),
@@ -26,7 +26,7 @@ REMAT_POLICIES = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions so far, for decoding."""
+    """The keys and values of earlier positions, for decoding."""
 
     k_LBTKH: jax.Array
     v_LBTKH: jax.Array
@@ -42,9 +42,9 @@ def _initializer(parameter: dims.Parameter, model: Model):
 
 
 class Weight(nn.Module):
-    """The one place where a parameter is made. Its key is folded from its path, so that no other parameter moves it."""
+    """Makes a parameter. Its random key comes from its path, so that adding a parameter changes no other."""
 
-    entry: str  # its name in dims.PARAMETERS
+    entry: str  # the name in dims.PARAMETERS
     model: Model
 
     @nn.compact
@@ -57,11 +57,11 @@ class Weight(nn.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def linear(einsum: str, reduce_dtype: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum(einsum, x, kernel)` in x's dtype; the kernel's gradient comes out of its matmul in `reduce_dtype`.
+    """Returns `jnp.einsum(einsum, x, kernel)` in x's dtype. The matmul for the kernel's gradient returns `reduce_dtype`.
 
-    That is the dtype in which it is added up over the devices, since the sum follows the matmul. Both backward matmuls are
-    written out. Autodiff would compute the kernel's gradient transposed and turn it round, for which XLA's CPU backend copies
-    the activations: the MLP's forward and backward took 1.6 times the CPU time.
+    That is then also the dtype of the gradient's sum over devices. The backward matmuls are written out because autodiff
+    computes the kernel's gradient transposed, for which XLA's CPU backend copies the activations: the MLP's forward and
+    backward took 1.6 times the CPU time.
     """
     return jnp.einsum(einsum, x, kernel.astype(x.dtype))
 
@@ -83,7 +83,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def down(reduce_dtype: str, gate_BSF: jax.Array, up_BSF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """SwiGLU's second half, (silu(gate) * up) kernel, [B, S, D]. Of it backward keeps gate and up alone; else as `linear`."""
+    """SwiGLU's second half: (silu(gate) * up) kernel, [B, S, D]. Backward saves only gate and up; otherwise like `linear`."""
     return jnp.einsum("bsf,fd->bsd", _swiglu(gate_BSF, up_BSF), kernel_FD.astype(gate_BSF.dtype))
 
 
@@ -108,7 +108,7 @@ down.defvjp(_down_forward, _down_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str, reduce_dtype: str) -> jax.Array:
-    """`table_VD[tokens_BS]` in `dtype`, the table gathered over fsdp before: a lookup in a split one gathers activations."""
+    """Returns `table_VD[tokens_BS]` in `dtype`. Gathers the table over fsdp first; otherwise XLA would gather activations."""
     return sharding.constrain(table_VD.astype(dtype), "VD")[tokens_BS]
 
 
@@ -119,7 +119,7 @@ def _lookup_forward(table_VD, tokens_BS, dtype, reduce_dtype):
 def _lookup_backward(dtype, reduce_dtype, residuals, dx_BSD):
     like, tokens_BS = residuals
     D, X = dx_BSD.shape[-1], sharding.parts()
-    # fp32: a row is a sum over all occurrences of its token, and bf16 stops adding after 256 like ones
+    # fp32: a row sums over all occurrences of its token, and a bf16 sum of equal numbers stops growing after 256 of them
     zeros_VD = jnp.zeros((len(like), D), jnp.float32)
     add = jax.vmap(lambda tokens, dx: zeros_VD.at[tokens].add(dx.astype(jnp.float32)))
     d_XVD = add(tokens_BS.reshape(X, -1), dx_BSD.reshape(X, -1, D))
@@ -130,13 +130,13 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale, in fp32: squares of bf16 values summed in bf16 would lose all but the largest."""
+    """x / sqrt(mean(x^2) + eps) * scale, in fp32: a bf16 sum of squares would lose all but the largest."""
     x_f32 = x_BSD.astype(jnp.float32)
     return x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps) * scale_D.astype(jnp.float32)
 
 
 def rope_table(positions_S: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [S, H/2] in fp32: a bf16 table is wrong by up to 1/256 of a turn's amplitude (transformers PR 29285)."""
+    """cos and sin [S, H/2] in fp32: a bf16 table is off by up to 1/256 (transformers PR 29285)."""
     frequency = 1.0 / model.rope_theta ** (jnp.arange(0, model.d_head, 2, dtype=jnp.float32) / model.d_head)
     angle_SP = (positions_S.astype(jnp.float32) / model.rope_scaling)[:, None] * frequency
     return jnp.cos(angle_SP), jnp.sin(angle_SP)
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
         def project(name: str, einsum: str, x: jax.Array) -> jax.Array:
             y = linear(einsum, model.reduce_dtype, x, weight(name))
-            # kept without H as a dimension of its own: a TPU's memory has it in 128s, twice what 64 need
+            # saved without H as a dimension of its own: TPUs pad the last dimension to 128, twice the memory for H = 64
             return checkpoint_name(y.reshape(*y.shape[:2], -1), name).reshape(y.shape)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
@@ -176,10 +176,10 @@ class Block(nn.Module):
         k_BSKH = rope(sharding.constrain(project("k", "bsd,dkh->bskh", h_BSD), "BSKH"), table)
         v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
         impl = model.attention
-        if impl == "auto":  # `step.build` has chosen for its mesh
+        if impl == "auto":  # outside `program.build`, which chooses for its mesh
             shape = {"seq_len": q_BSNH.shape[1], "head_dim": model.d_head, "segments": ids_BS is not None}
             impl = attention_kernels.choose(impl, model.compute_dtype, **shape)[0]
-        if cache is not None:  # decoding: the new keys and values join those before them
+        if cache is not None:  # decoding: the new keys and values join the earlier ones
             k_BSKH, v_BSKH = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                 for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True)
@@ -228,9 +228,9 @@ class Llama(nn.Module):
         start: jax.Array | int = 0,
         segment_ids_BS: jax.Array | None = None,
     ):
-        """What the head reads, [B, S, D] in the compute dtype, and the cache with these positions added."""
+        """The head's input [B, S, D] in the compute dtype, and the cache with these positions added."""
         policy = jmp.get_policy(self.model.precision)
-        # in the residual stream's dtype: a table gathered in bf16 would bring bf16's rounding, 0.2%, into an fp32 stream
+        # in the residual stream's dtype: a table gathered in bf16 would round an fp32 stream by 0.2%
         x_BSD = lookup(self.embed(), tokens_BS, self.model.residual_dtype, self.model.reduce_dtype)
         x_BSD = sharding.constrain(x_BSD, "BSD")
         table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)
@@ -250,13 +250,13 @@ class Llama(nn.Module):
 
 
 def init(key: jax.Array, model: Model) -> dict:
-    """Parameters as a nested dict whose paths are the names in `dims.PARAMETERS`; the same on any mesh."""
-    model = dataclasses.replace(model, attention="reference")  # no kernel is for the single token of this trace
+    """Returns fresh parameters: a nested dict whose paths are the names in `dims.PARAMETERS`; the same on any mesh."""
+    model = dataclasses.replace(model, attention="reference")  # this trace has a single token, which no kernel takes
     return Llama(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def hidden(params: dict, tokens_BS: jax.Array, model: Model, segment_ids_BS: jax.Array | None = None) -> jax.Array:
-    """What the head reads: [B, S, D] in the compute dtype. With segments, a token sees those of its own alone."""
+    """The head's input [B, S, D] in the compute dtype. With segments, a token sees only its own segment."""
     return Llama(model).apply({"params": params}, tokens_BS, segment_ids_BS=segment_ids_BS, method="hidden")[0]
 
 
@@ -266,13 +266,13 @@ def logits(params: dict, tokens_BS: jax.Array, model: Model) -> jax.Array:
 
 
 def init_cache(model: Model, batch: int, length: int) -> Cache:
-    """An empty cache for `length` positions, in the compute dtype."""
+    """Returns an empty cache for `length` positions, in the compute dtype."""
     shape = (model.n_layers, batch, length, model.n_kv_heads, model.d_head)
     return Cache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
 
 
 def decode(params: dict, tokens_BS: jax.Array, cache: Cache, start: jax.Array, model: Model) -> tuple[jax.Array, Cache]:
-    """Logits [B, S, V] of tokens at positions `start` .. `start` + S - 1 given the cache before them, and the new cache."""
+    """Logits [B, S, V] of tokens at positions `start` .. `start` + S - 1, given the earlier ones' cache; and the new cache."""
     return Llama(model).apply({"params": params}, tokens_BS, cache, start)
 
 

@@ -13,10 +13,10 @@ from tinyllama_jax.core import model
 
 
 def schedule(optim: Optim, train: Train) -> optax.Schedule:
-    """Learning rate of optimizer step s = 1 .. `train.steps`: linear from 0 to the peak at s = warmup_steps, then as told.
+    """Returns the learning rate of steps 1 .. `train.steps`: linear warm-up from 0 to the peak, then `optim.schedule`.
 
-    A function of the tokens that are seen after the step, in steps of `train.tokens_per_step`: `train.batch_ramp` does not bend
-    it. The original evaluates its formula once per micro-batch and the last of a step counts: within 1/8 of a step of this.
+    It follows the tokens seen after the step, counted in `train.tokens_per_step`, so `train.batch_ramp` does not bend it. The
+    original evaluates its formula once per micro-batch and uses the last one of a step: within 1/8 of a step of ours.
     """
     end = train.tokens / train.tokens_per_step
     warmup, cooldown = optim.warmup_steps, end - optim.cooldown_steps
@@ -32,8 +32,8 @@ def schedule(optim: Optim, train: Train) -> optax.Schedule:
             begins = float(body(cooldown - warmup))
         last = optim.cooldown_lr if optim.cooldown == "linear" else begins
         parts, ends = [*parts, optax.linear_schedule(begins, last, optim.cooldown_steps)], [*ends, cooldown]
-    whole = optax.join_schedules(parts, ends)
-    return lambda step: jnp.maximum(whole(_clock(train, step)), 0.0)  # a cool-down to 0 ends at -3e-12 by rounding
+    joined = optax.join_schedules(parts, ends)
+    return lambda step: jnp.maximum(joined(_clock(train, step)), 0.0)  # rounding ends a cool-down to 0 at -3e-12
 
 
 def _clock(train: Train, step: jax.Array | int) -> jax.Array | int:
@@ -46,7 +46,7 @@ def _clock(train: Train, step: jax.Array | int) -> jax.Array | int:
 
 
 def decays(params: dict, which: str) -> dict:
-    """True for each parameter that weight decay applies to: "all", or "matrices" (neither norms nor the embedding)."""
+    """True for each parameter with weight decay: "all", or "matrices" (neither norms nor the embedding)."""
     flat = model.flatten(params)
     return model.unflatten(
         {name: which == "all" or bool(dims.BY_NAME[name].fan_in) for name in flat}
@@ -54,7 +54,7 @@ def decays(params: dict, which: str) -> dict:
 
 
 def adamw(config: Config) -> optax.GradientTransformation:
-    """Adam's direction with decoupled decay, not yet times the learning rate (which follows the step, not Adam's count)."""
+    """Adam with decoupled weight decay, without the learning rate, which follows the step and not Adam's own count."""
     optim = config.optim
     return optax.chain(
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
@@ -63,15 +63,15 @@ def adamw(config: Config) -> optax.GradientTransformation:
 
 
 def from_moments(first: dict, second: dict, count: int, config: Config) -> optax.OptState:
-    """The state of `adamw` after `count` steps, from Adam's two moments (trees like the parameters)."""
-    _, *rest = jax.eval_shape(adamw(config).init, first)  # states without arrays
-    return (optax.ScaleByAdamState(np.int32(count), first, second), *rest)
+    """Returns the state of `adamw` after `count` steps, from Adam's two moments (trees like the parameters)."""
+    _, *empty = jax.eval_shape(adamw(config).init, first)  # states without arrays
+    return (optax.ScaleByAdamState(np.int32(count), first, second), *empty)
 
 
 def update(
     grads: dict, opt_state: optax.OptState, params: dict, step: jax.Array, config: Config
 ) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
-    """One AdamW step: (new params, new state, {"grad_norm" before clipping, "lr"}). `step` counts from 1."""
+    """Clips and takes one AdamW step: (new params, new state, {"grad_norm" before clipping, "lr"}). `step` counts from 1."""
     grad_norm = optax.tree.norm(grads)
     clip = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
     grads = jax.tree.map(lambda g: g * clip, grads)

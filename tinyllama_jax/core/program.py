@@ -23,7 +23,7 @@ from tinyllama_jax.kernels.cross_entropy import Sums
 
 
 class Program(NamedTuple):
-    """The compiled functions of a run and where their arguments live."""
+    """The compiled functions of a run and the shardings of their arguments."""
 
     init: Callable[[], TrainState]  # from scratch
     start: Callable[[dict], TrainState]  # from given parameters
@@ -89,42 +89,44 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
 
 
 class StepCompiler:
-    """The train step for each number of micro-batches that a run comes to (`train.batch_ramp`), compiled before it does."""
+    """Compiles the train step for each batch size of `train.batch_ramp`, in the background before the run gets there."""
 
-    NOTICE = 200  # steps before it is needed that one is compiled, in the background
+    NOTICE = 200  # steps ahead
 
     def __init__(self, program: Program, config: Config, mesh: jax.sharding.Mesh, dtype: np.dtype):
         """`dtype`: of the tokens."""
         self._program, self._seq_len, self._mesh, self._dtype = program, config.model.seq_len, mesh, dtype
         self._train = schedule.in_steps(config)
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)  # at its end Python waits for a compilation: a minute at most
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            1
+        )  # on exit Python waits for a running compilation, a minute at most
         self._steps: dict[int, Callable | concurrent.futures.Future] = {}
 
     def train(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-        """What does `step`, as `Program.train`; what a step soon will need is begun."""
-        now = self._accumulation(self._train.tokens_after(step) - self._train.tokens_after(step - 1))
-        self._steps.setdefault(now, self._program.train)  # the first: compiled when it is called
+        """Returns the compiled function for `step`, like `Program.train`. Starts to compile the one that is needed next."""
+        accumulation = self._accumulation(self._train.tokens_after(step) - self._train.tokens_after(step - 1))
+        self._steps.setdefault(accumulation, self._program.train)  # the first one is compiled when it is called
         for first, _, tokens in self._train.stages:
             soon = self._accumulation(tokens)
             if step <= first < min(step + self.NOTICE, self._train.steps) and soon not in self._steps:
                 self._steps[soon] = self._pool.submit(self._compile, soon)
-        if isinstance(self._steps[now], concurrent.futures.Future):
-            self._steps[now] = self._steps[now].result()
-        return self._steps[now]
+        if isinstance(self._steps[accumulation], concurrent.futures.Future):
+            self._steps[accumulation] = self._steps[accumulation].result()
+        return self._steps[accumulation]
 
     def _accumulation(self, tokens: int) -> int:
         return tokens // (self._seq_len * self._program.shape[1])
 
     def _compile(self, accumulation: int) -> Callable:
-        with jax.set_mesh(self._mesh):  # of each thread its own
+        with jax.set_mesh(self._mesh):  # each thread has its own mesh
             batch = shape_of_batch(self._program, self._seq_len, accumulation, self._dtype)
             return self._program.train.lower(self._program.state, batch).compile()
 
 
 def shape_of_batch(program: Program, seq_len: int, accumulation: int = 0, dtype: jnp.dtype = jnp.uint16) -> Batch:
-    """What `program.train` takes, to compile it without data.
+    """Returns the shapes of a batch of `program.train`, to compile it without data.
 
-    `accumulation`: A; 0: of the first steps. `dtype` of tokens: uint16, as those of up to 65,536 pieces are stored, or int32.
+    `accumulation`: A; 0: that of the first steps. `dtype` of tokens: uint16 for vocabularies of up to 65,536, or int32.
     """
     shape = (accumulation or program.shape[0], program.shape[1])
     kinds = Batch(((*shape, seq_len + 1), dtype), (shape, jnp.int32), (shape, jnp.int32))
@@ -133,7 +135,7 @@ def shape_of_batch(program: Program, seq_len: int, accumulation: int = 0, dtype:
 
 
 def on_devices(local: tuple[np.ndarray | None, ...], shardings: Batch, batch: int) -> Batch:
-    """This process's rows (tokens, lengths, sources) as its part of the global (micro-)batch of `batch` sequences."""
+    """Makes the global (micro-)batch of `batch` sequences from this process's rows (tokens, lengths, sources)."""
 
     def place(sharding: NamedSharding | None, part: np.ndarray | None) -> jax.Array | None:
         if sharding is None:
@@ -145,7 +147,7 @@ def on_devices(local: tuple[np.ndarray | None, ...], shardings: Batch, batch: in
 
 
 def choose_attention(config: Config, device: jax.Device) -> tuple[str, str]:
-    """The implementation of attention that a step of `config` has on `device`, and why. Raises UserError."""
+    """Chooses the attention of `config` on `device`; returns it with the reason. Raises UserError."""
     model, shape = config.model, {"seq_len": config.model.seq_len, "head_dim": config.model.d_head}
     return attention.choose(model.attention, model.compute_dtype, device, **shape, segments=config.data.document_mask)
 

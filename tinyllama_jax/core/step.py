@@ -21,17 +21,17 @@ FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 
 
 @chex.dataclass(frozen=True)
 class TrainState:
-    """All that a run carries from step to step. The data need no state: the batch is a function of the step."""
+    """All that a run carries from step to step. The data need no state: a batch is a function of the step."""
 
-    step: jax.Array  # int32: steps done
+    step: jax.Array  # int32: steps taken
     params: dict
     opt_state: tuple
-    loss_scale: dict  # fp16 compute only: jmp's dynamic loss scale and its counter; else empty
-    skipped: jax.Array  # int32: steps that were not finite and so changed nothing
+    loss_scale: dict  # for fp16 compute: jmp's dynamic loss scale and its counter; otherwise empty
+    skipped: jax.Array  # int32: steps that were not finite and changed nothing
 
 
 def new_state(params: dict, config: Config) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     fp16 = config.model.compute_dtype == "float16"
     return TrainState(
         step=jnp.int32(0),
@@ -43,16 +43,16 @@ def new_state(params: dict, config: Config) -> TrainState:
 
 
 def scaler(state: TrainState) -> jmp.LossScale:
-    """The loss scale in force: jmp's dynamic one for fp16, whose smallest number is 6e-8; none for bf16 and fp32."""
+    """The current loss scale: jmp's dynamic one for fp16, whose smallest number is 6e-8; none for bf16 and fp32."""
     if not state.loss_scale:
         return jmp.NoOpLossScale()
     return jmp.DynamicLossScale(state.loss_scale["scale"], state.loss_scale["counter"])
 
 
 def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN) -> tuple[Sums, dict]:
-    """Loss sums over all micro-batches, and the gradient of the mean loss over the step's real tokens (times the loss scale).
+    """Returns the loss sums over all micro-batches, and the gradient of the mean loss (times the loss scale).
 
-    The mean is over the whole step: a micro-batch with padding does not weigh more per token than another.
+    The mean is over all counted tokens of the step, so every token has the same weight, whatever its micro-batch's padding.
     """
     n_tokens = count_tokens(loss.predicted(batch, config))
 
@@ -77,11 +77,11 @@ def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT
 def train_step(
     state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step over all A micro-batches, and its metrics as scalars.
+    """Takes one optimizer step over all A micro-batches; returns the new state and the metrics as scalars.
 
-    If the loss, any gradient or any parameter after the update is not finite, weights and moments stay as they were, `skipped`
-    counts it, and the step counter moves on to the next batch. A step without a token to predict changes nothing either; its
-    loss is NaN, and `skipped` does not count it.
+    If the loss, a gradient or a new parameter is not finite, weights and moments stay unchanged, `skipped` grows by one, and
+    the next step takes the next batch. A step without a token to predict changes nothing either; its loss is NaN, and `skipped`
+    does not count it.
     """
     sums, grads = gradients(state, batch, config, loss)
     scale = scaler(state)
@@ -91,7 +91,7 @@ def train_step(
     mean = lambda total: jnp.where(predicts, total / n_tokens, jnp.nan)
     step = state.step + 1
     params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
-    # squares of finite gradients can still overflow
+    # finite gradients can have squares that overflow
     finite = jmp.all_finite((sums.loss, grads, metrics["grad_norm"], params)) | ~predicts
     learns, scale_after = finite & predicts, scale.adjust(finite)
     loss_scale = {"scale": scale_after.loss_scale, "counter": scale_after.counter} if state.loss_scale else {}
@@ -123,10 +123,10 @@ def by_source(losses: jax.Array, predicted: jax.Array, source: jax.Array) -> dic
 
 
 def checksum(batch: Batch) -> jax.Array:
-    """uint32 over the real tokens of the global batch and their places in it; the same for any split over devices."""
+    """A uint32 of the batch's real tokens and their places; the same however the batch is split over devices."""
     tokens = batch.tokens.astype(jnp.uint32)
     width = tokens.shape[-1]
-    # [A, B, W] as it lies, for [A B, W] would bring all tokens to every device
+    # in the shape [A, B, W]: a reshape to [A B, W] would gather all tokens on every device
     iota = partial(lax.broadcasted_iota, jnp.uint32, tokens.shape)
     row = sum(iota(i) * jnp.uint32(math.prod(tokens.shape[i + 1 : -1])) for i in range(tokens.ndim - 1))
     place = row * jnp.uint32(width) + iota(tokens.ndim - 1)
@@ -135,7 +135,7 @@ def checksum(batch: Batch) -> jax.Array:
 
 
 def weight_of(place: jax.Array) -> jax.Array:
-    """An odd uint32 for each place, for checksums: no change of one element leaves a sum of such products as it was."""
+    """An odd uint32 for each place: changing one element always changes a sum of elements times these."""
     place = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)  # spread the bits (constants: hash prospector, C. Wellons)
     place = (place ^ (place >> 12)) * jnp.uint32(0x297A2D39)
     return place | jnp.uint32(1)

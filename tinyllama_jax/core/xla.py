@@ -1,4 +1,4 @@
-"""XLA's settings, each with its reason: compiler options by platform, the part of a GPU's memory, where programs are kept."""
+"""XLA's settings, each with its reason: compiler options, the reserved part of a GPU's memory, the compilation cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tinyllama_jax.base import dims
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 
-# The part of a GPU's memory that JAX takes at its start; 0.75 unless told. The rest, 3.4 of an A100's 42.3 GB, is for what
-# XLA's allocator does not count: CUDA's context, cuDNN's and cuBLAS's handles, NCCL's buffers. NVIDIA's JAX-Toolbox has 0.8 or
-# 0.9 for any model.
+# The part of a GPU's memory that JAX reserves at its start; JAX's own default is 0.75. The remainder, 3.4 of an A100's 42.3 GB,
+# is for what XLA's allocator does not count: CUDA's context, cuDNN and cuBLAS handles, NCCL buffers. NVIDIA's JAX-Toolbox uses
+# 0.8 or 0.9 for any model.
 MEMORY, MEMORY_NAMES = 0.92, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second: its older name
 
 
 class Option(NamedTuple):
-    """One of XLA's debug options. An XLA that no longer knows the name refuses to compile and says so: take it out then."""
+    """One of XLA's debug options. If a later XLA does not know the name, it refuses to compile: remove the option then."""
 
     name: str
     value: bool | int
@@ -29,10 +29,11 @@ class Option(NamedTuple):
 
 
 def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
-    """What the programs of a run are compiled with for the devices of `mesh`, without what the user's own flags say.
+    """Returns the compiler options for the devices of `mesh`, without those that the user's own flags set.
 
-    Milliseconds: of a step of configs/3t.py on a100-40g:2x8 in which it sends and no matmul runs (5.7 s in all, 830 with no
-    options), as counted in the compiled program; docs/log.md has how, and what was refused. libtpu does the same by default.
+    Milliseconds: the part of a step of configs/3t.py on a100-40g:2x8 (5.7 s) in which it sends and no matmul runs, counted in
+    the compiled program; 830 without options. docs/log.md says how, and which options did not help. libtpu does the same by
+    default.
     """
     if mesh.devices.flat[0].platform != "gpu":
         return []
@@ -40,7 +41,7 @@ def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
     layer = sum(dims.n_elements(p, cfg) for p in dims.PARAMETERS if p.dims[0] == "L") // cfg.n_layers // mesh.shape["tensor"]
     a_layer, half = layer * size(cfg.reduce_dtype), layer * size(cfg.compute_dtype) * 11 // 20  # 176 and 48 MB of the 1.1B's
     gradients = "a layer's gradients as one, or they wait for each other; 461 ms to 134 with fsdp 4, 639 to 118 with 2"
-    found = [
+    chosen = [
         Option("xla_gpu_enable_latency_hiding_scheduler", True, "sends beside matmuls; 830 ms to 789, and the next needs it"),
         Option("xla_gpu_enable_pipelined_all_reduce", True, "sends a layer's gradients beside the next one's; 789 ms to 197"),
         Option("xla_gpu_all_gather_combine_threshold_bytes", half,
@@ -49,22 +50,22 @@ def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
         Option("xla_gpu_all_reduce_combine_threshold_bytes", a_layer, gradients),
     ]  # fmt: skip
     if config.train.deterministic:
-        found.append(Option("xla_gpu_deterministic_ops", True, "train.deterministic: only kernels whose sums have one order"))
-    return [option for option in found if option.name not in users_own()]
+        chosen.append(Option("xla_gpu_deterministic_ops", True, "train.deterministic: only kernels whose sums have one order"))
+    return [option for option in chosen if option.name not in users_own()]
 
 
 def compiler_options(config: Config, mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
-    """`options` as jax.jit takes them."""
+    """Returns `options` in the form that jax.jit takes."""
     return {option.name: option.value for option in options(config, mesh)}
 
 
 def users_own() -> list[str]:
-    """The names of XLA's flags in the environment. They win: compiler options would overrule them."""
+    """Returns the names of XLA flags in the environment. They have precedence over our options."""
     return re.findall(r"--(xla_\w+)", " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))
 
 
 def memory_fraction() -> float:
-    """The part of a GPU's memory that this run takes: the user's, or MEMORY. Raises UserError if that is none."""
+    """Returns the part of a GPU's memory to reserve: the user's, or MEMORY. Raises UserError if it is not in (0, 1]."""
     name, text = next(((name, os.environ[name]) for name in MEMORY_NAMES if os.environ.get(name)), ("", str(MEMORY)))
     if not re.fullmatch(r"0*\.\d+|1(\.0*)?", text) or float(text) == 0:
         raise UserError(f"{name}={text}: must be a part of a GPU's memory, above 0 and at most 1")
@@ -72,16 +73,16 @@ def memory_fraction() -> float:
 
 
 def reserve_memory() -> None:
-    """Has JAX take that part. To be called before JAX looks for devices."""
+    """Makes JAX reserve `memory_fraction`. Call it before JAX looks for devices."""
     fraction = memory_fraction()
     if not any(os.environ.get(name) for name in MEMORY_NAMES):
         os.environ[MEMORY_NAMES[0]] = str(fraction)
 
 
 def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError if a device has not even the memory for its part of the weights and the two moments.
+    """Raises UserError if a device lacks the memory for its part of the weights and the two moments.
 
-    A CPU's virtual devices share this machine's memory. `plan` says how much a step needs beside the weights and moments.
+    Virtual CPU devices share the machine's memory. `plan` tells how much more a step needs.
     """
     first = mesh.local_devices[0]
     if stats := first.memory_stats() if first.platform != "cpu" else None:
@@ -98,9 +99,9 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def keep_compiled(config: Config) -> None:
-    """Has compiled programs kept in RUN/compiled, but for a CPU's; to be called once the devices are known.
+    """Caches compiled programs in RUN/compiled, except on CPUs. Call it once the devices are known.
 
-    With them a run keeps the kernels that XLA chose by timing them, and so its bits, and starts without choosing again.
+    XLA chooses GPU kernels by timing them. The cache keeps its choice: a resumed run has the same bits and starts faster.
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))
@@ -108,13 +109,13 @@ def keep_compiled(config: Config) -> None:
 
 
 def lines(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
-    """What is in force, for the start of a run."""
-    found, own, kept = options(config, mesh), users_own(), jax.config.jax_compilation_cache_dir
+    """Returns lines that say which settings a run has."""
+    chosen, own, kept = options(config, mesh), users_own(), jax.config.jax_compilation_cache_dir
     gpu = mesh.devices.flat[0].platform == "gpu"
-    said = [
+    settings = [
         *([f"{memory_fraction():g} of a device's memory"] if gpu else []),
-        *([] if found else ["no options of ours"]),
+        *([] if chosen else ["no options of ours"]),
         *([f"the environment's own {' '.join(own)}"] if own else []),
         f"compiled programs kept in {kept}" if kept else "compiled programs not kept",
     ]
-    return ["xla: " + ", ".join(said), *(f"xla: {o.name}={str(o.value).lower()} ({o.reason})" for o in found)]
+    return ["xla: " + ", ".join(settings), *(f"xla: {o.name}={str(o.value).lower()} ({o.reason})" for o in chosen)]

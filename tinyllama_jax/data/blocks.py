@@ -1,7 +1,8 @@
-"""One prepared source of S+1-token blocks in ArrayRecord files, read at random."""
+"""One prepared source: blocks of S + 1 tokens in ArrayRecord files, read in any order."""
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import threading
@@ -20,8 +21,8 @@ from tinyllama_jax.base.files import Count, check_utf8, read_json, sha256
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
 LONGEST = 1 << 24  # tokens in a block
-Name = typing.Annotated[str, msgspec.Meta(pattern=r"\A(?!\.\.?\Z)[^/\\\0]+\Z")]  # of a file in the folder itself
-Id = typing.Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # of a token; -1: there is none
+Name = typing.Annotated[str, msgspec.Meta(pattern=r"\A(?!\.\.?\Z)[^/\\\0]+\Z")]  # a file's, without a folder
+Id = typing.Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # a token's; -1: there is no such token
 
 
 class Vocabulary(typing.TypedDict):
@@ -44,7 +45,7 @@ class File(typing.TypedDict):
 
 
 class Input(typing.TypedDict, total=False):
-    """An input file that the data were made from, or one that could not be read."""
+    """A file that the data were made from, or one that could not be read."""
 
     file: typing.Required[str]
     bytes: typing.Required[Count]
@@ -53,7 +54,7 @@ class Input(typing.TypedDict, total=False):
 
 
 class Split(typing.TypedDict, total=False):
-    """A split. The keys that are not required say what became of the input."""
+    """A split. The optional keys account for the input."""
 
     shards: typing.Required[typing.Annotated[list[File], msgspec.Meta(min_length=1)]]
     documents: typing.Required[Count]
@@ -68,7 +69,7 @@ class Split(typing.TypedDict, total=False):
 
 
 class Manifest(typing.TypedDict, total=False):
-    """manifest.json. The keys that are not required only say how the data were made."""
+    """manifest.json. The optional keys record how the data were made."""
 
     format: typing.Required[typing.Literal[FORMAT]]
     seq_len: typing.Required[typing.Annotated[int, msgspec.Meta(ge=1, le=LONGEST)]]
@@ -85,43 +86,43 @@ class Manifest(typing.TypedDict, total=False):
 
 
 class Damaged(UserError):
-    """A file of a data set is not as it was written."""
+    """A file of a data set has changed since it was written."""
 
 
 class Record:
-    """How a block lies in an ArrayRecord: `tokens` [S + 1] and `length`, how many of them are real, as TFDS serialises them."""
+    """Encodes and decodes a block as TFDS serialises it: `tokens` [S + 1] and `length`, the number of real tokens."""
 
     def __init__(self, seq_len: int, dtype: str):
         """`dtype`: "uint16" or "int32", of the stored tokens."""
-        import tensorflow_datasets as tfds  # takes a third of a second, which who only plans or waits need not spend
+        import tensorflow_datasets as tfds  # takes a third of a second, which other commands save
 
         tensor = tfds.features.Tensor(shape=(seq_len + 1,), dtype=np.dtype(dtype), encoding=tfds.features.Encoding.BYTES)
         length = tfds.features.Scalar(dtype=np.int32)
         self.features = tfds.features.FeaturesDict({"tokens": tensor, "length": length})
         self._tokens, self._length = (tfds.features.FeaturesDict(f) for f in ({"tokens": tensor}, {"length": length}))
-        # where the tokens lie in the record of a full block, and what stands around them
+        # the place of the tokens in the record of a full block, and the bytes before and after them
         self._dtype, self._width = np.dtype(dtype), seq_len + 1
         marks = np.full(seq_len + 1, 0x5A5A, dtype)
         probe, inside = self.encode(marks, seq_len + 1), marks.tobytes()
-        self._start = probe.rindex(inside)  # the byte before the tokens, their length, can be the marks' own
+        self._start = probe.rindex(inside)  # from the right: the byte before the tokens, their length, may equal a mark's
         self._head, self._tail = probe[: self._start], probe[self._start + len(inside) :]
         self._end, self._size = self._start + len(inside), len(probe)
 
     def encode(self, tokens: np.ndarray, length: int) -> bytes:
         """One record: a tf.train.Example."""
-        # One feature at a time: protobuf may write the entries of a map in any order. Messages joined are messages merged.
+        # one feature at a time: protobuf may write the entries of a map in any order, and concatenated messages are merged
         return self._tokens.serialize_example({"tokens": tokens}) + self._length.serialize_example({"length": length})
 
     def decode(self, record: bytes, into: np.ndarray) -> int:
-        """Writes the tokens of `record` to `into` [S + 1] and returns its length. Raises ValueError if it is something else."""
+        """Writes the tokens of `record` to `into` [S + 1] and returns its length. Raises ValueError if it is not a block."""
         if len(record) == self._size and record.startswith(self._head) and record.endswith(self._tail):
             into[:] = np.frombuffer(record, self._dtype, self._width, self._start)
             return self._width
-        try:  # a padded block, or something else
+        try:  # a padded block, or damage
             example = self.features.deserialize_example_np(record)
             into[:] = example["tokens"]
             length = int(example["length"])
-        except Exception as error:  # protobuf, TFDS and numpy each have their own
+        except Exception as error:  # protobuf, TFDS and numpy raise different types
             raise ValueError(f"is not a block of {self._width} tokens of {self._dtype}: {error}") from None
         if not 0 < length <= self._width:
             raise ValueError(f"says that {length} of its {self._width} tokens are real")
@@ -129,10 +130,10 @@ class Record:
 
 
 def read_manifest(directory: str | Path) -> tuple[dict, str]:
-    """The manifest in `directory`, and the sha256 of its bytes. Raises UserError if this is no finished data set."""
-    scheme, is_url, rest = str(directory).partition(":/")  # pathlib makes one slash of two
+    """The manifest in `directory`, and the sha256 of its bytes. Raises UserError if this is not a finished data set."""
+    scheme, is_url, path = str(directory).partition(":/")  # pathlib turns two slashes into one
     if is_url and scheme.isalnum():
-        url, copy = f"{scheme}://{rest.lstrip('/')}", "aws s3 sync" if scheme == "s3" else "gcloud storage rsync -r"
+        url, copy = f"{scheme}://{path.lstrip('/')}", "aws s3 sync" if scheme == "s3" else "gcloud storage rsync -r"
         raise UserError(f"{url}: training reads local folders: copy it first, such as with `{copy} {url} FOLDER`")
     check_utf8(directory)
     directory = Path(directory)
@@ -144,7 +145,7 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     if not path.is_file() and (packed := sorted(directory.glob("*.bin"))):
         first = next((file for file in packed if file.name.startswith("train")), packed[0])
         name = first.name.rpartition("_")[0] or first.stem
-        raise UserError(f"{directory}: is named by what its .bin files begin with, such as {directory / name}")
+        raise UserError(f"{directory}: holds .bin files: name what they begin with, such as {directory / name}")
     if not path.is_file():
         raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.prepare`")
     again = "copy or prepare the data again"
@@ -159,17 +160,17 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
 
 
 class Blocks:
-    """The blocks of one split of a folder that `prepare` wrote. Files are opened when first read; can be pickled.
+    """The blocks of one split of a folder that `prepare` wrote. Files are opened when first read. Can be pickled.
 
-    manifest, manifest_sha256, tokenizer_sha256: what the folder says of itself      seq_len: S      dtype: of the tokens
-    tokenizer: the folder or file that it is in
-    sha256: of all files, once `verify` has read them, where no manifest says what each has
+    manifest: contents of manifest.json      seq_len: S      dtype: of the tokens      tokenizer: its folder or file
+    manifest_sha256, tokenizer_sha256: hashes of both
+    sha256: hash of all files, set by `verify` if no manifest has hashes
     """
 
     sha256: str | None = None
 
     def __init__(self, directory: str | Path, split: str):
-        """Raises UserError if the folder is not whole, is of another version or has no blocks in `split`."""
+        """Raises UserError if the folder is not complete, is of another version or has no `split`."""
         self.directory, self.split = Path(directory), split
         self.manifest, self.manifest_sha256 = read_manifest(directory)
         splits = self.manifest["splits"]
@@ -183,8 +184,8 @@ class Blocks:
         for file, shard in zip(self._files, shards, strict=True):
             size = file.stat().st_size if file.is_file() else None
             if size != shard["bytes"]:
-                there = "is missing" if size is None else f"has {size:,} bytes"
-                raise Damaged(f"{file}: {there}, and should have {shard['bytes']:,}; copy or prepare the data again")
+                state = "is missing" if size is None else f"has {size:,} bytes"
+                raise Damaged(f"{file}: {state}, and should have {shard['bytes']:,}; copy or prepare the data again")
         self._open()
 
     def __len__(self) -> int:
@@ -203,9 +204,9 @@ class Blocks:
         self._record = Record(self.seq_len, self.dtype.name)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks by index [n] -> tokens [n, S + 1] as stored, and how many of each are real [n] int32 (S + 1 but for padding).
+        """Blocks by index [n] -> tokens [n, S + 1] as stored, and the number of real tokens [n] int32 (S + 1 unless padded).
 
-        Can be called from several threads. Raises IndexError, and UserError naming file and record if one is damaged.
+        Thread-safe. Raises IndexError, and UserError naming a damaged file and record.
         """
         indices = self._checked(indices)
         tokens = np.empty((len(indices), self.seq_len + 1), self.dtype)
@@ -229,27 +230,27 @@ class Blocks:
         return indices
 
     def place(self, index: int) -> tuple[Path, int]:
-        """The file that a block is in, and which record of it."""
+        """The file of a block, and the block's record in it."""
         file = int(np.searchsorted(self._ends, index, side="right"))
         return self._files[file], int(index - (self._ends[file - 1] if file else 0))
 
     def files(self) -> list[tuple[Path, int, int]]:
-        """(file, its first block, one more than its last) of each file, in order."""
+        """(file, its first block, its last block + 1) for each file, in order."""
         return list(zip(self._files, (self._ends - np.diff(self._ends, prepend=0)).tolist(), self._ends.tolist(), strict=True))
 
     def missing(self) -> list[str]:
-        """Names of files that should be there and are not; none here, where the manifest names all and each is looked for."""
+        """Names of missing files; none for a prepared folder, where `__init__` checks every file of the manifest."""
         return []
 
     def verify(self, read: Callable[[], None]) -> None:
-        """Reads all files, and calls `read` after each. Raises Damaged if a file's sha256 is not the manifest's."""
+        """Reads all files, and calls `read` after each. Raises Damaged if a file's sha256 differs from the manifest's."""
         shards = self.manifest["splits"][self.split]["shards"]
         for file, shard, checksum in zip(self._files, shards, self._checksums(read), strict=True):
             if checksum != shard["sha256"]:
                 raise Damaged(f"{file}: is not as it was prepared (its sha256 is {checksum}); copy or prepare the data again")
 
     def _checksums(self, read: Callable[[], None]) -> Iterator[str]:
-        with ThreadPoolExecutor(16) as pool:  # hashlib lets other threads run
+        with ThreadPoolExecutor(16) as pool:  # hashlib releases the GIL
             for checksum in pool.map(sha256, self._files):
                 read()
                 yield checksum
@@ -258,7 +259,7 @@ class Blocks:
         reader = self._readers[file] or self._reader(file)
         try:
             return reader.read(positions)
-        except Exception as error:  # ArrayRecord's errors have no common type; find out which record it was
+        except Exception as error:  # ArrayRecord's errors have no common type; find the record
             for position in positions:
                 try:
                     reader.read([position])
@@ -273,7 +274,10 @@ class Blocks:
     def _reader(self, file: int) -> array_record_module.ArrayRecordReader:
         with self._lock:
             if self._readers[file] is None:
-                _allow_open_files(len(self._files))
+                n, most = len(self._files), may_open(len(self._files))
+                if most < n:
+                    cure = "raise `ulimit -n`, or give a larger --shard-mb"
+                    raise UserError(f"{n:,} data files, and this process may open {most:,}: {cure}")
                 options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
                 try:
                     reader = array_record_module.ArrayRecordReader(
@@ -287,11 +291,12 @@ class Blocks:
             return self._readers[file]
 
 
-def _allow_open_files(n: int) -> None:
-    """Lets this process hold `n` files open and 256 more: many systems begin at 1,024, and allow more if asked."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= n + 256:
-        return
-    if hard != resource.RLIM_INFINITY and hard < n + 256:
-        raise UserError(f"{n:,} data files, and this process may open {hard:,}: raise `ulimit -n`, or give a larger --shard-mb")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (n + 256, hard))
+def may_open(n: int) -> int:
+    """How many of `n` files this process can hold open, beside 256 others; raises its limit (often 1,024) as far as allowed."""
+    soft, hard = (
+        math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if soft < (wanted := min(n + 256, hard)):
+        soft = wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(min(n, soft - 256), 1)

@@ -1,4 +1,4 @@
-"""Batches for training and validation: each a pure function of (sources, seed, step), read ahead by Grain."""
+"""Batches for training and validation. Each is a pure function of (sources, seed, step); Grain reads ahead."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
 
-MANY_EPOCHS = 4  # up to so many, repeated data are worth nearly what new data are (Muennighoff et al., arXiv:2305.16264)
+MANY_EPOCHS = 4  # up to this many, repeated data are worth nearly as much as new data (Muennighoff et al., arXiv:2305.16264)
 
 
 def open_source(path: str, split: str, seq_len: int) -> Blocks:
-    """One split of a source: a folder that `prepare` wrote, or DIR/PREFIX of LITPKDS files, which have any S."""
+    """One split of a source: a folder that `prepare` wrote, or LITPKDS files DIR/PREFIX, which can be read with any S."""
     return litpkds.Packed(path, split, seq_len) if litpkds.files_of(path, split) else Blocks(path, split)
 
 
 def open_sources(config: Config) -> list[Blocks]:
-    """The training split of each source of `config`. Raises UserError where they do not fit the model or one another."""
+    """The training split of each source of `config`. Raises UserError if one does not fit the model or another source."""
     opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
-    of: dict[str, str] = {}  # where a file really is -> the source that has it
+    owner: dict[str, str] = {}  # real path of a file -> the source that has it
     for path, blocks in zip(config.data.sources, opened, strict=True) if len(opened) > 1 else ():
         for file, _, _ in blocks.files():
-            if (other := of.setdefault(os.path.realpath(file), path)) != path:
+            if (other := owner.setdefault(os.path.realpath(file), path)) != path:
                 raise UserError(
                     f"--data.sources: {path} and {other} both have {file}; add up their weights, or name other files"
                 )
@@ -63,9 +63,9 @@ def dtype(sources: list[Blocks]) -> np.dtype:
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
-    """The token at which documents are told apart: eos; or, for `data.document_mask` if some source lacks eos, `Bos`.
+    """The token that separates documents: eos; or, for `data.document_mask` if some source lacks eos, `Bos`.
 
-    Raises UserError if not all sources have the token; `data.eod_mask_loss` needs eos.
+    Raises UserError if a source lacks the token. `data.eod_mask_loss` needs eos.
     """
     manifests, vocabulary = [blocks.manifest for blocks in sources], sources[0].manifest["tokenizer"]
     if all(manifest["eos"] for manifest in manifests) or not (config.data.document_mask or config.data.eod_mask_loss):
@@ -73,12 +73,15 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
     if not config.data.eod_mask_loss and all(manifest["bos"] for manifest in manifests):
         return Bos(vocabulary["bos_id"])
     option, more = ("eod_mask_loss", "") if config.data.eod_mask_loss else ("document_mask", ", or bos before every document,")
-    has = "; ".join(f"{path} has {litpkds.edges(b)[2]}" for path, b in zip(config.data.sources, sources, strict=True))
-    raise UserError(f"--data.{option}=true: needs eos after every document{more} in all sources: {has}; prepare it with --eos")
+    named = zip(config.data.sources, sources, strict=True)
+    without = "; ".join(f"{path} has {litpkds.edges(b)[2]}" for path, b in named if not b.manifest["eos"])
+    raise UserError(
+        f"--data.{option}=true: needs eos after every document{more} in all sources: {without}; prepare it with --eos"
+    )
 
 
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
-    """Source -> its validation split, of those sources that have one."""
+    """Path -> validation split, of the sources that have one."""
     named = zip(config.data.sources, sources, strict=True)
     has = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
     return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in has}
@@ -87,7 +90,7 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
 def verify(config: Config, sources: list[Blocks], read: Callable[[], None] = lambda: None) -> list[str]:
     """Reads and checks all files of `sources` if `data.verify`; returns a line on the time taken. Raises UserError.
 
-    `read`: called after each file, for a process that must show that it is at work.
+    `read`: called after each file, so that a process can show that it is at work.
     """
     if not config.data.verify:
         return []
@@ -99,14 +102,14 @@ def verify(config: Config, sources: list[Blocks], read: Callable[[], None] = lam
 
 
 class Order:
-    """Which block of which source each sample of the run is."""
+    """Maps each sample of the run to a block of a source."""
 
     def __init__(
         self, sizes: list[int], mixture: Mixture, seed: int, stages: Sequence[tuple[int, int, int]], left_out: np.ndarray = NONE
     ):
-        """`sizes`: blocks a source. Each epoch of a source is its own permutation, drawn from (seed, source, epoch).
+        """`sizes`: blocks per source. Each epoch of a source is its own permutation, drawn from (seed, source, epoch).
 
-        `stages`: (batches before it, samples before it, samples of each of its batches). `left_out`: as `left_out` gives.
+        `stages`: (batches before it, samples before it, samples per batch). `left_out`: as `schedule.left_out` returns.
         """
         self.sizes, self.mixture, self.seed, self.left_out = sizes, mixture, seed, left_out
         self._batches, self._samples, self._each = np.asarray(stages, np.int64).T
@@ -116,34 +119,34 @@ class Order:
         return int(self._each[self._stage(self._batch(step))])
 
     def at(self, step: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(source [n], block of it [n]) of the samples `rows` [n] (from 0) of a step (from 1); of all of them by default."""
+        """(source [n], block [n]) of the samples `rows` [n] (from 0) of a step (from 1); by default of all its samples."""
         rows = np.arange(self.size(step)) if rows is None else rows
         return self.locate(self.samples(self._batch(step)) + rows)
 
     def samples(self, batches: int) -> int:
-        """How many samples there are in the batches before batch `batches` (from 0)."""
+        """How many samples the first `batches` batches have."""
         stage = self._stage(batches)
         return int(self._samples[stage] + (batches - self._batches[stage]) * self._each[stage])
 
     def counts(self, step: int) -> np.ndarray:
-        """How many samples have come from each source by the end of a step [n_sources], without those that are left out."""
+        """How many samples have come from each source by the end of a step [n_sources], without those left out."""
         until = self._batch(step) + 1 if step else 0
         passed = self.left_out[self.left_out <= until]
         out = self.mixture.counts(self.samples(until))
-        for run in np.split(passed, np.flatnonzero(np.diff(passed) > 1) + 1):  # batches in a row, from 1
-            if run.size:
-                out -= self.mixture.counts(self.samples(run[-1])) - self.mixture.counts(self.samples(run[0] - 1))
+        for span in np.split(passed, np.flatnonzero(np.diff(passed) > 1) + 1):  # consecutive batches, numbered from 1
+            if span.size:
+                out -= self.mixture.counts(self.samples(span[-1])) - self.mixture.counts(self.samples(span[0] - 1))
         return out
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [n], counted over all batches, none left out -> (source [n], block of it [n])."""
+        """Samples [n], counted with those of batches left out -> (source [n], block [n])."""
         source, k = self.mixture.locate(samples)
         epoch, position = np.divmod(k, np.asarray(self.sizes, np.int64)[source])
         block = np.empty_like(k)
         for j, e in np.unique(np.stack([source, epoch]), axis=1).T.tolist():
-            here = (source == j) & (epoch == e)
+            rows = (source == j) & (epoch == e)
             seed = int(np.random.SeedSequence((self.seed, j, e)).generate_state(1)[0])
-            block[here] = permuted(position[here], self.sizes[j], seed)
+            block[rows] = permuted(position[rows], self.sizes[j], seed)
         return source, block
 
     def _batch(self, step: int) -> int:
@@ -154,27 +157,27 @@ class Order:
 
 
 def mixture(config: Config) -> Mixture:
-    """How the sources of `config` are mixed."""
+    """The mixture of the sources of `config`."""
     return Mixture(list(config.data.sources.values()), config.model.seq_len)
 
 
 def order(config: Config, sources: list[Blocks]) -> Order:
-    """The order of the run that `config` describes."""
+    """The order of samples in the run that `config` describes."""
     stages = [(batches, *(n // config.model.seq_len for n in tokens)) for batches, *tokens in config.train.stages]
     return Order([len(s) for s in sources], mixture(config), config.train.seed, stages, left_out(config.data))
 
 
 def names(paths: Iterable[str]) -> list[str]:
-    """What sources are called in metrics: the last part of the path, or all of it where two have the same."""
+    """Names of sources in metrics: the last part of the path, or the whole path where two sources share that part."""
     paths = list(paths)
     last = [Path(path).name for path in paths]
     return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
 
 
 class Steps(grain.sources.RandomAccessDataSource):
-    """Element s is the part that this process reads of step s + 1, micro-batches A of so many rows.
+    """Element s is this process's part of step s + 1, in A micro-batches.
 
-    `tokens` [A, rows, S + 1], `length` [A, rows] and, if there are several, `source` [A, rows] (else None).
+    `tokens` [A, rows, S + 1], `length` [A, rows], and `source` [A, rows] if there are several sources (else None).
     """
 
     def __init__(self, sources: list[Blocks], order: Order, steps: int, batch: int, rows: np.ndarray):
@@ -189,18 +192,18 @@ class Steps(grain.sources.RandomAccessDataSource):
         in_step = np.arange(accumulation)[:, None] * self._batch + self._rows[None, :]
         source, block = self._order.at(step + 1, in_step.ravel())
         tokens, length = gather(self._sources, source, block)
-        here = source.astype(np.int32).reshape(in_step.shape) if len(self._sources) > 1 else None
-        return tokens.reshape(*in_step.shape, -1), length.reshape(in_step.shape), here
+        source = source.astype(np.int32).reshape(in_step.shape) if len(self._sources) > 1 else None
+        return tokens.reshape(*in_step.shape, -1), length.reshape(in_step.shape), source
 
 
 def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks by (source [n], block [n]) -> tokens [n, S + 1], length [n]; one batched read a source."""
+    """Blocks by (source [n], block [n]) -> tokens [n, S + 1], length [n]; one batched read per source."""
     if len(sources) == 1:
         return sources[0].read(block)
     tokens, length = np.empty((len(source), sources[0].seq_len + 1), dtype(sources)), np.empty(len(source), np.int32)
     for j in np.unique(source):
-        here = source == j
-        tokens[here], length[here] = sources[j].read(block[here])
+        rows = source == j
+        tokens[rows], length[rows] = sources[j].read(block[rows])
     return tokens, length
 
 
@@ -214,21 +217,21 @@ def checksum(tokens: np.ndarray, length: np.ndarray) -> int:
 
 
 def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """The indices along `axis` of a global array of `shape` that this process's devices hold, in order."""
+    """The indices along `axis` of a global array of `shape` that the devices of this process hold, in order."""
     slices = [index[axis] for index in sharding.addressable_devices_indices_map(shape).values()]
     return np.unique(np.concatenate([np.arange(shape[axis])[s] for s in slices]))
 
 
 def training(config: Config, sources: list[Blocks], batch: int, rows: np.ndarray, start: int) -> Iterator:
-    """(tokens, length, source) of steps `start` + 1, `start` + 2, ... as `Steps` describes; `start` costs nothing."""
+    """(tokens, length, source) of steps `start` + 1, `start` + 2, ... as in `Steps`. No earlier step is read."""
     steps = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, batch, rows))
-    # a few steps ahead, whatever the number of threads: a step of 2 M tokens is 4 MB
+    # two steps ahead per thread; a step of 2 M tokens is 4 MB
     ahead = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
     return iter(steps[start:].to_iter_dataset(ahead))
 
 
 def validation(blocks: Blocks, limit: int, batch: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `limit` blocks (0: all) once each, `batch` at a time over all processes; short batches have length 0 rows."""
+    """The first `limit` blocks (0: all) once each, `batch` at a time over all processes. Missing rows have length 0."""
     n = min(limit, len(blocks)) if limit else len(blocks)
     for first in range(0, n, batch):
         index = first + rows

@@ -1,12 +1,12 @@
-"""A tokenizer as tokenizer.json and tokenizer_config.json that give Transformers the ids of training, and a check of that.
+"""Writes a tokenizer as tokenizer.json and tokenizer_config.json, with which Transformers gives the ids of training.
 
-Transformers' own readers of `tokenizer.model` give other ids (a dummy prefix that is left out before a space, merges in another
-order), so the files are written here and nothing is left to guess. How SentencePiece's rules are said in a tokenizer.json:
+Transformers' own readers of `tokenizer.model` give other ids (no dummy prefix before a space, merges in another order). So this
+file writes a tokenizer.json itself, and `check` compares ids. How a tokenizer.json expresses SentencePiece's rules:
 
 | SentencePiece                                   | tokenizer.json                                            |
 |-------------------------------------------------|-----------------------------------------------------------|
 | the pair that makes the best-scored piece joins | `merges`: each way to cut a piece in two, by score        |
-| unigram                                         | model: `Unigram`; pieces that no text has get `NEVER`     |
+| unigram                                         | model: `Unigram`; pieces outside of texts score `NEVER`   |
 | a normalisation rule such as nmt_nfkc           | normalizer: `Precompiled`, which knows fewer combinations |
 | `remove_extra_whitespaces`                      | normalizer: three `Replace`                               |
 | `add_dummy_prefix`, but not on an empty text    | normalizer: `Prepend` ▁                                   |
@@ -14,8 +14,8 @@ order), so the files are written here and nothing is left to guess. How Sentence
 | user-defined symbols                            | pre-tokenizer: `Split`; a part that is a piece stays one  |
 | `byte_fallback`                                 | model: `byte_fallback`; decoder: `ByteFallback`           |
 
-One difference is deliberate, since users of Transformers build prompts by it: a special token written out in a text ("</s>")
-becomes its id, and the text after it is encoded as a text of its own. With `split_special_tokens=True`,
+One difference is deliberate, since users of Transformers build prompts with it: a special token written out in a text ("</s>")
+becomes its id, and the text after it is encoded as a separate text. With `split_special_tokens=True`,
 `AutoTokenizer.from_pretrained` reads it as plain characters, as SentencePiece does.
 """
 
@@ -43,33 +43,13 @@ UNIGRAM, BPE = 1, 2
 AS_WRITTEN = "PreTrainedTokenizerFast"
 # Llama takes no token_type_ids
 PLAIN = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
-REMEDY = "; --tokenizer none writes the weights, with the tokenizer as it is beside them"
-TEXTS = (
-    *(
-        "",
-        "a",
-        " a",
-        "a ",
-        "  two  spaces   here ",
-        " " * 40,
-        "\n",
-        "line\n\n\nline\r\n\tx\t\t y",
-        "#" * 9,
-        "def f(x):\n    return  x",
-    ),
-    *(
-        "naïve e\u0301 n\u0303",
-        "日本語、한국어 你好。",
-        "नमस्ते שלום",
-        "👩‍👩‍👧 👍🏽 🇨🇭",
-        "▁ a▁b ▁▁",
-        "a\0b\x01\x7f",
-        "3.14 1,000",
-        "\ufeffx",
-    ),
-    *("<s>a</s> b<unk>", "<|im_start|>user\n<|im_end|>", "[INST] <0x0A> [PAD]", "ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ\u00a0x"),
-)
-NEVER = -1e6  # score of a piece that must never be chosen: its spelling in other pieces always scores better
+REMEDY = "; --tokenizer none writes the weights, and beside them the tokenizer unchanged"
+TEXTS = (  # separated by ¦
+    "¦a¦ a¦a ¦  two  spaces   here ¦" + " " * 40 + "¦\n¦line\n\n\nline\r\n\tx\t\t y¦#########¦def f(x):\n    return  x¦"
+    "naïve e\u0301 n\u0303¦日本語、한국어 你好。¦नमस्ते שלום¦👩‍👩‍👧 👍🏽 🇨🇭¦▁ a▁b ▁▁¦a\0b\x01\x7f¦3.14 1,000¦\ufeffx¦"
+    "<s>a</s> b<unk>¦<|im_start|>user\n<|im_end|>¦[INST] <0x0A> [PAD]¦ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ\u00a0x"
+).split("¦")
+NEVER = -1e6  # score of a piece that must never be chosen: any other spelling of it scores better
 
 
 class Piece(NamedTuple):
@@ -81,7 +61,7 @@ class Piece(NamedTuple):
 
 
 class SentencePiece(NamedTuple):
-    """What a `.model` file says, as far as encoding and decoding depend on it. An id of -1: there is none."""
+    """The contents of a `.model` file that encoding and decoding depend on. An id of -1: the model has no such piece."""
 
     pieces: list[Piece]
     bos_id: int
@@ -97,7 +77,7 @@ class SentencePiece(NamedTuple):
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message; sentencepiece's own reader wants a newer protobuf than Beam allows."""
+    """(field number, value) of a protobuf message; sentencepiece's own reader needs a newer protobuf than Beam allows."""
     at = 0
 
     def varint() -> int:
@@ -133,7 +113,7 @@ def _signed(value: int) -> int:
 
 
 def read(path: str | Path) -> SentencePiece:
-    """Reads a SentencePiece `.model`. Raises UserError if it is none, or if a tokenizer.json cannot say the same."""
+    """Reads a SentencePiece `.model`. Raises UserError if it is not one, or if a tokenizer.json cannot express it."""
     pieces, parts = [], {}
     try:
         for field, value in _fields(Path(path).read_bytes()):
@@ -167,7 +147,7 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
     by_score = Counter(piece.score for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1)
     tied = {piece.text for piece in pieces if piece.kind == NORMAL and by_score[piece.score] > 1 and model_type == BPE}
     tied -= {SPACE * n for n in range(1, len(tied) + 2)}  # Llama 2 ties the runs of spaces: see `merges`
-    # SentencePiece matches symbols before it normalises, a tokenizer.json after: they agree if it leaves the symbols alone
+    # SentencePiece matches symbols before normalisation, a tokenizer.json after it: they agree if it does not change symbols
     symbols = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     plain = re.compile("[!-~]+" if normalizer.get(2) else f"[^{SPACE}]+" if normalizer.get(4, 1) else ".+", re.DOTALL)
     odd = [text for text in symbols if not plain.fullmatch(text) or (b"cf" in normalizer.get(1, b"") and text != text.lower())]
@@ -188,9 +168,9 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """Each way to cut a piece into two pieces, best score first; at equal scores the longest piece and left part first.
 
-    At equal scores SentencePiece joins what is leftmost in the text. In a run of spaces, whose pieces have one score in
-    Llama 2, that lets the first piece grow one by one to the longest that there is, and so does "the longest first". Among
-    the cuts of one piece it agrees as well: joining from the left leaves long parts left of short ones ("aaa": "aa" + "a").
+    At equal scores SentencePiece joins the leftmost pair in the text. In a run of spaces, whose pieces share one score in
+    Llama 2, the first piece then grows space by space to the longest one; "the longest first" has the same effect. So it has
+    among the cuts of one piece: joining from the left leaves long parts left of short ones ("aaa": "aa" + "a").
     """
     rank = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     cuts = [
@@ -203,7 +183,7 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def tokenizer_json(model: SentencePiece, add_bos: bool) -> dict:
-    """The contents of tokenizer.json. `add_bos`: texts are encoded with bos in front unless the caller says otherwise."""
+    """The contents of tokenizer.json. `add_bos`: texts get bos in front unless the caller turns it off."""
     strip = model.add_dummy_prefix or model.remove_extra_whitespaces
     decoders = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     symbols = sorted((p.text for p in model.pieces if p.kind == USER_DEFINED), key=len, reverse=True)
@@ -229,13 +209,13 @@ def _normalizers(model: SentencePiece) -> list[dict]:
     if model.charsmap:
         charsmap = base64.b64encode(model.charsmap).decode()
         normalizers = [{"type": "Precompiled", "precompiled_charsmap": charsmap}]
-    if model.rule.startswith("nmt"):  # Precompiled works on grapheme clusters; U+0001 splits \r\n, and is removed
+    if model.rule.startswith("nmt"):  # Precompiled works on grapheme clusters: U+0001 splits \r\n, then the rule removes it
         normalizers.insert(0, _replace({"String": "\r\n"}, "\r\x01\n"))
         prefix += "\x01"
     if model.remove_extra_whitespaces:
         regexes = {r"\A +": "", " +": " ", rf"[ {SPACE}]+\z": ""}
         normalizers += [_replace({"Regex": regex}, content) for regex, content in regexes.items()]
-    if model.add_dummy_prefix:  # `late`: put before the normalised text; else before the text itself, if not empty
+    if model.add_dummy_prefix:  # `late`: before the normalised text; else before the raw text, if not empty
         late = model.remove_extra_whitespaces or prefix == SPACE
         normalizers.insert(len(normalizers) if late else 0, {"type": "Prepend", "prepend": SPACE if late else prefix})
     return [*normalizers, _replace({"String": " "}, SPACE)]
@@ -250,7 +230,7 @@ def _bpe(model: SentencePiece, symbols: bool) -> dict:
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": model.byte_fallback,
-        "ignore_merges": symbols,  # nothing merges into a user-defined symbol
+        "ignore_merges": symbols,  # no merge makes a user-defined symbol
         "vocab": {piece.text: id_ for id_, piece in enumerate(model.pieces)},
         # "left right" and not [left, right], which releases before 2024 cannot read; no piece holds a space
         "merges": [f"{left} {right}" for left, right in merges(model.pieces)],
@@ -286,7 +266,7 @@ def added_tokens(model: SentencePiece) -> dict[int, dict]:
 
 
 def tokenizer_config(model: SentencePiece, add_bos: bool, seq_len: int) -> dict:
-    """The contents of tokenizer_config.json: the class, the special tokens, and the longest text it is made for."""
+    """The contents of tokenizer_config.json: the class, the special tokens, and the longest text (`seq_len`)."""
     named = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id, "pad_token": model.pad_id}
     return {
         "tokenizer_class": AS_WRITTEN,
@@ -312,7 +292,7 @@ def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
 
 
 def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str | None, add_bos: bool) -> None:
-    """Changes the Hugging Face tokenizer in `folder`, a copy, so that any release of Transformers gives the ids of training.
+    """Changes a copied Hugging Face tokenizer in `folder` so that any release of Transformers gives the ids of training.
 
     `content`: its tokenizer.json. `bos`: token and id.
     """
@@ -335,14 +315,14 @@ def puts_in_front(processor: dict | None, token: str) -> bool:
     return token in first or token in [p["cls"][0] for p in _processors(processor) if "cls" in p]
 
 
-def _update_config(folder: Path, ours: dict) -> None:
+def _update_config(folder: Path, values: dict) -> None:
     path = folder / "tokenizer_config.json"
-    theirs = read_json(path, dict) if path.is_file() else {}
+    present = read_json(path, dict) if path.is_file() else {}
     content = lambda token: token.get("content") if isinstance(token, dict) and "__type" in token else token
-    changed = {key: value for key, value in ours.items() if key not in theirs or content(theirs[key]) != value}
+    changed = {key: value for key, value in values.items() if key not in present or content(present[key]) != value}
     # auto_map names code that is not in the folder
-    config = {key: value for key, value in (PLAIN | theirs | changed).items() if key != "auto_map"}
-    if config != theirs:
+    config = {key: value for key, value in (PLAIN | present | changed).items() if key != "auto_map"}
+    if config != present:
         _write_json(path, config)
 
 
@@ -351,7 +331,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, add_bos: bool) -> bool:
-    """Loads a folder as its users will, and compares ids; False if Transformers is not installed.
+    """Loads a folder with Transformers and compares ids; returns False if Transformers is not installed.
 
     `encode`: gives the ids of training, without bos. An id of -1: there is no such token. Raises UserError if ids differ.
     """
@@ -362,19 +342,18 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of one release about others
         try:
-            theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many types
             raise UserError(f"Transformers cannot load the exported tokenizer: {str(error).splitlines()[0]}{REMEDY}") from error
-        special = [theirs.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
+        special = [loaded.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
         for text in (*TEXTS, "".join(f" x{token}\n{token}y" for token in special)):
-            got = theirs(text, split_special_tokens=True, verbose=False)["input_ids"]  # longer than its maximum
+            got = loaded(text, split_special_tokens=True, verbose=False)["input_ids"]  # quiet about texts that are too long
             want = [bos] * add_bos + encode(text)
             if got != want:
                 what = f"gives {text!r} the ids {got[:20]}, and training gave it {want[:20]}"
                 raise UserError(f"Transformers {transformers.__version__}, reading the exported tokenizer, {what}{REMEDY}")
-        ids = [-1 if id_ is None else id_ for id_ in (theirs.bos_token_id, theirs.eos_token_id)]
+        ids = [-1 if id_ is None else id_ for id_ in (loaded.bos_token_id, loaded.eos_token_id)]
     if ids != [bos, eos]:
-        raise UserError(
-            f"Transformers takes {ids} for bos and eos of the exported tokenizer, and training took {[bos, eos]}{REMEDY}"
-        )
+        what = f"takes {ids} for bos and eos of the exported tokenizer, and training took {[bos, eos]}"
+        raise UserError(f"Transformers {what}{REMEDY}")
     return True

@@ -1,9 +1,9 @@
-"""LITPKDS .bin shards, the original's packed files: read as they lie on the disk, and written from a prepared data set.
+"""LITPKDS .bin shards, the original's packed files: read without conversion, and written from a prepared data set.
 
-    python -m tinyllama_jax.data.litpkds --input DIR --split train --prefix train_slim --output DIR2
+    python -m tinyllama_jax.convert to-litpkds --input DIR --split train --prefix train_slim --output DIR2
 
 A file is a header of 24 bytes (b"LITPKDS", version 1 as u64, code of the dtype as u8, tokens in the file as u64, little-endian)
-and the tokens. A source is named by what its files' names begin with, DIR/train_slim; a tokenizer lies beside them in DIR.
+and the tokens. A source is named by the start of its files' names, DIR/train_slim; a tokenizer is beside them in DIR.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import re
-import resource
 import shutil
 import struct
 import threading
@@ -27,24 +26,24 @@ import numpy as np
 from tinyllama_jax.base import files
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.blocks import Blocks, Damaged
+from tinyllama_jax.data.blocks import Blocks, Damaged, may_open
 
 HEADER = struct.Struct("<7sQBQ")
 MAGIC, VERSION = b"LITPKDS", 1
 CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32", 7: "float64", 8: "uint16"}
-WRITTEN = {"uint16": 8, "int32": 4}  # what the original's builder takes for tokens
+WRITTEN = {"uint16": 8, "int32": 4}  # the codes that the original's builder uses for tokens
 CHUNK = 2049 * 1024  # tokens in a file
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
-LARGEST_CHUNK = 1 << 28  # tokens of a file, which is in memory while it is written
+LARGEST_CHUNK = 1 << 28  # tokens of a file, all in memory while it is written
 MOVED = "moved.json"  # lists the files of a finished export that are being moved to `output`
-SAMPLES = 64, 4_096  # blocks in which bos and eos are looked for (64 of 2,049 tokens have some 100 ends of documents)
-AHEAD = 256  # files whose headers a thread reads at once
+SAMPLES = 64, 4_096  # blocks searched for bos and eos (64 of 2,049 tokens have about 100 ends of documents)
+AHEAD = 256  # files whose headers one task of a thread reads
 
 
 def files_of(path: str | Path, split: str = "train") -> list[Path]:
-    """The .bin files of `split` whose names begin with that of `path` (a * at its end is left off), in order.
+    """The .bin files of `split` whose names begin with the name of `path` (without a * at its end), in order.
 
-    Those of another split have its name where these have "train". None where `path` is a folder.
+    Files of another split have its name in place of "train". Empty if `path` is a folder.
     """
     folder, prefix = os.path.split(os.fspath(path).removesuffix(".bin").removesuffix("*"))
     if split != "train":
@@ -60,14 +59,14 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def edges(blocks: Blocks) -> tuple[bool, bool, str]:
-    """(whether every document begins with bos, whether each ends with eos, what was seen) in `SAMPLES` blocks of a source."""
+    """(whether every document begins with bos, whether each ends with eos, the counts in words) in `SAMPLES` blocks."""
     begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
     for sample in SAMPLES:  # a book's ends are far apart
         indices = np.unique(np.linspace(0, len(blocks) - 1, sample).astype(np.int64))
         tokens, length = blocks.read(indices)
-        inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin what fills up a file
+        inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin a file's padding
         bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
-        n, m, both = (int(of.sum()) for of in (bos, eos, bos & eos))
+        n, m, both = (int(hits.sum()) for hits in (bos, eos, bos & eos))
         if n or m:
             break
     seen = f"{n:,} bos and {m:,} eos, {both:,} of them together, in {len(indices):,} blocks of it"
@@ -75,21 +74,21 @@ def edges(blocks: Blocks) -> tuple[bool, bool, str]:
 
 
 class Packed(Blocks):
-    """The blocks of one split of LITPKDS files. A source like any other; files are mapped when first read; can be pickled.
+    """The blocks of one split of LITPKDS files. Files are mapped when first read. Can be pickled.
 
-    A block is the next S + 1 tokens of a file, and the last one of a file is what is left: no token is dropped. What fills up a
-    file at its end (the original's builder did so with bos) is left out when it is read: a block that ends in bos twice or more
-    is cut there, in eos twice or more after the first. Nothing that says anything is lost: two in a row begin or end a document
-    without a text. A block that is all filling has length 0.
+    A block is the next S + 1 tokens of a file, or fewer at its end: no token is dropped. Padding at the end of a file (the
+    original's builder pads with bos) is not read: a block that ends in two or more bos is cut before them, one that ends in two
+    or more eos after the first. This loses no text: between two of them is an empty document. A block that is all padding has
+    length 0.
     """
 
     def __init__(self, path: str | Path, split: str, seq_len: int):
-        """`path`: as `files_of` takes. Raises UserError if a file's header or size is wrong, or there is no tokenizer."""
-        files = {name: files_of(path, name) for name in ("train", "validation")}
-        if not files.get(split):
+        """`path`: as in `files_of`. Raises UserError if a file's header or size is wrong, or there is no tokenizer."""
+        splits = {name: files_of(path, name) for name in ("train", "validation")}
+        if not splits.get(split):
             raise UserError(f"{path}: has no split {split!r}: there is no file of that name in {os.path.dirname(path) or '.'}")
         self.directory, self.split, self.seq_len = Path(path), split, seq_len
-        self._files = files[split]
+        self._files = splits[split]
         self._stored, self._chunk, headers = _headers(self._files)
         self.dtype = np.dtype(self._stored.name)
         identity = hashlib.sha256()
@@ -100,11 +99,11 @@ class Packed(Blocks):
         self.tokenizer, self.tokenizer_sha256 = spm.path, spm.sha256
         vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
         self.manifest = {"seq_len": seq_len, "dtype": self.dtype.name, "tokenizer": vocabulary}
-        self.manifest["splits"] = {name: {"files": len(found)} for name, found in files.items() if found}
+        self.manifest["splits"] = {name: {"files": len(paths)} for name, paths in splits.items() if paths}
         self._per_file = -(-self._chunk // (seq_len + 1))
         self._ends = np.arange(1, len(self._files) + 1) * self._per_file
         self._open()
-        self.manifest["bos"], self.manifest["eos"], _ = edges(self)  # the format does not say
+        self.manifest["bos"], self.manifest["eos"], _ = edges(self)  # the format does not record them
         self._open()
 
     def _open(self) -> None:
@@ -121,42 +120,39 @@ class Packed(Blocks):
         readers = [self._readers.get(f) or self._reader(f) for f in file.tolist()]
         need = (begin + width * self.dtype.itemsize - page).tolist()
         for (mapped, _), at, size in zip(readers, page.tolist(), need, strict=True):
-            mapped.madvise(mmap.MADV_WILLNEED, at, size)  # from a disk all at once: three times as fast as one after another
+            mapped.madvise(mmap.MADV_WILLNEED, at, size)  # all at once: three times as fast from a disk
         for row, ((_, stored), at) in enumerate(zip(readers, (block * width).tolist(), strict=True)):
             part = stored[at : at + width]
             if len(part) == width:
                 tokens[row] = part
             else:
                 tokens[row, : len(part)], tokens[row, len(part) :] = part, 0
-        for row in np.flatnonzero(self._filled(tokens, length)):
-            length[row] = self._without_filling(tokens[row, : length[row]])
+        for row in np.flatnonzero(self._padded(tokens, length)):
+            length[row] = self._without_padding(tokens[row, : length[row]])
         return tokens, length
 
     def stored(self, indices: np.ndarray) -> np.ndarray:
-        """How many tokens the blocks [n] have on the disk [n] int32, filling counted."""
+        """How many tokens the blocks [n] have on the disk [n] int32, padding included."""
         left = self._chunk - np.asarray(indices, np.int64) % self._per_file * (self.seq_len + 1)
         return np.minimum(self.seq_len + 1, left).astype(np.int32)
 
     def missing(self) -> list[str]:
-        """Those between the files that are there: the original's builder numbers them, NAME_0000000000.bin on."""
+        """Names of files that are missing between others; the original's builder numbers them from NAME_0000000000.bin."""
         numbered = [match for file in self._files if (match := re.fullmatch(r"(.*_)(\d{10})\.bin", file.name))]
         pairs = itertools.pairwise((match[1], int(match[2])) for match in numbered)
         return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
 
     def verify(self, read: Callable[[], None]) -> None:
-        """Reads all files to compute `sha256` of them together, and calls `read` after each.
-
-        There is no manifest to compare it with, but a run records it.
-        """
+        """Reads all files to compute `sha256` of all together, and calls `read` after each. A run records the hash."""
         self.sha256 = hashlib.sha256("".join(self._checksums(read)).encode()).hexdigest()
 
-    def _filled(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def _padded(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
         rows = np.arange(len(tokens))
         last, before = (tokens[rows, np.maximum(length - back, 0)] for back in (1, 2))
         vocabulary = self.manifest["tokenizer"]
         return (length > 1) & (last == before) & ((last == vocabulary["bos_id"]) | (last == vocabulary["eos_id"]))
 
-    def _without_filling(self, tokens: np.ndarray) -> int:
+    def _without_padding(self, tokens: np.ndarray) -> int:
         others = np.flatnonzero(tokens != tokens[-1])
         end = int(others[-1]) + 1 if others.size else 0
         return end + int(end and tokens[-1] == self.manifest["tokenizer"]["eos_id"])
@@ -164,8 +160,8 @@ class Packed(Blocks):
     def _reader(self, file: int) -> tuple[mmap.mmap, np.ndarray]:
         with self._lock:
             if file not in self._readers:
-                if len(self._readers) >= _may_map(len(self._files)):
-                    self._readers.pop(next(iter(self._readers)))  # it stays mapped while another thread copies from it
+                if len(self._readers) >= may_open(min(len(self._files), MAPPED)):
+                    self._readers.pop(next(iter(self._readers)))  # it stays mapped while another thread still copies from it
                 try:
                     with files.open_regular(self._files[file]) as opened:
                         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -177,10 +173,10 @@ class Packed(Blocks):
 
 
 def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
-    """(dtype, tokens in a file, the header of each). Raises UserError naming the first file that is not whole or not alike."""
-    with ThreadPoolExecutor(16) as pool:  # who reads over a network waits for 16 at once
-        found = pool.map(lambda i: [_begin(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
-        begins = [begin for part in found for begin in part]
+    """(dtype, tokens per file, the header of each). Raises UserError naming the first file that is cut or unlike the others."""
+    with ThreadPoolExecutor(16) as pool:  # over a network 16 headers arrive in the time of one
+        parts = pool.map(lambda i: [_begin(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
+        begins = [begin for part in parts for begin in part]
     right = None
     for file, (header, size) in zip(files, begins, strict=True):
         if (header, size) == right:
@@ -198,9 +194,9 @@ def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
         if size != (whole := HEADER.size + chunk * dtype.itemsize) or not chunk:
             raise Damaged(f"{file}: has {size:,} bytes, and its header says {whole:,} ({chunk:,} tokens); copy it again")
         if right is not None:
-            of = HEADER.unpack(right[0])
+            first = HEADER.unpack(right[0])
             raise Damaged(
-                f"{file}: has {chunk:,} tokens of {CODES[code]}, and {files[0]} has {of[3]:,} of {CODES[of[2]]}; "
+                f"{file}: has {chunk:,} tokens of {CODES[code]}, and {files[0]} has {first[3]:,} of {CODES[first[2]]}; "
                 "all files of a source are alike: move those of another one away"
             )
         right = header, size
@@ -209,7 +205,7 @@ def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
 
 def _begin(path: Path) -> tuple[bytes, int]:
     try:
-        with files.open_regular(path) as file:  # unbuffered: of 430,000 files only the headers are read
+        with files.open_regular(path) as file:  # unbuffered: reads the header alone, of up to 430,000 files
             return file.raw.read(HEADER.size), os.fstat(file.fileno()).st_size
     except UserError as error:
         raise Damaged(str(error)) from None
@@ -219,18 +215,7 @@ def _tokenizer(folder: Path) -> tokenizer_lib.Tokenizer:
     for place in (folder / "tokenizer", folder):
         if any((place / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
             return tokenizer_lib.load(place)
-    put = f"put theirs there, as {folder / 'tokenizer.model'}"
-    raise UserError(f"{folder}: has no tokenizer beside its LITPKDS files; {put}")
-
-
-def _may_map(n: int) -> int:
-    """How many of `n` files can be mapped at once; each takes a file descriptor, of which 256 are left for others."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(n, MAPPED) + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(n, MAPPED) if soft == resource.RLIM_INFINITY else max(min(n, MAPPED, soft - 256), 1)
+    raise UserError(f"{folder}: has no tokenizer beside its LITPKDS files; copy it to {folder / 'tokenizer.model'}")
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------
@@ -239,16 +224,16 @@ def _may_map(n: int) -> int:
 def write(
     tokens: Iterable[np.ndarray], folder: str | Path, prefix: str, chunk: int, dtype: str, fill: int | None
 ) -> tuple[int, int]:
-    """Writes FOLDER/PREFIX_0000000000.bin, ... of `chunk` tokens each, from arrays of any length one after another.
+    """Writes FOLDER/PREFIX_0000000000.bin, ... of `chunk` tokens each, from consecutive arrays of any length.
 
-    `fill`: what the last file is filled up with; None: the last one is not written, be it full, as the original's last version
-    leaves it out. Returns (files written, tokens that were in them or would have been in the last one).
+    `fill`: the token that pads the last file; None: the last file is not written, even if full, as in the original's last
+    version. Returns (files written, tokens in all, those of an unwritten last file included).
     """
     folder, buffer, at, files, n = Path(folder), np.empty(chunk, f"<{np.dtype(dtype).str[1:]}"), 0, 0, 0
     header = HEADER.pack(MAGIC, VERSION, WRITTEN[dtype], chunk)
     for part in tokens:
         n += len(part)
-        while len(part) > chunk - at:  # a full one is written when there is a token after it
+        while len(part) > chunk - at:  # a full file is written when another token follows
             buffer[at:], part, at = part[: chunk - at], part[chunk - at :], 0
             (folder / f"{prefix}_{files:010d}.bin").write_bytes(header + buffer.tobytes())
             files += 1
@@ -262,7 +247,7 @@ def write(
 
 
 def stream(blocks: Blocks) -> Iterator[np.ndarray]:
-    """All tokens of a source in order, without its padding."""
+    """All tokens of a source in order, without padding."""
     for first in range(0, len(blocks), 1024):
         tokens, length = blocks.read(np.arange(first, min(first + 1024, len(blocks))))
         yield tokens[np.arange(tokens.shape[1]) < length[:, None]]
@@ -271,22 +256,24 @@ def stream(blocks: Blocks) -> Iterator[np.ndarray]:
 def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHUNK, tail: str = "fill") -> list[Path]:
     """Writes one split of a prepared data set as LITPKDS files, and its tokenizer beside them. Returns the files.
 
-    They appear when all are written. `tail`: what becomes of the last file: "fill" or "drop". Raises UserError.
+    They appear when all are written. `tail`: whether to "fill" or "drop" the last file. Raises UserError.
     """
     blocks = Blocks(source, split)
     vocabulary = blocks.manifest["tokenizer"]
     if not 1 <= chunk <= LARGEST_CHUNK:
         raise UserError(f"--chunk-size {chunk}: must be positive, and {LARGEST_CHUNK:,} at most; the original has {CHUNK:,}")
     if prefix.startswith(".") or not prefix or Path(prefix).name != prefix:
-        raise UserError(f"--prefix {prefix}: must be what the files' names begin with, such as train_slim")
+        raise UserError(f"--prefix {prefix}: must be the start of the files' names, such as train_slim")
     if tail == "fill" and vocabulary["bos_id"] < 0:
         raise UserError("--tail fill: fills up with bos, which this tokenizer does not have; say --tail drop")
     files.check_local("--output", output)
     busy = f"--output {output}: another process is writing {prefix}_*.bin there"
     with files.workplace(output / f".{prefix}.partial", busy) as place:
         _take_back(place, output)  # files of a call that was killed while it moved them
-        if there := _numbered(output, prefix):
-            raise UserError(f"{there[0]}: exists already; choose another --prefix or --output, or delete what begins with it")
+        if existing := _numbered(output, prefix):
+            raise UserError(
+                f"{existing[0]}: exists already; choose another --prefix or --output, or delete what begins with it"
+            )
         if not (output / "tokenizer").is_dir():
             tokenizer_lib.load(blocks.tokenizer).save(output / "tokenizer")
         elif _tokenizer(output).sha256 != blocks.tokenizer_sha256:
@@ -313,7 +300,7 @@ def _numbered(output: Path, prefix: str) -> list[Path]:
 
 
 def _move(place: Path, folder: Path, output: Path) -> None:
-    """Moves all files of `folder` to `output`, or none. After a kill, `place` still has the list of them."""
+    """Moves all files of `folder` to `output`, or none. After a kill, `place` still has the list of moved files."""
     names = sorted(os.listdir(folder))
     files.write(place / MOVED, json.dumps({name: _identity(folder / name) for name in names}))
     try:

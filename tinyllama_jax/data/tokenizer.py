@@ -18,34 +18,25 @@ from tinyllama_jax.base.files import Count, open_regular, read_json
 from tinyllama_jax.data import hf_tokenizer
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
-PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k), and takes 50 bytes a character
-LONGEST = 1 << 20  # characters of a part at most; longer text is cut, if possible at white space, and ids may change there
-WINDOW = 32  # characters looked at on each side of a cut
-# other files of a folder, on which no id depends, but which the model's users need
+PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k) and takes 50 bytes a character
+LONGEST = 1 << 20  # characters of a part at most; a longer text is cut, at white space if possible, and ids may change there
+WINDOW = 32  # characters examined on each side of a cut
+# files of a folder that no id depends on, but that users of the model need
 BESIDE = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "vocab.json", "merges.txt")
 
 
-# the keys read here of tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json
-class Token(typing.TypedDict, total=False):
-    content: typing.Required[str]
-    single_word: bool
-    lstrip: bool
-    rstrip: bool
-    normalized: bool
-    special: bool
-
-
-class Added(typing.TypedDict):
+# the keys used of tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json
+class Token(typing.TypedDict):
     content: str
+
+
+class Added(Token):
     id: Count
 
 
 class Named(typing.TypedDict, total=False):
     bos_token: str | Token | None
     eos_token: str | Token | None
-    unk_token: str | Token | None
-    pad_token: str | Token | None
-    additional_special_tokens: list[str | Token] | None
 
 
 class Config(Named, total=False):
@@ -77,60 +68,55 @@ class Source(typing.TypedDict):
 class Naming(typing.NamedTuple):
     """The tokens that the JSON files of a folder define, read as Transformers 5 reads them."""
 
-    ids: dict[str, int]  # of every token listed in one of the files
-    added: dict[int, tuple[Token, str]]  # tokens that tokenizer.json does not list, each with the file that lists it
-    tokens: dict[str, str | None]  # bos_token and eos_token, where a file names them
-    begin_with_bos: bool  # whether a text gets bos in front
-    whole: bool  # whether there is a tokenizer.json, so that `ids` is complete
+    ids: dict[str, int] | None  # every token of tokenizer.json; None if there is no such file
+    listed: list[tuple[str, str, int]]  # (file, token, id) of the tokens that the other files list
+    tokens: dict[str, str | None]  # bos_token and eos_token, if a file names them
+    begin_with_bos: bool  # whether each text begins with bos
 
 
 NAMING = {"tokenizer_config.json": Config, "special_tokens_map.json": Named, "added_tokens.json": dict[str, Count]}
 
 
 def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
-    """The tokens that the files of `folder` define. Raises UserError naming two files that disagree.
+    """The tokens that the files of `folder` define. Raises UserError for a file that is damaged.
 
     As in Transformers, special_tokens_map.json overrules tokenizer_config.json unless that has `added_tokens_decoder`, and the
     post-processor of tokenizer.json overrules `add_bos_token`.
     """
     read = lambda name, kind: read_json(folder / name, kind) if (folder / name).is_file() else {}
     config, mapped, added = (read(*each) for each in NAMING.items())
-    whole = read(main, Json) if main.endswith(".json") else {}
+    whole = read(main, Json)
     named = config if "added_tokens_decoder" in config else {**config, **mapped}
     text = lambda token: token["content"] if isinstance(token, dict) else token
     tokens = {name: text(named[name]) for name in ("bos_token", "eos_token") if name in named}
-    values = [named[name] for name in Named.__annotations__ if named.get(name)]
-    special = {text(token) for value in values for token in (value if isinstance(value, list) else [value])}
     vocabulary = whole["model"]["vocab"] if whole else {}
     ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
     ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+    decoder = config.get("added_tokens_decoder", {}).items()
+    listed = [("tokenizer_config.json", token["content"], id_) for id_, token in decoder]
+    listed += [("added_tokens.json", token, id_) for token, id_ in added.items()]
     llama = (config.get("tokenizer_class") or "").startswith(("Llama", "CodeLlama"))
-    extra, origin = {}, dict.fromkeys(ids, main)
-    contents = {id_: content for content, id_ in ids.items()}
-    listed = [("tokenizer_config.json", token, id_) for id_, token in config.get("added_tokens_decoder", {}).items()]
-    for content, id_ in added.items():
-        token = {"content": content, "special": content in special, "normalized": content not in special}
-        listed.append(("added_tokens.json", token, id_))
-    for file, token, id_ in listed:
-        content = token["content"]
-        if ids.setdefault(content, id_) != id_ or contents.setdefault(id_, content) != content:
-            other = content if ids[content] != id_ else contents[id_]
-            what = f"{other!r} the id {ids[other]}, and {file} gives {content!r} the id {id_}"
-            raise UserError(f"{folder}: {origin[other]} gives {what}; keep the file that is right")
-        if origin.setdefault(content, file) != main:
-            extra[id_] = token, file
     if llama:  # the defaults of its class
         tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
     bos = tokens.get("bos_token")
     begin = bool(bos) and hf_tokenizer.puts_in_front(whole.get("post_processor"), bos)
-    return Naming(ids, extra, tokens, begin if whole else bool(config.get("add_bos_token", llama)), bool(whole))
+    return Naming(ids if whole else None, listed, tokens, begin if whole else bool(config.get("add_bos_token", llama)))
+
+
+def _disagreement(named: Naming, ids: dict[str, int], main: str) -> str | None:
+    """The first listed token that `main`, with the tokens `ids`, lacks or numbers otherwise; None if all agree."""
+    for file, token, id_ in named.listed:
+        if ids.get(token) != id_:
+            other = f"gives it the id {ids[token]}" if token in ids else "does not have it"
+            return f"{file} gives {token!r} the id {id_}, and {main} {other}"
+    return None
 
 
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece file, or a folder with tokenizer.model or (Hugging Face) tokenizer.json.
 
-    A folder that adds tokens to its tokenizer.model, or names another bos or eos, is read as Transformers would: its
-    tokenizer.json if it has one. Raises UserError if there is no tokenizer, if it cannot be read, or if its files disagree.
+    A folder with both is read as SentencePiece if both have the same tokens, bos and eos, and from tokenizer.json otherwise.
+    Raises UserError if there is no tokenizer, if it cannot be read, or if its files disagree.
     """
     path = Path(path)
     if not path.exists():
@@ -147,15 +133,18 @@ def load(path: str | Path) -> Tokenizer:
             if len(files) == 1:
                 raise
         else:
-            if spm.agrees(naming(path)):
+            if (difference := spm.difference(naming(path))) is None:
                 return spm
+            if len(files) == 1:
+                cure = "add the tokenizer.json that Transformers' save_pretrained writes"
+                raise UserError(f"{path}: {difference}; {cure}")
     return HuggingFaceTokenizer(files[0], path)
 
 
 def documents_begin_with_bos(folder: Path) -> bool:
-    """Whether bos stands before each document: as the data of a run had it, else as the tokenizer's files say.
+    """Whether each document begins with bos: according to the data of a run, else to the tokenizer's files.
 
-    `folder`: a run, or one of Hugging Face's.
+    `folder`: a run folder or a Hugging Face folder.
     """
     if (folder / "data.json").is_file():
         return any(source["bos"] for source in read_json(folder / "data.json", list[Source]))
@@ -163,9 +152,9 @@ def documents_begin_with_bos(folder: Path) -> bool:
 
 
 class Tokenizer:
-    """What the two kinds have in common. Can be pickled. An id of -1 says that the tokenizer has no such token.
+    """Base class of the two kinds. Can be pickled. An id of -1 means that the tokenizer has no such token.
 
-    path: the file it came from      sha256: of all that its ids depend on      vocab_size: one more than the largest id
+    path: the file it was read from      sha256: hash of everything that ids depend on      vocab_size: largest id + 1
     """
 
     vocab_size: int
@@ -182,7 +171,7 @@ class Tokenizer:
         return {name: value for name, value in self.__dict__.items() if name != "_content"}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos and eos. A control token spelt out in the text ("</s>") is text like any other."""
+        """Ids of `text`, without bos and eos. A control token written out in the text ("</s>") is encoded as plain text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -190,36 +179,42 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; control tokens have none. Raises IndexError on an id outside the vocabulary."""
+        """The text of `ids`; control tokens give no text. Raises IndexError for an id outside the vocabulary."""
         raise NotImplementedError
 
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
-        """Parts of the document "".join(texts) whose ids, one after another, are those of the whole document.
+        """Cuts the document "".join(texts) into parts whose ids, concatenated, are those of the whole document.
 
-        With SentencePiece they have about `PART` characters, where the text and the vocabulary allow it. None is empty. A part
-        never has more than `LONGEST`: a longer one is cut even if that changes ids.
+        With SentencePiece a part has about `PART` characters, if text and vocabulary allow it. No part is empty or longer than
+        `LONGEST` + `WINDOW`: a longer document is cut even if that changes ids.
         """
-        rest = ""
-        for text in texts:
-            rest, at = rest + text, 0
-            while len(rest) - at > LONGEST:
-                end = at + LONGEST
-                at, start = max(rest.rfind("\n", at + 1, end), rest.rfind(" ", end - PART, end), 0) or end, at
-                yield rest[start:at]
-            rest = rest[at:]
-        if rest:
-            yield rest
+        text = ""
+        for more in texts:
+            text, start = text + more, 0
+            while (cut := self._next_cut(text, start)) > 0:
+                yield text[start:cut]
+                start = cut + (self._skips_space and text[cut] == " ")
+            text = text[start:]
+        if text:
+            yield text
+
+    _skips_space = False  # whether a part drops the space at its start, because encoding adds it again
+
+    def _next_cut(self, text: str, start: int) -> int:
+        """Where to cut the part of `text` that begins at `start`; 0 if not yet."""
+        end = start + LONGEST
+        if len(text) <= end:
+            return 0
+        return max(text.rfind("\n", start + 1, end), text.rfind(" ", end - PART, end), 0) or end
 
     def files(self) -> dict[str, Path]:
-        """The files to copy, by name in a folder: those that `load` needs for the same tokenizer, and those that users need."""
-        both = {name: self._folder / name for name in ("tokenizer.model", "tokenizer.json", *NAMING)} if self._folder else {}
-        others = (
-            {str(p.relative_to(self._folder)): p for glob in BESIDE for p in self._folder.glob(glob)} if self._folder else {}
-        )
-        return {name: p for name, p in (both | others).items() if p.is_file()} | {self.name: self.path}
+        """Name in a folder -> file to copy: the files that `load` needs for the same tokenizer, and those that users need."""
+        globs = ("tokenizer.model", "tokenizer.json", *NAMING, *BESIDE) if self._folder else ()
+        paths = [path for glob in globs for path in self._folder.glob(glob) if path.is_file()]
+        return {str(path.relative_to(self._folder)): path for path in paths} | {self.name: self.path}
 
     def save(self, folder: str | Path) -> None:
-        """Writes a new folder that `load` reads; it appears when it is whole. Raises UserError if it exists."""
+        """Writes a new folder for `load`; it appears when it is complete. Raises UserError if it exists."""
         folder = Path(folder)
         if folder.exists():
             raise UserError(f"{folder}: exists already; a tokenizer is saved into a new folder")
@@ -230,13 +225,13 @@ class Tokenizer:
             os.rename(inner, folder)
 
     def copy(self, folder: Path) -> None:
-        """Copies `files` into a folder, which is made if absent."""
+        """Copies `files` into a folder, created if absent."""
         for name, file in self.files().items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
 
     def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
-        """Copies `files` into a folder, changed so that Transformers gives the ids of `encode`, after bos if `add_bos`.
+        """Copies `files` into a folder, changed so that Transformers gives bos (if `add_bos`) and the ids of `encode`.
 
         Raises UserError if no tokenizer.json can give these ids.
         """
@@ -253,11 +248,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(self._content)
-        except RuntimeError:
+            self._can_cut = self._merges_stop_at_spaces()
+            self._skips_space = self._can_cut and self._sp.normalize("a").startswith(SPACE)  # the dummy prefix
+            self._sp.decode([self._sp.unk_id()])
+        except (RuntimeError, UnicodeDecodeError):  # a damaged piece, rule or text for unknown characters is not UTF-8
             raise UserError(f"{path}: is not a SentencePiece model") from None
         self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
-        self._dummy_prefix = self._sp.normalize("a").startswith(SPACE)
-        self._can_cut = self._merges_stop_at_spaces()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._sp.encode(texts, num_threads=1)
@@ -265,47 +261,40 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
 
-    def agrees(self, named: Naming) -> bool:
-        """Whether the JSON files beside the model list no other tokens, and name no other bos and eos."""
+    def difference(self, named: Naming) -> str | None:
+        """How tokens, bos or eos of the JSON files beside the model differ from the model's; None if they do not."""
         pieces = dict(zip(self._sp.id_to_piece(list(range(self.vocab_size))), range(self.vocab_size), strict=True))
-        mine = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        listed = named.ids == pieces if named.whole else named.ids.items() <= pieces.items()
-        return listed and all(pieces.get(token, -1) == mine[name] for name, token in named.tokens.items())
+        ours = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        if named.ids not in (None, pieces):
+            return "tokenizer.json and tokenizer.model have different tokens"
+        for name, token in named.tokens.items():
+            if pieces.get(token, -1) != ours[name]:
+                return f"{name} is {token!r}, which tokenizer.model does not take for it"
+        return _disagreement(named, pieces, "tokenizer.model")
 
     def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
         self.copy(folder)
         hf_tokenizer.write(self.path, folder, add_bos, seq_len)
 
-    def parts(self, texts: Iterable[str]) -> Iterator[str]:
+    def _next_cut(self, text: str, start: int) -> int:
         if not self._can_cut:
-            yield from super().parts(texts)
-            return
-        rest = ""
-        for text in texts:
-            rest += text
-            if len(rest) < 2 * PART:
-                continue
-            start = 0
-            while True:
-                cut = self._cut(rest, start + PART, start + LONGEST + 1)
-                if cut < 0 and len(rest) - start <= LONGEST + WINDOW:
-                    break
-                if cut < 0:  # no clean place: a piece may be cut in two here
-                    cut = max(rest.rfind("\n", start + PART, start + LONGEST), 0) or start + LONGEST
-                yield rest[start:cut]
-                # encoding adds the space again, as the dummy prefix
-                start = cut + (self._dummy_prefix and rest[cut] == " ")
-            rest = rest[start:]
-        if rest:
-            yield rest
+            return super()._next_cut(text, start)
+        if len(text) - start < 2 * PART:
+            return 0
+        cut = self._cut(text, start + PART, start + LONGEST + 1)
+        if cut < 0 and len(text) - start <= LONGEST + WINDOW:
+            return 0
+        if cut < 0:  # no clean place: this may cut a piece in two
+            cut = max(text.rfind("\n", start + PART, start + LONGEST), 0) or start + LONGEST
+        return cut
 
     def _merges_stop_at_spaces(self) -> bool:
-        """Whether nothing is merged across the edge between a character and a space after it.
+        """Whether no merge crosses the boundary between a character and a space after it.
 
-        True for BPE (its scores are whole numbers: ranks of merges) if no piece has a space after another character. Unigram
-        models add up scores over the whole text, so that a cut can change their rounding.
+        True for BPE (its scores are ranks of merges, whole numbers) if no piece has a space after another character. Unigram
+        models add up scores over the whole text, so a cut can change their rounding.
         """
-        ids = list(range(self.vocab_size))
+        ids = list(range(self._sp.vocab_size()))
         return (
             self._sp.piece_to_id(SPACE) != self._sp.unk_id()  # unknown characters in a row become one token
             and all(score.is_integer() for score in self._sp.get_score(ids))
@@ -315,13 +304,13 @@ class SentencePieceTokenizer(Tokenizer):
     def _cut(self, text: str, start: int, end: int) -> int:
         """The first place in [start, end) where `text` can be cut before a space; -1 if there is none.
 
-        The model's own normalisation, looked at in a window, must not reach across the cut, and must leave one space there.
+        In a window around the cut, the model's normalisation must not reach across the cut and must leave one space after it.
         """
         end = min(end, len(text) - WINDOW)
         at = text.find(" ", start, end)
         while at >= 0:
             before = self._sp.normalize(text[at - WINDOW : at])
-            after = self._sp.normalize(text[at + self._dummy_prefix : at + WINDOW])
+            after = self._sp.normalize(text[at + self._skips_space : at + WINDOW])
             clean = before and not before.endswith(SPACE) and after.startswith(SPACE)
             if clean and self._sp.normalize(text[at - WINDOW : at + WINDOW]) == before + after:
                 return at
@@ -330,59 +319,49 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, or a tokenizer.model converted to one, with the tokens that the files beside it add and name."""
+    """A tokenizer.json, with the bos and eos that the files beside it name."""
+
+    name = "tokenizer.json"
 
     def __init__(self, path: Path, folder: Path | None = None):
         try:
-            import tokenizers  # only who brings such a tokenizer needs it
+            import tokenizers  # an optional dependency
         except ImportError:
             raise UserError(f"{path}: reading a Hugging Face tokenizer takes `pip install tokenizers`") from None
         super().__init__(path, folder or path.parent)
-        self.name = "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
-        names, content = {}, self._content
-        if path.suffix == ".model":
-            model = hf_tokenizer.read(path)
-            names = {n: model.pieces[i].text for n, i in (("bos_token", model.bos_id), ("eos_token", model.eos_id)) if i >= 0}
-            content = json.dumps(hf_tokenizer.tokenizer_json(model, add_bos=False)).encode()
         try:
-            self._hf = tokenizers.Tokenizer.from_buffer(content)
+            self._hf = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: is not a Hugging Face tokenizer: {str(error).splitlines()[0]}") from None
         if dropout := getattr(self._hf.model, "dropout", None):
             raise UserError(f"{path}: has a dropout of {dropout:g}, so that a text has other ids each time; set it to null")
         self._hf.no_truncation()
         self._hf.no_padding()
-        self._hf.encode_special_tokens = True  # as text
+        self._hf.encode_special_tokens = True  # as plain text
         named = naming(path.parent, path.name)
-        for id_, (token, file) in sorted(named.added.items()):
-            self._hf.add_tokens([tokenizers.AddedToken(**token)])  # it gets the next free id, as in Transformers
-            if (got := self._hf.token_to_id(token["content"])) != id_:
-                what = f"{file} gives {token['content']!r} the id {id_}, and beside {path.name} it is {got}"
-                raise UserError(f"{path.parent}: {what}; keep the file that is right")
-        names |= named.tokens
-        for name, token in names.items():
+        if difference := _disagreement(named, self._hf.get_vocab(), path.name):
+            raise UserError(f"{path.parent}: {difference}; keep the file that is right")
+        for name, token in named.tokens.items():
             if token is not None and self._hf.token_to_id(token) is None:
                 raise UserError(f"{path.parent}: {name} is {token!r}, which {path.name} does not have; name one that it has")
-        self._names = [names.get(name) for name in ("bos_token", "eos_token")]
+        self._names = [named.tokens.get(name) for name in ("bos_token", "eos_token")]
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
-        self._whole = path.suffix == ".json" and not named.added  # tokenizer.json lists every token
-        # a hash of all that ids, bos and eos depend on, and so not of the post-processor, which an export may change
-        parts = json.loads(content if self._whole else self._hf.to_str())
+        # a hash of everything that ids, bos and eos depend on: not of the post-processor, which an export may change
+        parts = json.loads(self._content)
         parts = {key: value for key, value in parts.items() if key not in ("post_processor", "truncation", "padding")}
         self.sha256 = hashlib.sha256(json.dumps([parts, self._names], sort_keys=True).encode()).hexdigest()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._hf.encode_special_tokens = True  # the one setting that the library does not pickle
+        self._hf.encode_special_tokens = True  # the library does not pickle this setting
 
     def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
         if add_bos and self.bos_id < 0:
             raise UserError(f"{self.path}: names no bos, but the data was written with one in front of each document")
         self.copy(folder)
         bos, eos = self._names
-        content = read_json(self.path, dict) if self._whole else json.loads(self._hf.to_str())
-        hf_tokenizer.rewrite(folder, content, bos and (bos, self.bos_id), eos, add_bos)
+        hf_tokenizer.rewrite(folder, read_json(self.path, dict), bos and (bos, self.bos_id), eos, add_bos)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._hf.encode(text, add_special_tokens=False).ids for text in texts]

@@ -1,6 +1,6 @@
 """Checkpoints of the original's trainer (lit-gpt .pth): weights, AdamW's moments and the step.
 
-Its attention weight holds query, key and value rows group by group: the N/K query heads of a group, its key, its value.
+Its attention weight has the rows of queries, keys and values group by group: N/K query heads, one key head, one value head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.hub import llama, tensor_files
 
-# lit-gpt's name -> Hugging Face's; the fused "transformer.h.{}.attn.attn.weight" stands for three and is not among them
+# lit-gpt's name -> Hugging Face's, except for the fused weight, which is three of Hugging Face's
 NAMES = {
     "transformer.wte.weight": "model.embed_tokens.weight",
     "transformer.h.{}.norm_1.weight": "model.layers.{}.input_layernorm.weight",
@@ -32,7 +32,7 @@ FUSED = "transformer.h.{}.attn.attn.weight"
 
 
 class Checkpoint(typing.NamedTuple):
-    """What a .pth holds: parameters as `llama.from_hf` gives them, AdamW's two moments likewise (or None), optimizer steps."""
+    """Contents of a .pth: parameters as `llama.from_hf` returns them, AdamW's two moments (or None), optimizer steps."""
 
     params: dict
     moments: tuple[dict, dict] | None
@@ -40,7 +40,7 @@ class Checkpoint(typing.NamedTuple):
 
 
 def _names(model: Model) -> dict[str, str]:
-    """lit-gpt's name -> Hugging Face's, of all tensors but the fused ones."""
+    """lit-gpt's name -> Hugging Face's, for all tensors but the fused ones."""
     layers = [range(model.n_layers) if "{}" in name else [0] for name in NAMES]
     return {a.format(i): b.format(i) for (a, b), which in zip(NAMES.items(), layers, strict=True) for i in which}
 
@@ -52,10 +52,10 @@ def to_hf(
     names, shapes = _names(model), llama.shapes(model)
     rows = (model.n_heads + 2 * model.n_kv_heads) * model.d_head
     fused = {FUSED.format(i): (rows, model.d_model) for i in range(model.n_layers)}
-    tensor_files.check(tensors, {name: shapes[theirs] for name, theirs in names.items()} | fused, origin)
+    tensor_files.check(tensors, {name: shapes[hf] for name, hf in names.items()} | fused, origin)
     for name in () if allow_non_finite else tensors:
         tensor_files.check_finite(name, tensors[name], origin)
-    out = {theirs: tensors[name] for name, theirs in names.items()}
+    out = {hf: tensors[name] for name, hf in names.items()}
     heads = model.n_heads // model.n_kv_heads
     for i in range(model.n_layers):
         groups = tensors[FUSED.format(i)].reshape(model.n_kv_heads, heads + 2, model.d_head, model.d_model)
@@ -69,20 +69,20 @@ class _Optimizer(typing.TypedDict, total=False):
     param_groups: list[dict[str, object]]
 
 
-class _Held(typing.TypedDict, total=False):
+class _Content(typing.TypedDict, total=False):
     optimizer: _Optimizer | None
     step_count: files.Count
 
 
 def read(path: Path, model: Model, allow_non_finite: bool = False) -> Checkpoint:
     """Reads {"model": weights, "optimizer": ..., "step_count": ...}, or weights alone. Raises UserError."""
-    held = tensor_files.read_pickle(path)
-    weights = held.get("model", held) if isinstance(held, dict) else held
+    content = tensor_files.read_pickle(path)
+    weights = content.get("model", content) if isinstance(content, dict) else content
     weights = tensor_files.to_arrays(weights, str(path))
     params, moments = _tree(weights, model, str(path), allow_non_finite), None
     try:
-        held = files.typed(held, _Held) if "model" in held else {}
-        step, optimizer = held.get("step_count", 0), held.get("optimizer") or {}
+        content = files.typed(content, _Content) if "model" in content else {}
+        step, optimizer = content.get("step_count", 0), content.get("optimizer") or {}
         *both, step = _adam(optimizer, list(weights), str(path)) if optimizer.get("state") else (step,)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -93,10 +93,10 @@ def read(path: Path, model: Model, allow_non_finite: bool = False) -> Checkpoint
             if (second < 0).any():
                 raise UserError(f"{origins[1]}: {name} is negative in places, and a mean of squares is not")
         moments = tuple(_tree(moment, model, origin, allow_non_finite) for moment, origin in zip(both, origins, strict=True))
-        if held.get("step_count", step) != step:
-            raise UserError(f"{path}: step_count is {held['step_count']}, but AdamW has made {step} steps")
+        if content.get("step_count", step) != step:
+            raise UserError(f"{path}: step_count is {content['step_count']}, but AdamW has made {step} steps")
     if step >= 2**31:
-        raise UserError(f"{path}: is at step {step:,}, which is beyond what can be counted")
+        raise UserError(f"{path}: is at step {step:,}; steps are counted up to 2^31 - 1")
     return Checkpoint(params, moments, step)
 
 
@@ -110,7 +110,7 @@ def _tree(tensors: Mapping[str, np.ndarray], model: Model, origin: str, allow_no
 def _adam(optimizer: _Optimizer, names: list[str], origin: str) -> tuple[dict, dict, int]:
     """(first moments by parameter, second moments by parameter, steps made).
 
-    FSDP's full state names the parameters; plain PyTorch numbers them, in the order in which the model lists its own.
+    FSDP's full state names the parameters; plain PyTorch numbers them in the model's order.
     """
     state = optimizer["state"]
     numbers = [key for group in optimizer.get("param_groups", []) for key in files.typed(group.get("params"), list[int | str])]
@@ -133,7 +133,7 @@ def _adam(optimizer: _Optimizer, names: list[str], origin: str) -> tuple[dict, d
 
 
 def _whole(step: object, what: str) -> int:
-    """A step as PyTorch keeps it: a number, or a tensor of one. Raises UserError if it is not a whole number from 0 up."""
+    """PyTorch's step, a number or a tensor with one, as int. Raises UserError if it is not a whole number from 0 up."""
     if hasattr(step, "detach"):
         unfit = tensor_files.unfit("step", step) or (None if step.numel() == 1 else f"has the shape {list(step.shape)}")
         if unfit:

@@ -1,7 +1,7 @@
-"""The bijective name and shape table between this and Llama in Hugging Face; numpy only.
+"""Names and shapes of this model's parameters in Hugging Face's Llama, a bijection; numpy only.
 
-Hugging Face keeps one tensor a layer, and a matrix as [out, in]; here all layers of a kind are one array [L, in ..., out ...].
-RoPE is half-split on both sides, so that no row moves. Everything else follows from `dims.PARAMETERS`.
+Hugging Face has one tensor per layer, and a matrix as [out, in]. This package has all layers in one array [L, in ..., out ...].
+RoPE is half-split in both, so no row moves. Everything else follows from `dims.PARAMETERS`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import math
-import struct
 import typing
 from collections import ChainMap
 from collections.abc import Iterator
@@ -38,9 +37,9 @@ NAMES = {
     "final_norm/scale": "model.norm.weight",
     "lm_head/kernel": "lm_head.weight",
 }
-SHARD_BYTES = 5_000_000_000  # Hugging Face's "5GB"
+SHARD_BYTES = 2_000_000_000  # so an export needs 2 GB beside the weights
 LARGEST_CONFIG = 1 << 20  # bytes of a config.json
-MOST_LAYERS = 4_096  # more is a mistake in config.json, and the names alone would take too much memory
+MOST_LAYERS = 4_096  # more is a mistake in config.json, and the tensors' names alone would take too much memory
 
 
 # -- names and shapes ---------------------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of every tensor as Hugging Face has it: views of `params` where they are numpy arrays."""
+    """(name, tensor) of every tensor in Hugging Face's layout: views of `params` if these are numpy arrays."""
     for name, p, layer in _tensors(model):
         array = np.asarray(functools.reduce(dict.__getitem__, p.name.split("/"), params))
         array = array if layer is None else array[layer]
@@ -77,10 +76,10 @@ def to_hf(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_non_finite: bool = False) -> dict:
-    """Inverse of `to_hf`: nested dict of fp32 arrays. Each tensor is asked for once.
+    """Inverse of `to_hf`: nested dict of fp32 arrays. Each tensor is read once.
 
-    Raises UserError naming the first unknown, missing or misshapen tensor, and unless `allow_non_finite` one that holds NaN or
-    infinity; rotary tables of old checkpoints are left out.
+    Raises UserError naming the first tensor that is unknown, missing or of another shape, or that holds NaN or infinity unless
+    `allow_non_finite`. Rotary tables of old checkpoints are ignored.
     """
     tensor_files.check(tensors, shapes(model), origin)  # before a tensor is read, or memory of the model's size is allocated
     flat = {p.name: np.empty(dims.shape(p, model), np.float32) for p in dims.PARAMETERS}
@@ -99,7 +98,7 @@ def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_no
 
 # -- config.json --------------------------------------------------------------------------------------------------------
 
-# Fields that would change what is computed, and their values that do not (the default of an absent one is among them).
+# Fields that change the computation, each with the values that do not change it. An absent field is harmless.
 _COMPUTED = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -112,8 +111,8 @@ _COMPUTED = {
 
 
 def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> dict:
-    """The contents of config.json, in words that Transformers 4 and 5 both read."""
-    # with linear scaling, the length before it: readers multiply by the factor, and must not exceed the trained length
+    """The contents of config.json, in the keys that both Transformers 4 and 5 read."""
+    # `before`: the length before linear scaling; readers multiply it by the factor, and must not exceed the trained length
     scaled, before = model.rope_scaling != 1, max(int(model.seq_len / model.rope_scaling), 1)
     inexact = {} if round(before * model.rope_scaling) == model.seq_len else {"seq_len": model.seq_len}
     return {
@@ -160,7 +159,7 @@ _Described = typing.TypedDict(
 
 
 def from_hf_config(config: dict, origin: str = "config.json") -> Model:
-    """The architecture that a config.json describes. Raises UserError for what this model does not compute."""
+    """The architecture that a config.json describes. Raises UserError for a feature that this model does not have."""
     if config.get("model_type") != "llama":
         raise UserError(f"{origin}: model_type is {config.get('model_type')!r:.200}; only 'llama' can be read")
     for key, harmless in _COMPUTED.items():
@@ -185,7 +184,7 @@ def from_hf_config(config: dict, origin: str = "config.json") -> Model:
             raise UserError(f"num_hidden_layers is {described['num_hidden_layers']:,}, and {MOST_LAYERS:,} are the most")
         scaling = rope["factor"] if kind == "linear" else 1.0
         before, length = described["max_position_embeddings"], described.get("seq_len")
-        exact = isinstance(length, int) and max(int(length / scaling), 1) == before  # as `to_hf_config` says it
+        exact = isinstance(length, int) and max(int(length / scaling), 1) == before  # written by `to_hf_config`
         return Model(
             n_layers=described["num_hidden_layers"],
             d_model=width,
@@ -210,69 +209,41 @@ def from_hf_config(config: dict, origin: str = "config.json") -> Model:
 def save_folder(
     params: dict, model: Model, folder: Path, dtype: str, bos: int | None, eos: int | None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes config.json, generation_config.json and safetensors of at most `shard_bytes` each into `folder`.
+    """Writes config.json, generation_config.json and safetensors files of at most `shard_bytes` each into `folder`.
 
-    Holds one tensor more than `params` at a time. Raises UserError for a number that `dtype` cannot hold.
+    Needs the memory of one shard beside `params`. Raises UserError for a number that `dtype` cannot hold.
     """
     sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in shapes(model).items()}
-    shards: list[dict[str, int]] = [{}]
+    shards: list[list[str]] = [[]]
     for name, size in sizes.items():
-        if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
-            shards.append({})
-        shards[-1][name] = size
-    n = len(shards)
-    files = ["model.safetensors"] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    tensors = to_hf(params, model)
-    for file, shard in zip(files, shards, strict=True):
-        _write_safetensors(folder / file, shard, tensors, dtype, shapes(model))
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    n, tensors = len(shards), to_hf(params, model)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
+        tensor_files.write(folder / file, {name: _cast(name, next(tensors)[1], dtype) for name in shard})
+        weight_map |= dict.fromkeys(shard, file)
     documents = {
         "config.json": to_hf_config(model, bos, eos, dtype),
         "generation_config.json": {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos},
     }
     if n > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        documents["model.safetensors.index.json"] = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": weight_map,
-        }
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        documents["model.safetensors.index.json"] = index
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_safetensors(
-    path: Path,
-    sizes: dict[str, int],
-    tensors: Iterator[tuple[str, np.ndarray]],
-    dtype: str,
-    shapes: dict[str, tuple[int, ...]],
-) -> None:
-    """The next `len(sizes)` of `tensors`, one by one; the library's writer wants all of a file in memory at once."""
-    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # Transformers refuses a file that does not say it
-    end = 0
-    for name, size in sizes.items():
-        header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for expected, (name, tensor) in zip(sizes, tensors, strict=False):
-            assert expected == name
-            f.write(np.ascontiguousarray(_cast(name, tensor, dtype)).reshape(-1).view(np.uint8))
-
-
 def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # told below, by name
-        cast = tensor.astype(DTYPES[dtype], copy=False)
+    with np.errstate(over="ignore"):  # the error below names the tensor
+        cast = tensor.astype(DTYPES[dtype], order="C", copy=False)
     too_large = np.isinf(cast) & np.isfinite(tensor)
     if too_large.any():
         largest = np.abs(tensor[too_large]).max()
         raise UserError(f"--dtype={dtype}: {name} holds {largest:g}, which {dtype} cannot; use --dtype=bfloat16 or float32")
     return cast
-
-
-# -- reading a folder ---------------------------------------------------------------------------------------------------
 
 
 # -- reading a folder ---------------------------------------------------------------------------------------------------
@@ -286,7 +257,7 @@ def load_model(path: str | Path) -> Model:
 def load_folder(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model]:
     """(parameters as fp32 numpy arrays in a nested dict, model) of a Hugging Face folder, or of a file beside its config.json.
 
-    Tied embeddings come as two equal tables. Raises UserError.
+    Tied embeddings become two equal tables. Raises UserError.
     """
     path = Path(path)
     model, tensors = load_model(path), tensor_files.read(path)
@@ -305,7 +276,7 @@ def _read_config(path: Path) -> dict:
 
 
 def describes(folder: Path) -> bool:
-    """Whether `folder` says of itself that it is one of Hugging Face's."""
+    """Whether `folder` is a Hugging Face folder: its config.json has a model_type."""
     return (folder / "config.json").is_file() and "model_type" in _read_config(folder)
 
 

@@ -1,4 +1,4 @@
-"""Reads named tensors from safetensors and PyTorch files, none of which is trusted: see `read`."""
+"""Reads named tensors from untrusted safetensors and PyTorch files, and writes safetensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from tinyllama_jax.base import files
 from tinyllama_jax.base.errors import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-LARGEST = 1 << 24  # bytes of an index, or of a header; those of 405B are 0.1 MB
-# prefixes that torch.compile, DDP, FSDP and Fabric put into the names of tensors
+LARGEST = 1 << 24  # bytes of an index or a header; a 405B model's are 0.1 MB
+# prefixes that torch.compile, DDP, FSDP and Fabric put into tensor names
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-ROTARY = "rotary_emb.inv_freq"  # end of the names of rotary tables in old checkpoints, which are not needed
+ROTARY = "rotary_emb.inv_freq"  # how the names of rotary tables end; old checkpoints have them, and nothing needs them
 
 
 class _Index(typing.TypedDict):
@@ -28,11 +29,11 @@ class _Index(typing.TypedDict):
 
 
 class Stored:
-    """A tensor in a safetensors file, with the shape and dtype that the header says; `np.asarray` reads it."""
+    """A tensor in a safetensors file, with the header's shape and dtype; `np.asarray` reads it."""
 
     def __init__(self, file: object, name: str):
-        self._file, self._name, told = file, name, file.get_slice(name)
-        self.shape, code = tuple(told.get_shape()), told.get_dtype()
+        self._file, self._name, header = file, name, file.get_slice(name)
+        self.shape, code = tuple(header.get_shape()), header.get_dtype()
         self.dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(code, code)
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
@@ -73,7 +74,7 @@ def check_finite(name: str, array: np.ndarray, origin: str) -> None:
 
 
 def shown(name: object) -> str:
-    """A name from a file, made fit for a message of one line."""
+    """A name from a file, escaped and cut for a message of one line."""
     return " ".join((name if isinstance(name, str) and name.strip() and name.isprintable() else ascii(name)).split())[:200]
 
 
@@ -92,14 +93,14 @@ def _read_safetensors(path: Path) -> Tensors:
     try:
         if header > LARGEST:
             raise safetensors.SafetensorError(f"its header would have {header:,} bytes")
-        file = safetensors.safe_open(path, framework="np")  # it checks offsets and sizes against the file's
+        file = safetensors.safe_open(path, framework="np")  # checks offsets and sizes against the file's size
         return {name: Stored(file, name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: is not a whole safetensors file: {shown(str(error))}") from None
 
 
 def read_pickle(path: Path) -> object:
-    """What a .bin, .pt or .pth file holds, its tensors memory-mapped; no code in it is run. Raises UserError."""
+    """The contents of a .bin, .pt or .pth file, tensors memory-mapped. No code in it is run. Raises UserError."""
     try:
         import torch
     except ImportError:
@@ -112,7 +113,7 @@ def read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
-    except Exception as error:  # torch has no exception type for a file that it did not write
+    except Exception as error:  # torch raises many types for a damaged file
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         reason = "is not a whole PyTorch file"
@@ -122,7 +123,7 @@ def read_pickle(path: Path) -> object:
 
 
 def _check_zip(path: Path) -> None:
-    """Raises UserError if what is in a zip file could take more memory than the file."""
+    """Raises UserError if the entries of a zip file could take more memory than the file's size."""
     with zipfile.ZipFile(path) as zipped:
         entries = zipped.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -133,16 +134,16 @@ def _check_zip(path: Path) -> None:
         raise UserError(f"{path}: has more than {LARGEST:,} bytes beside its tensors")
 
 
-def to_arrays(held: object, origin: str) -> dict[str, np.ndarray]:
-    """A dict of torch tensors as numpy arrays over the same memory. Raises UserError naming the first that is anything else."""
+def to_arrays(table: object, origin: str) -> dict[str, np.ndarray]:
+    """A dict of torch tensors as numpy arrays over the same memory. Raises UserError naming the first other entry."""
     import torch
 
-    if not isinstance(held, dict):
+    if not isinstance(table, dict):
         raise UserError(f"{origin}: is not a table of tensors by name")
     arrays = {}
-    for name, tensor in held.items():
-        if what := unfit(name, tensor):
-            raise UserError(f"{origin}: is not a table of tensors by name: {shown(name)} {what}")
+    for name, tensor in table.items():
+        if reason := unfit(name, tensor):
+            raise UserError(f"{origin}: is not a table of tensors by name: {shown(name)} {reason}")
         tensor = tensor.detach()
         if f"{tensor.dtype}".removeprefix("torch.") not in DTYPES:
             raise UserError(f"{origin}: {shown(name)} is of dtype {tensor.dtype}; only {', '.join(DTYPES)} can be read")
@@ -152,7 +153,7 @@ def to_arrays(held: object, origin: str) -> dict[str, np.ndarray]:
 
 
 def unfit(name: object, tensor: object) -> str | None:
-    """Why an entry of a table is not a named, dense tensor with numbers of its own in main memory; None if it is."""
+    """Why a table's entry is not a named, dense tensor in main memory whose elements share none; None if it is."""
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -174,10 +175,16 @@ def unfit(name: object, tensor: object) -> str | None:
 # -- files and folders --------------------------------------------------------------------------------------------------
 
 
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, which Transformers reads."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # the library writes raw buffers
+    safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})  # Transformers refuses a file without a format
+
+
 def read(path: Path) -> Tensors:
     """Name -> tensor of one file, or of a Hugging Face folder (safetensors before .bin). Raises UserError.
 
-    Prints which of a folder's files it reads if there are several kinds, and which wrappers' prefixes it takes off the names.
+    Prints which files of a folder it reads if there are several kinds, and which wrappers' prefixes it removes from names.
     """
     if path.is_file():
         return _read(path)
@@ -197,7 +204,7 @@ def _read(path: Path) -> Tensors:
 
 
 def _read_indexed(folder: Path, index: Path) -> Tensors:
-    """The tensors of the files in an index. Each must be in the file that the index says, and in no other."""
+    """The tensors of the files in an index. Each must be in the file that the index names, and in no other."""
     weight_map = files.read_json(index, _Index, largest=LARGEST)["weight_map"]
     tensors, place = {}, {}
     for file in sorted(set(weight_map.values())):
@@ -207,9 +214,9 @@ def _read_indexed(folder: Path, index: Path) -> Tensors:
             if name in place:
                 raise UserError(f"{folder}: {shown(name)} is in {place[name]} and in {file}; take it out of one of them")
             tensors[name], place[name] = tensor, file
-    said = {WRAPPERS.sub("", name): file for name, file in weight_map.items()}
-    for name, file in said.items():
+    listed = {WRAPPERS.sub("", name): file for name, file in weight_map.items()}
+    for name, file in listed.items():
         if place.get(name, file) != file:
             raise UserError(f"{index}: says that {shown(name)} is in {file}, but it is in {place[name]}")
-    check_names(*([name for name in names if not name.endswith(ROTARY)] for names in (place, said)), str(index))
+    check_names(*([name for name in names if not name.endswith(ROTARY)] for names in (place, listed)), str(index))
     return tensors

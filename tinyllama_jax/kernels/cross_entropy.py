@@ -12,21 +12,21 @@ from jax import lax
 
 
 class Sums(NamedTuple):
-    """Sums over positions, fp32 scalars but for `rows`: divide by the weights' sum for means."""
+    """Sums over positions, fp32 scalars except `rows`. Divide by the sum of the weights for means."""
 
     loss: jax.Array  # negative log-likelihood, nats
-    correct: jax.Array  # positions where no token is likelier than the label
-    z: jax.Array  # z_loss x logsumexp^2: what is minimised is loss + z (PaLM, arXiv:2204.02311, section 5, has 1e-4)
-    rows: jax.Array  # [B]: the loss of each sequence, to be looked at; nothing flows back through it
+    correct: jax.Array  # positions where the label is the likeliest token
+    z: jax.Array  # z_loss x logsumexp^2; the step minimises loss + z (PaLM, arXiv:2204.02311, section 5: z_loss 1e-4)
+    rows: jax.Array  # [B]: the loss of each sequence, for reports; it has no gradient
 
 
 def zero_sums(batch: int) -> Sums:
-    """Zeros, for `batch` sequences."""
+    """Returns zero sums for `batch` sequences."""
     return Sums(*(np.float32(0),) * 3, np.zeros(batch, np.float32))
 
 
 def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float = 0.0) -> Sums:
-    """The definition, with all logits [B, S, V] at once, in fp32 from the logits on."""
+    """The definition: all logits [B, S, V] at once, fp32 from the logits on."""
     return _sums(_logits(x_BSD, kernel_DV), labels_BS, weights_BS, z_loss)
 
 
@@ -34,14 +34,14 @@ def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weig
 def cross_entropy(
     x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, chunk: int, z_loss: float = 0.0
 ) -> Sums:
-    """`reference` with matmuls in x's dtype and the logits of only `chunk` positions of each sequence at a time.
+    """Computes `reference` with matmuls in x's dtype and the logits of only `chunk` positions of each sequence at a time.
 
-    The gradients of x and kernel, each in its dtype, are computed with the loss, in one pass over the logits: the loss is
-    linear in its cotangent, so that backward only scales them. They are those of loss + z: both must have the same cotangent.
-    A forward pass that is not differentiated computes no gradient.
+    Forward also computes the gradients of x and kernel, in one pass over the logits; backward only scales them by the
+    cotangent. They are the gradients of loss + z, so both must have the same cotangent. Without differentiation no gradient is
+    computed.
     """
     n_chunks, kernel_DV = -(-x_BSD.shape[1] // chunk), kernel_DV.astype(x_BSD.dtype)
-    arrays = [_whole(a, chunk) for a in (x_BSD, labels_BS, weights_BS)]
+    arrays = [_padded(a, chunk) for a in (x_BSD, labels_BS, weights_BS)]
 
     def body(sums: Sums, i: jax.Array) -> tuple[Sums, None]:
         x, labels, weights = (_slice(a, i, chunk) for a in arrays)
@@ -50,21 +50,20 @@ def cross_entropy(
     return lax.scan(body, zero_sums(len(x_BSD)), jnp.arange(n_chunks))[0]
 
 
-def _whole(a_BS: jax.Array, chunk: int) -> jax.Array:
-    """`a_BS` padded with zeros, which have no weight, to a multiple of `chunk` positions."""
+def _padded(a_BS: jax.Array, chunk: int) -> jax.Array:
+    """Pads with zeros, which have no weight, to a multiple of `chunk` positions."""
     return jnp.pad(a_BS, ((0, 0), (0, -a_BS.shape[1] % chunk), *((0, 0),) * (a_BS.ndim - 2)))
 
 
 def _logits(x_BSD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
-    # fp32 out of the matmul: in bf16 the logits of a sure model (10 to 30) would step by 1/16 to 1/8
+    # fp32 results: in bf16 the logits of a confident model (10 to 30) would be rounded to multiples of 1/16 to 1/8
     return jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
 
 def token_losses(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, chunk: int) -> jax.Array:
-    """What `cross_entropy` sums, position by position: negative log-likelihood [B, S], nats, fp32."""
-
+    """Returns the negative log-likelihood of each label: [B, S], nats, fp32."""
     S = x_BSD.shape[1]
-    arrays = [_whole(a, chunk) for a in (x_BSD, labels_BS)]
+    arrays = [_padded(a, chunk) for a in (x_BSD, labels_BS)]
 
     def body(_, i: jax.Array) -> tuple[None, jax.Array]:
         x, labels = (_slice(a, i, chunk) for a in arrays)
@@ -81,7 +80,7 @@ def _of_labels(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
 
 def _sums(logits_BSV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float) -> Sums:
     lse_BS, chosen_BS = jax.nn.logsumexp(logits_BSV, axis=-1), _of_labels(logits_BSV, labels_BS)
-    # the row's maximum is at hand from logsumexp; an argmax would be another pass (and 6 times slower on a CPU)
+    # logsumexp has computed the maximum; an argmax would be another pass (6 times slower on a CPU)
     correct_BS = (chosen_BS >= jnp.max(logits_BSV, axis=-1)).astype(jnp.float32)
     z = z_loss * jnp.sum(jnp.square(lse_BS) * weights_BS) if z_loss else jnp.float32(0)
     rows_B = jnp.sum((lse_BS - chosen_BS) * weights_BS, axis=1)
@@ -94,7 +93,7 @@ def _slice(a: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
 
 def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
     S, like, kernel_DV = x_BSD.shape[1], jnp.zeros((), kernel_DV.dtype), kernel_DV.astype(x_BSD.dtype)
-    arrays = [_whole(a, chunk) for a in (x_BSD, labels_BS, weights_BS)]
+    arrays = [_padded(a, chunk) for a in (x_BSD, labels_BS, weights_BS)]
 
     def body(carry, i):
         sums, dx_BSD, dkernel_DV = carry
@@ -104,7 +103,7 @@ def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
         one_hot = labels[..., None] == jnp.arange(logits.shape[-1])
         dlse = 1 + 2 * z_loss * jax.nn.logsumexp(logits, axis=-1, keepdims=True) if z_loss else 1.0
         dlogits = (jax.nn.softmax(logits, axis=-1) * dlse - one_hot.astype(jnp.float32)) * weights[..., None]
-        dlogits = dlogits.astype(x.dtype)  # the matmuls of backward run in the compute dtype, as autodiff's would
+        dlogits = dlogits.astype(x.dtype)  # as in autodiff, the matmuls of backward run in the compute dtype
         dx = jnp.einsum("bsv,dv->bsd", dlogits, kernel_DV)
         dx_BSD = lax.dynamic_update_slice_in_dim(dx_BSD, dx, i * chunk, axis=1)
         dkernel_DV += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
@@ -116,7 +115,7 @@ def _forward(x_BSD, kernel_DV, labels_BS, weights_BS, chunk, z_loss):
 
 
 def _backward(chunk, z_loss, residuals, cotangent):
-    # fp32 until scaled: the kernel's gradient is a sum over all tokens, which can pass fp16's largest number, 65,504
+    # fp32 until scaled: the kernel's gradient sums over all tokens, which can exceed fp16's largest number, 65,504
     dx_BSD, dkernel_DV, like = residuals
     dx = (dx_BSD.astype(jnp.float32) * cotangent.loss).astype(dx_BSD.dtype)
     return dx, (dkernel_DV * cotangent.loss).astype(like.dtype), None, None
@@ -126,9 +125,9 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def chunk_of(seq_len: int, sequences: int, tokens: int) -> int:
-    """Positions of a chunk: the largest divisor n of `seq_len` with n x `sequences` <= `tokens`, or 1.
+    """Returns the positions in a chunk: the largest divisor n of `seq_len` with n x `sequences` <= `tokens`, or 1.
 
-    If that is less than half of what is allowed (`seq_len` may be prime): equal chunks, the last padded as little as possible.
+    If that is less than half of what is allowed (`seq_len` may be prime), the chunks are equal and the last one is padded.
     """
     most = min(max(tokens // sequences, 1), seq_len)
     divisor = max(n for n in range(1, most + 1) if seq_len % n == 0)

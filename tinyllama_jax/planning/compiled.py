@@ -1,4 +1,4 @@
-"""A train step as compiled for a machine that is not here: its memory by kind, its FLOPs, what it sends, how long it takes."""
+"""Compiles the train step for another machine, and reads off its memory, FLOPs, network traffic and time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tinyllama_jax.core.losses import NextToken
 from tinyllama_jax.core.program import Program, build, choose_attention, shape_of_batch
 from tinyllama_jax.planning import hlo, targets
 
-LARGE = 4 * 2**20  # bytes: a collective that small costs its latency alone
+LARGE = 4 * 2**20  # bytes; a smaller collective costs little more than its latency
 
 
 class Compiled(NamedTuple):
-    """A train step as the machine's compiler makes it. Bytes are of one device."""
+    """A compiled train step. All bytes are those of one device."""
 
     config: Config
     machine: targets.Machine
@@ -35,17 +35,17 @@ class Compiled(NamedTuple):
     accumulation: int
     attention: str
     peak: int
-    live: int  # what is alive where the most is; the rest of the peak is room between, or an allocator's other peak
-    memory: dict[str, int | None]  # by kind; None where the compiler refused and so said nothing
-    expected: dict[str, int]  # the same by arithmetic
+    live: int  # bytes in use at the peak; the remainder of `peak` is fragmentation
+    memory: dict[str, int | None]  # `peak` by kind; None if the compiler refused the step
+    expected: dict[str, int]  # `memory`, by arithmetic
     collectives: list[hlo.Collective]
-    flops: float  # of all matmuls that a step executes, what is computed again included; of all devices
-    notes: list[str]  # of what the compiler should not have had to do
+    flops: float  # all matmuls of a step on all devices, with those that remat executes again
+    notes: list[str]  # warnings about unwanted communication
     seconds: float
 
     @property
     def fits(self) -> bool:
-        """Whether a device has the memory."""
+        """Whether the step fits a device's memory."""
         return self.peak <= self.machine.budget
 
 
@@ -57,25 +57,25 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     began = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, machine.devices)
     with jax.set_mesh(mesh):
-        program = build(config, mesh, NextToken(eos_id=2))  # any: it is a constant of the program
+        program = build(config, mesh, NextToken(eos_id=2))  # the id does not matter: it is a constant of the program
         traced = program.train.trace(program.state, shape_of_batch(program, config.model.seq_len))
         lowered = traced.lower()
-    text, buffers, peak, said = "", [], 0, ""
+    text, buffers, peak, refusal = "", [], 0, ""
     with tempfile.TemporaryDirectory() as dump, messages() as written:
         try:
             executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
             text, stats = executable.as_text(), executable.memory_analysis()
             peak = stats.peak_memory_in_bytes
-            if machine.target is None:  # a CPU's leaves the temporaries out
+            if machine.target is None:  # on a CPU this peak leaves out the temporaries
                 peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-            dumped = lambda what: "".join(path.read_text() for path in Path(dump).glob(f"*-{what}.txt"))
+            dumped = lambda kind: "".join(path.read_text() for path in Path(dump).glob(f"*-{kind}.txt"))
             buffers = hlo.at_peak(dumped("buffer-assignment"), dumped("live-range"))
         except jax.errors.JaxRuntimeError as error:
-            said = _one_line(error)
-            peak = _refused_memory(said, _on_device(program.state))
+            refusal = _one_line(error)
+            peak = _refused_memory(refusal, _on_device(program.state))
         warned = "nvoluntary full rematerialization" in written()
     if not text and not peak:
-        raise UserError(f"--on={machine.on}: its compiler refuses the step: {said}")
+        raise UserError(f"--on={machine.on}: its compiler refuses the step: {refusal}")
     expected = expected_memory(config, mesh, program, traced.jaxpr)
     memory = measured_memory(config, program, buffers, peak) if text else dict.fromkeys(expected)
     collectives = hlo.collectives(text, mesh)
@@ -88,7 +88,7 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
 
 @contextlib.contextmanager
 def messages() -> Iterator[Callable[[], str]]:
-    """Keeps what compilers write to file descriptor 2, which is mostly noise, and gives it to who asks."""
+    """Hides what compilers write to file descriptor 2, which is mostly noise. Gives a function that returns it."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         real = os.dup(2)
@@ -104,11 +104,11 @@ def messages() -> Iterator[Callable[[], str]]:
             os.close(real)
 
 
-def _refused_memory(said: str, arguments: int) -> int:
-    """Bytes that a TPU compiler would have needed of a memory that has less, or 0 if it refused for something else."""
-    if m := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said):
+def _refused_memory(refusal: str, arguments: int) -> int:
+    """Returns the bytes that a TPU compiler wanted but the device does not have, or 0 if it refused for another reason."""
+    if m := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", refusal):
         arguments = 0
-    elif not (m := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", said)):
+    elif not (m := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", refusal)):
         return 0
     return arguments + int(float(m[1]) * 2 ** (10 * (1 + "KMGT".index(m[2]))))
 
@@ -118,7 +118,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines[:3])[:500]
 
 
-# -- what is in memory ---------------------------------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def _on_device(tree) -> int:
@@ -127,7 +127,7 @@ def _on_device(tree) -> int:
 
 
 def measured_memory(config: Config, program: Program, buffers: list[hlo.Buffer], peak: int) -> dict[str, int]:
-    """`peak` by kind, as the compiled program has it where it needs the most."""
+    """Splits `peak` by kind: parameters, optimizer, gradients, activations, temporaries."""
     parts = Counter()
     shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.state.params)]
     like_a_parameter = {tuple(sorted(n for n in shape if n > 1)) for shape in shards}
@@ -137,21 +137,21 @@ def measured_memory(config: Config, program: Program, buffers: list[hlo.Buffer],
             parts["gradients"] += buffer.bytes
         elif len(buffer.shape) > 2 and buffer.shape[0] == config.model.n_layers:
             parts["activations"] += buffer.bytes
-    params, rest = _on_device(program.state.params), _on_device(program.state.opt_state)
-    known = {"params": params, "optimizer": rest, "gradients": parts["gradients"], "activations": parts["activations"]}
+    params, optimizer = _on_device(program.state.params), _on_device(program.state.opt_state)
+    known = {"params": params, "optimizer": optimizer, "gradients": parts["gradients"], "activations": parts["activations"]}
     return known | {"temporaries": max(peak - sum(known.values()), 0)}
 
 
 def expected_memory(config: Config, mesh: jax.sharding.Mesh, program: Program, jaxpr) -> dict[str, int]:
-    """The same by arithmetic, but for the temporaries, which only a compiler knows; activations as if tensor split none."""
+    """Computes `measured_memory` by arithmetic, without the temporaries; as if `tensor` did not split activations."""
     params = _on_device(program.state.params)
     copies = 1 if program.shape[0] == 1 else 2  # a micro-batch's gradients, and the sum
-    kept = kept_by_layers(jaxpr.jaxpr, config.model.n_layers) // sharding.batch_devices(mesh)
+    activations = saved_by_layers(jaxpr.jaxpr, config.model.n_layers) // sharding.batch_devices(mesh)
     return {
         "params": params,
         "optimizer": _on_device(program.state.opt_state),
         "gradients": copies * params,
-        "activations": kept,
+        "activations": activations,
     }
 
 
@@ -162,23 +162,23 @@ def _inner(eqn) -> Iterator:
                 yield item
 
 
-def kept_by_layers(jaxpr, n_layers: int) -> int:
-    """Bytes, over all devices, that the first loop over the layers hands on, layer by layer, to the one that goes back."""
+def saved_by_layers(jaxpr, n_layers: int) -> int:
+    """Returns the bytes, over all devices, that the forward loop over layers saves for the backward loop."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan" and eqn.params["length"] == n_layers:
             stacked = [v.aval for v in eqn.outvars[eqn.params["num_carry"] :]]
             return sum(a.size * a.dtype.itemsize for a in stacked if a.ndim > 2)
         for inner in _inner(eqn):
-            if kept := kept_by_layers(inner, n_layers):
-                return kept
+            if saved := saved_by_layers(inner, n_layers):
+                return saved
     return 0
 
 
-# -- how long ------------------------------------------------------------------------------------------------------------
+# -- time ----------------------------------------------------------------------------------------------------------------
 
 
 def executed_flops(jaxpr) -> float:
-    """FLOPs of every matmul in a jaxpr, loops multiplied out; of attention kernels, those of the causal half."""
+    """Returns the FLOPs of every matmul in a jaxpr, times its loops. Attention kernels count the causal half."""
     total = 0.0
     read = {id(v) for v in (*jaxpr.outvars, *(v for eqn in jaxpr.eqns for v in eqn.invars))}
     for eqn in jaxpr.eqns:
@@ -190,11 +190,11 @@ def executed_flops(jaxpr) -> float:
             B, S, N, H = eqn.invars[0].aval.shape
             total += (2 if "fwd" in name else 5) * 2 * B * N * H * S * S / 2
         elif name == "pallas_call":
-            if read.isdisjoint(map(id, eqn.outvars)):  # JAX leaves in what backward need not do again, and XLA takes it out
+            if read.isdisjoint(map(id, eqn.outvars)):  # its results are unused; XLA removes it
                 continue
             if cost := eqn.params.get("cost_estimate"):
                 total += cost.flops
-            elif "splash" in str(eqn.params.get("name")):  # says nothing of its cost
+            elif "splash" in str(eqn.params.get("name")):  # it has no cost estimate
                 B, N, S, H = next(v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
                 matmuls = next(n for part, n in (("fwd", 2), ("dkv", 4), ("dq", 3)) if part in eqn.params["name"])
                 total += matmuls * 2 * B * N * H * S * S / 2
@@ -204,11 +204,11 @@ def executed_flops(jaxpr) -> float:
     return total
 
 
-def wire_seconds(found: list[hlo.Collective], mesh: jax.sharding.Mesh, machine: targets.Machine) -> float:
-    """Seconds a step that the collectives take at the links' full rate, one after the other, as rings."""
+def wire_seconds(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh, machine: targets.Machine) -> float:
+    """Returns the seconds that a step's collectives take: as rings, one after another, at the full rate of the links."""
     target, seconds = machine.target, 0.0
     node = {device: i // machine.per_node for i, device in enumerate(machine.devices)}
-    for c in found:
+    for c in collectives:
         if c.size == 1:
             continue
         sent = c.bytes * (c.size - 1) / c.size * (2 if c.kind == "all-reduce" else 1)
@@ -217,17 +217,16 @@ def wire_seconds(found: list[hlo.Collective], mesh: jax.sharding.Mesh, machine: 
         first = mesh.devices[tuple(slice(None) if axis in c.axes else 0 for axis in mesh.axis_names)]
         members = Counter(node[device] for device in first.flat)
         slowest = sent / target.link
-        if len(members) > 1:  # a ring leaves a node once, and as many rings share its way out as there are groups in it
+        if len(members) > 1:  # a ring leaves each node once; all groups of a node share its way out
             slowest = max(slowest, sent * machine.per_node / max(members.values()) / target.between)
         seconds += c.trips * slowest
     return seconds
 
 
 def step_seconds(compiled: Compiled, mfu: float | None = None) -> dict[str, float] | None:
-    """Seconds of one step by what could hold it up: matmuls at `mfu` of the peak, links and memory at their full rate.
+    """Returns the seconds of a step spent on matmuls (at `mfu` of the peak), links and memory (at their full rate).
 
-    `mfu`: the target's if None. None where nothing is known: on a CPU, in fp32, which the table has no rate for, and where the
-    compiler refused.
+    `mfu`: None takes the target's. Returns None on a CPU, in fp32 (the table has no rate) and if the compiler refused the step.
     """
     config, target = compiled.config, compiled.machine.target
     if target is None or config.model.compute_dtype == "float32" or compiled.memory["params"] is None:
@@ -235,8 +234,8 @@ def step_seconds(compiled: Compiled, mfu: float | None = None) -> dict[str, floa
     shard = dims.n_parameters(config.model) / (compiled.mesh.shape["fsdp"] * compiled.mesh.shape["tensor"])
     whole = dims.n_parameters(config.model) / compiled.mesh.shape["tensor"]
     saved = compiled.memory["activations"] or compiled.expected["activations"]
-    # AdamW reads parameter, gradient and two moments and writes three; a micro-batch reads the weights in bf16 three times,
-    # adds to its gradients' sum, writes and reads what it keeps. A lower bound: what is not kept is written and read too.
+    # AdamW reads the parameter, gradient and two moments and writes three of them. A micro-batch reads the bf16 weights three
+    # times, adds to the sum of gradients, and writes and reads the saved activations. A lower bound: the others move too.
     moved = 7 * 4 * shard + compiled.accumulation * (3 * 2 * whole + 3 * 4 * shard + 2 * saved)
     return {
         "compute": compiled.flops / compiled.mesh.size / (target.flops * (mfu or target.mfu)),
@@ -245,20 +244,20 @@ def step_seconds(compiled: Compiled, mfu: float | None = None) -> dict[str, floa
     }
 
 
-def unwanted(found: list[hlo.Collective], mesh: jax.sharding.Mesh) -> list[str]:
-    """Collectives that a step sharded like this one has no use for, a line each."""
+def unwanted(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh) -> list[str]:
+    """Returns a line for each kind of collective that a well-sharded step would not need."""
     out = Counter()
-    for c in found:
+    for c in collectives:
         if c.bytes < LARGE or c.size == 1:
             continue
-        what = f"{c.kind} of {c.dtype} over {' x '.join(c.axes)}"
+        collective = f"{c.kind} of {c.dtype} over {' x '.join(c.axes)}"
         if c.kind == "all-reduce" and "fsdp" in c.axes and "tensor" not in c.axes:
-            out[f"{what}: a whole gradient, where a reduce-scatter would send half"] += c.bytes * c.trips
+            out[f"{collective}: a whole gradient, where a reduce-scatter would send half"] += c.bytes * c.trips
         elif c.kind == "all-to-all" or (c.kind == "all-gather" and not c.dtype.startswith(("bf", "f"))):
-            out[f"{what}: moves tokens or activations, which should stay where they are"] += c.bytes * c.trips
+            out[f"{collective}: moves tokens or activations, which should stay where they are"] += c.bytes * c.trips
     return [f"{line} ({gib(n)} a step)" for line, n in out.items()]
 
 
 def gib(n: float | None) -> str:
-    """Bytes in GiB or MiB, for a person."""
+    """Formats bytes as GiB or MiB."""
     return "" if n is None else f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"

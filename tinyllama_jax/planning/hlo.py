@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices and holds in memory, read from the text that XLA writes of it."""
+"""Reads a compiled program's collectives and memory from XLA's text dumps."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|ca
 
 
 class Collective(NamedTuple):
-    """One array that a program sends between devices (XLA packs several into one operation)."""
+    """An array that a program sends between devices. XLA packs several into one operation."""
 
-    kind: str  # of KINDS. TPU compilers make rings of collective-permutes out of gathers and reduce-scatters next to a matmul
+    kind: str  # of KINDS; next to a matmul, TPU compilers turn gathers and reduce-scatters into rings of permutes
     dtype: str  # as in HLO: "bf16"
-    bytes: int  # of the whole array, before it is split or after it is gathered; of a permute, what one device sends
-    axes: tuple[str, ...]  # the mesh axes whose devices take part together
-    size: int  # how many devices that is
-    trips: int  # how often a step does it: the product of the loops around it
-    layers: bool  # inside the loop over layers
-    op_name: str  # where jax made it, as far as the compiler kept that; also says which loop
+    bytes: int  # of the whole array, before a scatter or after a gather; for a permute, of what one device sends
+    axes: tuple[str, ...]  # the mesh axes along which the devices of a group differ
+    size: int  # devices in a group
+    trips: int  # how often a step runs it: the product of the loops around it
+    layers: bool  # whether it is inside the loop over layers
+    op_name: str  # JAX's name of the operation or of the loop around it; empty if the compiler dropped it
 
 
 def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """Every collective in `hlo`, the text of a program compiled for `mesh` (`compiled.as_text()`)."""
-    types, called_by, found, inside, computation = {}, {}, {}, {}, ""
+    """Returns every collective in `hlo`, the text (`compiled.as_text()`) of a program compiled for `mesh`."""
+    types, called_by, calls, inside, computation = {}, {}, {}, {}, ""
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
             computation = header[1]
         if not (m := _INSTRUCTION.match(line)):
             continue
-        name, types[name], op, operands, rest = m[1], m[2], m[3], m[4], m[5]
+        name, types[name], op, operands, attributes = m[1], m[2], m[3], m[4], m[5]
         inside.setdefault(computation, {})[name] = (op, operands, line)
-        for callee in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(rest))):
-            called_by.setdefault(callee, (computation, op, rest))
+        for callee in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(attributes))):
+            called_by.setdefault(callee, (computation, op, attributes))
         kind = op.removesuffix("-start")
         if kind in KINDS:
             # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name.
-            # A GPU's, which begins and ends, is one line; what pipelining takes out of a loop keeps the channel of the rest
-            channel = re.search(r"channel_id=\d+|$", rest)[0]
+            # one line for the start and end of a GPU's collective; one that pipelining moved out of a loop keeps its channel
+            channel = re.search(r"channel_id=\d+|$", attributes)[0]
             one = name if op != kind and kind != "collective-permute" else channel or name
-            part = (kind, one, types[name].split("{")[0], _op_name(rest))
-            found.setdefault(part, (operands, rest, computation))
+            part = (kind, one, types[name].split("{")[0], _op_name(attributes))
+            calls.setdefault(part, (operands, attributes, computation))
 
     def loops(inner: str) -> list[tuple[int, str]]:  # (trips, op_name) of each loop around a computation
         out = []
         while inner in called_by:
-            inner, op, rest = called_by[inner]
+            inner, op, attributes = called_by[inner]
             if op == "while":
-                condition, body = (inside[re.search(rf"{part}=%([\w.-]+)", rest)[1]] for part in ("condition", "body"))
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-                out.append((int(known[1]) if known else _trips(condition, body), _op_name(rest)))
+                condition, body = (inside[re.search(rf"{part}=%([\w.-]+)", attributes)[1]] for part in ("condition", "body"))
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
+                out.append((int(known[1]) if known else _trips(condition, body), _op_name(attributes)))
         return out
 
     out = []
-    for (kind, *_), (operands, rest, computation) in found.items():
-        axes = _axes(rest, mesh)
+    for (kind, *_), (operands, attributes, computation) in calls.items():
+        axes = _axes(attributes, mesh)
         size = math.prod(mesh.shape[a] for a in axes)
         around = loops(computation)
         if "all-reduce-scatter" in computation:  # how TPU compilers write a reduce-scatter: an all-reduce fused with a slice
@@ -77,14 +77,14 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
                         size=size,
                         trips=math.prod(trips for trips, _ in around),
                         layers=any(re.search(r"Llama[^/]*/while", name) for _, name in around),
-                        op_name=_op_name(rest) or (around[0][1] if around else ""),
+                        op_name=_op_name(attributes) or (around[0][1] if around else ""),
                     )
                 )
     return out
 
 
 def _trips(condition: dict[str, tuple[str, str, str]], body: dict[str, tuple[str, str, str]]) -> int:
-    """How often a loop from 0 goes round: the condition's constant over what the body adds (2 in a TPU's rings)."""
+    """Returns the trips of a loop that counts from 0: the condition's constant over the body's increment (2 in TPU rings)."""
     numbers = lambda part: {
         name: int(operands) for name, (op, operands, _) in part.items() if op == "constant" and operands.isdigit()
     }
@@ -98,8 +98,8 @@ def _trips(condition: dict[str, tuple[str, str, str]], body: dict[str, tuple[str
     return -(-max([1, *numbers(condition).values()]) // max(step, 1))
 
 
-def _op_name(rest: str) -> str:
-    name = re.search(r'op_name="([^"]*)"', rest)
+def _op_name(attributes: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', attributes)
     return name[1] if name else ""
 
 
@@ -107,16 +107,18 @@ def _bits(dtype: str) -> int:
     return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
 
 
-def _axes(rest: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    """The mesh axes that differ within a group of devices (which HLO counts in the order of the mesh)."""
+def _axes(attributes: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Returns the mesh axes that differ within a group of devices. HLO numbers devices in mesh order."""
     names, sizes = mesh.axis_names, mesh.devices.shape
     number = lambda text: [int(n) for n in re.findall(r"\d+", text)]
-    if m := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
+    if m := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
         groups = [number(group) for group in re.findall(r"\{([\d,]+)\}", m[1])]
-    elif m := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+    elif m := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         order = np.arange(math.prod(sizes)).reshape(number(m[3])).transpose(number(m[4]) if m[4] else None)
         groups = order.reshape(int(m[1]), int(m[2]))
-    elif m := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", rest):
+    elif m := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    ):
         order = np.arange(math.prod(sizes))
         if m[2]:
             order = order.reshape(number(m[2])).transpose(number(m[3]) if m[3] else None)
@@ -132,11 +134,11 @@ def _axes(rest: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     return tuple(name for name, d in zip(names, differ, strict=True) if d)
 
 
-# -- what is in memory ---------------------------------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 class Buffer(NamedTuple):
-    """A place in a device's memory that holds something where a program needs the most."""
+    """A buffer that is alive at a program's peak of memory."""
 
     bytes: int
     dtype: str
@@ -148,10 +150,10 @@ _VALUE = re.compile(r"\s*value: <\d+ (\S+)(?: \(phi\))? @0> \(size=(\d+),offset=
 
 
 def at_peak(assignment: str, live_range: str) -> list[Buffer]:
-    """What is in memory where a program needs the most, but for its arguments.
+    """Returns the buffers that are alive at a program's peak of memory, without its arguments.
 
-    The texts are what XLA writes with `xla_dump_to` to files named ...-buffer-assignment.txt and ...-live-range.txt. An
-    allocator finds no perfect place for everything: a program needs more than the sum of these and its arguments.
+    The texts are XLA's dumps (`xla_dump_to`) ...-buffer-assignment.txt and ...-live-range.txt. Because of fragmentation a
+    program needs more than the sum of these buffers and its arguments.
     """
     places, values, allocation = {}, {}, ("", None)
     for line in assignment.splitlines():
@@ -162,7 +164,7 @@ def at_peak(assignment: str, live_range: str) -> list[Buffer]:
             values[name] = allocation[0], offset
             places[name] = Buffer(int(size), dtype, tuple(int(d) for d in dims.split(",") if d))
     peak = live_range[live_range.find("(peak):") :].partition("\n")[2]
-    out = {}  # of each place once: what a loop carries has a name within it too
+    out = {}  # each place once: a value that a loop carries has another name inside the loop
     for line in peak.splitlines():
         if not (m := re.match(r"\s+(\S+?)(?:\{\})?: \d+ bytes", line)):
             break

@@ -1,4 +1,4 @@
-"""What `plan --law` says and draws: the scaling laws of `laws.py` on a budget and on a model."""
+"""The report of `plan --law`: the scaling laws of `laws.py` for a budget and for a model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.planning import laws
 
 
-def law(args: argparse.Namespace, rest: list[str]) -> int:
-    """Prints what the laws say of a budget and of a model, draws the curve; returns the exit code."""
+def law(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints what the laws predict for a budget and for a model, and draws the curve; returns the exit code."""
     for name in ("on", "sweep", "price", "mfu"):
         if getattr(args, name):
             raise UserError(f"--{name}: is no option of --law; its prices are --train-price and so on, see --help")
-    if rest:
-        raise UserError(f"{rest[0]}: is no option of --law")
+    if overrides:
+        raise UserError(f"{overrides[0]}: is no option of --law")
     prices = laws.Prices(**{name: getattr(args, name) for name in vars(laws.Prices())})
     own = laws.TINYLLAMA
     if args.config:
@@ -42,15 +42,15 @@ def law(args: argparse.Namespace, rest: list[str]) -> int:
                "same_loss_optimum": curve.optimum._asdict(), "same_loss_dollar_optimum": money._asdict()}  # fmt: skip
         print(json.dumps(out | {"picture": str(picture)}, indent=1))
         return 0
-    said = lambda run: f"{run.size / 1e9:.2f}B parameters on {run.tokens / 1e9:,.0f}B tokens"
+    text = lambda run: f"{run.size / 1e9:.2f}B parameters on {run.tokens / 1e9:,.0f}B tokens"
     print(f"{fit.source}: E={fit.E} A={fit.A} B={fit.B} alpha={fit.alpha} beta={fit.beta}")
-    print(f"the least loss for {flops:.3g} training FLOPs: {said(best)}, loss {fit.loss(*best):.3f}")
-    print(f"this model: {said(own)}, {own.tokens / own.size:,.0f} a parameter; loss {past.loss:.3f} by the law")
-    print(f"the cheapest training of that loss: {said(past.cheapest)}; this model's takes {past.factor:.2f} times as much")
+    print(f"the lowest loss for {flops:.3g} training FLOPs: {text(best)}, loss {fit.loss(*best):.3f}")
+    print(f"this model: {text(own)}, {own.tokens / own.size:,.0f} a parameter; loss {past.loss:.3f} by the law")
+    print(f"the cheapest training to that loss: {text(past.cheapest)}; this model takes {past.factor:.2f} times as much")
     if tokens:
-        print(f"the least FLOPs of that loss with {tokens:.3g} inference tokens: {said(curve.optimum)}")
+        print(f"the fewest FLOPs for that loss with {tokens:.3g} inference tokens: {text(curve.optimum)}")
         costs = [f"{prices.dollars(run, tokens):,.0f} USD" for run in (money, own)]
-        print(f"the fewest dollars: {said(money)}, {costs[0]}; this model {costs[1]}")
+        print(f"the fewest dollars: {text(money)}, {costs[0]}; this model {costs[1]}")
     if past.inference_tokens is not None:
         dollars = past.inference_tokens / prices.weight
         print(f"it is the best of its loss for {past.inference_tokens:.3g} inference tokens in FLOPs, {dollars:.3g} in dollars")

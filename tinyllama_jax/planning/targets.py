@@ -1,4 +1,4 @@
-"""Accelerators: the speed, memory and price of each, and devices to compile for on a machine without them."""
+"""The accelerators that a plan knows: speed, memory, price, and devices to compile for without having them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",
 
 
 class Sm(NamedTuple):
-    """What XLA's GPU compiler has to know of the multiprocessors (its names: device_description.proto of XLA)."""
+    """A GPU's multiprocessors, as XLA's compiler needs them (device_description.proto of XLA)."""
 
     capability: tuple[int, int]  # compute capability
     count: int
@@ -31,17 +31,17 @@ class Sm(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A kind of accelerator. Bytes, bytes/s and FLOP/s of one device unless it says otherwise; 1 GB = 10^9."""
+    """A kind of accelerator. Bytes, bytes/s and FLOP/s of one device unless noted; 1 GB = 10^9 bytes."""
 
-    kind: str  # how `jax.Device.device_kind` begins
-    shape: str  # an example of what follows the colon: NODESxGPUS, or a TPU slice's chips along each axis
-    memory: int  # what programs can be given in all, as the driver or the TPU compiler says
+    kind: str  # the beginning of `jax.Device.device_kind`
+    shape: str  # an example of the part after the colon: NODESxGPUS, or a TPU slice's chips along each axis
+    memory: int  # usable by programs, as the driver or the TPU compiler reports it
     flops: float  # peak of dense bf16 matmuls with fp32 accumulation
     bandwidth: float  # of memory
-    link: float  # to the other devices of its node or slice, in one direction, all links together
-    between: float  # of a NODE to the other nodes, in one direction; 0 for a TPU slice, which is one node
+    link: float  # one direction, all links to devices of the same node or slice together
+    between: float  # one direction, from a whole NODE to other nodes; 0 for a TPU slice, which counts as one node
     price: float  # USD an hour, on demand
-    mfu: float  # the part of the peak that the best public run of a ~1B model reaches, counting executed matmuls alone
+    mfu: float  # of the best public run of a ~1B model, counting executed matmuls only
     source: str
     sm: Sm | None = None  # GPUs
 
@@ -93,34 +93,34 @@ TARGETS = {
 
 
 def of(device_kind: str) -> Target | None:
-    """The target of a device that is here, or None if it is none of them (a CPU, say)."""
+    """Returns the target of a device by its kind, or None if the table lacks it (a CPU, say)."""
     known = [target for target in TARGETS.values() if device_kind.startswith(target.kind)]
     return max(known, key=lambda target: len(target.kind), default=None)
 
 
 class Machine(NamedTuple):
-    """What `--on` names."""
+    """A machine to compile for."""
 
-    on: str  # as --on has it
+    on: str  # the value of --on
     target: Target | None  # None for a CPU
     devices: list[jax.Device]  # in the order of nodes
     per_node: int  # devices of one node
 
     @property
     def budget(self) -> int:
-        """Bytes of one device that a program may plan with: of a CPU's, an equal part of what this machine has."""
+        """The bytes of one device that a program may use. CPU devices share this machine's memory equally."""
         if self.target is None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.devices)
-        # at its start a run takes this part of a GPU's memory; a TPU compiler counts all memory, and refuses what does not fit
+        # a run reserves this fraction of a GPU's memory; a TPU compiler may use all of it
         return int(self.target.memory * (xla.memory_fraction() if self.target.sm else 1.0))
 
 
 def machine(on: str) -> Machine:
-    """The machine `on`: "a100-40g:2x8" (NODESxGPUS), "v5e:4x4" (a TPU slice) or "cpu:8" (virtual devices).
+    """Returns the machine `on`: "a100-40g:2x8" (NODESxGPUS), "v5e:4x4" (a TPU slice) or "cpu:8" (virtual devices).
 
-    Its devices hold no arrays and run nothing, but for a CPU's. Raises UserError for a target that is not known, not installed
-    or not of a size that exists. Where jax's CUDA plugin is installed and no driver is, JAX_PLATFORMS=cpu must have been set
-    before jax was imported.
+    Programs can be compiled for its devices, but only a CPU's can run them. Raises UserError if the target is unknown, its
+    compiler is not installed or the size does not exist. With jax's CUDA plugin but no driver, JAX_PLATFORMS=cpu must be set
+    before jax is imported.
     """
     name, _, shape = on.partition(":")
     most, shape = 1_024 if name == "cpu" else 16_384, shape[:100]
@@ -144,7 +144,7 @@ def machine(on: str) -> Machine:
                 platform="cuda", target_config=_target_config(target), topology=f"1x{int(nodes)}x{int(per_node)}"
             )
             return Machine(on, target, list(description.devices), int(per_node))
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of a metadata server that is not there
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server
         devices = _slice(name, shape)
         return Machine(on, target, devices, len(devices))
     except (RuntimeError, ValueError) as e:  # jax's errors of the plugin are RuntimeErrors
@@ -154,7 +154,7 @@ def machine(on: str) -> Machine:
 def _virtual(on: str, n: int) -> list[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", n)
-    except RuntimeError:  # jax has looked for its devices already
+    except RuntimeError:  # too late: JAX has its devices already
         if len(jax.devices("cpu")) < n:
             raise UserError(f"--on={on}: this process has {len(jax.devices('cpu'))} devices") from None
     return jax.devices("cpu")[:n]
@@ -162,14 +162,14 @@ def _virtual(on: str, n: int) -> list[jax.Device]:
 
 def _slice(name: str, shape: str) -> list[jax.Device]:
     chips = math.prod(int(n) for n in shape.split("x"))
-    if name in ("v5e", "v6e") and shape == "1x1":  # the smallest that the compiler describes has four
+    if name in ("v5e", "v6e") and shape == "1x1":  # the smallest slice that the compiler knows has four chips
         shape = "2x2"
     more = {"chip_config_name": "megacore"} if name == "v4" else {}  # a chip's two cores as one device
     return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more).devices)[:chips]
 
 
 def _target_config(target: Target) -> str:
-    """A GpuTargetConfigProto as text."""
+    """Returns XLA's GpuTargetConfigProto as text."""
     sm = target.sm
     return f"""
         gpu_device_info {{

@@ -62,6 +62,19 @@ def gpus(env: Mapping[str, str] = os.environ) -> list[int] | None:
     return list(range(index * n // processes, (index + 1) * n // processes))
 
 
+def check_gpus(platform: str, devices: int, env: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError if Slurm gave this host GPUs, but this process runs on a CPU or on fewer GPUs than its share.
+
+    `devices`: how many this process has, of `platform`.
+    """
+    given, processes = env.get("SLURM_GPUS_ON_NODE", ""), _on_this_host(env)[0]
+    chosen = env.get("JAX_LOCAL_DEVICE_IDS") or env.get("JAX_PLATFORMS") == "cpu"
+    if processes and given.isdecimal() and not chosen and (platform == "cpu" or devices * processes < int(given)):
+        seen = 0 if platform == "cpu" else devices * processes
+        remedy = "is jax[cuda12] installed, and what do CUDA_VISIBLE_DEVICES and --gpus-per-task say?"
+        raise UserError(f"Slurm gave this host {given} GPUs, and its {processes} processes see {seen}; {remedy}")
+
+
 def listen_on_loopback(processes: int) -> None:
     """Makes the collectives of one machine (NCCL, and gloo on CPUs) listen on the loopback only."""
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")

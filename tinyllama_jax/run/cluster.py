@@ -73,6 +73,7 @@ def join(wait: float) -> None:
     jax.distributed.initialize(
         **where, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
     )
+    addresses.check_gpus(jax.default_backend(), jax.local_device_count())
     if CHANNEL in os.environ:
         _shared = mmap.mmap(int(os.environ[CHANNEL]), HEARTBEAT.size)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

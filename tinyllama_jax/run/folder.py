@@ -114,7 +114,7 @@ def _create_run(run: Path, config: Config, tokenizer: Path) -> None:
     if config.init.from_ and Path(config.init.from_).resolve() == run.resolve():
         raise UserError(f"--workdir={run}: is also --init.from; name a new folder")
     run.mkdir(parents=True, exist_ok=True)
-    seals.check_not_lost(run)
+    seals.start_over(config)
     if exists(run / "config.json"):
         load_config(run)  # raises UserError unless a run wrote it
     elif any((run / name).is_dir() and name != "processes" for name in listed(run)):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import typing
 from collections.abc import Callable
@@ -42,11 +43,20 @@ def steps_in(run: str | Path) -> list[int]:
     return [step for step in _numbered(run) if exists(Path(run) / "checkpoints" / str(step) / SEAL)]
 
 
+def _names(run: str | Path) -> list[str]:
+    folder = Path(run) / "checkpoints"
+    return files.listed(folder) if folder.is_dir() else []
+
+
 def _numbered(run: str | Path) -> list[int]:
     """The step numbers among the names in RUN/checkpoints, in order, sealed or not."""
-    folder = Path(run) / "checkpoints"
-    names = files.listed(folder) if folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+    return sorted(int(name) for name in _names(run) if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+
+
+def _strays(run: str | Path) -> list[str]:
+    """Names in RUN/checkpoints that are neither checkpoints nor left there by this program or a file manager."""
+    steps = set(map(str, steps_in(run)))
+    return [name for name in _names(run) if name not in steps and not unfinished(name)]
 
 
 def unfinished(name: str) -> bool:
@@ -59,11 +69,14 @@ def find_step(run: str | Path, step: int | None = None, option: str = "--step ")
     files.check_utf8(os.path.abspath(run))
     if not exists(Path(run) / "config.json"):
         raise UserError(f"{run}: is not a run folder (it has no config.json)")
-    steps = steps_in(run)
+    steps, strays = steps_in(run), _strays(run)
+    ignored = f" (not checkpoints, ignored: {', '.join(strays)})" if strays else ""
     if not steps:
-        raise UserError(f"{run}: has no checkpoint yet")
+        raise UserError(f"{run}: has no checkpoint" + (ignored or " yet"))
     if step is not None and step not in steps:
-        raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}")
+        raise UserError(f"{option}{step}: {run} has checkpoints of the steps {', '.join(map(str, steps))}{ignored}")
+    if step is None and strays:
+        print(f"{run}: its newest checkpoint is of step {steps[-1]:,}{ignored}", file=sys.stderr)
     return steps[-1] if step is None else step
 
 
@@ -191,16 +204,33 @@ def recover(config: Config) -> list[str]:
         notes.append(f"{why}; its metrics so far are now in {set_aside(run, metrics, shutil.copyfile)}")
     for path, reason in aside.items():
         notes.append(f"checkpoint {path.name} is not used ({reason}) and is now {set_aside(run, path)}")
+    if strays := _strays(run):
+        notes.append(f"not checkpoints, ignored in {run / 'checkpoints'}: {', '.join(strays)}")
     if newest not in (None, saved):
         remember(run, newest)
     return notes
 
 
-def check_not_lost(run: Path) -> None:
-    """Raises UserError if a run without checkpoints once had one."""
-    if saved := last_saved(run):
-        remedy = f"mount or restore {run / 'checkpoints'}, or start again with --workdir=NEW"
-        raise UserError(f"{run}: its checkpoints are gone, the newest of step {saved:,}; {remedy}")
+def start_over(config: Config) -> None:
+    """Sets aside the remains of a run whose checkpoints are gone, if `init.start_over` is the newest step that it saved.
+
+    Does nothing if no step was ever saved. Raises UserError, and moves nothing, if `init.start_over` is another step.
+    """
+    run, given = Path(config.workdir), config.init.start_over
+    if not (saved := last_saved(run)):
+        return
+    if given != saved:
+        option = f"--init.start_over={given}: " if given else ""
+        restart = f"start again with --init.start_over={saved}, which moves the rest to {run / 'set_aside'}"
+        remedy = f"mount or restore {run / 'checkpoints'}, or {restart}"
+        raise UserError(f"{option}{run}: its checkpoints are gone, the newest of step {saved:,}; {remedy}")
+    stay = ["lock", "processes", "set_aside", "config.json", NEWEST]
+    stay += ["checkpoints"] if (run / "checkpoints").is_dir() and not _names(run) else []  # a disk may be mounted there
+    for name in files.listed(run):
+        if name not in stay:
+            set_aside(run, run / name)
+    set_aside(run, run / "config.json", shutil.copyfile)
+    set_aside(run, run / NEWEST)  # last, so that a killed command does all of this again
 
 
 def set_aside(run: Path, path: Path, move: Callable[[Path, Path], object] = os.rename) -> Path:

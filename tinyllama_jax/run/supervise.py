@@ -65,8 +65,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def supervise(module: str) -> None:
     """Runs `python -m module` as a child, watches it, and exits with its exit code. Returns if no parent is needed."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # during the imports there is nothing to save
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if CHANNEL not in os.environ and (not {"-h", "--help"} & set(sys.argv)):
         run_main(lambda argv: _supervised(module, argv) if cluster.several() else None, returns=True)
 

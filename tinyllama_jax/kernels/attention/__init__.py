@@ -1,4 +1,4 @@
-"""Causal grouped-query attention: one call, and which implementation runs where."""
+"""Causal grouped-query attention: one function, and the choice of its implementation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.kernels.attention import library, plain
 
-KERNELS = ("pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")  # of whole arrays: no compiler splits one over devices
-LANES = 128  # of a TPU
+# opaque to the SPMD partitioner, so they run under shard_map
+KERNELS = ("pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
+LANES = 128  # the lanes of a TPU's vector unit
 
 
 def attention(
@@ -24,12 +25,13 @@ def attention(
     start: jax.Array | int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Query i stands at position `start` + i and sees keys 0 .. `start` + i; query head n uses key head n // (N / K).
+    """Returns the attention output [B, S, N, H] in q's dtype.
 
-    With `segment_ids_BS` (int32) it sees those of its own segment alone. Returns [B, S, N, H] in q's dtype. `impl`:
-    "reference", "xla" or one of KERNELS; those, and segments, want start = 0 and S = T. `interpret` has "pallas_triton" and
-    "pallas_tpu" run anywhere, slowly. What backward keeps of it besides q, k and v is named "attention". Kernels have no
-    forward-mode and no second derivative. A NaN spreads farther than its document: 0 x NaN is NaN.
+    Query i is at position `start` + i and sees keys 0 .. `start` + i. Query head n uses key head n // (N / K). With
+    `segment_ids_BS` (int32) a query sees only keys of its own segment. `impl`: "reference", "xla" or one of KERNELS. Kernels
+    and segments need start = 0 and S = T. `interpret` runs "pallas_triton" and "pallas_tpu" on any device, slowly. Backward
+    saves q, k, v and values named "attention". Kernels have neither forward-mode nor second derivatives. A NaN can reach
+    other documents: 0 x NaN is NaN.
     """
     if impl in ("reference", "xla"):
         f = plain.reference if impl == "reference" else plain.in_query_blocks
@@ -40,7 +42,7 @@ def attention(
             f"{impl}: S = {q_BSNH.shape[1]}, T = {k_BTKH.shape[1]}, start = {start}; it is for S = T and start = 0"
         )
     if impl == "pallas_triton":
-        from tinyllama_jax.kernels.attention import triton  # here, for a JAX will come that has no such language
+        from tinyllama_jax.kernels.attention import triton  # imported here: later versions of JAX drop this language
 
         return triton.flash(*arrays, interpret)
     if impl == "pallas_tpu":
@@ -61,9 +63,9 @@ def choose(
     head_dim: int = 64,
     segments: bool = False,
 ) -> tuple[str, str]:
-    """What "auto" means on `device` (the first one here if None): (implementation, reason).
+    """Chooses the implementation on `device` (None: the first device) and returns it with the reason.
 
-    Raises UserError, with the reason, if a named one cannot run there, or not with such sequences and heads.
+    Raises UserError if `impl` names one that cannot run on this device or with these sequences and heads.
     """
     device = device or jax.devices()[0]
     lacking = {name: _lacks(name, dtype, device, seq_len, head_dim) for name in KERNELS}
@@ -75,20 +77,20 @@ def choose(
         return "pallas_tpu", "splash attention, on a TPU"
     if device.platform == "gpu":
         capability = device.compute_capability
-        # cuDNN has kernels for Hopper's own instructions, and the Triton one reads no [S, S] mask for segments
+        # cuDNN uses Hopper's own instructions; for segments it needs an [S, S] mask, which the Triton kernel does not
         first, second = ("cudnn", "pallas_triton") if float(capability) >= 9.0 and not segments else ("pallas_triton", "cudnn")
         for name in (first, second):
             if not lacking[name]:
                 return name, f"{dtype} on a GPU of compute capability {capability}{', with segments' if segments else ''}"
-    here = next((lacking[name] for name in KERNELS if device.platform == _PLATFORM[name]), "")
-    return "xla", f"no kernel for {dtype} on the backend {device.platform}" + (f": {here}" if here else "")
+    reason = next((lacking[name] for name in KERNELS if device.platform == _PLATFORM[name]), "")
+    return "xla", f"no kernel for {dtype} on the backend {device.platform}" + (f": {reason}" if reason else "")
 
 
 _PLATFORM = {"pallas_triton": "gpu", "pallas_mosaic_gpu": "gpu", "cudnn": "gpu", "pallas_tpu": "tpu"}
 
 
 def _lacks(impl: str, dtype: str, device: jax.Device, seq_len: int, head_dim: int) -> str:
-    """Why `impl` cannot run, or nothing."""
+    """Returns why `impl` cannot run; empty if it can."""
     if impl == "pallas_tpu":
         if device.platform != "tpu":
             return f"needs a TPU; this is the backend {device.platform}"
@@ -96,8 +98,8 @@ def _lacks(impl: str, dtype: str, device: jax.Device, seq_len: int, head_dim: in
     lowest = 9.0 if impl == "pallas_mosaic_gpu" else 8.0
     capability = float(getattr(device, "compute_capability", 0) or 0)
     if device.platform != "gpu" or capability < lowest or dtype == "float32":
-        here = f"compute capability {capability}" if device.platform == "gpu" else f"the backend {device.platform}"
-        return f"needs bf16 or fp16 on an NVIDIA GPU of compute capability {lowest} or more; this is {dtype} on {here}"
+        backend = f"compute capability {capability}" if device.platform == "gpu" else f"the backend {device.platform}"
+        return f"needs bf16 or fp16 on an NVIDIA GPU of compute capability {lowest} or more; this is {dtype} on {backend}"
     if head_dim > 128 or (impl != "pallas_triton" and head_dim % 8):
         return f"needs heads of at most 128{'' if impl == 'pallas_triton' else ', a multiple of 8'}; these are {head_dim} wide"
     if impl == "pallas_triton" and importlib.util.find_spec("jax.experimental.pallas.triton") is None:

@@ -1,4 +1,4 @@
-"""Attention of others: cuDNN's, JAX's splash attention for TPU, tokamax's for Hopper and later."""
+"""Third-party attention kernels: cuDNN's, JAX's splash attention for TPU, tokamax's for Hopper and later."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.base.errors import UserError
 
-SPLASH_BLOCK = 512  # queries and keys of a block in splash attention, as MaxText has it by default for v4 to v6e (`sa_block_q`)
+SPLASH_BLOCK = 512  # queries and keys in a block of splash attention; MaxText's default for v4 to v6e (`sa_block_q`)
 
 
 def cudnn(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None) -> jax.Array:
-    """cuDNN's flash attention, as JAX calls it. It knows no segments: they become a mask [B, 1, S, S] in memory."""
+    """cuDNN's flash attention, through JAX. Segments become a mask [B, 1, S, S] in memory."""
     f = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     return _named(lambda q, k, v, mask: f(q, k, v, mask=mask))(q_BSNH, k_BSKH, v_BSKH, _mask(ids_BS))
 
 
 def tokamax(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None) -> jax.Array:
-    """tokamax's kernel in Pallas for Mosaic GPU, with such a mask too. Raises UserError if it refuses the case."""
+    """tokamax's Pallas kernel for Mosaic GPU; segments as in `cudnn`. Raises UserError if tokamax refuses the arguments."""
     import tokamax
 
     f = partial(tokamax.dot_product_attention, is_causal=True, implementation="mosaic_gpu")
@@ -37,9 +37,9 @@ def _mask(ids_BS: jax.Array | None) -> jax.Array | None:
 
 
 def _named(f: Callable) -> Callable:
-    """`f`(q, k, v, mask) with what its backward needs of its forward named "attention": its output and the rows' logsumexp.
+    """Returns `f`(q, k, v, mask) with everything that backward needs from forward named "attention".
 
-    To name the output alone would not do: forward would run again for the rest.
+    That is the output and each row's logsumexp. With the output alone, backward would run forward again.
     """
 
     @jax.custom_vjp
@@ -53,8 +53,9 @@ def _named(f: Callable) -> Callable:
         def keep(x):
             if x is out:
                 return named
-            again = any(x is known for known in (q, k, v)) or x.shape[-2:] == 2 * q.shape[1:2]  # of a mask: made again
-            return x if again else checkpoint_name(x, "attention")
+            is_input = any(x is known for known in (q, k, v))
+            is_mask = x.shape[-2:] == 2 * q.shape[1:2]  # recomputed from the segments
+            return x if is_input or is_mask else checkpoint_name(x, "attention")
 
         return named, jax.tree.map(keep, vjp)
 
@@ -65,7 +66,7 @@ def _named(f: Callable) -> Callable:
 def splash(
     q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None, interpret: bool = False
 ) -> jax.Array:
-    """JAX's splash attention: flash attention in Pallas for TPU, which skips blocks that the mask hides, with GQA."""
+    """JAX's splash attention for TPU: flash attention in Pallas with GQA, which skips blocks that the mask hides."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -82,7 +83,7 @@ def splash(
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     scaled_BSNH = q_BSNH.astype(jnp.float32) * jnp.float32(1 / math.sqrt(H))  # 1/8 for H = 64: exact in q's dtype too
     arrays = heads_first(scaled_BSNH.astype(q_BSNH.dtype)), heads_first(k_BSKH), heads_first(v_BSKH)
-    with jax.numpy_dtype_promotion("standard"):  # its own code counts on it
+    with jax.numpy_dtype_promotion("standard"):  # splash attention's code needs it
         if ids_BS is None:
             return heads_first(jax.vmap(kernel)(*arrays))
         return heads_first(jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(*arrays, ids_BS))

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention as XLA compiles it: the definition in fp32, and a block of queries at a time."""
+"""Causal grouped-query attention in plain JAX: the definition in fp32, and the same a block of queries at a time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-QUERY_BLOCK = 256  # queries whose scores exist at one time in "xla": B x N x 256 x T, never S x T
-PIECES = 8  # at most so many groups of blocks; each sees the keys up to its last query, and is compiled separately
+QUERY_BLOCK = 256  # queries in a block of "xla": its scores take B x N x 256 x T, never S x T
+PIECES = 8  # the most groups of blocks; a group reads the keys up to its last query and is compiled separately
 
 
 def reference(
     q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
 ) -> jax.Array:
-    """The definition: softmax(q k' / sqrt(H) + mask) v, all in fp32."""
+    """The definition: softmax(q k' / sqrt(H) + mask) v, in fp32."""
     q_BSKGH, k_BTKH, v_BTKH = (x.astype(jnp.float32) for x in (_grouped(q_BSNH, k_BTKH), k_BTKH, v_BTKH))
     weights_BKGST = _weights(q_BSKGH, k_BTKH, ids_BS, ids_BS, jnp.int32(start))
     return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH).reshape(q_BSNH.shape).astype(q_BSNH.dtype)
@@ -41,12 +41,13 @@ def _weights(q_BSKGH, k_BTKH, q_ids_BS: jax.Array | None, k_ids_BT: jax.Array | 
 def in_query_blocks(
     q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
 ) -> jax.Array:
-    """`reference` a block of queries at a time. All matmuls, backward's too, take the inputs' dtype and accumulate in fp32.
+    """Computes `reference` a block of queries at a time. Matmuls take the inputs' dtype and accumulate in fp32.
 
-    If `start` is a Python int, a piece skips the keys after its last query: of S = T in n pieces 1/2 + 1/(2n) remains.
+    If `start` is a Python int, a piece skips the keys after its last query: with S = T and n pieces, 1/2 + 1/(2n) of the work
+    remains.
     """
     pieces = partial(_in_pieces, ids_BS=ids_BS, start=start)
-    return jax.checkpoint(pieces, prevent_cse=False)(q_BSNH, k_BTKH, v_BTKH)  # backward keeps q, k and v alone
+    return jax.checkpoint(pieces, prevent_cse=False)(q_BSNH, k_BTKH, v_BTKH)  # backward saves only q, k and v
 
 
 def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
@@ -54,9 +55,9 @@ def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
     n, known = -(-S // QUERY_BLOCK), isinstance(start, int)
     k_f32, v_f32 = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)  # so that their gradients are summed in fp32
     size, pieces, first, out = -(-S // n), min(n, PIECES) if known else 1, 0, []
-    # the last block is filled up with copies of the last query: jnp.pad's "edge" would send activations between devices
-    whole = lambda x: jnp.concatenate([x, jnp.repeat(x[:, -1:], n * size - S, axis=1)], axis=1)
-    cut = lambda x: jnp.stack(jnp.split(whole(x), n, axis=1))
+    # pads the last block with copies of the last query; jnp.pad's "edge" would send activations between devices
+    padded = lambda x: jnp.concatenate([x, jnp.repeat(x[:, -1:], n * size - S, axis=1)], axis=1)
+    cut = lambda x: jnp.stack(jnp.split(padded(x), n, axis=1))
     q = cut(_grouped(q_BSNH, k_BTKH))  # blocks, B, S of a block, K, G, H
     q_ids, at = None if ids_BS is None else cut(ids_BS), start + size * jnp.arange(n, dtype=jnp.int32)
     for last in (n * (j + 1) // pieces for j in range(pieces)):
@@ -70,7 +71,7 @@ def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees: int) -> jax.Array:
-    """A block of queries on the first `sees` keys. k and v come in fp32, as their gradients go, and are cast to q's dtype."""
+    """Attention of a block of queries to the first `sees` keys. k and v are fp32, for the sake of their gradients."""
     return _forward(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees)[0]
 
 
@@ -81,9 +82,9 @@ def _forward(q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start, sees):
     return out_BSKGH.astype(q_BSKGH.dtype), (q_BSKGH, k_BTKH, v_BTKH, q_ids_BS, k_ids_BT, start)
 
 
-def _backward(sees, kept, dout_BSKGH):
-    """The scores are computed again; their gradient is cast for its two matmuls, as the GPU's kernel does."""
-    (q, k, v, *mask), einsum = kept, partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _backward(sees, residuals, dout_BSKGH):
+    """Computes the scores again. Their gradient is cast to q's dtype for its two matmuls, as in the GPU kernel."""
+    (q, k, v, *mask), einsum = residuals, partial(jnp.einsum, preferred_element_type=jnp.float32)
     k, v, hidden = k[:, :sees], v[:, :sees], ((0, 0), (0, k.shape[1] - sees), (0, 0), (0, 0))
     weights = _weights(q, k, *mask)
     dweights = einsum("bskgh,btkh->bkgst", dout_BSKGH, v)

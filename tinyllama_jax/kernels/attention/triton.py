@@ -1,10 +1,10 @@
-"""Flash attention for NVIDIA GPUs from compute capability 8.0 on, in Pallas' Triton language: forward and backward.
+"""Flash attention for NVIDIA GPUs of compute capability 8.0 and later, in Pallas' Triton language.
 
-FlashAttention-2 (Dao 2023, arXiv:2307.08691): a block of queries meets one block of keys after the other, with a running
-maximum and sum, so that scores exist on the chip alone. Backward computes them again from q, k and the rows' logsumexp. It is
-two kernels, for dq and for dk and dv, so that nothing is added up by atomic operations and the same input gives the same bits.
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): a block of queries visits one block of keys after another and keeps a running
+maximum and sum, so that scores exist only on the chip. Backward computes the scores again from q, k and each row's logsumexp.
+It is two kernels, one for dq and one for dk and dv: without atomic additions, the same input gives the same bits.
 
-JAX 0.11 deprecates this language: docs/log.md says what comes after it, and when.
+JAX 0.11 deprecates this language; docs/log.md has its successor and the date.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-HIDDEN = -1e30  # a score that no query sees; finite, for -inf - -inf is NaN, in a block hidden from a whole row
-LOG2_E = math.log2(math.e)  # scores are kept times this: a GPU has exp2, not exp
+HIDDEN = -1e30  # the score of a hidden pair; finite, because -inf - -inf is NaN where a whole row of a block is hidden
+LOG2_E = math.log2(math.e)  # scores are multiplied by it, because a GPU has exp2, not exp
 
 
 class Tuning(NamedTuple):
-    """How a kernel is cut: rows of the block that a program keeps, rows of those that its loop loads, Triton's own two."""
+    """A kernel's block sizes: rows that a program keeps, rows that its loop loads; and Triton's warps and stages."""
 
     own: int
     other: int
@@ -34,13 +34,13 @@ class Tuning(NamedTuple):
     stages: int
 
 
-# By the widest head that they are for. Chosen by what ptxas says for sm_80 (no registers spilled, but for 44 bytes in dkv) and
-# by an RTX 3090's 99 KB of shared memory.
+# By the widest head of each. Chosen so that ptxas spills no registers for sm_80 (44 bytes in dkv) and the blocks fit into an
+# RTX 3090's 99 KB of shared memory.
 TUNINGS = {
     64: {"forward": Tuning(128, 64, 4, 3), "dq": Tuning(128, 64, 8, 2), "dkv": Tuning(128, 64, 8, 2)},
     128: {"forward": Tuning(128, 64, 8, 2), "dq": Tuning(64, 64, 4, 2), "dkv": Tuning(64, 64, 8, 2)},
 }
-LARGEST = 128  # rows that every block divides
+LARGEST = 128  # a multiple of every block size
 
 
 def _cut(kernel: str, S: int, H: int) -> Tuning:
@@ -51,11 +51,11 @@ def _cut(kernel: str, S: int, H: int) -> Tuning:
 def flash(
     q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None, interpret: bool = False
 ) -> jax.Array:
-    """Causal grouped-query attention [B, S, N, H] in q's dtype, each query within its segment; any S; H up to 128."""
+    """Causal grouped-query attention [B, S, N, H] in q's dtype, within segments; any S, and H up to 128."""
     S, H = q_BSNH.shape[1], q_BSNH.shape[3]
     rows = min(LARGEST, max(16, pl.next_power_of_2(S)))  # tensor cores take 16 rows or more
     width = max(16, pl.next_power_of_2(H))
-    # keys that are added come after all queries, which do not see them; columns of zeros change no product
+    # padding keys come after all queries, which do not see them; columns of zeros do not change a product
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -S % rows), (0, 0), (0, width - H)))
     if ids_BS is not None:
         ids_BS = jnp.pad(ids_BS.astype(jnp.int32), ((0, 0), (0, -S % rows)), mode="edge")
@@ -79,25 +79,25 @@ def _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
 
 
 def _flash_forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
-    kept = _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret)
-    out_BSNH, lse_BNS = (checkpoint_name(x, "attention") for x in kept)  # with both, backward does no forward again
+    outputs = _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret)
+    out_BSNH, lse_BNS = (checkpoint_name(x, "attention") for x in outputs)  # with both saved, backward runs no forward
     return out_BSNH, (q_BSNH, k_BSKH, v_BSKH, ids_BS, out_BSNH, lse_BNS)
 
 
-def _flash_backward(scale, interpret, kept, do_BSNH):
-    q_BSNH, k_BSKH, v_BSKH, ids_BS, out_BSNH, lse_BNS = kept
+def _flash_backward(scale, interpret, residuals, do_BSNH):
+    q_BSNH, k_BSKH, v_BSKH, ids_BS, out_BSNH, lse_BNS = residuals
     (B, S, N, H), K = q_BSNH.shape, k_BSKH.shape[2]
     G = N // K
-    # a row's sum of p dp, which is that of out dout
+    # the sum of p dp over a row equals the sum of out dout
     delta_BNS = jnp.einsum("bsnh,bsnh->bns", *(x.astype(jnp.float32) for x in (out_BSNH, do_BSNH)))
-    rest = do_BSNH, lse_BNS, delta_BNS
+    backward_inputs = do_BSNH, lse_BNS, delta_BNS
 
     cut = _cut("dq", S, H)
     own, own_row, every = _by_queries(cut, S, H, N // K)
     kernel = partial(_dq_kernel, cut=cut, scale=scale)
     call = _call(kernel, "attention_dq", (S // cut.own, N, B), cut, [own, every, every, own, own_row, own_row], [own],
                  (q_BSNH,), ids_BS, 3 * S * S * H * N * B, interpret)  # fmt: skip
-    (dq_BSNH,) = call(q_BSNH, k_BSKH, v_BSKH, *rest)
+    (dq_BSNH,) = call(q_BSNH, k_BSKH, v_BSKH, *backward_inputs)
 
     cut = _cut("dkv", S, H)
     own = pl.BlockSpec((None, cut.own, None, H), lambda j, k, b: (b, j, k, 0))
@@ -106,14 +106,14 @@ def _flash_backward(scale, interpret, kept, do_BSNH):
     kernel = partial(_dkv_kernel, cut=cut, scale=scale, blocks=S // cut.other, group=G)
     call = _call(kernel, "attention_dkv", (S // cut.own, K, B), cut, [every, own, own, every, every_row, every_row],
                  [own, own], (k_BSKH, v_BSKH), ids_BS, 4 * S * S * H * N * B, interpret)  # fmt: skip
-    return dq_BSNH, *call(q_BSNH, k_BSKH, v_BSKH, *rest), None
+    return dq_BSNH, *call(q_BSNH, k_BSKH, v_BSKH, *backward_inputs), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _by_queries(cut: Tuning, S: int, H: int, group: int) -> tuple[pl.BlockSpec, ...]:
-    """What a program (i, n, b) sees: its block of queries, the last first, a number for each, and all keys of its head."""
+    """Block specs of program (i, n, b): its block of queries (last block first), a number per query, its head's keys."""
     block = lambda i: S // cut.own - 1 - i
     return (
         pl.BlockSpec((None, cut.own, None, H), lambda i, n, b: (b, block(i), n, 0)),
@@ -123,12 +123,12 @@ def _by_queries(cut: Tuning, S: int, H: int, group: int) -> tuple[pl.BlockSpec, 
 
 
 def _call(kernel: Callable, name, grid, cut, in_specs, out_specs, outputs, ids_BS, flops, interpret) -> Callable:
-    """`kernel` as a function of its arrays, but for the segments, which it gets behind them, or None and None."""
+    """Returns `kernel` as a function of its arrays. The segments (or None, None) are appended to them."""
     segments, specs = (None, None), [None, None]
     if ids_BS is not None:
         segments = ids_BS, _end(ids_BS, cut.own, cut.other, last=name.endswith("dkv"))
-        specs = [pl.BlockSpec((None, *a.shape[1:]), lambda i, n, b, rest=a.ndim - 1: (b, *(0,) * rest)) for a in segments]
-    cost = pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=0)  # `plan` reads the first alone
+        specs = [pl.BlockSpec((None, *a.shape[1:]), lambda i, n, b, n_zeros=a.ndim - 1: (b, *(0,) * n_zeros)) for a in segments]
+    cost = pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=0)  # `plan` reads only flops
     call = pl.pallas_call(
         kernel,
         grid=grid,
@@ -144,9 +144,10 @@ def _call(kernel: Callable, name, grid, cut, in_specs, out_specs, outputs, ids_B
 
 
 def _end(ids_BS: jax.Array, own: int, other: int, last: bool) -> jax.Array:
-    """[B, S / own]: the first of the blocks of `other` rows that may share a segment with each of `own`, or past the last.
+    """Returns, for each block of `own` rows, the first block of `other` rows that may share a segment with it: [B, S / own].
 
-    By the range of ids in a block: exact for documents one after the other, and never too few.
+    With `last`, the one after the last such block. By the range of ids in a block: exact for consecutive documents, and never
+    too narrow.
     """
     low, high = ([f(ids_BS.reshape(len(ids_BS), -1, n), -1) for n in (own, other)] for f in (jnp.min, jnp.max))
     meet_BIJ = (low[0][:, :, None] <= high[1][:, None, :]) & (low[1][:, None, :] <= high[0][:, :, None])
@@ -155,9 +156,9 @@ def _end(ids_BS: jax.Array, own: int, other: int, last: bool) -> jax.Array:
     return jnp.argmax(meet_BIJ, -1).astype(jnp.int32)
 
 
-# -- the kernels: what one program does -----------------------------------------------------------------------------------
+# -- the kernels -------------------------------------------------------------------------------------------------------
 #
-# O: rows of the block that a program keeps, T: rows of one that its loop loads.
+# O: rows of the block that a program keeps. T: rows of a block that its loop loads.
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -170,7 +171,7 @@ def _scores(a_OH: jax.Array, b_TH: jax.Array, scale: float, hidden_OT: jax.Array
 
 
 def _hidden(query, key, diagonal: bool, ids: tuple | None) -> jax.Array | None:
-    """Which pairs do not see each other: positions that broadcast, and their segments. None: all do."""
+    """Returns which pairs are hidden, from positions and segments that broadcast; None if no pair is."""
     out = query < key if diagonal else None
     if ids is not None:
         other_segment = ids[0] != ids[1]
@@ -179,7 +180,7 @@ def _hidden(query, key, diagonal: bool, ids: tuple | None) -> jax.Array | None:
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, ids_ref, end_ref, out_ref, lse_ref, *, cut: Tuning, scale: float):
-    i = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest first
+    i = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest programs first
     q_OH = plgpu.load(q_ref)
     own = i * cut.own + jnp.arange(cut.own)
     ids_O = None if ids_ref is None else plgpu.load(ids_ref.at[pl.ds(i * cut.own, cut.own)])
@@ -204,7 +205,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, ids_ref, end_ref, out_ref, lse_ref, *, 
 
 
 def _up_to_diagonal(i, end_ref, cut: Tuning, block: Callable, carry):
-    """`block` over the blocks of keys that queries of block `i` may see. What a row sees last is itself: never nothing."""
+    """Runs `block` over the blocks of keys that queries of block `i` may see. The last key of a row is the row itself."""
     first = 0 if end_ref is None else plgpu.load(end_ref.at[i])
     carry = lax.fori_loop(first, i * cut.own // cut.other, partial(block, diagonal=False), carry)
     return lax.fori_loop(i * cut.own // cut.other, (i + 1) * cut.own // cut.other, partial(block, diagonal=True), carry)
@@ -250,7 +251,7 @@ def _dkv_kernel(
         ds_OT = p_OT * (_dot(v_OH, do_TH, (1, 1)) - delta_T[None, :])
         return dk_OH + _dot(ds_OT.astype(q_TH.dtype), q_TH, (1, 0)), dv_OH
 
-    def head(g, carry):  # of the query heads that share this key head
+    def head(g, carry):  # one of the query heads that share this key head
         first = j * cut.own // cut.other
         carry = lax.fori_loop(first, (j + 1) * cut.own // cut.other, partial(block, g=g, diagonal=True), carry)
         return lax.fori_loop((j + 1) * cut.own // cut.other, last, partial(block, g=g, diagonal=False), carry)

@@ -1,0 +1,118 @@
+"""Which other steps would fit a machine, found by compiling them: more sequences, the nearest change, a sweep."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base.config import REMAT, Config
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.planning import targets
+from tinyllama_jax.planning.compiled import Compiled, compile_step, gib, step_seconds
+
+
+def _with(config: Config, **changes: object) -> Config:
+    return cli.override(config, {key.replace("__", "."): str(value) for key, value in changes.items()})
+
+
+def guess(compiled: Compiled, sequences: int) -> float:
+    """Estimates the bytes that a device needs for `sequences`: a fixed part, and a part in proportion to them."""
+    known = compiled.expected if compiled.memory["params"] is None else compiled.memory
+    fixed = sum(known[kind] for kind in ("params", "optimizer", "gradients"))
+    scaled = max(compiled.peak - fixed, 0) * sequences / compiled.config.train.seqs_per_device
+    most = compiled.config.fitting(sharding.batch_devices(compiled.mesh))[-1]
+    no_accumulation = sequences == most  # then there is no sum of gradients in memory
+    return fixed + scaled + known["params"] * ((compiled.accumulation == 1) - no_accumulation)
+
+
+def most_sequences(compiled: Compiled) -> tuple[int, Compiled | None]:
+    """Returns (the largest train.seqs_per_device that fits, the step compiled with it), or (0, None) if not even 1 fits.
+
+    Values that `guess` puts a tenth or more above the budget are not compiled.
+    """
+    asked, tried = compiled.config.train.seqs_per_device, [compiled]
+    for n in reversed(compiled.config.fitting(sharding.batch_devices(compiled.mesh))):
+        if n == asked or (n < asked and compiled.fits):
+            continue
+        near = min(tried, key=lambda t: abs(t.config.train.seqs_per_device - n))
+        if n > 1 and guess(near, n) > 1.1 * compiled.machine.budget:
+            continue
+        tried.append(compile_step(_with(compiled.config, train__seqs_per_device=n), compiled.machine))
+        if tried[-1].fits:
+            return n, tried[-1]
+    return (asked, compiled) if compiled.fits else (0, None)
+
+
+def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
+    """Finds the smallest change that makes a step fit, by compiling: (config keys and values, the step compiled with them).
+
+    Tried in order: fewer sequences a device, which costs little; a remat policy that keeps less; parameters sharded over all
+    devices. Returns None if none of them fits.
+    """
+    config, machine = compiled.config, compiled.machine
+    wider = {"mesh.data": 1, "mesh.fsdp": -1}
+    remats = [{"model.remat": remat} for remat in REMAT[REMAT.index(config.model.remat) + 1 :]]
+    for more in [{}, *remats, wider, {**wider, "model.remat": REMAT[-1]}]:
+        for sequences in (config.train.seqs_per_device, 1):
+            with contextlib.suppress(UserError):  # a number that does not come out even on another mesh
+                keys = more | {"train.seqs_per_device": sequences}
+                changed = cli.override(config, {key: str(value) for key, value in keys.items()})
+                n, fitting = most_sequences(compile_step(changed, machine) if more else compiled)
+                if fitting:
+                    return more | ({"train.seqs_per_device": n} if n != config.train.seqs_per_device else {}), fitting
+                break
+    return None
+
+
+def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int]]:
+    """The meshes (data, fsdp, tensor) of a sweep: the config's own, fsdp within a node, fsdp over all devices, data only."""
+    n, per_node = len(machine.devices), machine.per_node
+    own = sharding.make_mesh(config.mesh, machine.devices).shape
+    configured = tuple(own[axis] for axis in ("data", "fsdp", "tensor"))
+    return list(dict.fromkeys([configured, (n // per_node, per_node, 1), (1, n, 1), (n, 1, 1)]))
+
+
+def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Callable[[str], None]) -> list[dict]:
+    """Compiles every mesh x remat policy x sequences a device (powers of two). Sorted: those that fit first, then the fastest.
+
+    The speed compared is the one without overlap, so that a mesh that sends less ranks higher.
+    """
+    rows, tokens = [], config.train.tokens_per_step
+    for data, fsdp, tensor in meshes(config, machine):
+        for remat in REMAT:  # each policy keeps less than the one before
+            last = None
+            for n in (n for n in (1, 2, 4, 8, 16, 32, 64) if config.seqs_per_step % (n * data * fsdp) == 0):
+                if last and guess(last, n) > (1.25 if last.fits else 1) * machine.budget:
+                    continue
+                changed = _with(config, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, model__remat=remat,
+                                train__seqs_per_device=n)  # fmt: skip
+                name = f"data={data} fsdp={fsdp} tensor={tensor} {remat} {n} a device"
+                try:
+                    last = compile_step(changed, machine)
+                except UserError as error:
+                    say(f"{name}: {error}")
+                    break
+                say(f"{name}: {gib(last.peak)}")
+                seconds = (step_seconds(last, mfu) or {}).values()
+                rows.append({"mesh": dict(last.mesh.shape), "remat": remat, "seqs_per_device": n, "fits": last.fits,
+                             "peak_bytes_per_device": last.peak,
+                             "tokens_per_second": tokens / max(seconds) if seconds else None,
+                             "tokens_per_second_if_nothing_overlaps": tokens / sum(seconds) if seconds else None})  # fmt: skip
+    if not rows:
+        raise UserError(
+            f"--sweep: {config.seqs_per_step} sequences a step do not divide into the {len(machine.devices)} devices; choose "
+            "another train.tokens_per_step"
+        )
+    rate = lambda row: row["tokens_per_second_if_nothing_overlaps"] or 0
+    return sorted(rows, key=lambda row: (not row["fits"], -rate(row), row["peak_bytes_per_device"]))
+
+
+def whole_run(compiled: Compiled) -> Compiled:
+    """Returns `compiled` with the peak of a later stage, if only later stages accumulate gradients, which takes memory."""
+    config = compiled.config
+    more = [tokens for _, _, tokens in config.train.stages if tokens > config.train.tokens_per_step]
+    if compiled.accumulation > 1 or not more:
+        return compiled
+    later = compile_step(_with(config, train__tokens_per_step=more[0], train__batch_ramp=""), compiled.machine)
+    return compiled._replace(peak=later.peak, live=later.live, memory=later.memory, expected=later.expected)
