@@ -122,6 +122,8 @@ def test_the_file_map_is_the_docstrings():
 
 
 # Files that still use a name of `PRONOUNS`
+NOT_CLEANED = {"tinyllama_jax/data/prepare/", "tinyllama_jax/data/audit/", "tools/"}
+PRONOUNS`
 NOT_CLEANED = {
     "tinyllama_jax/audit.py", "tinyllama_jax/convert.py", "tinyllama_jax/plan.py", "tinyllama_jax/prepare.py",
     "tinyllama_jax/core/", "tinyllama_jax/data/", "tinyllama_jax/hub/", "tinyllama_jax/kernels/", "tinyllama_jax/planning/",
@@ -161,7 +163,7 @@ def test_sizes_stay_within_budget():
     # LITPKDS (300), audit (470); weights, batches and schedules over the run (500); bad input and damage (1,900): seals and
     # resume (370), tokenizers (440), weights (290), memory and ports of preparation (230), limits (220), signals and
     # saves (170), numerics (120), typed files (60)
-    assert sum(lines.values()) <= 13_850 and lines["train"] <= 120
+    assert sum(lines.values()) <= 13_660 and lines["train"] <= 120
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

@@ -32,20 +32,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--allow", default="", metavar="KINDS", help=f"{','.join(ALLOWED)}: findings that are only warnings (none)"
     )
-    args, rest = parser.parse_known_args(_joined(argv))
+    args, overrides = parser.parse_known_args(_joined(argv))
     allow = tuple(filter(None, args.allow.split(",")))
     if unknown := set(allow) - set(ALLOWED):
         raise UserError(f"--allow {args.allow}: {unknown.pop()} is none of {', '.join(ALLOWED)}")
     if args.page.suffix != ".html":
         raise UserError(f"--page {args.page}: is a page, and its name ends in .html")
-    if not args.config and (rest or args.processes):
-        raise UserError(f"{rest[0] if rest else '--processes'}: is about a training run; give its --config too")
+    if not args.config and (overrides or args.processes):
+        raise UserError(f"{overrides[0] if overrides else '--processes'}: is about a training run; give its --config too")
     if args.page.is_dir() or not args.page.parent.is_dir():
         raise UserError(f"--page {args.page}: is a folder, or its folder does not exist; name a file")
     for option, least, most in (("processes", 1, 1 << 20), ("seq_len", 1, LONGEST), ("samples", 0, 1_000)):
         if (value := getattr(args, option)) is not None and not least <= value <= most:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} to {most:,}")
-    config = cli.override(cli.read(args.config), cli.pairs(rest)) if args.config else None
+    config = cli.override(cli.read(args.config), cli.pairs(overrides)) if args.config else None
     paths = args.dirs or (list(config.data.sources) if config else [])
     if not paths:
         raise UserError("name a data set: python -m tinyllama_jax.audit DIR, or --config CONFIG for those of a run")

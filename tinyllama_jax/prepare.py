@@ -45,9 +45,9 @@ def main(argv: list[str]) -> None:
     add("--shard-mb", type=int, default=0, metavar="N", help="MiB of text in an output file (by the size of the input)")
     add("--workers", type=int, default=0, metavar="N", help="processes on this machine (one for each processor)")
     add("--runner", default=runners.DIRECT, help="direct, dask, or the name of one of Beam's runners (direct)")
-    known, rest = parser.parse_known_args(argv)
+    known, beam_options = parser.parse_known_args(argv)
     try:
-        prepare(**vars(known), beam_options=rest)
+        prepare(**vars(known), beam_options=beam_options)
     except KeyboardInterrupt:
         print("\nwhat is done is kept: run the same command again to go on", end="", file=sys.stderr)
         raise

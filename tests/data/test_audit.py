@@ -512,3 +512,13 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
 def test_mistakes(data, config_file, arguments, words):
     with pytest.raises(UserError, match=re.escape(words)):
         audit.main(arguments)
+
+
+def test_a_book_counts_in_both_of_its_splits(tmp_path, tiny_data, capsys):
+    (tmp_path / "book.txt").write_text(words(3_000, 1))
+    made = {"tokenizer": tiny_data / "512.model", "seq_len": S, "workers": 1}
+    pipeline.prepare(train=[tmp_path / "book.txt"], **made, output=tmp_path / "out")
+    capsys.readouterr()
+    report.audit([str(tmp_path / "out")], tmp_path / "audit.html", allow=report.ALLOWED)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "blocks, " in line]
+    assert len(lines) == 2 and all(", 1 documents" in line for line in lines), lines

@@ -204,6 +204,7 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
         ("a.jsonl", GOOD + LATIN, "line 2: is not UTF-8 .byte 0xe9 at 10"),
         ("a.jsonl", GOOD + rb'{"text": "ab\ud800"}', "line 2: 'text' holds half of a surrogate pair at 2"),
         ("a.jsonl", GOOD + b"[" * 100_000, "line 2: is not JSON: "),
+        ("a.jsonl", b'{\n  "text": "x"\n}\n', "line 1: is not JSON: .*write one object a line"),
         ("a.jsonl", GOOD + b'{"text": %s}' % (b"9" * 9_999), "line 2: is not JSON with a text at 'text': Number out"),
         ("a.jsonl", GOOD + b" " * (1 << 20) + b"x", "line 2: is longer than 1,048,576 bytes: cut it into several documents"),
         ("a.jsonl.gz", gzip.compress(GOOD + b"{" * (1 << 21)), "line 2: is longer than 1,048,576 bytes"),

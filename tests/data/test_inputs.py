@@ -208,3 +208,23 @@ def test_tensorflow_data_sets_that_cannot_be_read(tales, model, tmp_path):
         prepare(train=["tfds:tales/en"], **options)
     manifest = prepare(train=["tfds:tales/en"], bad_files="skip", **options)
     assert [bad["file"] for bad in manifest["splits"]["train"]["bad_files"]] == [os.path.basename(file)]
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl.gz", "b.parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_a_special_file_that_is_named_like_an_input_is_refused(tmp_path, monkeypatch, kind, name):
+    """Left out silently, its text would be missing from the data."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path / "texts")
+    if kind == "pipe":
+        os.mkfifo(name)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(name)
+    else:
+        Path(name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=rf"^--train .*{name}: is not a regular file"):
+        inputs.find([tmp_path / "texts"], "--train")
+    Path(name).rename("b.other")
+    sources, others = inputs.find([tmp_path / "texts"], "--train")
+    assert [source.name for source in sources] == ["a.txt"] and others == [str(tmp_path / "texts/b.other")]

@@ -26,6 +26,7 @@ from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer
 from tinyllama_jax.data.blocks import Blocks, read_manifest
+from tinyllama_jax.data.prepare import folder as folder_lib
 from tinyllama_jax.data.prepare import pipeline, shards
 
 ROOT = Path(__file__).parents[2]
@@ -620,3 +621,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, model, texts):
     code, out, err = finished(command(*arguments, shard=1 << 17))
     assert (code, err) == (0, "") and (f"({len(kept)} before)" in out) == bool(kept)
     assert stream(tmp_path / "out")
+
+
+def test_a_damaged_setting_stays_on_its_line():
+    with pytest.raises(UserError, match=r"out: was made for something else: text_key was '\\n', now text; ") as error:
+        folder_lib._same(Path("out"), {"text_key": "\n"}, {"text_key": "text"})
+    assert str(error.value).isprintable()

@@ -152,9 +152,10 @@ class Survey:
         self.filling += int(filling.sum())
 
     def n_documents(self) -> int:
-        """How many there are, by what ends or begins one."""
+        """Counts the documents by their eos or bos. One that is cut at the end of the split (a book's, say) counts in both."""
         edge = self._edge()
-        return int(self.counts_V[edge]) // self.edges if edge is not None else 0
+        cut = self.manifest["eos"] and self.open > 0
+        return int(self.counts_V[edge]) // self.edges + cut if edge is not None else 0
 
     def compare(self) -> None:
         """Looks for what is not as the manifest says."""

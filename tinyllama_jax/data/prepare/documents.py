@@ -243,7 +243,8 @@ def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
     except ValueError as error:
         if "digits" in str(error):  # of a number, which Python would not make, and nobody asked for
             return _long_row(line, text_key, drop)
-        raise _BadDocument(f"is not JSON: {error}") from None
+        several = "; a value over several lines is not read: write one object a line (jsonl)" if line.strip() in b"{[" else ""
+        raise _BadDocument(f"is not JSON: {error}{several}") from None
     if not isinstance(row, dict):
         raise _BadDocument(f"is not an object with the key {text_key!r}, but {_short(row)}")
     return row

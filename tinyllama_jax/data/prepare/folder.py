@@ -79,6 +79,7 @@ def _same(folder: Place, there: dict, here: dict) -> None:
             inner = next(k for k in old | new if old.get(k) != new.get(k))
             key, old, new = f"{key}: {inner}", old.get(inner), new.get(inner)
         old, new = ("absent" if value is None else "none" if value == "" else value for value in (old, new))
+        old = old if str(old).isprintable() else repr(old)  # the folder's settings.json may be damaged
         raise UserError(
             f"{folder}: was made for something else: {key} was {old}, now {new}; choose another --output, or delete it"
         )

@@ -97,6 +97,8 @@ def find(
             raise UserError(f"{option} {path}: is of no known type; known are {' '.join(kinds)}")
         for file in dict.fromkeys(itertools.chain(*places.values())):  # a pattern can match a folder and what is in it
             if end := _type_of(file, kinds):
+                if not _scheme(file) and os.path.exists(file) and not os.path.isfile(file):
+                    raise UserError(f"{option} {file}: is not a regular file; read a pipe into one first, or move it away")
                 found.append((file, KINDS[end]))
             else:
                 others.append(file)
@@ -169,7 +171,7 @@ def _deep(pattern: str) -> dict[str, list[str]]:
 
 
 def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
-    """The folders and files below a folder, but for hidden ones, pipes and devices, and for folders already `seen`.
+    """The folders and files below a folder, but for hidden ones, and for folders already `seen`.
 
     Without `seen`, links to parents would be followed for ever.
     """
@@ -179,8 +181,7 @@ def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), seen)]
         names_below += [os.path.join(parent, name) for name in (*folders, *files) if not name.startswith(".")]
-    # `not exists`: a broken link is kept, and is an error later
-    return [name for name in names_below if os.path.isfile(name) or os.path.isdir(name) or not os.path.exists(name)]
+    return names_below
 
 
 def _unreadable(error: OSError) -> None:

@@ -188,7 +188,7 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
 
     Raises UserError if a process dies. No process outlives this one.
     """
-    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     start = "import sys, tinyllama_jax.data.prepare.runners as m; m.worker(sys.argv[1])"
     children: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory(prefix="prepare-", ignore_cleanup_errors=True) as scratch:
