@@ -214,7 +214,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_cleans_u
     hang += f"convert.export({str(run)!r}, {str(tmp_path / 'hf')!r})"
     process = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
     deadline = time.monotonic() + PATIENCE
-    while not (tmp_path / ".hf.partial/whole/model.safetensors").is_file() and time.monotonic() < deadline:
+    while not (tmp_path / ".hf.partial/whole/tokenizer.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
