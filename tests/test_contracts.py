@@ -123,12 +123,6 @@ def test_the_file_map_is_the_docstrings():
 
 # Files that still use a name of `PRONOUNS`
 NOT_CLEANED = {"tinyllama_jax/data/prepare/", "tinyllama_jax/data/audit/", "tools/"}
-PRONOUNS`
-NOT_CLEANED = {
-    "tinyllama_jax/audit.py", "tinyllama_jax/convert.py", "tinyllama_jax/plan.py", "tinyllama_jax/prepare.py",
-    "tinyllama_jax/core/", "tinyllama_jax/data/", "tinyllama_jax/hub/", "tinyllama_jax/kernels/", "tinyllama_jax/planning/",
-    "examples/", "tools/",
-}  # fmt: skip
 PRONOUNS = {"found", "rest", "there", "said", "these", "now", "here", "told", "mine", "theirs"}
 
 

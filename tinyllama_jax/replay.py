@@ -82,8 +82,8 @@ def main(argv: list[str]) -> int:
         for start, end in ((base, args.step - 1), (args.step - 1, args.step)):
             if start == args.step - 1:
                 documents, n = by_loss(run, state.params, args.step, args.top)
-            for step, now, values, table in execute(run, state, start, end):
-                state, seen[step] = now, (values, table)
+            for step, after, values, table in execute(run, state, start, end):
+                state, seen[step] = after, (values, table)
                 differences += differing(step, written.get(step), values)
         verdict = judge(run, args.step, state, seen, differences)
     skip = how_to_skip(run, args.step, overrides)
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     for d in documents:
         where = f"{d['source']} block {d['block']:,} [{d['start']}:{d['end']}]"
         say(f"{d['loss']:9.4f}  {d['tokens']:6,} tokens  {where}  {d['text']}")
-    say(f"to go on from before step {args.step:,} without its batch:\n    {skip}")
+    say(f"to resume before step {args.step:,} without its batch:\n    {skip}")
     if args.json and first:
         print(json.dumps(out, indent=1))
     return 1 if verdict else 0
@@ -126,10 +126,10 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
 
 def check_data(run: Path, config: Config, sources: list[Blocks]) -> None:
     """Raises UserError unless the sources are those that the run was trained on."""
-    theirs = read_json(run / "data.json", list[run_folder.Source])
-    for path, source, then in zip(config.data.sources, sources, theirs, strict=False):
-        if source.manifest_sha256 != then["manifest_sha256"]:
-            raise UserError(f"--data.sources: {path} is not what the run was trained on, {then['path']} as it was then")
+    recorded = read_json(run / "data.json", list[run_folder.Source])
+    for path, source, old in zip(config.data.sources, sources, recorded, strict=False):
+        if source.manifest_sha256 != old["manifest_sha256"]:
+            raise UserError(f"--data.sources: {path} is not what the run was trained on, {old['path']} as it was then")
 
 
 def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.sharding.Mesh:
@@ -176,8 +176,8 @@ def execute(run: Run, state: TrainState, start: int, end: int) -> Iterator[tuple
     rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
     batches = feed.training(run.config, run.sources, program.shape[1], rows, start)
     for step in range(start + 1, end + 1):
-        state, now = program.train(state, on_devices(next(batches), program.batch, program.shape[1]))
-        values = {name: np.asarray(now[name]).item() for name in COMPARED}
+        state, metrics_of_step = program.train(state, on_devices(next(batches), program.batch, program.shape[1]))
+        values = {name: np.asarray(metrics_of_step[name]).item() for name in COMPARED}
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         yield step, state, values, np.asarray(run.checksums(state))
 
@@ -217,14 +217,14 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
     `seen`: step -> (numbers, checksums) up to `last`. `state`, after it, is used up: the devices may have room for one only.
     """
     lines = [f"step {d['step']:,}: {d['name']} recorded {d['recorded']!r}, replayed {d['replayed']!r}" for d in differences]
-    split = [(step, *found) for step in sorted(seen) if (found := replicas_apart(run, seen[step][1]))][:1]
+    split = [(step, *apart) for step in sorted(seen) if (apart := replicas_apart(run, seen[step][1]))][:1]
     lines += [f"step {step:,}: {devices}: another {tensor} than the replicas" for step, tensor, devices in split]
     reach = last + (max(REACH, last - run.base) if lines else 0)
     after = next((s for s in checkpoint.steps_in(run.folder) if last <= s <= reach), None)
     if after and seals.unusable(run.folder / "checkpoints" / str(after), run.config):
         after = None
-    for step, now, values, table in execute(run, state, last, after or last):
-        state, seen[step] = now, (values, table)
+    for step, next_state, values, table in execute(run, state, last, after or last):
+        state, seen[step] = next_state, (values, table)
     jax.tree.map(lambda a: a.delete(), state)
     apart = after and first_apart(run, seen[after][1] != saved(run, after))
     if apart:
@@ -274,10 +274,10 @@ def replicas_apart(run: Run, table: np.ndarray) -> tuple[str, str] | None:
         index = leaf.sharding.devices_indices_map(leaf.shape)
         parts = [str(index[device]) for device in devices]
         for part in set(parts):
-            here = np.array([p == part for p in parts])
-            (common, most), *others = Counter(table[i, here].tolist()).most_common()
+            holders = np.array([p == part for p in parts])
+            (common, most), *others = Counter(table[i, holders].tolist()).most_common()
             if others:  # of two that differ nobody knows which is right: both
-                apart[i] |= here & ((table[i] != common) | (most == others[0][1]))
+                apart[i] |= holders & ((table[i] != common) | (most == others[0][1]))
     return first_apart(run, apart)
 
 
@@ -285,20 +285,20 @@ def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]])
     """(step, tensor, devices) where one of two more executions first leaves what was `seen` in the first; or None."""
     for _ in range(2):
         state, _ = begin(run)
-        for step, now, values, table in execute(run, state, run.base, until):
-            state = now
-            if found := first_apart(run, table != seen[step][1]):
-                return step, *found
+        for step, after, values, table in execute(run, state, run.base, until):
+            state = after
+            if apart := first_apart(run, table != seen[step][1]):
+                return step, *apart
             if values != seen[step][0]:
                 return step, "loss, gradient norm or checksum", "no device's state"
-        del state, now  # there is room for one
+        del state, after  # the devices may have room for one
     return None
 
 
 def ran_on(run: Run) -> str:
     """What differs here from RUN/versions.json."""
-    now = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
-    return "".join(f"; {line}" for line in run_folder.version_differences(run_folder.read_versions(run.folder), now))
+    own = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
+    return "".join(f"; {line}" for line in run_folder.version_differences(run_folder.read_versions(run.folder), own))
 
 
 # -- documents ----------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], in
     tokens, length = feed.gather(run.sources, source, block)
     tokenizer = tokenizer_lib.load(run.folder / "tokenizer")
     rows = feed.rows_here(run.program.eval_batch.length, (batch,), axis=0)
-    found = []
+    documents = []
     for first in range(0, len(block), batch):
         micro = on_devices((tokens[first + rows], length[first + rows]), run.program.eval_batch, batch)
         losses = np.asarray(run.program.token_losses(params, micro), np.float64)
@@ -322,13 +322,13 @@ def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], in
             for start, end in spans(tokens[row, : length[row]], tokenizer.bos_id, tokenizer.eos_id):
                 predicted = losses[row - first, max(start, 1) - 1 : end - 1]  # the block's first token is not
                 if predicted.size:
-                    found.append((float(np.nan_to_num(predicted.mean(), nan=np.inf)), predicted.size, row, start, end))
+                    documents.append((float(np.nan_to_num(predicted.mean(), nan=np.inf)), predicted.size, row, start, end))
     paths, out = list(run.config.data.sources), []
-    for loss, size, row, start, end in sorted(found, reverse=True)[:top]:
+    for loss, size, row, start, end in sorted(documents, reverse=True)[:top]:
         text = one_line(tokenizer.decode(tokens[row, start:end][:200].tolist()))
         place = {"source": paths[source[row]], "block": int(block[row]), "start": start, "end": end}
         out.append({**place, "tokens": size, "loss": loss, "text": text})
-    return out, len(found)
+    return out, len(documents)
 
 
 def spans(tokens: np.ndarray, bos: int, eos: int) -> list[tuple[int, int]]:
@@ -360,9 +360,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--step", required=True, type=int, help="the step to look at, which the run has recorded")
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
-    args, rest = parser.parse_known_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     check_local("--run", args.run)
-    return args, cli.pairs(rest)
+    return args, cli.pairs(overrides)
 
 
 if __name__ == "__main__":
