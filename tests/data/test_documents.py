@@ -110,10 +110,10 @@ def test_folders_are_searched_and_sorted_and_names_do_not_depend_on_the_place(tm
         for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b/c/x.parquet", ".git/x.txt", "b/.hidden.txt", "b/readme.md"):
             (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place / name).write_bytes(b"")
-    os.mkfifo(tmp_path / "here/b/pipe.jsonl")  # nobody will ever write to it
+    os.mkfifo(tmp_path / "here/b/pipe")  # nobody will ever write to it
     sources, others = inputs.find([tmp_path / "here"], "--train")
     assert [s.name for s in sources] == ["a.jsonl", "b/10.txt", "b/2.txt", "b/c/x.parquet"]
-    assert others == [str(tmp_path / "here/b/readme.md")]
+    assert others == [str(tmp_path / "here/b" / name) for name in ("pipe", "readme.md")]
     deep = tmp_path / "there/deep"
     again, _ = inputs.find([deep / "b", deep / "a.jsonl"], "--train")
     assert [s.name for s in again] == [s.name for s in sources]
@@ -143,7 +143,7 @@ def test_links_that_go_round_in_circles(tmp_path, monkeypatch, path, names):
             file.write(b"x")
     for link, to in {"in/up": "..", "in/x/up": "..", "in/y/up": "..", "in/y/same": "../y", "in/x/deep/up": "../.."}.items():
         os.symlink(to, link)
-    os.mkfifo("in/y/pipe.txt")
+    os.mkfifo("in/y/pipe")
     sources, _ = inputs.find([path], "--train")
     assert [source.name for source in sources] == names
     for source in sources:

@@ -220,7 +220,8 @@ def test_a_special_file_that_is_named_like_an_input_is_refused(tmp_path, monkeyp
     if kind == "pipe":
         os.mkfifo(name)
     elif kind == "socket":
-        socket.socket(socket.AF_UNIX).bind(name)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(name)
     else:
         Path(name).symlink_to("/dev/zero")
     with pytest.raises(UserError, match=rf"^--train .*{name}: is not a regular file"):

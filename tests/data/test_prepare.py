@@ -89,7 +89,8 @@ def digests(folder: Path) -> dict[str, str]:
 def command(*arguments, shard: int = 1 << 20, first: str = "", **options) -> subprocess.Popen:
     """The command line in a process of its own, with shards of at least `shard` bytes of text; it runs `first` before."""
     start = f"{first}; " if first else ""
-    start += f"from tinyllama_jax.data import prepare, runners; prepare.SHARD = ({shard}, 1 << 30); "
+    start += "from tinyllama_jax import prepare; from tinyllama_jax.data.prepare import pipeline, runners; "
+    start += f"pipeline.SHARD = ({shard}, 1 << 30); "
     start += "runners.LINES = (1e9, 1e9); " if "LINES" not in first else ""  # a slow machine would say how far it is
     start += "from tinyllama_jax.base.errors import run_main; run_main(prepare.main)"
     return subprocess.Popen(

@@ -125,7 +125,7 @@ def test_dask_workers_and_one_that_is_killed(scheduler, start, corpus, model, tm
 def test_dask_without_any_worker_left(scheduler, start, corpus, model, tmp_path, expected):
     worker, out, partial = start(), tmp_path / "out", tmp_path / "out.partial"
     options = arguments(corpus, model, out, "--runner=dask", f"--dask_client_address={scheduler}")
-    main = command(*options, shard=SHARD, first="from tinyllama_jax.data import runners; runners.ALONE = 0.5")
+    main = command(*options, shard=SHARD, first="from tinyllama_jax.data.prepare import runners; runners.ALONE = 0.5")
     wait_until(lambda: len(store.names(partial / "done")) >= 2, main)
     worker.send_signal(signal.SIGKILL)
     below = children(main.pid)
@@ -291,7 +291,7 @@ def test_an_object_store_and_a_job_killed_half_way(bucket, corpus, model, tmp_pa
 
 
 def test_lines_where_there_is_no_terminal(corpus, model, tmp_path):
-    first = "from tinyllama_jax.data import runners; runners.LINES = (0.1, 0.1)"
+    first = "from tinyllama_jax.data.prepare import runners; runners.LINES = (0.1, 0.1)"
     code, _, err = finished(command(*arguments(corpus, model, tmp_path / "out", "--workers", 1), shard=SHARD, first=first))
     assert code == 0 and err
     for line in err.splitlines():
