@@ -32,12 +32,12 @@ def files(tmp_path_factory, texts) -> Path:
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-W", "error", "-m", "tinyllama_jax.data.tokenizer", *map(str, arguments)]
+    line = [sys.executable, "-W", "error", "-m", "tinyllama_jax.train_tokenizer", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_the_command_makes_one_that_loses_nothing(files, tmp_path, odd):
-    done = command("train", files, "--vocab-size", 600, "--output", tmp_path / "new")
+    done = command(files, "--vocab-size", 600, "--output", tmp_path / "new")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path / 'new'}: SentencePiece BPE, 600")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     ours = tokenizer.load(tmp_path / "new")

@@ -107,7 +107,7 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
         at = next((i for i, (a, b) in enumerate(zip(*lost[0], strict=False)) if a != b), min(map(len, lost[0])))
         was, became = (text[max(at - 8, 0) : at + 12] for text in lost[0])
         share = f"{len(lost):,} of {len(texts):,} documents of a sample ({len(lost) / len(texts):.1%}) do not come back"
-        other = "`python -m tinyllama_jax.data.tokenizer train` makes one that loses nothing"
+        other = "`python -m tinyllama_jax.train_tokenizer` makes one that loses nothing"
         lines.append(f"{ours.path}: warning: {share} from its ids as they were: {was!r} becomes {became!r}; {other}")
     without = "export a run on it with --tokenizer none, without a tokenizer.json"
     try:
