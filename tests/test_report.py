@@ -124,9 +124,10 @@ def test_lines_of_other_keys_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):
     write(tmp_path, [{"step": 1, "loss": 5, "tokens": 10}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "new": [1, 2]}])
     seen, _ = curves(tmp_path, monkeypatch)
     assert seen["training"] == ([1, 2], [5.0, 4.0]) and "tokens a step" not in seen
-    (tmp_path / report.UNIGRAM).write_text('{"val_loss": "low"}')
-    with pytest.raises(UserError, match=r"unigram.json: is damaged .*val_loss"):
-        report.draw(tmp_path)
+    for value in ('"low"', "18446744073709551616", "-1e308", "null"):
+        (tmp_path / report.UNIGRAM).write_text(f'{{"val_loss": {value}}}')
+        with pytest.raises(UserError, match=r"unigram.json: is damaged .*val_loss"):
+            report.draw(tmp_path)
 
 
 @pytest.mark.parametrize("to", ["nowhere", report.UNIGRAM])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.base.files import check_local, exists, read_json
+from tinyllama_jax.base.files import Nats, check_local, exists, read_json
 from tinyllama_jax.run import metrics
 
 UNIGRAM = "unigram.json"  # optional: {"val_loss": ...} of a unigram model on the run's validation tokens
@@ -20,7 +20,7 @@ UNIGRAM = "unigram.json"  # optional: {"val_loss": ...} of a unigram model on th
 class Baseline(typing.TypedDict):
     """unigram.json."""
 
-    val_loss: float
+    val_loss: Nats
 
 
 def draw(run: str | Path) -> Path:

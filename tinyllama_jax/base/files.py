@@ -110,6 +110,7 @@ def sha256(path: str | Path) -> str:
 
 Size = typing.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]  # of a model's dimension
 Positive = typing.Annotated[float, msgspec.Meta(gt=0, le=1e18)]
+Nats = typing.Annotated[float, msgspec.Meta(ge=0, le=1e4)]  # of a loss
 
 
 def typed(value: object, kind: type[T]) -> T:
