@@ -80,8 +80,8 @@ def test_copies_are_gathered_and_their_gradients_summed_into_shards(reduce_dtype
 
     @jax.jit
     def f(w):
-        total = lambda w: (sharding.copies(w, "DV", "float32", reduce_dtype) * scale[:, None, None]).sum()
-        return sharding.copies(w, "DV", "float32", reduce_dtype), jax.grad(total)(w)
+        total = lambda w: (sharding.gather_per_part(w, "DV", "float32", reduce_dtype) * scale[:, None, None]).sum()
+        return sharding.gather_per_part(w, "DV", "float32", reduce_dtype), jax.grad(total)(w)
 
     with jax.set_mesh(mesh):
         copies, gradient = f(jax.device_put(w, NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))))
@@ -89,7 +89,7 @@ def test_copies_are_gathered_and_their_gradients_summed_into_shards(reduce_dtype
     assert copies.sharding.shard_shape(copies.shape) == (1, 8, 3) and gradient.sharding.shard_shape((8, 6)) == (4, 3)
     np.testing.assert_array_equal(gradient, np.full((8, 6), 10.0))
     assert gradient.dtype == np.float32
-    np.testing.assert_array_equal(jax.grad(lambda w: sharding.copies(w, "DV", "float32", reduce_dtype).sum())(w), 1)
+    np.testing.assert_array_equal(jax.grad(lambda w: sharding.gather_per_part(w, "DV", "float32", reduce_dtype).sum())(w), 1)
 
 
 def test_gradients_of_copies_are_not_rounded_to_the_dtype_that_these_are_gathered_in():
@@ -97,7 +97,7 @@ def test_gradients_of_copies_are_not_rounded_to_the_dtype_that_these_are_gathere
     w, mesh = np.ones((8, 6), np.float32), sharding.make_mesh(c.Mesh(2, 2, 2))
     with jax.set_mesh(mesh):
         for reduce_dtype, want in (("float32", 4 + 2.0**-10), ("bfloat16", 4)):
-            total = lambda w, to=reduce_dtype: (sharding.copies(w, "DV", "bfloat16", to) * (1 + 2.0**-12)).sum()
+            total = lambda w, to=reduce_dtype: (sharding.gather_per_part(w, "DV", "bfloat16", to) * (1 + 2.0**-12)).sum()
             where = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
             np.testing.assert_array_equal(jax.jit(jax.grad(total))(jax.device_put(w, where)), want)
 

@@ -120,7 +120,7 @@ def parts() -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def copies(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Array:
+def gather_per_part(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Array:
     """[X, *w.shape]: the parameter `w`, whose dimensions are `letters`, all-gathered in `dtype` for each part of a batch.
 
     The copies are cast back to w's dtype, so that their gradients have it; w's gradient is `sum_of_parts` of theirs.
@@ -129,15 +129,15 @@ def copies(w: jax.Array, letters: str, dtype: str, reduce_dtype: str) -> jax.Arr
     return constrain(jnp.broadcast_to(gathered, (parts(), *w.shape)), "B" + letters).astype(w.dtype)
 
 
-def _copies_forward(w, letters, dtype, reduce_dtype):
-    return copies(w, letters, dtype, reduce_dtype), jnp.zeros((), w.dtype)
+def _gather_forward(w, letters, dtype, reduce_dtype):
+    return gather_per_part(w, letters, dtype, reduce_dtype), jnp.zeros((), w.dtype)
 
 
-def _copies_backward(letters, dtype, reduce_dtype, like, d_X):
+def _gather_backward(letters, dtype, reduce_dtype, like, d_X):
     return (sum_of_parts(d_X, letters, reduce_dtype).astype(like.dtype),)
 
 
-copies.defvjp(_copies_forward, _copies_backward)
+gather_per_part.defvjp(_gather_forward, _gather_backward)
 
 
 def sum_of_parts(d_X: jax.Array, letters: str, reduce_dtype: str) -> jax.Array:

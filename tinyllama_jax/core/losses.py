@@ -57,7 +57,7 @@ class NextToken:
             labels_BS = tokens_BS[:, 1:]
             real_BS = self.counted(batch, config).astype(jnp.float32)
             x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config))
-            kernel_XDV = sharding.copies(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
+            kernel_XDV = sharding.gather_per_part(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
             chunk = chunk_of(cfg.seq_len, config.train.seqs_per_device, cfg.loss_chunk)
             # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once per chunk
             split = lambda a: a.reshape(len(kernel_XDV), -1, *a.shape[1:])
