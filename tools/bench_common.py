@@ -177,8 +177,8 @@ def stream(command: list[str], seconds: float, quiet: float = math.inf) -> Itera
             raise Ended("not done in time")
         if process.returncode:
             errors.seek(0)
-            said = [line for line in errors.read().splitlines() if line.strip()]
-            about = next((line for line in reversed(said) if is_oom(line)), said[-1] if said else "")
+            lines = [line for line in errors.read().splitlines() if line.strip()]
+            about = next((line for line in reversed(lines) if is_oom(line)), lines[-1] if lines else "")
             reason = about.strip()[:300] or f"ended with {process.returncode}"
             killed = process.returncode == -signal.SIGKILL
             raise Ended(f"out of memory ({reason})" if killed or is_oom(reason) else reason)
@@ -266,9 +266,9 @@ def steps_of(cell: dict, seconds: float) -> int:
 ATTENTION = {"float32": 1e-4, "bfloat16": 2e-2}  # root mean square of the error over that of the values
 
 
-def against_reference(found: np.ndarray, cell: dict) -> dict:
+def against_reference(measured: np.ndarray, cell: dict) -> dict:
     """How far the losses of the first sequence's tokens are from those in fp32 by the definition, before any step."""
-    return {"token_loss_error": rms(found.ravel() - np.load(cell["reference"]).ravel())}
+    return {"token_loss_error": rms(measured.ravel() - np.load(cell["reference"]).ravel())}
 
 
 def qkv(shape: dict) -> list[np.ndarray]:
@@ -303,14 +303,14 @@ def few_heads(shape: dict) -> np.ndarray:
     return out
 
 
-def attention_errors(found: list[np.ndarray], shape: dict, dtype: str) -> dict:
+def attention_errors(measured: list[np.ndarray], shape: dict, dtype: str) -> dict:
     """Errors of (out, dq, dk, dv) of the last sequence, [1, S, heads, H] each, given a cotangent of `few_heads` alone.
 
     Relative: root mean square of the error over that of the values.
     """
     heads, row = np.flatnonzero(few_heads(shape)), {"ok": True, "errors": {}}
     values = attention_values(json.dumps(shape), dtype)
-    for (name, want), got in zip(values.items(), found, strict=True):
+    for (name, want), got in zip(values.items(), measured, strict=True):
         error = np.abs(got[0][:, heads if name in ("out", "dq") else [-1]] - want)
         row["errors"][name] = {"max_abs": float(error.max()), "relative": rms(error) / rms(want)}
         row["ok"] &= row["errors"][name]["relative"] <= ATTENTION[dtype]  # False for NaN too

@@ -108,10 +108,10 @@ def watched(*arguments: object, may_fail: bool = False, limit: float = 1e9) -> d
     out = {"seconds": time.perf_counter() - began, "cpu seconds": sum(cpu.values()), "peak bytes": peak}
     with errors:
         errors.seek(0)
-        said = errors.read().decode(errors="replace").strip()
+        message = errors.read().decode(errors="replace").strip()
     if child.returncode and not may_fail:
-        raise SystemExit(f"{' '.join(words)} failed: {said}")
-    return out | ({"exit code": child.returncode, "said": said[-400:]} if may_fail else {})
+        raise SystemExit(f"{' '.join(words)} failed: {message}")
+    return out | ({"exit code": child.returncode, "said": message[-400:]} if may_fail else {})
 
 
 def hours(model: Path, mb: int, folder: Path) -> dict:

@@ -103,8 +103,8 @@ def attention(impl: str, shape: dict) -> dict:
     both, n_bytes = compiled(both, q, k, v, do)
     heads = jnp.asarray(common.few_heads(shape), dtype)[:, None]
     masked = jnp.zeros_like(do).at[-1].set(do[-1] * heads)
-    found = [np.asarray(x[-1:], np.float32) for x in both(q, k, v, masked)]
-    return common.attention_errors(found, shape, dtype) | {
+    measured = [np.asarray(x[-1:], np.float32) for x in both(q, k, v, masked)]
+    return common.attention_errors(measured, shape, dtype) | {
         "forward_seconds": seconds_of(forward, q, k, v),
         "forward_backward_seconds": seconds_of(both, q, k, v, do),
         "bytes": n_bytes,
@@ -184,7 +184,7 @@ def memory(name: str, B: int, S: int, D: int, F: int) -> dict:
 def cells(size: str, only: list[str]) -> list[tuple[str, dict]]:
     """What there is to do, most wanted first: (function, its arguments)."""
     impls = [impl for impl in c.ATTENTION if impl != "auto"]
-    first, *rest = [[("attention", {"impl": i, "shape": shape}) for i in impls] for shape in shapes(size)]
+    first, *others = [[("attention", {"impl": i, "shape": shape}) for i in impls] for shape in shapes(size)]
     B, S, D, V = LOSS[size]
     out = [("matmul", dict(zip("MKN", shape, strict=True))) for shape in MATMULS[size]] + first
     out += [("loss", {"tokens": n, "B": B, "S": S, "D": D, "V": V}) for n in (0, *(B * S // part for part in CHUNKS))]
@@ -192,7 +192,7 @@ def cells(size: str, only: list[str]) -> list[tuple[str, dict]]:
     out += [("tune", {"impl": named(kernel, cut), "kernel": kernel, "cut": cut, "shape": shapes(size)[0]})
             for kernel in KERNELS for cut in CUTS]  # fmt: skip
     out += [("memory", {"name": name, **dict(zip("BSDF", MEMORY[size], strict=True))}) for name in ("rms_norm", "swiglu")]
-    return [cell for cell in out + [cell for shape in rest for cell in shape] if cell[0] in only]
+    return [cell for cell in out + [cell for shape in others for cell in shape] if cell[0] in only]
 
 
 def shapes(size: str) -> list[dict]:
@@ -286,12 +286,12 @@ def line(row: dict) -> str:
 
 def compared(rows: list[dict]) -> list[str]:
     """Forward and backward of the fastest right implementation of ours, against cuDNN's and PyTorch's in the same run."""
-    out, theirs = [], ("cudnn", "torch flash", "torch cudnn")
+    out, libraries = [], ("cudnn", "torch flash", "torch cudnn")
     for shape in {json.dumps(r["shape"]): r["shape"] for r in rows if r["kind"] == "attention"}.values():
         seconds = {r["impl"]: r["seconds"] for r in rows if r.get("shape") == shape and r["ok"]}
-        ours = min((impl for impl in seconds if impl not in theirs), key=seconds.get, default=None)
-        if ours and (here := [other for other in theirs if other in seconds]):
-            ratios = ", ".join(f"{seconds[other] / seconds[ours]:.2f} of {other}'s" for other in here)
+        ours = min((impl for impl in seconds if impl not in libraries), key=seconds.get, default=None)
+        if ours and (timed := [other for other in libraries if other in seconds]):
+            ratios = ", ".join(f"{seconds[other] / seconds[ours]:.2f} of {other}'s" for other in timed)
             out.append(f"{' '.join(f'{k}={v}' for k, v in shape.items() if v)}: the rate of {ours} is {ratios}")
     return out
 

@@ -146,8 +146,8 @@ def as_the_original(path: str, file: Path | None) -> dict[str, float]:
     files = [str(f) for f in litpkds.files_of(path)]
     for f in files:
         Path(f).read_bytes()
-    theirs = file and runpy.run_path(str(file))["PackedDataset"](files, WINDOW, S + 1, seed=1)
-    samples = iter(theirs) if theirs else window(files)
+    original = file and runpy.run_path(str(file))["PackedDataset"](files, WINDOW, S + 1, seed=1)
+    samples = iter(original) if original else window(files)
     return rate(lambda: sum(len(next(samples)) > S for _ in range(BATCH)))
 
 
@@ -178,7 +178,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     # a process of its own for each figure, so that none begins with what another left in memory
     context = multiprocessing.get_context("spawn")
-    run = lambda f, *rest: concurrent.futures.ProcessPoolExecutor(1, context).submit(f, *rest).result()
+    run = lambda f, *arguments: concurrent.futures.ProcessPoolExecutor(1, context).submit(f, *arguments).result()
     try:
         few = make(folder / "few", max(int(args.gb * 2**30 / (1024 * 2 * (S + 1))), WINDOW), 1024, args.tokenizer)
         out = {name: run(in_cache, path) for name, path in few.items()}

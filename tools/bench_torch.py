@@ -144,7 +144,7 @@ def step(cell: dict) -> None:
     autocast = lambda: torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA)
     with torch.no_grad(), autocast():
         model.eval()
-        found = model(tokens[:1], "none").float().cpu().numpy()
+        measured = model(tokens[:1], "none").float().cpu().numpy()
         model.train()
     optim = common.OPTIM
     optimizer = torch.optim.AdamW(
@@ -188,7 +188,7 @@ def step(cell: dict) -> None:
         import transformers
 
         row["versions"]["transformers"] = transformers.__version__
-    print(json.dumps(row | common.against_reference(found, cell)), flush=True)
+    print(json.dumps(row | common.against_reference(measured, cell)), flush=True)
 
 
 def attention(cell: dict) -> None:
@@ -222,8 +222,8 @@ def one_attention(backend: SDPBackend, q, k, v, do, shape: dict) -> dict:
     with sdpa_kernel([backend]), contextlib.ExitStack() as stack:
         heads = torch.from_numpy(common.few_heads(shape)).to(do)[:, None, None]
         masked = torch.cat([torch.zeros_like(do[:-1]), do[-1:] * heads])
-        found = [x.detach().float().transpose(1, 2)[-1:].cpu().numpy() for x in both(masked)]
-        row = common.attention_errors(found, shape, COMPUTE)
+        measured = [x.detach().float().transpose(1, 2)[-1:].cpu().numpy() for x in both(masked)]
+        row = common.attention_errors(measured, shape, COMPUTE)
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -96,7 +96,7 @@ def time_jax(cell: dict) -> dict:
 
     config = config_of(cell)
     program, compiled, batch, params, compile_seconds = prepare(config, cell)
-    found = token_losses(program, params, cell)
+    measured = token_losses(program, params, cell)
     state, metrics = [program.start(params)], []
     del params
 
@@ -123,7 +123,7 @@ def time_jax(cell: dict) -> dict:
         "seconds": seconds,
         "peak_bytes": stats.get("peak_bytes_in_use", resident),
         "planned_bytes": planned,
-        **common.against_reference(found, cell),
+        **common.against_reference(measured, cell),
     }
 
 
@@ -212,8 +212,8 @@ def line(row: dict) -> str:
     wrong = f"  WRONG: {', '.join(row['wrong'])}" if row["wrong"] else ""
     rate = f"{row['tokens_per_second']:10,.0f} {row['step_seconds'] * 1e3:9.1f}"
     loss = f"{row['losses'][0]:6.3f} -> {row['losses'][-1]:6.3f}"
-    rest = f"{row['peak_bytes'] / 2**30:7.2f} {row['compile_seconds']:6.1f}{wrong}"
-    return f"{'  ok' if row['ok'] else ' BAD'} {name:44} {loss} {rate}  {mfu} {rest}"
+    cost = f"{row['peak_bytes'] / 2**30:7.2f} {row['compile_seconds']:6.1f}{wrong}"
+    return f"{'  ok' if row['ok'] else ' BAD'} {name:44} {loss} {rate}  {mfu} {cost}"
 
 
 def compared(rows: list[dict]) -> dict:
@@ -225,12 +225,12 @@ def compared(rows: list[dict]) -> dict:
     for seqs in ("best", *sorted({row["seqs"] for row in right})):
         some = [row for row in right if seqs in ("best", row["seqs"])]
         for family in ("torch", "transformers"):
-            if (ours := best("jax", some)) and (theirs := best(family, some)):
-                out[f"{seqs}, {family}"] = {"tokens_per_second": ours["tokens_per_second"] / theirs["tokens_per_second"],
-                                            "of": [ours["row"], ours["seqs"], theirs["row"], theirs["seqs"]]}  # fmt: skip
+            if (ours := best("jax", some)) and (other := best(family, some)):
+                out[f"{seqs}, {family}"] = {"tokens_per_second": ours["tokens_per_second"] / other["tokens_per_second"],
+                                            "of": [ours["row"], ours["seqs"], other["row"], other["seqs"]]}  # fmt: skip
                 if seqs != "best":
                     least = min(r["peak_bytes"] for r in some if r["row"].split(".")[0] == family)
-                    out[f"{seqs}, {family}"]["peak_bytes"] = ours["peak_bytes"] / theirs["peak_bytes"]
+                    out[f"{seqs}, {family}"]["peak_bytes"] = ours["peak_bytes"] / other["peak_bytes"]
                     out[f"{seqs}, {family}"]["peak_bytes_of_least"] = ours["peak_bytes"] / least
     return out
 
@@ -270,11 +270,11 @@ def main() -> None:
     common.end_on_sigterm()
     deadline, folder = time.monotonic() + 60 * args.minutes, tempfile.TemporaryDirectory()
     more = {"seconds": 30, "reference": f"{folder.name}/reference.npy"}
-    found = run(vars(args) | more | {"row": "measure", "json": ""}, 60 * args.minutes)
-    if "left_out" in found:
-        sys.exit(f"no device, or no reference on it: {found['left_out']}")
-    vars(args).update(found["run"])
-    device, todo = found["device"], cells(args)
+    probe = run(vars(args) | more | {"row": "measure", "json": ""}, 60 * args.minutes)
+    if "left_out" in probe:
+        sys.exit(f"no device, or no reference on it: {probe['left_out']}")
+    vars(args).update(probe["run"])
+    device, todo = probe["device"], cells(args)
     model = common.model_of(vars(args), "float32")
     report = common.header(args) | {"device": device, "parameters": dims.n_parameters(model), "rows": [], "whole": False}
     report["flops_per_token"] = dims.flops_per_token(model)

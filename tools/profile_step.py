@@ -54,7 +54,7 @@ def instructions(hlo: str) -> dict[str, tuple[str, str]]:
         body = bodies.get(called[1], []) if called else []
         # a fusion with a matmul is where the matmul is from, whatever stands at its root
         order = [*(x for x in body if " dot(" in x), line, *reversed(body)]
-        scope = next((found[1] for x in order if (found := re.search(r'op_name="([^"]*)"', x))), "")
+        scope = next((match[1] for x in order if (match := re.search(r'op_name="([^"]*)"', x))), "")
         out[name] = out[name.replace(".", "_")] = ("\n".join([line, *body]), scope)  # GPU kernels' names have no dots
     return out
 
@@ -87,8 +87,8 @@ def short(scope: str) -> str:
 
 def result_of(text: str) -> str:
     """The type of an instruction's result, for one that does not say where it is from."""
-    found = re.match(r"[^=]* = (\(.*?\)|\S+) ", text)
-    return found[1] if found else ""
+    match = re.match(r"[^=]* = (\(.*?\)|\S+) ", text)
+    return match[1] if match else ""
 
 
 def own_times(events: Iterable[tuple[float, float, str]]) -> list[tuple[str, float]]:

@@ -84,8 +84,8 @@ def coverage(config: Config, sources: list[Blocks], processes: int, findings: Fi
         reader = sample // at_once % processes  # as `feed.Steps` hands out the rows of a micro-batch
         np.add.at(reads, (reader, source), 1)
         for p in range(processes) if not first else ():
-            mine = np.flatnonzero(reader == p)[:4]
-            begins[p] = [f"{Path(paths[source[i]]).name} {block[i]:,}" for i in mine]
+            own = np.flatnonzero(reader == p)[:4]
+            begins[p] = [f"{Path(paths[source[i]]).name} {block[i]:,}" for i in own]
         for j in np.unique(source):
             read = block[source == j]
             while len(read):
@@ -127,41 +127,41 @@ def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[s
     """All of it as one HTML file, its pictures inside."""
     items = lambda rows: "<ul>" + "".join(f"<li>{html.escape(row)}</li>" for row in rows) + "</ul>"
     parts = [f"<h1>{verdict}</h1>", items(findings), items(lines)]
-    for found in surveys:
-        parts.append(f"<h2>{html.escape(found.name)}</h2><p>{found.summary()}</p>")
-        if not found.tokens:  # everything is damaged
+    for surveyed in surveys:
+        parts.append(f"<h2>{html.escape(surveyed.name)}</h2><p>{surveyed.summary()}</p>")
+        if not surveyed.tokens:  # everything is damaged
             continue
-        parts.append(f"<img src='data:image/png;base64,{base64.b64encode(draw(found)).decode()}'>")
-        common = np.argsort(-found.counts_V, kind="stable")[:30]
-        share = found.counts_V / max(found.tokens, 1)
-        shown = (f"{found.text(common[i : i + 1])!r} ({common[i]}) {share[common[i]]:.2%}" for i in range(len(common)))
+        parts.append(f"<img src='data:image/png;base64,{base64.b64encode(draw(surveyed)).decode()}'>")
+        common = np.argsort(-surveyed.counts_V, kind="stable")[:30]
+        share = surveyed.counts_V / max(surveyed.tokens, 1)
+        shown = (f"{surveyed.text(common[i : i + 1])!r} ({common[i]}) {share[common[i]]:.2%}" for i in range(len(common)))
         parts.append("<p>most common: " + html.escape(", ".join(shown)) + "</p>")
-        parts += [f"<h3>{html.escape(where)}</h3><pre>{html.escape(text)}</pre>" for where, text in found.samples(n_samples)]
+        parts += [f"<h3>{html.escape(where)}</h3><pre>{html.escape(text)}</pre>" for where, text in surveyed.samples(n_samples)]
     style = "body{font-family:sans-serif;max-width:75em;margin:2em auto}pre{white-space:pre-wrap;background:#eee;padding:1em}"
     head = f"<!doctype html><meta charset='utf-8'><title>audit</title><style>{style}</style>"
     return head + "\n".join(parts) + "\n"
 
 
-def draw(found: Survey) -> bytes:
+def draw(surveyed: Survey) -> bytes:
     """A PNG: how long blocks and documents are, and how often tokens come."""
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
 
     figure = Figure(figsize=(13, 3.5), layout="constrained")
     blocks, documents, tokens = figure.subplots(1, 3)
-    width = max(-(-len(found.lengths) // 50), 1)
-    bins = np.arange(0, len(found.lengths) + width, width)
-    blocks.hist(np.arange(len(found.lengths)), bins, weights=found.lengths, log=True)
+    width = max(-(-len(surveyed.lengths) // 50), 1)
+    bins = np.arange(0, len(surveyed.lengths) + width, width)
+    blocks.hist(np.arange(len(surveyed.lengths)), bins, weights=surveyed.lengths, log=True)
     blocks.set(xlabel="tokens in a block", ylabel="blocks")
-    there = np.flatnonzero(found.documents)
-    if there.size:
-        edges = 2.0 ** (np.arange(there[0], there[-1] + 2) / OCTAVE)
-        documents.stairs(found.documents[there[0] : there[-1] + 1], edges, fill=True)
+    used = np.flatnonzero(surveyed.documents)
+    if used.size:
+        edges = 2.0 ** (np.arange(used[0], used[-1] + 2) / OCTAVE)
+        documents.stairs(surveyed.documents[used[0] : used[-1] + 1], edges, fill=True)
     documents.set(xlabel="tokens in a document", ylabel="documents", xscale="log")
-    ranked = np.sort(found.counts_V)[::-1]
+    ranked = np.sort(surveyed.counts_V)[::-1]
     ranked = ranked[ranked > 0]
     tokens.plot(np.arange(1, len(ranked) + 1), ranked)
     tokens.set(
-        xlabel=f"rank of a token ({len(ranked):,} of {found.vocab_size:,} occur)", ylabel="times", xscale="log", yscale="log"
+        xlabel=f"rank of a token ({len(ranked):,} of {surveyed.vocab_size:,} occur)", ylabel="times", xscale="log", yscale="log"
     )
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
@@ -194,8 +194,8 @@ def audit(
                 surveys.append(survey(blocks, findings, advance))
     if surveys:
         n = duplicates(surveys, findings)
-        lines += [f"{found.name}: {found.summary()}" for found in surveys] + [f"{n:,} blocks are there a second time"]
-    seconds, tokens = time.perf_counter() - began, sum(found.tokens for found in surveys)
+        lines += [f"{wrong.name}: {wrong.summary()}" for wrong in surveys] + [f"{n:,} blocks are there a second time"]
+    seconds, tokens = time.perf_counter() - began, sum(wrong.tokens for wrong in surveys)
     lines.append(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} a second")
     if config is not None:
         try:
@@ -204,15 +204,15 @@ def audit(
             if not findings.lines:
                 raise
             lines.append(f"order: was not looked at: {error}")
-    found, allowed = findings.all(allow)
+    wrong, allowed = findings.all(allow)
     n = sum(times for (kind, _), times in findings.times.items() if not kind.startswith(allow))
-    verdict = f"{n:,} finding{'s' * (n > 1)}" if found else "nothing wrong found"
-    for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in found)]:
+    verdict = f"{n:,} finding{'s' * (n > 1)}" if wrong else "nothing wrong found"
+    for line in [*lines, *(f"allowed: {line}" for line in allowed), *(f"wrong: {line}" for line in wrong)]:
         print(line)
-    text = page(surveys, [*lines, *allowed], verdict, found, samples)
+    text = page(surveys, [*lines, *allowed], verdict, wrong, samples)
     write(page_file, text.encode(errors="backslashreplace"))  # names of files need not be UTF-8
     print(verdict, f"({page_file})")
-    return found
+    return wrong
 
 
 def _shown(items: range, what: str) -> Iterator[int]:

@@ -165,20 +165,20 @@ class Survey:
         cut = any(split.get("blocks") and not split.get("documents", 1) for split in self.manifest["splits"].values())
         for id_ in {self.bos, self.eos} - {-1}:  # can be the same
             names = [name for name in ("bos", "eos") if self.manifest["tokenizer"][f"{name}_id"] == id_]
-            name, a_document, found = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
+            name, a_document, counted = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
             guessed = packed and not (self.manifest["bos"] or self.manifest["eos"])  # a sample showed neither
-            if not a_document and found and not guessed:
+            if not a_document and counted and not guessed:
                 file, record = self.blocks.place(self.first[id_])
                 add(
                     f"{name} policy",
                     f"{file.name}, record {record}",
-                    f"is the first of {found:,} {name} ({id_}); there should be none",
+                    f"is the first of {counted:,} {name} ({id_}); there should be none",
                 )
-            elif id_ == self.eos and packed and not self.manifest["bos"] and not found:
+            elif id_ == self.eos and packed and not self.manifest["bos"] and not counted:
                 add(f"{name} policy", "all files", f"have no {name} ({id_}), which should stand at each document's end")
-            elif a_document and not (packed or cut or self.damaged) and found != a_document * says["documents"]:
+            elif a_document and not (packed or cut or self.damaged) and counted != a_document * says["documents"]:
                 should = f"{says['documents']:,} documents, each with {name} ({id_})"
-                add(f"{name} policy", MANIFEST, f"speaks of {should}; there are {found:,}")
+                add(f"{name} policy", MANIFEST, f"speaks of {should}; there are {counted:,}")
         if not packed and not self.damaged and self.tokens != says["tokens"]:
             add("counts", MANIFEST, f"speaks of {says['tokens']:,} tokens; there are {self.tokens:,}")
 
@@ -208,20 +208,22 @@ class Survey:
 
 def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -> Survey:
     """Reads all of a split, and all bytes of its files; calls `advance` with the number of blocks read since it last did."""
-    found = Survey(blocks, findings)
+    surveyed = Survey(blocks, findings)
     entries = blocks.manifest["splits"][blocks.split].get("shards", ())
     checksums = {entry["file"]: entry["sha256"] for entry in entries}
     step = max(AT_ONCE // (blocks.seq_len + 1), 1)
     for file, first, last in blocks.files():
         if file.name in checksums and sha256(file) != checksums[file.name]:  # reading it here leaves it in the page cache
-            findings.add("checksums", found.name, f"{file.name}: is not the file that was written (sha256)")
+            findings.add("checksums", surveyed.name, f"{file.name}: is not the file that was written (sha256)")
         for start in range(first, last, step):
-            found.read(start, min(start + step, last))
+            surveyed.read(start, min(start + step, last))
             advance(min(start + step, last) - start)
-    found.compare()
+    surveyed.compare()
     if gone := blocks.missing():
-        findings.add("missing files", found.name, f"by its number there should be {gone[0]}; {len(gone):,} such files in all")
-    return found
+        findings.add(
+            "missing files", surveyed.name, f"by its number there should be {gone[0]}; {len(gone):,} such files in all"
+        )
+    return surveyed
 
 
 def duplicates(surveys: list[Survey], findings: Findings) -> int:

@@ -73,11 +73,11 @@ class Cleaning(NamedTuple):
     def settings(self) -> dict:
         """What makes another data set of the same input; empty if there is nothing."""
         filters = [filter_.spec + (f" sha256:{filter_.sha256}" if filter_.sha256 else "") for filter_ in self.filters]
-        said = {"filter": filters, "dedup": self.dedup, "scrub": [scrub.name for scrub in self.scrubs]}
-        said |= {"dedup_threshold": self.threshold if self.dedup == "minhash" else 0, "keep_dropped": self.keep is not None}
+        out = {"filter": filters, "dedup": self.dedup, "scrub": [scrub.name for scrub in self.scrubs]}
+        out |= {"dedup_threshold": self.threshold if self.dedup == "minhash" else 0, "keep_dropped": self.keep is not None}
         used = [LIBRARIES[name] for name in (*(f.name for f in self.filters), self.dedup) if name in LIBRARIES]
-        said["versions"] = {name: metadata.version(name) for name in used}  # which may judge in another way
-        return {key: value for key, value in said.items() if value}
+        out["versions"] = {name: metadata.version(name) for name in used}  # which may judge in another way
+        return {key: value for key, value in out.items() if value}
 
 
 def parse(
@@ -85,22 +85,22 @@ def parse(
 ) -> Cleaning:
     """What is asked for in words. `scrubs`: each a regular expression, or names with commas between. Raises UserError."""
     names = itertools.chain.from_iterable([spec] if spec.startswith("regex:") else spec.split(",") for spec in scrubs)
-    found = Cleaning(tuple(map(parse_filter, filters)), tuple(map(parse_scrub, names)), dedup, threshold, None)
-    for option, specs in (("filter", [f.spec for f in found.filters]), ("scrub", [s.name for s in found.scrubs])):
+    cleaning = Cleaning(tuple(map(parse_filter, filters)), tuple(map(parse_scrub, names)), dedup, threshold, None)
+    for option, specs in (("filter", [f.spec for f in cleaning.filters]), ("scrub", [s.name for s in cleaning.scrubs])):
         if twice := [spec for spec, n in Counter(specs).items() if n > 1]:
             raise UserError(f"--{option} {twice[0]}: is given more than once")
     if keep is not None and not (filters or dedup):
         raise UserError(f"--keep-dropped {keep}: nothing is dropped without --filter or --dedup")
-    return found._replace(keep=store.place(keep, "--keep-dropped") if keep is not None else None)
+    return cleaning._replace(keep=store.place(keep, "--keep-dropped") if keep is not None else None)
 
 
 def parse_filter(spec: str) -> Filter:
     """The filter that `spec` (one of `FILTERS`) says. Raises UserError: an unknown one, a bad value, a file not there."""
-    name, _, rest = spec.partition(":")
+    name, _, value = spec.partition(":")
     if name not in FILTERS:
         raise UserError(f"--filter {spec}: no such filter; there are {', '.join(FILTERS.values())}")
     colons = {"length": 1, "language": 1, "repetition": -1, "python": 1, "fasttext": 2}[name]
-    arguments = rest.rsplit(":", colons) if rest else []  # a path may hold colons, what comes after it does not
+    arguments = value.rsplit(":", colons) if value else []  # a path may hold colons, what comes after it does not
     if len(arguments) != colons + 1 or not any(arguments + ["-"] * (colons < 0)):
         raise UserError(f"--filter {spec}: must be {FILTERS[name]}")
     if name == "length":
@@ -122,8 +122,8 @@ def parse_filter(spec: str) -> Filter:
         filter_ = Filter(spec, name, (os.path.abspath(path), label, _number(spec, least, float)))
         labels = _fasttext(filter_.arguments[0]).predict("", k=-1)[0]  # all, the likeliest first
         if labels and _label(label) not in labels:
-            there = " ".join(known.removeprefix("__label__") for known in labels[:20])
-            raise UserError(f"--filter {spec}: {path} has no label {label!r}; it has {there}")
+            languages = " ".join(known.removeprefix("__label__") for known in labels[:20])
+            raise UserError(f"--filter {spec}: {path} has no label {label!r}; it has {languages}")
         with open(path, "rb") as file:
             return filter_._replace(sha256=hashlib.file_digest(file, "sha256").hexdigest())
     return Filter(spec, name, ())
@@ -236,8 +236,8 @@ def _predicate(filter_: Filter) -> Callable[[str], bool]:
         try:
             return bool(call(text))
         except (Exception, SystemExit) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise UserError(f"--filter {filter_.spec}: {said}, of the text that begins {text[:40]!r}") from None
+            failure = f"{type(error).__name__}: {error}"
+            raise UserError(f"--filter {filter_.spec}: {failure}, of the text that begins {text[:40]!r}") from None
 
     return guarded
 
@@ -267,8 +267,8 @@ _NO_TEXT = re.compile(f"[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONE}]")
 
 
 def _is_in_language(code: str, least: float, text: str) -> bool:
-    _, _, found = _cld2().detect(_NO_TEXT.sub(" ", text[:SAMPLE]).encode(), isPlainText=True, bestEffort=True)
-    return any(code == known and percent >= 100 * least for _, known, percent, _ in found)
+    _, _, detected = _cld2().detect(_NO_TEXT.sub(" ", text[:SAMPLE]).encode(), isPlainText=True, bestEffort=True)
+    return any(code == known and percent >= 100 * least for _, known, percent, _ in detected)
 
 
 def _cld2():
@@ -307,15 +307,15 @@ def chunks(document: Iterable[str]) -> Iterator[str]:
 
     A line that goes on for `LONGEST` more is cut at a space, if it has one there.
     """
-    rest = ""
+    waiting = ""
     for part in document:
-        rest, at = rest + part, 0
-        while len(rest) - at > CHUNK and (cut := _cut(rest, at + CHUNK)):
-            yield rest[at:cut]
+        waiting, at = waiting + part, 0
+        while len(waiting) - at > CHUNK and (cut := _cut(waiting, at + CHUNK)):
+            yield waiting[at:cut]
             at = cut
-        rest = rest[at:]
-    if rest:
-        yield rest
+        waiting = waiting[at:]
+    if waiting:
+        yield waiting
 
 
 def _cut(text: str, begin: int) -> int:
@@ -351,10 +351,10 @@ def _replace(scrub: Scrub, text: str) -> tuple[str, int]:
     return re.sub(scrub.pattern, replacement, text), n
 
 
-def _is_no_persons_ip(before: str, found: str) -> bool:
+def _is_no_persons_ip(before: str, address: str) -> bool:
     """Whether it is a private, reserved or impossible address, or stands where a version does."""
     try:
-        public = ipaddress.ip_address(found).is_global
+        public = ipaddress.ip_address(address).is_global
     except ValueError:
         return True
     return not public or bool(_VERSION.search(before))

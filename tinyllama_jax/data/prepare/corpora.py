@@ -48,6 +48,6 @@ def in_languages(sources: list[Source], languages: list[str]) -> list[Source]:
     return [source for source in sources if PurePosixPath(source.path).parent.name in languages]
 
 
-def _nearest(name: str, there: set[str] | dict[str, Corpus]) -> str:
-    near = difflib.get_close_matches(name.lower(), there, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(there))}"
+def _nearest(name: str, known: set[str] | dict[str, Corpus]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"

@@ -64,10 +64,10 @@ def units(source: Source, text_key: str) -> list[int]:
         column = file.schema_arrow.get_field_index(text_key)
         if column < 0:
             names = file.schema_arrow.names
-            there = ", ".join(names)
+            known = ", ".join(names)
             if text_key in names:
-                raise _BadDocument(f"has {names.count(text_key)} columns {text_key!r}; it has {there}: rename one")
-            raise _BadDocument(f"has no column {text_key!r}; it has {there}: choose one with --text-key")
+                raise _BadDocument(f"has {names.count(text_key)} columns {text_key!r}; it has {known}: rename one")
+            raise _BadDocument(f"has no column {text_key!r}; it has {known}: choose one with --text-key")
         type_ = file.schema_arrow.field(column).type
         if not _holds_text(type_):
             raise _BadDocument(f"column {text_key!r} holds {type_}, not text; choose one with --text-key")
@@ -100,11 +100,11 @@ def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
     out: list[list[int]] = []
     done, last = 0, -1
     for i, weight in enumerate(weights):
-        here = min((2 * done + weight) * n // (2 * total), n - 1)  # where the middle of the item falls
+        span = min((2 * done + weight) * n // (2 * total), n - 1)  # where the middle of the item falls
         done += weight
-        if here != last or not out:
+        if span != last or not out:
             out.append([i, i])
-        out[-1][1], last = i + 1, here
+        out[-1][1], last = i + 1, span
     return [(start, end) for start, end in out]
 
 
@@ -149,15 +149,15 @@ def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") 
         yield
         return
     except _BadDocument as error:
-        said = f"{where()}: {error}"
+        message = f"{where()}: {error}"
     except MemoryError:
-        said = f"{where()}: unpacks to more than a worker may hold in memory"
+        message = f"{where()}: unpacks to more than a worker may hold in memory"
     except (OSError, pyarrow.ArrowException) as error:
         if "Frame requires too much memory" in str(error):  # zstd's own limit
             damaged = "was compressed with a window of more than 128 MiB; unpack it with `zstd -d --long=31`: "
         number = error.errno if isinstance(error, OSError) else None  # those without one are pyarrow's
-        said = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{' '.join(str(error).split())}"
-    bad = BadFile(source.path + said)
+        message = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{' '.join(str(error).split())}"
+    bad = BadFile(source.path + message)
     bad.source = source
     raise bad
 
@@ -212,8 +212,8 @@ def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counte
                     dropped[reason] += 1
                     continue
                 if text_key not in row:
-                    there = ", ".join(map(repr, row))
-                    raise _BadDocument(f"has no key {text_key!r}; it has {there}: choose one with --text-key")
+                    keys = ", ".join(map(repr, row))
+                    raise _BadDocument(f"has no key {text_key!r}; it has {keys}: choose one with --text-key")
                 if row[text_key] is None:
                     dropped[_null(text_key)] += 1
                     continue
@@ -267,12 +267,12 @@ def _long_row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
 def _reason(row: dict, drop: Mapping[str, str]) -> str:
     """Why a row is left out; "" if it is not."""
     for key, value in drop.items():
-        there: object = row
+        node: object = row
         for name in key.split("."):
-            there = there.get(name) if isinstance(there, dict) else None
-        if there is None:
+            node = node.get(name) if isinstance(node, dict) else None
+        if node is None:
             raise _BadDocument(f"has no {key}, by which documents of this corpus are left out; without --corpus all are taken")
-        if there == value:
+        if node == value:
             return f"{key}={value}"
     return ""
 

@@ -169,21 +169,21 @@ def pairs(method: str, rows: np.ndarray) -> np.ndarray:
     rows, new = _sorted(rows, "key", "same", "doc")
     new = new["key"] | new["same"]
     first = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
-    found = [_pairs(rows["doc"][~new], rows["doc"][first[~new]], True)]
+    pieces = [_pairs(rows["doc"][~new], rows["doc"][first[~new]], True)]
     if method == "minhash":
         rows, new = _sorted(rows[new], "key", "doc")
         at = np.arange(len(rows))
         first = np.maximum.accumulate(np.where(new["key"], at, 0))
         for i in range(FIRST):
             later = first + i < at
-            found.append(_pairs(rows["doc"][later], rows["doc"][first[later] + i], False))
-    return unique(np.concatenate(found))
+            pieces.append(_pairs(rows["doc"][later], rows["doc"][first[later] + i], False))
+    return unique(np.concatenate(pieces))
 
 
-def unique(found: np.ndarray) -> np.ndarray:
+def unique(candidates: np.ndarray) -> np.ndarray:
     """`PAIR`s without those that are there twice, sorted."""
-    found, new = _sorted(found, *PAIR.names)
-    return found[np.logical_or.reduce([*new.values()])]
+    candidates, new = _sorted(candidates, *PAIR.names)
+    return candidates[np.logical_or.reduce([*new.values()])]
 
 
 def _sorted(rows: np.ndarray, *names: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -201,10 +201,10 @@ def _pairs(doc: np.ndarray, of: np.ndarray, sure: bool) -> np.ndarray:
     return out[doc != of]
 
 
-def copies(found: np.ndarray, sketch: Callable[[int], np.ndarray], threshold: float) -> dict[int, int]:
+def copies(candidates: np.ndarray, sketch: Callable[[int], np.ndarray], threshold: float) -> dict[int, int]:
     """Each document that is a copy of an earlier one, and the earliest of those. `found`: `PAIR`s; `sketch`: of a document."""
     out: dict[int, int] = {}
-    for doc, of, sure in unique(found).tolist():
+    for doc, of, sure in unique(candidates).tolist():
         if doc not in out and (sure or similarity(sketch(doc), sketch(of)) >= threshold):
             out[doc] = of
     return out
@@ -239,9 +239,9 @@ def _make(job: Job, shard: Shard) -> None:
                     dropped.append([n, reason])
                     ends.append(ends[-1])
                     continue
-                found, sketch = look(job.cleaning.dedup, job.cleaning.threshold, document)
-                found["doc"] = n
-                rows.append(found)
+                keys, sketch = look(job.cleaning.dedup, job.cleaning.threshold, document)
+                keys["doc"] = n
+                rows.append(keys)
                 sketches.write(sketch.tobytes())
                 ends.append(ends[-1] + len(sketch))
         shards.check_unchanged(shard)
@@ -273,11 +273,11 @@ def pairs_of(job: Job, part: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int,
     """Pairs to compare of a part of all rows: (number of the later one's shard, bytes of `PAIR`s)."""
     i, rows = part
     with shards.telling(job, f"part {i}"):
-        found = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
+        candidates = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
     yield i, b""  # so that every shard comes to `settle`
-    number, start = np.unique(found["doc"] >> np.uint64(32), return_index=True)  # they are sorted
-    for i, mine in zip(number.tolist(), np.split(found, start[1:]), strict=True) if len(found) else ():
-        yield i, mine.tobytes()
+    number, start = np.unique(candidates["doc"] >> np.uint64(32), return_index=True)  # they are sorted
+    for i, own in zip(number.tolist(), np.split(candidates, start[1:]), strict=True) if len(candidates) else ():
+        yield i, own.tobytes()
 
 
 def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
@@ -285,11 +285,11 @@ def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
 
     That is said only if the dropped are kept, since the list would be long for nothing.
     """
-    i, found = pairs_of_shard
+    i, candidates = pairs_of_shard
     name = job.shards[i]
     with shards.telling(job, name):
         sketch = functools.lru_cache(1 << 12)(functools.partial(_sketch, job))
-        same = copies(np.frombuffer(b"".join(found), PAIR), sketch, job.cleaning.threshold)
+        same = copies(np.frombuffer(b"".join(candidates), PAIR), sketch, job.cleaning.threshold)
         filtered = shards.record(job.folder / "looked" / f"{name}.json", shards.Looked)["dropped"]
         why = f"dedup:{job.cleaning.dedup}"
         dropped = [[n, reason, None] for n, reason in filtered]

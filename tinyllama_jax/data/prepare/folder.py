@@ -44,10 +44,10 @@ def check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[
 def is_half(output: Place, partial: Place) -> bool:
     """Whether `output` is half made in place, where it cannot be renamed: it has our files and as yet no manifest."""
     ours = ("blocks-", "tokenizer", "features.json", "dataset_info.json")
-    there = store.names(output, folders=True)
-    if isinstance(output, Path) and not all(name.startswith(ours) for name in there):
+    listed = store.names(output, folders=True)
+    if isinstance(output, Path) and not all(name.startswith(ours) for name in listed):
         return False
-    return MANIFEST not in there and "settings.json" in store.names(partial)
+    return MANIFEST not in listed and "settings.json" in store.names(partial)
 
 
 def complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> dict:
@@ -58,21 +58,21 @@ def complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> d
         manifest, _ = read_manifest(folder)
     made = store.modified_ns(output / MANIFEST)
     files = {split: counts["sources"] + counts.get("bad_files", []) for split, counts in manifest["splits"].items()}
-    there = {split: {file["file"]: file["bytes"] for file in named} for split, named in files.items() if named}
-    here = {split: {source.name: source.size for source in found} for split, found in sources.items()}
-    _same(output, {**{k: manifest.get(k) for k in wanted}, **there}, {**wanted, **here})
-    for split, found in sources.items():
+    prepared = {split: {file["file"]: file["bytes"] for file in named} for split, named in files.items() if named}
+    asked = {split: {source.name: source.size for source in present} for split, present in sources.items()}
+    _same(output, {**{k: manifest.get(k) for k in wanted}, **prepared}, {**wanted, **asked})
+    for split, present in sources.items():
         checksums = {file["file"]: file.get("sha256") for file in files[split]}  # a bad file has none
-        for source in found:
+        for source in present:
             if source.mtime_ns > made and source.sha256() != checksums[source.name]:
                 raise UserError(f"{output}: was prepared before {source.path} changed; choose another --output, or delete it")
     return manifest
 
 
-def _same(folder: Place, there: dict, here: dict) -> None:
+def _same(folder: Place, old_settings: dict, new_settings: dict) -> None:
     """Raises UserError naming the first thing in which what `folder` was made for differs from what is asked for now."""
-    for key in here | there:
-        old, new = there.get(key), here.get(key)
+    for key in new_settings | old_settings:
+        old, new = old_settings.get(key), new_settings.get(key)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
@@ -134,12 +134,12 @@ def left_of(job: Job, planned: list[Shard]) -> list[Shard]:
     return [shard for shard in planned if shard.file not in kept]
 
 
-def _dropped(job: Job, mine: set[str]) -> set[str]:
+def _dropped(job: Job, own: set[str]) -> set[str]:
     """Names of what --keep-dropped holds. Raises UserError if that is anything but `mine`."""
-    there = store.names(job.cleaning.keep, folders=True) if job.cleaning.keep else set()
-    if others := sorted(there - mine):
+    listed = store.names(job.cleaning.keep, folders=True) if job.cleaning.keep else set()
+    if others := sorted(listed - own):
         raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
-    return there
+    return listed
 
 
 def _is_made(job: Job, shard: Shard) -> bool:
@@ -151,16 +151,16 @@ def _is_made(job: Job, shard: Shard) -> bool:
 def records_of(job: Job, planned: list[Shard]) -> dict[str, dict]:
     """The record of each shard; empty where it has not been made."""
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        found = pool.map(lambda shard: shards.made(job.records, shard), planned)
-        return {shard.file: record for shard, record in zip(planned, found, strict=True)}
+        loaded = pool.map(lambda shard: shards.made(job.records, shard), planned)
+        return {shard.file: record for shard, record in zip(planned, loaded, strict=True)}
 
 
 def bad_files_of(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[str, str], list]:
     """(split, name) -> [where the first bad piece begins, why] of all files that could not be read."""
     bad: dict[tuple[str, str], list] = {}
     for shard in planned:
-        for name, found in records[shard.file]["bad"].items():
-            bad[shard.split, name] = min(found, bad.get((shard.split, name), found))
+        for name, reason in records[shard.file]["bad"].items():
+            bad[shard.split, name] = min(reason, bad.get((shard.split, name), reason))
     return bad
 
 
@@ -194,10 +194,10 @@ def _hold_out(job: Job, planned: list[Shard], records: dict[str, dict]) -> int:
     left = n = min(max(round(job.held_out * total), 1), total - 1)
     for shard in reversed(planned):
         files = records[shard.file]["files"]
-        mine = min(left, sum(file["blocks"] for file in files.values()))
-        if mine != files[HELD_OUT]["blocks"]:
-            records[shard.file] = shards.hold_out(job, shard, mine)
-        left -= mine
+        n_blocks = min(left, sum(file["blocks"] for file in files.values()))
+        if n_blocks != files[HELD_OUT]["blocks"]:
+            records[shard.file] = shards.hold_out(job, shard, n_blocks)
+        left -= n_blocks
     return n
 
 

@@ -80,12 +80,12 @@ def find(
     `option`: a path that is not there, a file of another type, a file given twice, no file at all.
     """
     paths, kinds = [os.fspath(path) for path in paths], tuple(kinds)
-    found: list[tuple[str, tuple[str, int]]] = []  # path, and what KINDS says of it
+    matches: list[tuple[str, tuple[str, int]]] = []  # path, and what KINDS says of it
     stats: dict[str, tuple[int, int, str]] = {}  # of objects: a store lists them with their names
     others = []
     for path in paths:
         if path.startswith("tfds:"):
-            found += [(file, ARRAY_RECORD) for file in _tfds(path, option, data_dir)]
+            matches += [(file, ARRAY_RECORD) for file in _tfds(path, option, data_dir)]
             continue
         places = _objects(path, stats) if _scheme(path) else _files(path)
         if not places:
@@ -99,19 +99,19 @@ def find(
             if end := _type_of(file, kinds):
                 if not _scheme(file) and os.path.exists(file) and not os.path.isfile(file):
                     raise UserError(f"{option} {file}: is not a regular file; read a pipe into one first, or move it away")
-                found.append((file, KINDS[end]))
+                matches.append((file, KINDS[end]))
             else:
                 others.append(file)
-    if not found:
+    if not matches:
         raise UserError(f"{option} {' '.join(paths)}: there is no file of a known type; known are {' '.join(kinds)}")
-    absolute = [file if _scheme(file) else os.path.abspath(file) for file, _ in found]
+    absolute = [file if _scheme(file) else os.path.abspath(file) for file, _ in matches]
     real, times = Counter(file if _scheme(file) else os.path.realpath(file) for file in absolute).most_common(1)[0]
     if times > 1:
         raise UserError(f"{option}: {real} is given {times} times (links count)")
     parents = zip(*(file.split("/")[:-1] for file in absolute), strict=False)
     depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of what all have in common
     sources = []
-    for path, (_, kind) in zip(absolute, found, strict=True):
+    for path, (_, kind) in zip(absolute, matches, strict=True):
         # bytes that are not UTF-8 are written as \xe9, for manifests and messages
         name = os.fsencode("/".join(path.split("/")[depth:])).decode(errors="backslashreplace")
         sources.append(Source(path, name, *kind, *(stats.get(path) or _stat(path))))
@@ -124,10 +124,10 @@ def _type_of(path: str, kinds: tuple[str, ...]) -> str:
 
 def _scheme(path: str) -> str:
     """ "gs" or "s3"; "" for a path on this machine. Raises UserError on another scheme."""
-    scheme, there, _ = path.partition("://")
-    if there and scheme not in SCHEMES:
+    scheme, place, _ = path.partition("://")
+    if place and scheme not in SCHEMES:
         raise UserError(f"{path}: {scheme}:// cannot be read; known are {' '.join(f'{s}://' for s in SCHEMES)}")
-    return scheme if there else ""
+    return scheme if place else ""
 
 
 def _stat(path: str) -> tuple[int, int, str]:
@@ -201,20 +201,20 @@ def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
 def _objects(path: str, stats: dict[str, tuple[int, int, str]]) -> dict[str, list[str]]:
     """`_files` of a path in a store; also notes what the store says of each file."""
     scheme = _scheme(path)
-    found = {}
+    files_at = {}
     with reaching(path, absent=False) as store:
         try:
-            there = store.glob(path, detail=True) if glob.has_magic(path) else {path: store.info(path)}
+            listed = store.glob(path, detail=True) if glob.has_magic(path) else {path: store.info(path)}
         except FileNotFoundError:
             return {}
-        for place, info in there.items():
+        for place, info in listed.items():
             inside = store.find(place, detail=True) if info["type"] == "directory" else {place: info}
             start = len(store._strip_protocol(place))
             objects = {name: info for name, info in inside.items() if "/." not in name[start:] and info["type"] == "file"}
             full = {name if _scheme(name) else f"{scheme}://{name}": info for name, info in objects.items()}
             stats |= {name: _stat_of(info) for name, info in full.items()}
-            found[place] = list(full)
-    return found
+            files_at[place] = list(full)
+    return files_at
 
 
 def _stat_of(info: dict) -> tuple[int, int, str]:
@@ -229,17 +229,17 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
     """The files of tfds:NAME[/CONFIG][:VERSION][:SPLIT]; the split is "train" if it is not said."""
     import tensorflow_datasets as tfds
 
-    name, *rest = path.removeprefix("tfds:").split(":")
-    if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
-        name = f"{name}:{rest.pop(0)}"
-    split = ":".join(rest) or "train"
+    name, *parts = path.removeprefix("tfds:").split(":")
+    if parts and re.fullmatch(r"\d+\.\d+\.\d+", parts[0]):
+        name = f"{name}:{parts.pop(0)}"
+    split = ":".join(parts) or "train"
     where = os.fspath(data_dir or tfds.core.constants.DATA_DIR)
     if _scheme(where):
         raise UserError(f"--data-dir {where}: ArrayRecord files are read from this machine alone; copy the data set here")
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where, file_format="array_record")
-        if split not in (there := list(builder.info.splits)):  # among them "train[:10%]", which is no whole files
-            raise UserError(f"{option} {path}: has no split {split!r}; it has {', '.join(there)}")
+        if split not in (known := list(builder.info.splits)):  # among them "train[:10%]", which is no whole files
+            raise UserError(f"{option} {path}: has no split {split!r}; it has {', '.join(known)}")
         return [os.fspath(file) for file in builder.info.splits[split].filepaths]
     except tfds.core.DatasetNotFoundError:
         raise UserError(

@@ -62,22 +62,22 @@ def plan(
 
     every = [(split, source) for split, files in sources.items() for source in files]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # parquet files far away take a while to answer
-        units = {each: found for each, found in zip(every, pool.map(weights, every), strict=True) if found is not None}
+        units = {each: weighed for each, weighed in zip(every, pool.map(weights, every), strict=True) if weighed is not None}
     total = sum(map(sum, units.values()))
     # a power of two, so that it stays when a file is mended
     target = shard_mb << 20 if shard_mb else min(max(1 << (total // 1024).bit_length(), SHARD[0]), SHARD[1])
     planned = []
     for split in sources:
-        mine = {source: weights for (of, source), weights in units.items() if of == split}
-        pieces = [piece for source, weights in mine.items() for piece in documents.pieces(source, weights, target)]
+        of_split = {source: weights for (of, source), weights in units.items() if of == split}
+        pieces = [piece for source, weights in of_split.items() for piece in documents.pieces(source, weights, target)]
         spans = documents.spans([piece.weight for piece in pieces], target)
         hashed = set()
         for i, span in enumerate(spans):
-            these = pieces[slice(*span)]
-            first = [s for s in dict.fromkeys(piece.source for piece in these) if s not in hashed]
+            of_shard = pieces[slice(*span)]
+            first = [s for s in dict.fromkeys(piece.source for piece in of_shard) if s not in hashed]
             hashed.update(first)
             name, other = (f"blocks-{of}.array_record-{i:05d}-of-{len(spans):05d}" for of in (split, HELD_OUT))
-            planned.append(Shard(split, name, these, first, other if held_out else "", None if bad is None else {}))
+            planned.append(Shard(split, name, of_shard, first, other if held_out else "", None if bad is None else {}))
     return planned
 
 
@@ -127,18 +127,9 @@ def prepare(
         raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
-    limits = ("seq-len", seq_len, 1, MOST), ("shard-mb", shard_mb, 0, 1 << 20), ("workers", workers, 0, 4_096)
-    for option, value, least, most in limits:
-        if not least <= value <= most:
-            raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
-    for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
-        if on and id_ < 0:
-            raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
-    held_out = (0.0 if validation else 0.01) if held_out is None else float(held_out)
-    if not 0 <= held_out < 1:
-        raise UserError(f"--held-out {held_out:g}: is a fraction of the documents, at least 0 and less than 1; 0.01 is 1%")
-    if held_out and validation:
-        raise UserError(f"--held-out {held_out:g}: documents are held out of --train if there is no --validation; give one")
+    _check_numbers(seq_len, shard_mb, workers)
+    _check_edges(spm, bos, eos)
+    held_out = _fraction(held_out, validation)
     if bad_files not in ("stop", "skip"):
         raise UserError(f"--bad-files {bad_files}: must be stop or skip")
     preset = corpora.known(corpus) if corpus else None
@@ -157,30 +148,77 @@ def prepare(
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
     wanted = {"format": FORMAT, **settings, "tokenizer": vocabulary}
     if store.holds_something(output) and not folder_lib.is_half(output, partial):
-        manifest = folder_lib.complete(output, wanted, sources)
-        if folder_lib.is_ours(partial):
-            store.remove(partial)  # there if a kill came between the last two lines of `folder.finish`
-        if bad_files == "stop" and (left_out := [f for counts in manifest["splits"].values() for f in counts["bad_files"]]):
-            what = f"{len(left_out)} bad files, such as {left_out[0]['file']}"
-            raise UserError(f"{output}: was prepared without {what}; say --bad-files=skip too, or choose another --output")
-        print(f"{output}: complete already, nothing to do")
-        return manifest
-    apart = {part for source in sources["train"] for part in source.name.split("/")[:-1] if part.lower() in NOT_TRAIN}
-    if apart:
-        what = (
-            f"holds folders named {', '.join(sorted(apart))}, which are trained on; a pattern such as '*/train' leaves them out"
-        )
-        print(f"--train: warning: {what}", file=sys.stderr)
-    for line in vocabulary_lib.warnings(spm, sources["train"], text_key):
-        print(line, file=sys.stderr)
-    started = time.monotonic()
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
+        return _complete_already(output, partial, wanted, sources, bad_files)
+    _warn(spm, sources["train"], text_key)
     bad = {} if bad_files == "skip" else None
     planned = plan(sources, text_key, shard_mb, held_out > 0, bad)
     store.make_folder(partial)
     whole = output if isinstance(output, Remote) else partial / "whole"
     drop = dict(preset.drop) if preset else {}
     job = Job(partial, whole, uuid.uuid4().hex, spm.sha256, seq_len, dtype, bos, eos, text_key, drop, held_out, cleaning)
+    print(f"{output}: a worker takes at most {MEMORY >> 30} GiB of memory", flush=True)
+    return _execute(output, job, wanted, spm, sources, planned, bad or {}, workers, beam_options)
+
+
+def _check_numbers(seq_len: int, shard_mb: int, workers: int) -> None:
+    limits = ("seq-len", seq_len, 1, MOST), ("shard-mb", shard_mb, 0, 1 << 20), ("workers", workers, 0, 4_096)
+    for option, value, least, most in limits:
+        if not least <= value <= most:
+            raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
+
+
+def _check_edges(spm: tokenizer_lib.Tokenizer, bos: bool, eos: bool) -> None:
+    for option, on, id_ in (("bos", bos, spm.bos_id), ("eos", eos, spm.eos_id)):
+        if on and id_ < 0:
+            raise UserError(f"--{option}: {spm.path} has no {option} token; say --no-{option}")
+
+
+def _fraction(held_out: float | None, validation: list[str | Path]) -> float:
+    """The fraction of documents to hold out. Raises UserError."""
+    fraction = (0.0 if validation else 0.01) if held_out is None else float(held_out)
+    if not 0 <= fraction < 1:
+        raise UserError(f"--held-out {fraction:g}: is a fraction of the documents, at least 0 and less than 1; 0.01 is 1%")
+    if fraction and validation:
+        raise UserError(f"--held-out {fraction:g}: documents are held out of --train if there is no --validation; give one")
+    return fraction
+
+
+def _complete_already(output: Place, partial: Place, wanted: dict, sources: dict[str, list[Source]], bad_files: str) -> dict:
+    """The manifest of a complete data set. Raises UserError if it was made for something else."""
+    manifest = folder_lib.complete(output, wanted, sources)
+    if folder_lib.is_ours(partial):
+        store.remove(partial)  # there if a kill came between the last two lines of `folder.finish`
+    if bad_files == "stop" and (left_out := [f for counts in manifest["splits"].values() for f in counts["bad_files"]]):
+        what = f"{len(left_out)} bad files, such as {left_out[0]['file']}"
+        raise UserError(f"{output}: was prepared without {what}; say --bad-files=skip too, or choose another --output")
+    print(f"{output}: complete already, nothing to do")
+    return manifest
+
+
+def _warn(spm: tokenizer_lib.Tokenizer, train: list[Source], text_key: str) -> None:
+    """Warns of folders that look like other splits, and of what the tokenizer loses."""
+    apart = {part for source in train for part in source.name.split("/")[:-1] if part.lower() in NOT_TRAIN}
+    if apart:
+        what = f"holds folders named {', '.join(sorted(apart))}, which are trained on"
+        print(f"--train: warning: {what}; a pattern such as '*/train' leaves them out", file=sys.stderr)
+    for line in vocabulary_lib.warnings(spm, train, text_key):
+        print(line, file=sys.stderr)
+
+
+def _execute(
+    output: Place,
+    job: Job,
+    wanted: dict,
+    spm: tokenizer_lib.Tokenizer,
+    sources: dict[str, list[Source]],
+    planned: list[Shard],
+    bad: dict,
+    workers: int,
+    beam_options: list[str],
+) -> dict:
+    """Makes the shards that are not made yet, and the data set of them; returns its manifest."""
+    started = time.monotonic()
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
 
     def run(job: Job, left: list[Shard]) -> None:
         while left:
@@ -188,18 +226,17 @@ def prepare(
                 runners.run(job, left, min(workers or n_cpus, len(left)), beam_options)
             left = _again(job, planned)
 
-    print(f"{output}: a worker takes at most {MEMORY >> 30} GiB of memory", flush=True)
-    with folder_lib.lock(partial):
+    with folder_lib.lock(job.folder):
         folder_lib.begin(job, wanted, spm)
-        if dedup:
+        if job.cleaning.dedup:
             planned = _find_copies(job, planned, run)
         left = folder_lib.left_of(job, planned)
         n_before = len(planned) - len(left)
         run(job, left or _again(job, planned))
-        manifest = folder_lib.finish(output, job, wanted, sources, planned, bad or {})
+        manifest = folder_lib.finish(output, job, wanted, sources, planned, bad)
     seconds = time.monotonic() - started
     _say(output, manifest)
-    if held_out and HELD_OUT not in manifest["splits"]:
+    if job.held_out and HELD_OUT not in manifest["splits"]:
         print(f"{output}: no validation split: there is but one block of text; give more, or a --validation of its own")
     print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
     return manifest
@@ -276,8 +313,8 @@ def _again(job: Job, planned: list[Shard]) -> list[Shard]:
     bad = folder_lib.bad_files_of(planned, records)
     left = []
     for shard in planned:
-        mine = {p.source.name: bad[shard.split, p.source.name] for p in shard.pieces if (shard.split, p.source.name) in bad}
-        if mine.keys() != records[shard.file]["bad"].keys():
+        own = {p.source.name: bad[shard.split, p.source.name] for p in shard.pieces if (shard.split, p.source.name) in bad}
+        if own.keys() != records[shard.file]["bad"].keys():
             store.remove(job.records / f"{shard.file}.json")
-            left.append(shard._replace(bad=mine))
+            left.append(shard._replace(bad=own))
     return left

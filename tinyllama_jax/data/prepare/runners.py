@@ -41,26 +41,29 @@ ALONE = 60  # seconds that Dask may be without any worker
 LATE = 90  # seconds until a file that was written on another machine is seen on this one, at the most
 
 
-def options(runner: str, rest: list[str]) -> list[str]:
+def options(runner: str, beam_options: list[str]) -> list[str]:
     """Beam's options for `runner`, `rest` among them; none if it is this machine.
 
     Raises UserError on a runner that is not known or not installed, and on an option that is not Beam's.
     """
     if runner.lower() in (DIRECT, "directrunner"):  # Beam's own DirectRunner would first try to download another runner
-        if rest:
-            raise UserError(f"{rest[0]}: no such option; see --help")
+        if beam_options:
+            raise UserError(f"{beam_options[0]}: no such option; see --help")
         return []
     if runner.lower() in ("dask", "daskrunner"):
         if not _installed("distributed"):
             raise UserError(f"--runner {runner}: takes `pip install dask distributed`, here and on its workers")
         runner = DASK
-        if not any(o.startswith(("--dask_npartitions", "--dask_partition_size")) for o in rest):
-            rest = ["--dask_partition_size=1", *rest]  # Beam gives a worker 128 at once, and all at once if there are fewer
+        if not any(o.startswith(("--dask_npartitions", "--dask_partition_size")) for o in beam_options):
+            beam_options = [
+                "--dask_partition_size=1",
+                *beam_options,
+            ]  # Beam gives a worker 128 at once, and all at once if there are fewer
     elif "." not in runner and not runner.endswith("Runner"):
         raise UserError(f"--runner {runner}: no such runner; there are {DIRECT}, dask, and Beam's own, such as FlinkRunner")
     if not runner.startswith(("Flink", "Spark")):  # Flink's and Spark's job servers know options that Python does not
-        _check(runner, rest)
-    return [f"--runner={runner}", *rest]
+        _check(runner, beam_options)
+    return [f"--runner={runner}", *beam_options]
 
 
 def _short(runner: str) -> str:
@@ -74,7 +77,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _check(runner: str, rest: list[str]) -> None:
+def _check(runner: str, beam_options: list[str]) -> None:
     """Raises UserError on an option that Beam does not know, which it would leave out with a warning."""
     with _quiet():
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -82,10 +85,10 @@ def _check(runner: str, rest: list[str]) -> None:
         if "." in runner and _installed(runner.rpartition(".")[0]):
             importlib.import_module(runner.rpartition(".")[0])  # importing it registers the runner's own options
         try:
-            parsed = PipelineOptions(rest)
+            parsed = PipelineOptions(beam_options)
             known = parsed.get_all_options()
         except SystemExit:  # argparse has said what is wrong
-            raise UserError(f"--runner {_short(runner)}: Beam does not take {' '.join(rest)}") from None
+            raise UserError(f"--runner {_short(runner)}: Beam does not take {' '.join(beam_options)}") from None
         for option in sorted(set(parsed.get_all_options(retain_unknown_options=True)) - set(known)):
             raise UserError(f"--{option}: no such option, of this command or of Beam's with --runner {_short(runner)}")
 
@@ -285,12 +288,12 @@ def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
             began = time.monotonic()
             before, line = done(), began + LINES[0]
             while not stop.wait(_interval(job.folder, 0.5)):
-                now = time.monotonic()
+                time_now = time.monotonic()
                 if console.is_terminal:
                     bar.update(task, completed=done())
-                elif now >= line:
-                    print(_line(done(), total, before, now - began, TITLES[job.stage]), file=sys.stderr, flush=True)
-                    line = now + LINES[now > began + LINES[1]]
+                elif time_now >= line:
+                    print(_line(done(), total, before, time_now - began, TITLES[job.stage]), file=sys.stderr, flush=True)
+                    line = time_now + LINES[time_now > began + LINES[1]]
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -303,8 +306,8 @@ def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
 
 def _line(done: int, total: int, before: int, seconds: float, title: str = TITLES["done"]) -> str:
     """`done` of `total` bytes of text, of which `before` were there `seconds` ago, for a person who reads a log."""
-    said = f"{title}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
+    line = f"{title}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
     if done == before:
-        return f"{said}, no shard finished yet"
+        return f"{line}, no shard finished yet"
     rate = (done - before) / seconds
-    return f"{said}, {rate / 1e6:,.1f} MB/s, {cli.time_left((total - done) / rate)} left"
+    return f"{line}, {rate / 1e6:,.1f} MB/s, {cli.time_left((total - done) / rate)} left"

@@ -276,9 +276,9 @@ def hold_out(job: Job, shard: Shard, n: int) -> dict:
                 for block in itertools.islice(every, size):
                     _written(temporary, writer.write, block)
                 _written(temporary, writer.close)
-                mine = min(size * (job.seq_len + 1), tokens)  # the very last block may be shorter
-                entry |= {"blocks": size, "tokens": mine, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-                tokens -= mine
+                n_tokens = min(size * (job.seq_len + 1), tokens)  # the very last block may be shorter
+                entry |= {"blocks": size, "tokens": n_tokens, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+                tokens -= n_tokens
         for entry, temporary in zip(entries, temporaries, strict=True):
             store.put(temporary, job.whole / entry["file"])
     finally:

@@ -49,16 +49,16 @@ Place = Path | Remote
 
 def place(path: str | Path, option: str) -> Place:
     """`path` as a place. Raises UserError that names `option`: a kind of store that is not known, a bucket without a folder."""
-    scheme, is_url, rest = str(path).partition("://")
+    scheme, is_url, path_in_store = str(path).partition("://")
     if not is_url and any(str(path).startswith(f"{s}:/") for s in SCHEMES):  # pathlib takes out a slash, too
         raise UserError(f"{option} {path}: takes two slashes after the colon")
     if not is_url:
         return Path(path)
     if scheme not in SCHEMES:
         raise UserError(f"{option} {path}: can be a folder, {' or '.join(f'{s}://BUCKET/FOLDER' for s in SCHEMES)}")
-    if not all(rest.rstrip("/").partition("/")[::2]):
+    if not all(path_in_store.rstrip("/").partition("/")[::2]):
         raise UserError(f"{option} {path}: must name a folder in a bucket, such as {scheme}://BUCKET/FOLDER")
-    return Remote(f"{scheme}://{rest.rstrip('/')}")
+    return Remote(f"{scheme}://{path_in_store.rstrip('/')}")
 
 
 def filesystem(url: str) -> Any:

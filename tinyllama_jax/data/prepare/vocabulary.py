@@ -113,10 +113,10 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
     try:
         with tempfile.TemporaryDirectory() as folder:
             ours.export(Path(folder), False, 1)
-            theirs = tokenizer.HuggingFaceTokenizer(Path(folder) / "tokenizer.json")
+            exported = tokenizer.HuggingFaceTokenizer(Path(folder) / "tokenizer.json")
     except UserError as error:
         return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; or {without}"])]
-    pairs = zip(theirs.encode_batch(texts), ours.encode_batch(texts), strict=True)
+    pairs = zip(exported.encode_batch(texts), ours.encode_batch(texts), strict=True)
     if differ := sum(a != b for a, b in pairs):
         what = f"{differ:,} of {len(texts):,} documents of a sample ({differ / len(texts):.1%}) get other ids"
         lines.append(f"{ours.path}: warning: {what} from a tokenizer.json made of it; if that is too many, {without}")
