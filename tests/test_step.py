@@ -282,3 +282,34 @@ def test_losses_of_tokens_are_those_of_all_logits():
     np.testing.assert_allclose(losses, -np.take_along_axis(jax.nn.log_softmax(logits), labels, -1)[..., 0], atol=1e-5)
     sums, n = loss_sums(params, batch, config)
     assert n == 16 and np.asarray(losses)[:, :8].sum() == pytest.approx(float(sums.loss), rel=1e-6)  # padding left out
+
+
+class Answers(NextToken):
+    """Fine-tuning's loss: only tokens after the first 3 in a block count."""
+
+    def counted(self, batch, config):
+        answer = jnp.cumsum(batch.tokens[..., :-1] == 3, axis=-1) > 0
+        return super().counted(batch, config) & answer
+
+
+def test_another_loss_needs_to_say_only_what_it_counts():
+    """In the step, in evaluation and in the gradient, over two micro-batches and two sources."""
+    config = c.Config("x", FP32, c.Data({"x": 0.5, "y": 0.5}), c.Optim(1e-3, 1e-4, 0, 0.1, 1.0),
+                      c.Train(steps=10, tokens_per_step=2 * 8 * 16, seqs_per_device=1), c.Checkpoint(1))  # fmt: skip
+    batch = batch_of((2, 8))
+    batch.tokens[:] = np.where(batch.tokens == 3, 4, batch.tokens)
+    batch.tokens[:, :4, 9], batch.tokens[:, 4:, 12] = 3, 3  # 7 and 4 of 16 predictions count
+    batch = batch._replace(source=np.tile([[0] * 4 + [1] * 4], (2, 1)).astype(np.int32))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        program = build(config, mesh, Answers())
+        state = program.start(jax.tree.map(lambda w: 5 * w, program.init().params))
+        micro = Batch(batch.tokens[0], batch.length[0])
+        losses = np.stack([program.token_losses(state.params, micro._replace(tokens=tokens)) for tokens in batch.tokens])
+        sums, n = program.evaluate(state.params, micro)
+        _, metrics = program.train(state, Batch(*map(jax.device_put, batch, program.batch)))
+    answers = [losses[:, :4, 9:].sum(), losses[:, 4:, 12:].sum()]
+    assert metrics["real_tokens"] == 88 and metrics["source_tokens"].tolist() == [56, 32]
+    assert float(metrics["loss"]) == pytest.approx(sum(answers) / 88, rel=1e-5)
+    np.testing.assert_allclose(metrics["source_loss"], [answers[0] / 56, answers[1] / 32], rtol=1e-5)
+    assert n == 44 and float(sums.loss) == pytest.approx(losses[0, :4, 9:].sum() + losses[0, 4:, 12:].sum(), rel=1e-5)

@@ -29,21 +29,29 @@ class Batch(NamedTuple):
 
 
 class Loss(Protocol):
-    """A loss. A step minimises the sum of `sums` over all micro-batches, divided by the sum of `predicted`."""
+    """A loss. A step minimises the sum of `sums.loss` + `sums.z` over all micro-batches, divided by the sum of `predicted`.
+
+    `config` is that of the program: with the attention chosen for the mesh, and `train` in steps.
+    """
 
     def sums(self, params: dict, batch: Batch, config: Config) -> Sums:
-        """Summed loss (nats, fp32; as `rows`, of each source) and hits of a micro-batch [B, S + 1]."""
+        """Sums over a micro-batch [B, S + 1], fp32: `loss` (nats), `correct`, `z` (0 if unused).
+
+        `rows`: the loss of each source [n_sources], or None if `batch.source` is None.
+        """
 
     def predicted(self, batch: Batch, config: Config) -> jax.Array:
-        """How many tokens of each sequence the loss counts: int32 [..., B] for tokens [..., B, S + 1]."""
+        """The number of tokens that the loss counts in each sequence: int32 [..., B] for tokens [..., B, S + 1]."""
 
     def token_losses(self, params: dict, batch: Batch, config: Config) -> jax.Array:
-        """Loss of each next token of a micro-batch: [B, S]. For `replay`."""
+        """Loss of each next token of a micro-batch: [B, S]. `replay` and the benchmarks use it; training does not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """The loss of pre-training: each real token is predicted from those before it; padding is not.
+    """The loss of pre-training: the cross-entropy of each real token of a block but the first. Padding does not count.
+
+    A subclass that counts other tokens overrides `counted` alone.
 
     `eos_id`: the token that ends a document (or a `Bos`, which begins one), for `data.document_mask` and `data.eod_mask_loss`.
     """
@@ -68,8 +76,6 @@ class NextToken:
 
     def predicted(self, batch: Batch, config: Config) -> jax.Array:
         """See `Loss`."""
-        if self._left_out(config) is None:
-            return jnp.maximum(batch.length - 1, 0)
         return self.counted(batch, config).sum(-1, dtype=jnp.int32)
 
     def token_losses(self, params: dict, batch: Batch, config: Config) -> jax.Array:
@@ -82,7 +88,7 @@ class NextToken:
             return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], chunk)
 
     def documents(self, tokens_BS: jax.Array, config: Config) -> jax.Array | None:
-        """Segment ids [B, S] for attention: for each token, the number of documents in its block that end before it."""
+        """Segment ids [B, S] for attention: the number of eos before each token, or of bos up to it; None without the mask."""
         if self.eos_id is None or not config.data.document_mask:
             return None
         edges_BS = (tokens_BS == jnp.int32(self.eos_id)).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The compiled functions of a run: the one place where jit, shardings and XLA's options are set."""
+"""The jitted functions of a run's model and step, with their shardings, donation and XLA options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Program(NamedTuple):
     init: Callable[[], TrainState]  # from scratch
     start: Callable[[dict], TrainState]  # from given parameters
     train: Callable[[TrainState, Batch], tuple[TrainState, dict]]
-    evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]
+    evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]  # sums, and the number of tokens they count (fp32)
     token_losses: Callable[[dict, Batch], jax.Array]
     state: TrainState  # of ShapeDtypeStructs with their shardings
     batch: Batch  # of shardings
@@ -37,9 +37,10 @@ class Program(NamedTuple):
 
 
 def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> Program:
-    """Compiles the functions of a run for `mesh`: shardings, donation and XLA's options are set here and nowhere else.
+    """Returns the functions of a run, jitted for `mesh`; each compiles at its first call. Raises UserError.
 
-    `loss`: what the train step minimises and `evaluate` measures. Raises UserError.
+    `loss`: minimised by the train step and measured by `evaluate`, whose batches have no `source`. Call this and the functions
+    under `jax.set_mesh(mesh)`: without it activations are not sharded.
     """
     impl, _ = choose_attention(config, mesh.devices.flat[0])
     config = dataclasses.replace(

@@ -50,7 +50,7 @@ def scaler(state: TrainState) -> jmp.LossScale:
 
 
 def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN) -> tuple[Sums, dict]:
-    """Returns the loss sums over all micro-batches, and the gradient of the mean loss (times the loss scale).
+    """Returns the loss sums over all micro-batches, and the gradient of the mean of loss + z (times the loss scale).
 
     The mean is over all counted tokens of the step, so every token has the same weight, whatever its micro-batch's padding.
     """
@@ -70,7 +70,9 @@ def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT
         return jax.tree.map(jnp.add, total, (sums, grads)), None
 
     no_sums = zero_sums(len(config.data.sources))
-    zeros = jax.tree.map(jnp.zeros_like, (no_sums if batch.source is not None else no_sums._replace(rows=None), state.params))
+    if batch.source is None:
+        no_sums = no_sums._replace(rows=None)
+    zeros = jax.tree.map(jnp.zeros_like, (no_sums, state.params))
     return lax.scan(add, zeros, batch)[0]
 
 

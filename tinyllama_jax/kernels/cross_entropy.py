@@ -20,9 +20,9 @@ class Sums(NamedTuple):
     rows: jax.Array  # [B]: the loss of each sequence, for reports; it has no gradient
 
 
-def zero_sums(batch: int) -> Sums:
-    """Returns zero sums for `batch` sequences."""
-    return Sums(*(np.float32(0),) * 3, np.zeros(batch, np.float32))
+def zero_sums(n_rows: int) -> Sums:
+    """Returns zero sums with `n_rows` rows, of sequences or of sources."""
+    return Sums(*(np.float32(0),) * 3, np.zeros(n_rows, np.float32))
 
 
 def reference(x_BSD: jax.Array, kernel_DV: jax.Array, labels_BS: jax.Array, weights_BS: jax.Array, z_loss: float = 0.0) -> Sums:
