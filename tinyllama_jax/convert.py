@@ -5,8 +5,6 @@ python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN        
 python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR  prepared data -> the original's packed files
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -3,8 +3,6 @@
 python -m tinyllama_jax.generate --checkpoint RUN_OR_HF_DIR --prompt TEXT
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

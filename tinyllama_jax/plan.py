@@ -8,8 +8,6 @@ Compiles the run's own train step for that machine, on the CPU. Exit code 0: the
 command, or a kernel that the machine cannot run.
 """
 
-from __future__ import annotations
-
 import os
 
 if __name__ == "__main__":  # before jax is imported: its CUDA plugin fails without a driver

@@ -3,8 +3,6 @@
 python -m tinyllama_jax.prepare --train FILES --tokenizer FILE --output DIR --seq-len 2048
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -6,8 +6,6 @@ From the checkpoint before step N with the run's own config and data; nothing is
 they do in training. Exit code 0: everything is equal bit for bit; 1: something differs; 2: a user's mistake.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

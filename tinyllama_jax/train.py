@@ -1,7 +1,5 @@
 """Pre-training: `python -m tinyllama_jax.train --config configs/demo.py --section.key=value ...`."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 

@@ -3,8 +3,6 @@
 python -m tinyllama_jax.train_tokenizer FILES --vocab-size 32000 --output DIR
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The loss of pre-training, next-token cross-entropy, and the interface of any loss that a step can minimise."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import NamedTuple, Protocol

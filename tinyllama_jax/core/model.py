@@ -1,7 +1,5 @@
 """Llama 2 as a Flax module, and pure functions around it: init, hidden, logits, decode."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Learning-rate schedule, AdamW and clipping: the only optax file."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """The jitted functions of a run's model and step, with their shardings, donation and XLA options."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable

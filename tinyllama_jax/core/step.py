@@ -1,7 +1,5 @@
 """The train step: gradients over micro-batches, update, and what happens to numbers that are not finite."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -1,7 +1,5 @@
 """XLA's settings, each with its reason: compiler options, the reserved part of a GPU's memory, the compilation cache."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One prepared source: blocks of S + 1 tokens in ArrayRecord files, read in any order."""
 
-from __future__ import annotations
-
 import math
 import os
 import resource

@@ -1,7 +1,5 @@
 """Batches for training and validation. Each is a pure function of (sources, seed, step); Grain reads ahead."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -19,8 +19,6 @@ becomes its id, and the text after it is encoded as a separate text. With `split
 `AutoTokenizer.from_pretrained` reads it as plain characters, as SentencePiece does.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import re

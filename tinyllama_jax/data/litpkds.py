@@ -6,8 +6,6 @@ A file is a header of 24 bytes (b"LITPKDS", version 1 as u64, code of the dtype 
 and the tokens. A source is named by the start of its files' names, DIR/train_slim; a tokenizer is beside them in DIR.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

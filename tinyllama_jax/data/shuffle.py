@@ -1,7 +1,5 @@
 """A seeded permutation of [0, size), evaluated at any positions."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -3,8 +3,6 @@
 Its attention weight has the rows of queries, keys and values group by group: N/K query heads, one key head, one value head.
 """
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Hugging Face has one tensor per layer, and a matrix as [out, in]. This package h
 RoPE is half-split in both, so no row moves. Everything else follows from `dims.PARAMETERS`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Reads named tensors from untrusted safetensors and PyTorch files, and writes safetensors."""
 
-from __future__ import annotations
-
 import errno
 import re
 import typing

@@ -1,7 +1,5 @@
 """Loss head: logits, softmax cross-entropy and their gradients, a chunk of positions at a time."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Compiles the train step for another machine, and reads off its memory, FLOPs, network traffic and time."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

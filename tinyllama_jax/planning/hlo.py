@@ -1,7 +1,5 @@
 """Reads a compiled program's collectives and memory from XLA's text dumps."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import NamedTuple

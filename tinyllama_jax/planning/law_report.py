@@ -1,7 +1,5 @@
 """The report of `plan --law`: the scaling laws of `laws.py` for a budget and for a model."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -9,8 +9,6 @@ larger D. 6 N D is smallest where odds x alpha/beta = 1; with T inference tokens
 1 + T/(3 D). D grows with the odds, so there is one such point. It lies between the first point and 1 + T/(3 D) times it.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What a plan says of a compiled step: as JSON, as lines and tables, as a picture."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

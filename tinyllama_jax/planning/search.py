@@ -1,7 +1,5 @@
 """Which other steps would fit a machine, found by compiling them: more sequences, the nearest change, a sweep."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 

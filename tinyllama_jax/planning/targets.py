@@ -1,7 +1,5 @@
 """The accelerators that a plan knows: speed, memory, price, and devices to compile for without having them."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import math

@@ -7,8 +7,6 @@ record; a page shows lengths, tokens and samples to read. With a config: which b
 is read once an epoch. Exit code 0: nothing found; 4: something is wrong with the data; 2: a user's mistake.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """What one pass over a data set finds in it, and what is wrong with that: see audit.py."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections import Counter

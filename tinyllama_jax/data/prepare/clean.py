@@ -4,8 +4,6 @@ A filter looks at no more than the first `HEAD` characters (a length and a Pytho
 size takes bounded memory.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

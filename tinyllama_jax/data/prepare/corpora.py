@@ -1,7 +1,5 @@
 """What is known of the corpora that `prepare --corpus` names: types of file, where the text is, what is left out."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from pathlib import PurePosixPath

@@ -4,8 +4,6 @@ A text file is read in parts, whatever its size. In files of other types a docum
 than `LONGEST` bytes makes its file a bad one. So memory is bounded even if a small file unpacks to a lot: see `shards.MEMORY`.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import functools

@@ -13,8 +13,6 @@ pairs of documents to compare, and pairs by the shard of the later one, which is
 document that is like an earlier one is dropped, whether or not that one is kept.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

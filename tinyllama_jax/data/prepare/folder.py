@@ -1,7 +1,5 @@
 """The folder that data preparation makes: begun, locked, resumed, finished."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import fcntl

@@ -1,7 +1,5 @@
 """Input files of data preparation: found in folders, object stores and TensorFlow data sets, identified, opened."""
 
-from __future__ import annotations
-
 import functools
 import glob
 import hashlib

@@ -11,8 +11,6 @@ DIR.partial/failed/         what stopped the last run       DIR.partial/whole/  
 An object store renames nothing: there whole/ is DIR itself from the start, and the manifest, written last, makes it a data set.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 import hashlib

@@ -4,8 +4,6 @@ On this machine each worker process runs a Beam pipeline of its own and claims o
 listens on a port. This process only waits: for DIR.partial/done to fill, for a file in DIR.partial/failed, or for Beam to end.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """One output file of data preparation: documents read, tokenised, cut into blocks and written. Runs in the workers."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gzip

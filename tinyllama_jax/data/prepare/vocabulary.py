@@ -1,7 +1,5 @@
 """Training a tokenizer on one's own text, and warnings of what a given tokenizer loses of a text, before a run is trained."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Causal grouped-query attention: one function, and the choice of its implementation."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import jax

@@ -1,7 +1,5 @@
 """Third-party attention kernels: cuDNN's, JAX's splash attention for TPU, tokamax's for Hopper and later."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Causal grouped-query attention in plain JAX: the definition in fp32, and the same a block of queries at a time."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

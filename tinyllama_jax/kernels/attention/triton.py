@@ -7,8 +7,6 @@ It is two kernels, one for dq and one for dk and dv: without atomic additions, t
 JAX 0.11 deprecates this language; docs/log.md has its successor and the date.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
