@@ -1,19 +1,18 @@
 """What holds the structure up: import direction, one home a library, the file map, the config keys, every config."""
 
 import ast
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import file_map
-import jax
 import pytest
 
-from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base import cli
 from tinyllama_jax.base import config as c
-from tinyllama_jax.core.losses import Batch
-from tinyllama_jax.core.program import build
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
@@ -159,16 +158,39 @@ def test_sizes_stay_within_budget():
                 assert node.end_lineno - node.lineno < 62, f"{name_of(path)}.{node.name} is longer than 62 lines"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
-def test_every_config_traces(path):
-    config = cli.read(str(path))
-    assert path.read_text().startswith('"""') and f"--config configs/{path.name}" in path.read_text()
-    devices = jax.devices()[:1]
-    mesh = sharding.make_mesh(c.Mesh(1, 1, 1), devices)
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+TRACE = """
+import json, sys, jax
+from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.core.program import build, shape_of_batch
+
+for path in sys.argv[1:]:
+    config = cli.read(path)
+    own = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    fits = [n for n in (16, 8, 1) if config.seqs_per_step % (n * config.train.seqs_per_device) == 0]
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: own if own > 0 else fits[0]])
     with jax.set_mesh(mesh):
         program = build(config, mesh)
-        width = config.model.seq_len + 1
-        batch = Batch(jax.ShapeDtypeStruct((*program.shape, width), "uint16"), jax.ShapeDtypeStruct(program.shape, "int32"))
-        state, metrics = jax.eval_shape(program.train, program.state, batch)
+        state, metrics = jax.eval_shape(program.train, program.state, shape_of_batch(program, config.model.seq_len))
     assert jax.tree.map(lambda a: a.shape, state) == jax.tree.map(lambda a: a.shape, program.state)
-    assert metrics["loss"].shape == ()
+    print(json.dumps([path, dict(mesh.shape), {name: value.shape for name, value in metrics.items()}]))
+"""
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Config -> (its own mesh, on at most 16 devices if it takes what there is; the shapes of a step's metrics)."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=16", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", TRACE, *map(str, CONFIGS)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return {path: rest for path, *rest in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_config_traces_on_its_own_mesh(path, traced):
+    assert path.read_text().startswith('"""') and f"--config configs/{path.name}" in path.read_text()
+    config, (mesh, metrics) = cli.read(str(path)), traced[str(path)]
+    assert all(size in (-1, mesh[axis]) for axis, size in dataclasses.asdict(config.mesh).items())
+    sources = len(config.data.sources)
+    assert metrics["loss"] == [] and metrics.get("source_loss") == ([sources] if sources > 1 else None)
