@@ -28,13 +28,8 @@ def open_source(path: str, split: str, seq_len: int) -> Blocks:
 def open_sources(config: Config) -> list[Blocks]:
     """The training split of each source of `config`. Raises UserError if one does not fit the model or another source."""
     opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
-    owner: dict[str, str] = {}  # real path of a file -> the source that has it
-    for path, blocks in zip(config.data.sources, opened, strict=True) if len(opened) > 1 else ():
-        for file, _, _ in blocks.files():
-            if (other := owner.setdefault(os.path.realpath(file), path)) != path:
-                raise UserError(
-                    f"--data.sources: {path} and {other} both have {file}; add up their weights, or name other files"
-                )
+    if len(opened) > 1:
+        _check_apart(config, opened)
     for path, blocks in zip(config.data.sources, opened, strict=True):
         if blocks.seq_len != config.model.seq_len:
             raise UserError(
@@ -58,6 +53,16 @@ def open_sources(config: Config) -> list[Blocks]:
 def dtype(sources: list[Blocks]) -> np.dtype:
     """The dtype of the tokens of a batch."""
     return np.result_type(*(source.dtype for source in sources))
+
+
+def _check_apart(config: Config, opened: list[Blocks]) -> None:
+    """Raises UserError if two sources have a file in common."""
+    owner: dict[str, str] = {}  # real path of a file -> the source that has it
+    for path, blocks in zip(config.data.sources, opened, strict=True):
+        for file, _, _ in blocks.files():
+            if (other := owner.setdefault(os.path.realpath(file), path)) != path:
+                remedy = "add up their weights, or name other files"
+                raise UserError(f"--data.sources: {path} and {other} both have {file}; {remedy}")
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
@@ -185,10 +190,10 @@ class Steps(grain.sources.RandomAccessDataSource):
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        accumulation = self._order.size(step + 1) // self._batch
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        accumulation = self._order.size(index + 1) // self._batch
         in_step = np.arange(accumulation)[:, None] * self._batch + self._rows[None, :]
-        source, block = self._order.at(step + 1, in_step.ravel())
+        source, block = self._order.at(index + 1, in_step.ravel())
         tokens, length = gather(self._sources, source, block)
         source = source.astype(np.int32).reshape(in_step.shape) if len(self._sources) > 1 else None
         return tokens.reshape(*in_step.shape, -1), length.reshape(in_step.shape), source
@@ -222,10 +227,10 @@ def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int
 
 def training(config: Config, sources: list[Blocks], batch: int, rows: np.ndarray, start: int) -> Iterator:
     """(tokens, length, source) of steps `start` + 1, `start` + 2, ... as in `Steps`. No earlier step is read."""
-    steps = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, batch, rows))
+    dataset = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, batch, rows))
     # two steps ahead per thread; a step of 2 M tokens is 4 MB
     ahead = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
-    return iter(steps[start:].to_iter_dataset(ahead))
+    return iter(dataset[start:].to_iter_dataset(ahead))
 
 
 def validation(blocks: Blocks, limit: int, batch: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
