@@ -144,7 +144,8 @@ def verdict(case: Case, status: int, late: bool, right: str | None) -> tuple[str
     said = (case.folder / "stderr").read_text(errors="replace")
     code = os.waitstatus_to_exitcode(status)
     if late or code == -signal.SIGXCPU:
-        trains = re.search(r"^step [\d,]+/[\d,]{7,} ", (case.folder / "stdout").read_text(errors="replace"), re.M)
+        out = case.folder / "stdout"
+        trains = out.is_file() and re.search(r"^step [\d,]+/[\d,]{7,} ", out.read_text(errors="replace"), re.M)
         return ("fine", "a million steps or more take longer") if trains else ("hang", f"exit {code}")
     if "Traceback (most recent" in said or code < 0 or code == 99:
         return "traceback", f"exit {code}: {(said.strip().splitlines() or [''])[-1][:200]}"

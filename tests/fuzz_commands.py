@@ -120,7 +120,7 @@ TARGETS = [
     Target("export", "--checkpoint run --output out", "run", RUN, digest("out/*")),
     Target("import", "--checkpoint hf --output out", "hf", f"{HF} hf/*.safetensors", weights),
     Target("import", "--checkpoint sharded --output out", "sharded", "sharded/*", weights),
-    Target("import", f"--checkpoint litgpt.pth --output out {LIT}", "", "lit.pth tok.model", weights),
+    Target("import", f"--checkpoint lit.pth --output out {LIT}", "", "lit.pth tok.model", weights),
     Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", RUN, printed, (2,), 0.5),
     Target("generate", "--checkpoint hf --prompt x --max-new-tokens 2 --greedy", "hf", f"{HF} hf/*.safetensors", printed),
     Target("plan", "--config tiny.py --on cpu:1", "data", "tiny.py", printed, (2, 3), 0.5),

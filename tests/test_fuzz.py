@@ -51,6 +51,8 @@ def test_how_a_command_took_it(fuzz, tmp_path, status, stderr, how):
     case = fuzz.Case(0, target, [], "", lambda: False, tmp_path)
     assert fuzz.verdict(case, int(status), False, "right")[0] == how
     assert fuzz.verdict(case, int(status), True, "right")[0] == "hang"
+    (tmp_path / "stdout").write_text("step 4,100/1,000,000,000  loss 2.1\n")  # such a run is no hang
+    assert fuzz.verdict(case, int(status), True, "right")[0] == "fine"
 
 
 @pytest.mark.parametrize(
