@@ -66,7 +66,7 @@ def test_a_workplace_is_for_one_and_only_one_of_ours_is_removed(tmp_path):
     for name in ("precious", ".precious"):
         place.mkdir()
         (place / name).touch()
-        with pytest.raises(UserError, match="holds other things; move it away"), files.workplace(place, ""):
+        with pytest.raises(UserError, match="holds other files; move it away"), files.workplace(place, ""):
             pass
         assert [path.name for path in place.iterdir()] == [name]
         place.rename(tmp_path / name)
