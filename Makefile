@@ -49,10 +49,11 @@ bench: $(VENV)/.dev
 	$(PY) tools/bench_kernels.py
 	$(PY) tools/bench_train.py
 
-# 5,000 damaged files and odd arguments, which take about an hour on two cores; make test-long SEED=2 tries others
+# 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries others
 .PHONY: test-long
 test-long: $(VENV)/.dev
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
+	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
 
 clean:
 	rm -rf $(VENV) $(VENV)-newer $(VENV)-plan runs
