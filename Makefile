@@ -25,7 +25,7 @@ test-main: $(VENV)/.dev
 
 # the compilers for GPU and TPU, apart: with them installed every command looks for a driver and says that there is none
 test-plan: $(VENV)-plan/.base
-	$(VENV)-plan/bin/python -m pytest -n 2 --dist loadgroup tests/test_compiled.py
+	$(VENV)-plan/bin/python -m pytest -n 2 --dist loadgroup tests/planning/test_compiled.py
 
 ifeq ($(SAME),1)
 test-newer:
@@ -34,8 +34,8 @@ test-newer:
 	@echo "no Python 3.12 or newer here: the numeric core was not tested on the newest JAX"
 else
 test-newer: $(VENV)-newer/.base
-	$(VENV)-newer/bin/python -m pytest -n 2 tests/test_model.py tests/test_step.py tests/test_sharding.py tests/test_checkpoint.py \
-		tests/kernels tests/data/test_mixture.py -k "not test_attention or trained"  # one case of each attention kernel
+	$(VENV)-newer/bin/python -m pytest -n 2 tests/core/test_model.py tests/core/test_step.py tests/base/test_sharding.py \
+		tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py -k "not test_attention or trained"  # one case of each attention kernel
 endif
 
 lint: $(VENV)/.dev

@@ -24,7 +24,7 @@ from tiny import TINY, make_tiny_data
 
 from tinyllama_jax import audit, convert, generate, plan, prepare, replay, report, train
 from tinyllama_jax.base import errors
-from tinyllama_jax.data import litpkds
+from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.hub import litgpt
 from tinyllama_jax.run import checkpoint, supervise
 
@@ -159,7 +159,7 @@ def make_stage(stage: Path) -> None:
         prepare.main(half)
     except errors.UserError:
         Path("halves/b.jsonl").write_text("\n".join(lines[8:]))
-    litpkds.export(Path("data/a"), "train", Path("packed"), "train_a", 500)
+    export_litpkds.export(Path("data/a"), "train", Path("packed"), "train_a", 500)
     train.main(["--config", "tiny.py", "--workdir", "run", "--train.steps=10"])
     Path("run/unigram.json").write_text('{"val_loss": 5.5}')
     Path("run/processes").mkdir(exist_ok=True)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import sentencepiece
 from cluster import PATIENCE
+from test_export_tokenizer import KINDS, train
 from test_hf import GQA, MODELS, Malicious, assert_same, random_params
-from test_hf_tokenizer import KINDS, train
 
 from tinyllama_jax import convert, generate, replay, report
 from tinyllama_jax.base import config as config_lib
@@ -28,7 +28,7 @@ from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model, optim
 from tinyllama_jax.core.program import build
-from tinyllama_jax.data import hf_tokenizer
+from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.hub import litgpt, llama, tensor_files
 from tinyllama_jax.run import checkpoint
 
@@ -291,7 +291,7 @@ def theirs_as(folder: Path, add_bos: bool, **settings) -> None:
     """Makes an exported folder as many are: of the Prepend kind, for `LlamaTokenizer`, without a tokenizer.model."""
     (folder / "tokenizer.model").unlink()
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["post_processor"] = hf_tokenizer._bos_template("<s>", 1) if add_bos else None
+    content["post_processor"] = export_tokenizer._bos_template("<s>", 1) if add_bos else None
     content["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": add_bos}
@@ -327,7 +327,7 @@ def test_an_exported_tokenizer_begins_texts_as_the_data_did(run, tmp_path, their
 
 def test_an_export_that_transformers_reads_otherwise_is_an_error(run, tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="the reader of what is exported")
-    monkeypatch.setattr(hf_tokenizer, "AS_WRITTEN", "LlamaTokenizer")  # which makes a normalizer of its own
+    monkeypatch.setattr(export_tokenizer, "AS_WRITTEN", "LlamaTokenizer")  # which makes a normalizer of its own
     with pytest.raises(UserError, match=r"Transformers 5.* gives .* the ids .*, and training gave it .*; --tokenizer none"):
         convert.export(run, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []

@@ -22,8 +22,8 @@ from tinyllama_jax.base import config as c
 from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
-from tinyllama_jax.data import hf_tokenizer
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.generate import Sampling
 from tinyllama_jax.hub import llama as hf
 from tinyllama_jax.run import checkpoint
@@ -242,7 +242,7 @@ def tokenizer(request, spm, tmp_path):
         return tokenizer_lib.load(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=True))
     if request.param == "Hugging Face":
         pytest.importorskip("tokenizers")
-        hf_tokenizer.write(spm, tmp_path, add_bos=False, seq_len=64)
+        export_tokenizer.write(spm, tmp_path, add_bos=False, seq_len=64)
         (tmp_path / "tokenizer.model").unlink()
         return tokenizer_lib.load(tmp_path)
     return tokenizer_lib.load(spm)
@@ -297,7 +297,7 @@ def folders(spm, tmp_path_factory) -> dict[str, Path]:
     checkpoint.save_import(run, config, some_params(MODEL), step=5)
     shutil.copytree(spm.parent, run / "tokenizer")
     hugging_face.mkdir()
-    hf_tokenizer.write(spm, hugging_face, add_bos=False, seq_len=64)
+    export_tokenizer.write(spm, hugging_face, add_bos=False, seq_len=64)
     hf.save_folder(some_params(MODEL), MODEL, hugging_face, "float32", 1, 2)
     return {"run": run, "hf": hugging_face}
 

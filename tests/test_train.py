@@ -16,8 +16,8 @@ from cluster import PATIENCE
 from tinyllama_jax import replay, train
 from tinyllama_jax.base import cli
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.data.prepare.pipeline import prepare
 from tinyllama_jax.run import checkpoint, spikes
 
@@ -242,7 +242,7 @@ def test_without_a_validation_split_it_trains_and_says_so(tiny_config_file, tiny
 
 
 def test_a_missing_file_of_the_originals_is_said(tiny_config_file, tiny_data, tmp_path, capsys):
-    litpkds.export(tiny_data / "a", "train", tmp_path, "train_a", 10 * 17)
+    export_litpkds.export(tiny_data / "a", "train", tmp_path, "train_a", 10 * 17)
     (tmp_path / "train_a_0000000001.bin").unlink()
     source = tmp_path / "train_a"
     keys = {"data__sources": source, "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}

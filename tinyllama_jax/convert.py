@@ -17,8 +17,9 @@ from tinyllama_jax.base import cli, dims, files
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.data import hf_tokenizer, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.export import litpkds
+from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.hub import litgpt, llama, tensor_files
 from tinyllama_jax.run import checkpoint
 from tinyllama_jax.run import folder as run_folder
@@ -54,7 +55,7 @@ def export(
         llama.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (generation := run / "tokenizer/generation_config.json").is_file():
             shutil.copyfile(generation, folder / generation.name)
-        if tokenizer and not hf_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
+        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
             print(f"{output}: not checked whether Transformers reads this tokenizer as training did: it is not installed")
     return step
 
@@ -63,12 +64,12 @@ def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -
     """Writes the tokenizer's files for Transformers; returns the tokenizer of training."""
     if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
         what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
-        raise UserError(f"{source}: {what}{hf_tokenizer.REMEDY}")
+        raise UserError(f"{source}: {what}{export_tokenizer.REMEDY}")
     ours = tokenizer_lib.load(source)
     try:
-        ours.export(folder, add_bos, seq_len)
+        export_tokenizer.export(ours, folder, add_bos, seq_len)
     except UserError as error:
-        raise UserError(f"{error}{hf_tokenizer.REMEDY}") from None
+        raise UserError(f"{error}{export_tokenizer.REMEDY}") from None
     return ours
 
 

@@ -33,6 +33,7 @@ from tinyllama_jax.base import config as c
 from tinyllama_jax.base import files
 from tinyllama_jax.data import blocks, feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.export import litpkds as export_litpkds
 
 S = 2048
 BATCH = 1024  # sequences of a step: 2 M tokens
@@ -48,7 +49,7 @@ def make(folder: Path, n_files: int, per_file: int, model: Path) -> dict[str, st
         spm.save(where / "tokenizer")
     pool = np.minimum(rng.zipf(1.2, 1 << 20) + 2, spm.vocab_size - 1).astype(np.uint16)
     tokens = lambda: np.stack([pool[at : at + S + 1] for at in rng.integers(0, len(pool) - S, per_file)])
-    litpkds.write((tokens().ravel() for _ in range(n_files)), packed, "train_x", per_file * (S + 1), "uint16", 1)
+    export_litpkds.write((tokens().ravel() for _ in range(n_files)), packed, "train_x", per_file * (S + 1), "uint16", 1)
     record, shards = blocks.Record(S, "uint16"), []
     for i in range(n_files):
         file = prepared / f"blocks-train.array_record-{i:05d}-of-{n_files:05d}"

@@ -19,6 +19,7 @@ from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.audit import report, survey
 from tinyllama_jax.data.blocks import Blocks, Record
+from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.data.prepare import pipeline
 
 S = 16
@@ -97,7 +98,7 @@ def findings(capsys, monkeypatch):
 
 def packed(data: Path, chunk: int = 40 * (S + 1), tail: str = "drop") -> str:
     """The training split as LITPKDS files; what names them."""
-    litpkds.export(data, "train", data.parent / "packed", "train_x", chunk, tail)
+    export_litpkds.export(data, "train", data.parent / "packed", "train_x", chunk, tail)
     return str(data.parent / "packed" / "train_x")
 
 

@@ -23,6 +23,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged, may_open
+from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.data.litpkds import Packed
 
 S = 16
@@ -48,7 +49,7 @@ def as_the_builder_would(tokens: list[int], chunk: int, tail: str) -> list[bytes
 @pytest.fixture(scope="module")
 def stream(tiny_data) -> np.ndarray:
     """All tokens of the source a's training split, one after another."""
-    return np.concatenate(list(litpkds.stream(Blocks(tiny_data / "a", "train"))))
+    return np.concatenate(list(export_litpkds.stream(Blocks(tiny_data / "a", "train"))))
 
 
 @pytest.fixture
@@ -99,38 +100,38 @@ def test_files_are_those_of_the_builder(tiny_data, tmp_path, stream, chunk, tail
 
 def test_a_file_by_hand(tmp_path):
     parts = [np.array([5, 2]), np.array([], int), np.array([260, 7, 2])]
-    assert litpkds.write(parts, tmp_path, "x", 4, "uint16", 1) == (2, 5)
+    assert export_litpkds.write(parts, tmp_path, "x", 4, "uint16", 1) == (2, 5)
     start = "4c495450 4b4453" + "01 00000000000000" + "08" + "04 00000000000000"
     assert (tmp_path / "x_0000000000.bin").read_bytes() == bytes.fromhex(start + "0500 0200 0401 0700")
     assert (tmp_path / "x_0000000001.bin").read_bytes() == bytes.fromhex(start + "0200 0100 0100 0100")
-    assert litpkds.write(parts, tmp_path, "y", 4, "int32", None) == (1, 5)
+    assert export_litpkds.write(parts, tmp_path, "y", 4, "int32", None) == (1, 5)
     assert (tmp_path / "y_0000000000.bin").read_bytes()[15:] == struct.pack("<BQiiii", 4, 4, 5, 2, 260, 7)
 
 
 def test_the_files_appear_when_all_are_written(tiny_data, tmp_path, monkeypatch):
-    out, right = tmp_path / "out", litpkds.write
-    litpkds.export(tiny_data / "a", "validation", out, "validation_x", 100)
+    out, right = tmp_path / "out", export_litpkds.write
+    export_litpkds.export(tiny_data / "a", "validation", out, "validation_x", 100)
 
     def killed(tokens, folder, *rest):
         right(tokens, folder, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(litpkds, "write", killed)
+    monkeypatch.setattr(export_litpkds, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        litpkds.export(tiny_data / "a", "train", out, "train_x", 100)
+        export_litpkds.export(tiny_data / "a", "train", out, "train_x", 100)
     assert not litpkds.files_of(out / "train_x")
     monkeypatch.undo()
-    files = litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
+    files = export_litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
     assert litpkds.files_of(out / "train_x") == files and not (out / ".train_x.partial").exists()
     with pytest.raises(UserError, match="train_x_0000000000.bin: exists already; choose another --prefix"):
-        litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
+        export_litpkds.export(tiny_data / "a", "train", out, "train_x", 1_000)
     with pytest.raises(UserError, match="has the tokenizer of other data"):
-        litpkds.export(tiny_data / "other", "train", out, "train_y", 1_000)
+        export_litpkds.export(tiny_data / "other", "train", out, "train_y", 1_000)
 
 
 KILLED = """
 import os, sys
-from tinyllama_jax.data import litpkds
+from tinyllama_jax.data.export import litpkds
 right, left = os.replace, int(sys.argv[3])
 def replace(source, target):
     global left
@@ -145,22 +146,22 @@ litpkds.export(sys.argv[1], "train", litpkds.Path(sys.argv[2]), "train", 1_000)
 
 
 def test_after_a_kill_while_they_are_moved_only_those_are_removed(tiny_data, tmp_path, stream):
-    others = litpkds.export(tiny_data / "a", "train", tmp_path, "train_star", 5_000)
+    others = export_litpkds.export(tiny_data / "a", "train", tmp_path, "train_star", 5_000)
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tiny_data / "a"), str(tmp_path), "3"], timeout=300)
     moved = sorted(tmp_path.glob("train_0*.bin"))
     assert killed.returncode == 9 and len(moved) == 3 and (tmp_path / ".train.partial" / files.MARK).is_file()
     moved[1].write_bytes(b"somebody's")  # since then
     with pytest.raises(UserError, match=f"{moved[1]}: exists already"):
-        litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
+        export_litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
     assert [file.name for file in sorted(tmp_path.glob("train_0*.bin"))] == [moved[1].name]
     assert moved[1].read_bytes() == b"somebody's" and others and all(file.is_file() for file in others)
     moved[1].unlink()
-    again = litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
+    again = export_litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
     assert [file.read_bytes() for file in again] == as_the_builder_would(stream.tolist(), 1_000, "fill")
 
 
 def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(tiny_data, tmp_path):
-    export = lambda: litpkds.export(tiny_data / "a", "validation", tmp_path, "x", 500)
+    export = lambda: export_litpkds.export(tiny_data / "a", "validation", tmp_path, "x", 500)
     for foreign in ("x.partial", ".x.partial"):
         (tmp_path / foreign).mkdir()
         (tmp_path / foreign / "precious").touch()
@@ -174,7 +175,7 @@ def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(
     (tmp_path / "x_0000000000.bin").unlink()
     (tmp_path / ".DS_Store").touch()
     with files.workplace(tmp_path / ".x.partial", ""):
-        litpkds.export(tiny_data / "a", "train", tmp_path, "y", 5_000)  # another prefix is another output
+        export_litpkds.export(tiny_data / "a", "train", tmp_path, "y", 5_000)  # another prefix is another output
         with pytest.raises(UserError, match=r"--output .*: another process is writing x_\*\.bin there"):
             export()
     assert len(export()) == 4 and not (tmp_path / ".x.partial").exists()
@@ -190,7 +191,7 @@ def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monk
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
+        export_litpkds.export(tiny_data / "a", "train", tmp_path, "train", 1_000)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
@@ -209,7 +210,7 @@ def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monk
 def test_what_cannot_be_written(tiny_data, tmp_path, changed, words):
     asked = {"source": tiny_data / "a", "split": "train", "output": tmp_path / "out", "prefix": "x"} | changed
     with pytest.raises(UserError, match=words):
-        litpkds.export(**asked)
+        export_litpkds.export(**asked)
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_what_cannot_be_written(tiny_data, tmp_path, changed, words):
 @pytest.mark.parametrize("chunk", [S + 1, 8 * (S + 1), 100, 1_003])
 @pytest.mark.parametrize("seq_len", [S, 31])
 def test_no_token_is_lost_and_no_filling_read(tiny_data, tmp_path, stream, chunk, seq_len):
-    litpkds.export(tiny_data / "a", "train", tmp_path, "train_x", chunk)
+    export_litpkds.export(tiny_data / "a", "train", tmp_path, "train_x", chunk)
     blocks = Packed(tmp_path / "train_x", "train", seq_len)
     n_files = -(-len(stream) // chunk)
     assert len(blocks) == n_files * -(-chunk // (seq_len + 1)) and blocks.dtype == np.uint16
@@ -258,7 +259,7 @@ def test_filling_is_cut_by_hand(folder):
 def test_a_source_like_any_other(tiny_config, tiny_data, tmp_path):
     """The same order and batches whatever reads them, beside a prepared source, with its validation split."""
     for split in ("train", "validation"):
-        litpkds.export(tiny_data / "a", split, tmp_path, f"{split}_a", 40 * (S + 1))
+        export_litpkds.export(tiny_data / "a", split, tmp_path, f"{split}_a", 40 * (S + 1))
     both = {f"{tmp_path}/train_a*": 0.7, str(tiny_data / "b"): 0.3}
     config = dataclasses.replace(tiny_config, data=c.Data(both))
     sources = feed.open_sources(config)
@@ -266,7 +267,7 @@ def test_a_source_like_any_other(tiny_config, tiny_data, tmp_path):
     assert tokenizer_lib.load(sources[0].tokenizer).sha256 == sources[0].tokenizer_sha256 == sources[1].tokenizer_sha256
     held_out = feed.open_held_out(config, sources)
     assert list(held_out) == list(both)
-    want = np.concatenate(list(litpkds.stream(Blocks(tiny_data / "a", "validation")))).tolist()
+    want = np.concatenate(list(export_litpkds.stream(Blocks(tiny_data / "a", "validation")))).tolist()
     assert [t for block in everything(held_out[f"{tmp_path}/train_a*"]) for t in block] == want
     tokens, length, _ = next(feed.training(config, sources, 8, np.arange(8), 17))
     source, block = feed.order(config, sources).locate(np.arange(17 * 8, 18 * 8))

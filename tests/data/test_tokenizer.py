@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data import hf_tokenizer, tokenizer
+from tinyllama_jax.data import tokenizer
+from tinyllama_jax.data.export import tokenizer as export_tokenizer
 
 
 def reference(path):
@@ -203,7 +204,7 @@ def test_hugging_face_folder_that_names_no_bos(hugging_face):
 def test_of_a_folder_with_both_transformers_choice_is_read(hugging_face, model, models, tmp_path):
     (hugging_face / "tokenizer.model").write_bytes(model.read_bytes())  # of another tokenizer
     assert tokenizer.load(hugging_face).encode("a far b") == tokenizer.load(hugging_face / "tokenizer.json").encode("a far b")
-    tokenizer.load(model).export(tmp_path / "same", add_bos=False, seq_len=64)
+    export_tokenizer.export(tokenizer.load(model), tmp_path / "same", add_bos=False, seq_len=64)
     assert (tmp_path / "same/tokenizer.json").is_file()
     assert tokenizer.load(tmp_path / "same").sha256 == tokenizer.load(model).sha256  # the other files add nothing
 
@@ -227,7 +228,7 @@ def chat(models, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         (folder / "chat_template.jinja").write_text("{{ messages }}")
         if whole:
-            content = hf_tokenizer.tokenizer_json(hf_tokenizer.read(models("prefix")), add_bos=True)
+            content = export_tokenizer.tokenizer_json(export_tokenizer.read(models("prefix")), add_bos=True)
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
             content["added_tokens"] += [{"id": id_, "content": token, **flags} for token, id_ in CHAT.items()]
             (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -316,7 +317,7 @@ def test_whether_texts_begin_with_bos(models, tmp_path, config, processor, begin
     (tmp_path / "tokenizer.model").write_bytes(models("prefix").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", **config}))
     if processor != "absent":
-        content = hf_tokenizer.tokenizer_json(hf_tokenizer.read(models("prefix")), add_bos=processor == "<s>")
+        content = export_tokenizer.tokenizer_json(export_tokenizer.read(models("prefix")), add_bos=processor == "<s>")
         if processor == "</s>":
             content["post_processor"] = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["</s>", 2]}
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))

@@ -15,7 +15,6 @@ import sentencepiece
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, open_regular, read_json
-from tinyllama_jax.data import hf_tokenizer
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
 PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k) and takes 50 bytes a character
@@ -99,8 +98,20 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
     if llama:  # the defaults of its class
         tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
     bos = tokens.get("bos_token")
-    begin = bool(bos) and hf_tokenizer.puts_in_front(whole.get("post_processor"), bos)
+    begin = bool(bos) and puts_in_front(whole.get("post_processor"), bos)
     return Naming(ids if whole else None, listed, tokens, begin if whole else bool(config.get("add_bos_token", llama)))
+
+
+def puts_in_front(processor: dict | None, token: str) -> bool:
+    """Whether the post-processor of a tokenizer.json puts `token` before a text."""
+    each = processors(processor)
+    first = [[*p.get("single", ()), {}][0].get("SpecialToken", {}).get("id") for p in each]
+    return token in first or token in [p["cls"][0] for p in each if "cls" in p]
+
+
+def processors(processor: dict | None) -> list[dict]:
+    """The parts of the post-processor of a tokenizer.json, in order."""
+    return processor.get("processors", [processor]) if processor else []
 
 
 def _disagreement(named: Naming, ids: dict[str, int], main: str) -> str | None:
@@ -230,13 +241,6 @@ class Tokenizer:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
 
-    def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
-        """Copies `files` into a folder, changed so that Transformers gives bos (if `add_bos`) and the ids of `encode`.
-
-        Raises UserError if no tokenizer.json can give these ids.
-        """
-        raise NotImplementedError
-
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model of any type."""
@@ -271,10 +275,6 @@ class SentencePieceTokenizer(Tokenizer):
             if pieces.get(token, -1) != ours[name]:
                 return f"{name} is {token!r}, which tokenizer.model does not take for it"
         return _disagreement(named, pieces, "tokenizer.model")
-
-    def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
-        self.copy(folder)
-        hf_tokenizer.write(self.path, folder, add_bos, seq_len)
 
     def _next_cut(self, text: str, start: int) -> int:
         if not self._can_cut:
@@ -344,24 +344,17 @@ class HuggingFaceTokenizer(Tokenizer):
         for name, token in named.tokens.items():
             if token is not None and self._hf.token_to_id(token) is None:
                 raise UserError(f"{path.parent}: {name} is {token!r}, which {path.name} does not have; name one that it has")
-        self._names = [named.tokens.get(name) for name in ("bos_token", "eos_token")]
+        self.names = [named.tokens.get(name) for name in ("bos_token", "eos_token")]
         self.vocab_size = max(self._hf.get_vocab().values()) + 1
-        self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self._names)
+        self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self.names)
         # a hash of everything that ids, bos and eos depend on: not of the post-processor, which an export may change
         parts = json.loads(self._content)
         parts = {key: value for key, value in parts.items() if key not in ("post_processor", "truncation", "padding")}
-        self.sha256 = hashlib.sha256(json.dumps([parts, self._names], sort_keys=True).encode()).hexdigest()
+        self.sha256 = hashlib.sha256(json.dumps([parts, self.names], sort_keys=True).encode()).hexdigest()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._hf.encode_special_tokens = True  # the library does not pickle this setting
-
-    def export(self, folder: Path, add_bos: bool, seq_len: int) -> None:
-        if add_bos and self.bos_id < 0:
-            raise UserError(f"{self.path}: names no bos, but the data was written with one in front of each document")
-        self.copy(folder)
-        bos, eos = self._names
-        hf_tokenizer.rewrite(folder, read_json(self.path, dict), bos and (bos, self.bos_id), eos, add_bos)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._hf.encode(text, add_special_tokens=False).ids for text in texts]

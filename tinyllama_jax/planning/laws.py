@@ -67,7 +67,7 @@ LAWS = {"hoffmann": HOFFMANN, "hoffmann-rounded": HOFFMANN_ROUNDED, "besiroglu":
 class Prices:
     """The costs of training and inference. Defaults: Sardana et al., section 6, figure 6, and NVIDIA's A100 datasheet (dense).
 
-    Neither we nor the authors' code reproduce the paper's example exactly with them: see tests/test_laws.py.
+    Neither we nor the authors' code reproduce the paper's example exactly with them: see tests/planning/test_laws.py.
     """
 
     train_peak: float = 312e12  # FLOP/s: A100, bfloat16

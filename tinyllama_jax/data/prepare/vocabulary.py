@@ -13,6 +13,7 @@ import sentencepiece
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer
+from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.data.prepare import documents
 from tinyllama_jax.data.prepare.inputs import Source
 
@@ -110,7 +111,7 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
     without = "export a run on it with --tokenizer none, without a tokenizer.json"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ours.export(Path(folder), False, 1)
+            export_tokenizer.export(ours, Path(folder), False, 1)
             exported = tokenizer.HuggingFaceTokenizer(Path(folder) / "tokenizer.json")
     except UserError as error:
         return [*lines, *([] if "pip install" in str(error) else [f"warning: {error}; or {without}"])]

@@ -86,9 +86,9 @@ def test_a_kernel_runs_on_each_devices_part(remat, monkeypatch):
 def test_loss_and_gradients_on_16_devices(mesh, tmp_path):
     code = f"import numpy, test_meshes; numpy.savez({str(tmp_path / 'got.npz')!r}, **test_meshes.gradients({mesh}))"
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=16",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
     }
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     with np.load(tmp_path / "got.npz") as got:

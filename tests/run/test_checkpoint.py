@@ -16,7 +16,8 @@ from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core.losses import Batch
 from tinyllama_jax.core.program import build
-from tinyllama_jax.data import feed, litpkds
+from tinyllama_jax.data import feed
+from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.run import checkpoint, initialize, metrics, seals
 from tinyllama_jax.run import folder as run_folder
 
@@ -463,7 +464,7 @@ def test_other_versions_are_said_and_the_old_ones_kept(config, tokenizer):
 
 
 def test_litpkds_files_are_held_to_what_the_run_saw_first(tiny_config, tiny_data, tmp_path):
-    litpkds.export(tiny_data / "a", "train", tmp_path / "data", "train_a", 10 * 17)
+    export_litpkds.export(tiny_data / "a", "train", tmp_path / "data", "train_a", 10 * 17)
     keys = {"data.sources": str(tmp_path / "data" / "train_a"), "workdir": str(tmp_path / "run")}
 
     def opened(verify):

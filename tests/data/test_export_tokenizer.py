@@ -14,11 +14,12 @@ import pytest
 import sentencepiece
 
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data import hf_tokenizer
+from tinyllama_jax.data import tokenizer
+from tinyllama_jax.data.export import tokenizer as exporter
 
 transformers = pytest.importorskip("transformers", reason="the independent reader of what is exported")
 
-LLAMA2 = Path(__file__).parents[2] / "shared/data/llama2_tokenizer.model"
+LLAMA2 = Path(__file__).parents[3] / "shared/data/llama2_tokenizer.model"
 SPECIAL = ["<unk>", "<s>", "</s>"]
 # what the demo trains, and each flag the other way
 KINDS = {
@@ -133,7 +134,7 @@ def exported(request, tmp_path_factory):
         model = train(folder / "trained.model", **KINDS[request.param])
     out = folder / "out"
     out.mkdir()
-    hf_tokenizer.write(model, out, add_bos=False, seq_len=2_048)
+    exporter.write(model, out, add_bos=False, seq_len=2_048)
     return sentencepiece.SentencePieceProcessor(model_file=str(model)), out, request.param
 
 
@@ -174,7 +175,7 @@ def test_decoding_equals_sentencepiece(exported):
 
 @pytest.mark.parametrize("kind", ["prefix", "demo"])
 def test_bos_is_put_in_front_if_the_data_had_it(tmp_path, kind):
-    hf_tokenizer.write(train(tmp_path / "a.model", **KINDS[kind]), tmp_path, add_bos=True, seq_len=64)
+    exporter.write(train(tmp_path / "a.model", **KINDS[kind]), tmp_path, add_bos=True, seq_len=64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
     assert tokenizer("def f(x):")["input_ids"] == [1, *ours.encode("def f(x):")]
@@ -194,20 +195,20 @@ def test_special_ids_and_length_travel(exported):
 
 def test_reads_what_sentencepiece_reads(exported):
     ours, folder, kind = exported
-    model = hf_tokenizer.read(folder / "tokenizer.model")
+    model = exporter.read(folder / "tokenizer.model")
     assert [piece.text for piece in model.pieces] == [ours.id_to_piece(i) for i in range(len(ours))]
     assert [piece.score for piece in model.pieces] == [ours.get_score(i) for i in range(len(ours))]
-    assert [piece.kind == hf_tokenizer.BYTE for piece in model.pieces] == [ours.is_byte(i) for i in range(len(ours))]
+    assert [piece.kind == exporter.BYTE for piece in model.pieces] == [ours.is_byte(i) for i in range(len(ours))]
     assert model.add_dummy_prefix is (KINDS.get(kind, {"add_dummy_prefix": True})["add_dummy_prefix"])
     assert model.remove_extra_whitespaces is ("collapsing" in kind) and model.byte_fallback is (kind != "no bytes")
     assert (model.unk_id, model.bos_id, model.eos_id, model.pad_id) == (0, 1, 2, -1)
 
 
 def test_merges_by_score_then_longest_left_part():
-    letters = [hf_tokenizer.Piece(c, -9, hf_tokenizer.NORMAL) for c in "ab"]
-    made = [hf_tokenizer.Piece(text, score, hf_tokenizer.NORMAL) for text, score in (("aab", -3), ("ab", -2), ("aa", -1))]
-    other = [hf_tokenizer.Piece("bb", -1, hf_tokenizer.CONTROL)]
-    assert hf_tokenizer.merges(letters + made + other) == [("a", "a"), ("a", "b"), ("aa", "b"), ("a", "ab")]
+    letters = [exporter.Piece(c, -9, exporter.NORMAL) for c in "ab"]
+    made = [exporter.Piece(text, score, exporter.NORMAL) for text, score in (("aab", -3), ("ab", -2), ("aa", -1))]
+    other = [exporter.Piece("bb", -1, exporter.CONTROL)]
+    assert exporter.merges(letters + made + other) == [("a", "a"), ("a", "b"), ("aa", "b"), ("a", "ab")]
 
 
 # what SentencePiece makes unless it is told otherwise, and other kinds that are no list of merges alone
@@ -242,7 +243,7 @@ def test_other_kinds_have_sentencepiece_s_ids_too(tmp_path, kind):
     tokenizers = pytest.importorskip("tokenizers", reason="the reader of what is exported")
     path = train(tmp_path / "a.model", **{**OTHER_OPTIONS, "vocab_size": 700, **OTHERS[kind]})
     ours = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.tokenizer_json(hf_tokenizer.read(path), add_bos=False)))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(exporter.tokenizer_json(exporter.read(path), add_bos=False)))
     theirs.encode_special_tokens = True
     rng = random.Random(1)
     atoms = ["the", "def ", "<|x|>", "<|xy|>", "<ctl>", "<unk>", "[PAD]", " ", "  ", "\n", "  \n", "e e", "\t", "\r\n", "é"]
@@ -266,7 +267,7 @@ def test_other_kinds_have_sentencepiece_s_ids_too(tmp_path, kind):
         "\x7f",
         "か",
     ]
-    texts = ["", "\x01", *hf_tokenizer.TEXTS, *inspect.getsource(textwrap).split("\n")]
+    texts = ["", "\x01", *exporter.TEXTS, *inspect.getsource(textwrap).split("\n")]
     texts += ["".join(rng.choices(atoms, k=rng.randint(1, 12))) for _ in range(1_500)]
     # two ways to cut a long run score the same in unigram, and a part between two symbols may be what a special token is called
     texts = [text for text in texts if "----" not in text and not ("<unk>" in text and "BPE, symbols" in kind)]
@@ -287,7 +288,7 @@ def test_other_kinds_have_sentencepiece_s_ids_too(tmp_path, kind):
 def test_what_cannot_be_expressed_is_refused(tmp_path, options, says):
     path = train(tmp_path / "a.model", **options)
     with pytest.raises(UserError, match=re.escape(says)):
-        hf_tokenizer.read(path)
+        exporter.read(path)
 
 
 def test_equal_scores_are_refused_unless_they_are_runs_of_spaces(tmp_path):
@@ -299,10 +300,10 @@ def test_equal_scores_are_refused_unless_they_are_runs_of_spaces(tmp_path):
         (tmp_path / "a.model").write_bytes(message + b"\x12\x02\x18\x02")  # trainer_spec { model_type: BPE }
         return tmp_path / "a.model"
 
-    assert len(hf_tokenizer.read(with_scores(("▁▁", -5), ("▁▁▁", -5), ("▁", -5))).pieces) == 3
+    assert len(exporter.read(with_scores(("▁▁", -5), ("▁▁▁", -5), ("▁", -5))).pieces) == 3
     for pieces in ([("▁▁", -5), ("▁▁▁▁", -5)], [("ab", -5), ("bc", -5)]):
         with pytest.raises(UserError, match="pieces of equal score"):
-            hf_tokenizer.read(with_scores(*pieces))
+            exporter.read(with_scores(*pieces))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is no model", bytes(100), None, "cut"])
@@ -314,10 +315,10 @@ def test_a_file_that_is_no_model_is_one_clear_line(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.model: is not a SentencePiece model"):
-        hf_tokenizer.read(path)
+        exporter.read(path)
 
 
 def test_bos_without_a_bos_piece_is_refused(tmp_path):
-    model = train(tmp_path / "a.model", bos_id=-1)
-    with pytest.raises(UserError, match="has no bos piece"):
-        hf_tokenizer.write(model, tmp_path, add_bos=True, seq_len=8)
+    model = tokenizer.load(train(tmp_path / "a.model", bos_id=-1))
+    with pytest.raises(UserError, match="has no bos, but the data"):
+        exporter.export(model, tmp_path, add_bos=True, seq_len=8)

@@ -14,7 +14,7 @@ from launch.commands import listening
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.run import addresses
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GPUS = ",".join(map(str, range(8)))
 # what srun gives a task of launch/slurm.sbatch, 2 nodes with 8 GPUs and one task each, as tests/slurm.sh sees it
 SBATCH = {

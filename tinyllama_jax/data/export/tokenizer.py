@@ -31,8 +31,7 @@ from typing import NamedTuple
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
-
-SPACE = "▁"  # U+2581, which stands for a space within pieces
+from tinyllama_jax.data.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, processors
 
 # sentencepiece_model.proto: kinds of a piece, and the kinds of model that a tokenizer.json can express
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -276,14 +275,27 @@ def tokenizer_config(model: SentencePiece, add_bos: bool, seq_len: int) -> dict:
     }
 
 
+def export(tokenizer: Tokenizer, folder: Path, add_bos: bool, seq_len: int) -> None:
+    """Copies a tokenizer's files into a folder, changed so that Transformers gives bos (if `add_bos`) and the ids of `encode`.
+
+    `seq_len`: the longest text. Raises UserError if no tokenizer.json can give these ids.
+    """
+    if add_bos and tokenizer.bos_id < 0:
+        raise UserError(f"{tokenizer.path}: has no bos, but the data was written with one in front of each document")
+    tokenizer.copy(folder)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        bos, eos = tokenizer.names
+        rewrite(folder, read_json(tokenizer.path, dict), bos and (bos, tokenizer.bos_id), eos, add_bos)
+    else:
+        write(tokenizer.path, folder, add_bos, seq_len)
+
+
 def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
     """Writes tokenizer.json and tokenizer.model (for llama.cpp) into `folder`, and updates its tokenizer_config.json.
 
     Raises UserError.
     """
     model = read(model_file)
-    if add_bos and model.bos_id < 0:
-        raise UserError(f"{model_file}: has no bos piece, but the data was written with one in front of each document")
     _write_json(folder / "tokenizer.json", tokenizer_json(model, add_bos))
     _update_config(folder, tokenizer_config(model, add_bos, seq_len))
     (folder / "tokenizer.model").write_bytes(Path(model_file).read_bytes())
@@ -294,23 +306,13 @@ def rewrite(folder: Path, content: dict, bos: tuple[str, int] | None, eos: str |
 
     `content`: its tokenizer.json. `bos`: token and id.
     """
-    others = [p for p in _processors(content.get("post_processor")) if "single" not in p and "cls" not in p]
+    others = [p for p in processors(content.get("post_processor")) if "single" not in p and "cls" not in p]
     wanted = [*others, *([_bos_template(*bos)] if add_bos else [])]
     content["post_processor"] = {"type": "Sequence", "processors": wanted} if len(wanted) > 1 else (wanted or [None])[0]
     if not (folder / "tokenizer.json").is_file() or content != read_json(folder / "tokenizer.json", dict):
         _write_json(folder / "tokenizer.json", content)
     named = {"bos_token": bos and bos[0], "eos_token": eos, "add_bos_token": add_bos, "add_eos_token": False}
     _update_config(folder, {"tokenizer_class": AS_WRITTEN, **named})
-
-
-def _processors(processor: dict | None) -> list[dict]:
-    return processor.get("processors", [processor]) if processor else []
-
-
-def puts_in_front(processor: dict | None, token: str) -> bool:
-    """Whether the post-processor of a tokenizer.json puts `token` before a text."""
-    first = [[*p.get("single", ()), {}][0].get("SpecialToken", {}).get("id") for p in _processors(processor)]
-    return token in first or token in [p["cls"][0] for p in _processors(processor) if "cls" in p]
 
 
 def _update_config(folder: Path, values: dict) -> None:

@@ -15,7 +15,7 @@ from tinyllama_jax.core.program import build, on_devices
 from tinyllama_jax.data import feed
 from tinyllama_jax.run import checkpoint, initialize, metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import feed
 from tinyllama_jax.run import metrics, stages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("stages")  # its runs are made once
 FEWER = 2_000
 SCALE = 128 / 1_802_240 / FEWER  # of tokens: a step of 8 x 16, and fewer of them

@@ -124,7 +124,7 @@ def test_a_users_mistake_ends_all_with_2(tiny_config_file, tmp_path):
 
 def test_a_save_may_take_longer_than_the_others_wait(tiny_config_file, tmp_path, monkeypatch):
     """Told to stop by SIGHUP while a slow seal is under way: both wait for it and for their own, and end saved."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]))
     monkeypatch.setenv("CHAOS_SEAL_SECONDS", str(WAIT + 3))
     keys = {"train__seqs_per_device": 1, "train__wait": WAIT, "train__steps": 100_000}
     run = Cluster(tiny_config_file, tmp_path / "run", 2, 4, module="chaos_train", **keys)

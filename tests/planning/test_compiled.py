@@ -18,7 +18,7 @@ import pytest
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.planning import hlo, targets
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
