@@ -40,8 +40,10 @@ class Cluster:
         argv = [sys.executable, "-m", module, "--config", str(config_file), *options]
         self.files = [Path(out or self.workdir.parent) / f"{self.workdir.name}.{i}.out" for i in range(n)]
         self.processes = []
+        flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+        flags.append(f"--xla_force_host_platform_device_count={devices}")
         for i, file in enumerate(self.files):
-            env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
             if n > 1:
                 env |= {"JAX_COORDINATOR_ADDRESS": f"{address}:{port}", "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
             with file.open("w") as out:
