@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+# no bytecode in advance: half of the processor time of an install, mostly for modules that nothing here imports
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP    := $(PY) $(INSTALL)
 # a newer Python, if one runs (a shim on the path may not): the numeric core is tested on it too, with the newest JAX
 NEWER  := $(shell for p in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); \
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
@@ -16,12 +18,17 @@ demo: $(VENV)/.base
 
 # every part runs, even if an earlier one has failed; the last line names those that failed
 test:
+	@$(MAKE) --no-print-directory -j3 install
 	@failed=; for part in lint test-main test-plan test-newer; do \
 		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
+.PHONY: install
+install: $(VENV)/.dev $(VENV)-plan/.base $(if $(filter 1,$(SAME)),,$(if $(NEWER),$(VENV)-newer/.base))
+
+# three at a time on two cores, since some only wait for others' time to run out
 test-main: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 3 --dist loadgroup
 
 # the compilers for GPU and TPU, apart: with them installed every command looks for a driver and says that there is none
 test-plan: $(VENV)-plan/.base
@@ -75,11 +82,11 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py
 $(VENV)-plan/.base: requirements.txt pyproject.toml
 	@test -d $(VENV)-plan || $(PYTHON) -m venv $(VENV)-plan
 	@echo "installing the compilers for other machines into $(VENV)-plan"
-	@$(VENV)-plan/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plan]' pytest pytest-xdist
+	@$(VENV)-plan/bin/python $(INSTALL) --editable '.[plan]' pytest pytest-xdist
 	@touch $@
 
 $(VENV)-newer/.base: requirements.txt
 	@test -d $(VENV)-newer || $(NEWER) -m venv $(VENV)-newer
 	@echo "installing into $(VENV)-newer with $(NEWER)"
-	@$(VENV)-newer/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest pytest-xdist
+	@$(VENV)-newer/bin/python $(INSTALL) -r requirements.txt pytest pytest-xdist
 	@touch $@

@@ -9,7 +9,7 @@ TORCH = "torch==2.13.0"  # the version that the parity tests were last held agai
 
 def main() -> None:
     """Asks pip what it would install, and installs it if no GPU package is among it."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TORCH]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", TORCH]
     plan = subprocess.run([*pip, "--dry-run", "--report", "-"], capture_output=True, text=True)
     if plan.returncode:
         print(f"{TORCH} cannot be had here; the tests that need it will be skipped")

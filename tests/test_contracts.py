@@ -160,7 +160,7 @@ def test_sizes_stay_within_budget():
         "kernels.",
         "core.",
         "run.",
-        *(f"data.{n}" for n in "tokenizer blocks litpkds shuffle mixture feed".split()),
+        *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
     assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_490
     assert sum(lines.values()) <= 13_630 and lines["train"] <= 125 and max(lines.values()) <= 405

@@ -3,6 +3,8 @@
 import chaos
 import pytest
 
+pytestmark = pytest.mark.xdist_group("processes")  # see test_processes.py
+
 
 @pytest.mark.parametrize("seed", [5])
 def test_whatever_happens_the_bits_are_the_same(seed, capsys):

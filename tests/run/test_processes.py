@@ -20,6 +20,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.run import checkpoint, cluster, supervise
 
 EXACT = ("step", "checksum", "tokens")
+pytestmark = pytest.mark.xdist_group("processes")  # not beside one another, on two cores
 RAMP = "1152:256"  # 9 steps of 128 tokens, then 256
 WAIT = 20  # six of it for starting, which a busy machine may need
 
