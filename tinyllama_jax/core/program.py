@@ -96,9 +96,8 @@ class StepCompiler:
         """`dtype`: of the tokens."""
         self._program, self._seq_len, self._mesh, self._dtype = program, config.model.seq_len, mesh, dtype
         self._train = schedule.in_steps(config)
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            1
-        )  # on exit Python waits for a running compilation, a minute at most
+        # on exit Python waits for a running compilation, a minute at most
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._steps: dict[int, Callable | concurrent.futures.Future] = {}
 
     def train(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:

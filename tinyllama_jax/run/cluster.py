@@ -20,7 +20,7 @@ STOP_SIGNALS = (  # save and end; no library here uses the timers' three (ALRM, 
 )  # fmt: skip
 STARTING = 6  # times train.wait: how long processes wait for one another at the start
 BUSY = "another process is training in this folder; wait for it, or name another --workdir"
-CHANNEL = "TINYLLAMA_JAXCHANNEL"  # environment variable of the child: a file descriptor shared with its parent
+CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment variable of the child: a file descriptor shared with its parent
 HEARTBEAT = struct.Struct("<qqqq16s")  # process, processes, number of moves, step, what it does
 _shared: mmap.mmap | None = None  # memory shared with the parent; None without a parent
 _moves = 0
