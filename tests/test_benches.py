@@ -17,8 +17,8 @@ from tinyllama_jax.kernels import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-common, bench_kernels, bench_loading, bench_train, profile_step = map(
-    importlib.import_module, ("bench_common", "bench_kernels", "bench_loading", "bench_train", "profile_step")
+common, bench_gpu, bench_kernels, bench_loading, bench_train, profile_step = map(
+    importlib.import_module, ("bench_common", "bench_gpu", "bench_kernels", "bench_loading", "bench_train", "profile_step")
 )
 MUCH = 10**12  # sequences
 
@@ -183,6 +183,46 @@ def test_a_worker_that_ends_badly_keeps_its_rows(script, reason):
         for row in common.stream(["-c", path], 60, quiet=2):
             rows.append(row)
     assert str(ended.value) == reason and rows == [{"a": 1}]
+
+
+def test_each_implementation_is_checked_without_being_timed(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "seconds_of", None)
+    cells = [arguments for kind, arguments in bench_kernels.cells("tiny", ["check"])]
+    assert [cell["impl"] for cell in cells[:6]] == ["pallas_triton"] * 5 + ["reference"]
+    row = bench_kernels.check(**next(cell for cell in cells if cell["impl"] == "xla"))
+    assert row["ok"] and row["same_bits"] and "same bits again" in bench_kernels.line({"kind": "check", "impl": "xla", **row})
+    right = kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda q, *a, impl: right(q * 1.1, *a, impl=impl))
+    assert not bench_kernels.check(**next(cell for cell in cells if cell["impl"] == "xla"))["ok"]
+
+
+def test_bench_gpu_names_the_part_that_fails_and_runs_the_others(tmp_path, monkeypatch):
+    """Each part's lines are kept as they come; one is killed when its time is up; plan stands beside what was measured."""
+    row = {"row": "jax", "seqs": 2, "ok": True, "peak_bytes": 3 << 30, "tokens_per_second": 300.0}
+    write = "import json, pathlib; pathlib.Path({!r}).write_text(json.dumps({!r})); print('a line of {}')"
+    scripts = {
+        "check": write.format(str(tmp_path / "check.json"), {"device": {"kind": "NVIDIA H200", "platform": "gpu"}}, "check"),
+        "kernels": "import time; print('before it hangs', flush=True); time.sleep(600)",
+        "step": write.format(str(tmp_path / "step.json"), {"rows": [row]}, "step"),
+        "trace": "import sys; sys.exit('no profiler')",
+    }
+    rate = {"low": 200.0, "middle": 250.0, "high": 280.0}
+    predicted = lambda report, on, cell, _: report.content["plan"].update(
+        {cell["seqs"]: {"peak_bytes_per_device": 2 << 30, "tokens_per_second_per_device": rate}, "on": {"left_out": on}}
+    )
+    monkeypatch.setattr(bench_gpu, "commands", lambda *_: {name: ["-c", script] for name, script in scripts.items()})
+    monkeypatch.setattr(bench_gpu, "plan", predicted)
+    monkeypatch.setattr(bench_gpu, "GRACE", 1)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--seqs", "2", "--minutes", "0.1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        bench_gpu.main()
+    report, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    assert ended.value.code == 1 and not report["whole"]
+    codes = {name: part["rc"] for name, part in report["parts"].items()}
+    assert codes == {"check": 0, "kernels": -9, "step": 0, "trace": 1}
+    assert "before it hangs" in text and "ended with -9" in text and "no profiler" in text and "NVIDIA H200" in text
+    assert "| 2 | GiB at the peak | 2.00 | 3.00 | 1.50 |" in text and "| on | plan | h200:1x1 | | |" in text
+    assert "| 2 | tokens/s | 250 (200 to 280) | 300.00 | 1.20 |" in text
 
 
 def test_profile_step(tmp_path):

@@ -38,6 +38,9 @@ ATTENTION = {  # B, S, N, K, H of causal self-attention, and documents packed in
     "small": [(2, 512, 8, 2, 64, 0), (2, 512, 8, 2, 64, 4), (1, 1024, 4, 4, 64, 0)],
     "tiny": [(2, 48, 4, 2, 8, 0), (2, 48, 4, 2, 8, 3)],
 }  # fmt: skip
+CHECKED = (  # dtype on an accelerator, head, documents, standard deviation of the scores; the last three for our kernel alone
+    ("bfloat16", 64, 0, 1), ("bfloat16", 64, 5, 1), ("bfloat16", 128, 0, 1), ("float16", 64, 0, 1), ("bfloat16", 64, 0, 8),
+)  # fmt: skip
 KERNELS = ("forward", "dq", "dkv")
 CUTS = [  # triton.Tuning: own rows, other rows, warps, stages
     (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3), (64, 64, 4, 3),
@@ -110,6 +113,24 @@ def attention(impl: str, shape: dict) -> dict:
         "bytes": n_bytes,
         "dtype": dtype,
     }
+
+
+def check(impl: str, shape: dict, dtype: str) -> dict:
+    """One implementation, not timed: errors of output and gradients, and whether a second call gives the same bits."""
+    dtype = "float32" if jax.default_backend() == "cpu" else dtype
+    segments = None if (ids := common.segments(shape)) is None else jnp.asarray(ids)
+    kernels.choose(impl, dtype, seq_len=shape["S"], head_dim=shape["H"], segments=segments is not None)
+    q, k, v, do = (jnp.asarray(a, dtype) for a in common.qkv(shape))
+    do = jnp.zeros_like(do).at[-1].set(do[-1] * jnp.asarray(common.few_heads(shape), dtype)[:, None])
+
+    @jax.jit
+    def both(q, k, v, do):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, impl), q, k, v)
+        return out, *pull(do)
+
+    first, second = ([np.asarray(x[-1:], np.float32) for x in both(q, k, v, do)] for _ in range(2))
+    same = all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    return common.attention_errors(first, shape, dtype) | {"same_bits": same, "dtype": dtype}
 
 
 def tune(impl: str, kernel: str, cut: list[int], shape: dict) -> dict:
@@ -186,7 +207,11 @@ def cells(size: str, only: list[str]) -> list[tuple[str, dict]]:
     impls = [impl for impl in c.ATTENTION if impl != "auto"]
     first, *others = [[("attention", {"impl": i, "shape": shape}) for i in impls] for shape in shapes(size)]
     B, S, D, V = LOSS[size]
-    out = [("matmul", dict(zip("MKN", shape, strict=True))) for shape in MATMULS[size]] + first
+    S, heads = (1024, (8, 2)) if size == "1b" else (48, (4, 2))
+    out = [("check", {"impl": i, "dtype": dtype, "shape": dict(zip((*"BSNKH", "documents", "spread"), (2, S, *heads, *case),
+            strict=True))}) for i in sorted(impls, key=lambda i: i != "pallas_triton")
+           for dtype, *case in CHECKED[: None if i == "pallas_triton" else 2]]  # fmt: skip
+    out += [("matmul", dict(zip("MKN", shape, strict=True))) for shape in MATMULS[size]] + first
     out += [("loss", {"tokens": n, "B": B, "S": S, "D": D, "V": V}) for n in (0, *(B * S // part for part in CHUNKS))]
     named = lambda kernel, cut: f"{kernel} {' '.join(map(str, cut))}"
     out += [("tune", {"impl": named(kernel, cut), "kernel": kernel, "cut": cut, "shape": shapes(size)[0]})
@@ -269,13 +294,17 @@ def derive(row: dict, device: dict, best: float | None) -> dict:
 def line(row: dict) -> str:
     """A row as it is printed."""
     s = row.get("shape", row)
-    shape = " ".join(f"{x}={s[x]}" for x in ("B", "S", "N", "K", "H", "M", "D", "F", "V", "documents") if s.get(x))
+    shape = " ".join(f"{x}={s[x]}" for x in ("B", "S", "N", "K", "H", "M", "D", "F", "V", "documents", "spread") if s.get(x))
     name = row.get("impl") or row.get("name") or (f"{row['tokens']:,} tokens" if row.get("tokens") else "all at once")
     name = f"{row['kind']:9} {name if row['kind'] != 'matmul' else '':18} {shape:40}"
     if "left_out" in row:
         return f"  -- {name} {row['left_out']}"
-    worst = max(e["relative"] for e in row["errors"].values()) if row["kind"] in ("attention", "tune") else None
+    of_attention = row["kind"] in ("attention", "tune", "check")
+    worst = max(e["relative"] for e in row["errors"].values()) if of_attention else None
     worst = worst or row.get("error") or max(row["errors"].values())
+    if row["kind"] == "check":
+        bits = "same bits again" if row["same_bits"] else "OTHER BITS the second time"
+        return f"{'  ok' if row['ok'] else ' BAD'} {name} error {worst:7.1e} {row['dtype']}, {bits}"
     of_matmul = f"{row['percent_of_matmul']:5.1f}%" if "percent_of_matmul" in row else "      "
     rate = f"{row['tflops']:8.2f} TFLOP/s {of_matmul}" if "tflops" in row else ""
     rate = rate or f"{row['bytes_per_second'] / 1e9:8.1f} GB/s    {row.get('percent_of_bandwidth', 0):5.1f}%"
@@ -309,7 +338,7 @@ def main() -> None:
     """Runs the workers one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = ("matmul", "attention", "loss", "memory")
-    parser.add_argument("--only", type=common.some_of(*what, "tune"), default=",".join(what))
+    parser.add_argument("--only", type=common.some_of(*what, "tune", "check"), default=",".join(what))
     parser.add_argument("--size", choices=LOSS, help="unless said: 1b, and small without an accelerator")
     parser.add_argument("--minutes", type=common.positive, default=8)
     parser.add_argument("--json", type=common.output, default="runs/bench_kernels.json")

@@ -54,7 +54,7 @@ def config_of(cell: dict, **fields) -> c.Config:
     """The configuration of the step that is timed: one micro-batch of `cell["seqs"]` sequences on one device."""
     import jax
 
-    compute = fields.pop("compute", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    compute = fields.pop("compute", None) or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     fields = {"remat": cell["remat"], "attention": cell["attention"], "loss_chunk": cell["loss_chunk"]} | fields
     train = c.Train(1_000_000, cell["seqs"] * cell["seq_len"], cell["seqs"])
     model = common.model_of(cell, compute, **fields)
