@@ -17,6 +17,13 @@ from tinyllama_jax.core.program import build, shape_of_batch
 assert len(jax.devices()) == 8  # asked for here, before a test takes XLA_FLAGS out of the environment
 
 
+PIPELINED = (
+    {"xla_gpu_pipeline_all_reduce": "COLLECTIVE_PIPELINING_MODE_ON"}
+    if jax.__version_info__ >= (0, 11, 1)
+    else {"xla_gpu_enable_pipelined_all_reduce": True}
+)
+
+
 def mesh_of(platform, tensor=1):
     """What `xla` asks of a mesh of devices that are not here."""
     return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]), shape={"tensor": tensor})
@@ -38,7 +45,7 @@ def test_a_gpus_options_are_sized_to_a_layer(config):
     layer = 44_044_288  # 2 x 2,048 x 2,048 + 2 x 2,048 x 256 + 3 x 2,048 x 5,632 + 2 norms of 2,048
     assert options == {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,
+        **PIPELINED,
         "xla_gpu_all_gather_combine_threshold_bytes": int(0.55 * 2 * layer),  # bf16; two of three MLP matrices are 46 MB
         "xla_gpu_reduce_scatter_combine_threshold_bytes": 4 * layer,
         "xla_gpu_all_reduce_combine_threshold_bytes": 4 * layer,
@@ -47,6 +54,17 @@ def test_a_gpus_options_are_sized_to_a_layer(config):
     half = xla.compiler_options(cli.override(config, {"model.reduce_dtype": "bfloat16"}), mesh_of("gpu", tensor=2))
     assert half["xla_gpu_all_reduce_combine_threshold_bytes"] == layer
     assert half["xla_gpu_all_gather_combine_threshold_bytes"] == pytest.approx(0.55 * layer, abs=1)
+
+
+def test_this_xla_knows_every_option(config):
+    """A CPU's compiler rejects an unknown name or value of a GPU's option too."""
+    deterministic = cli.override(config, {"train.deterministic": "true"})
+    options = xla.compiler_options(deterministic, mesh_of("gpu"))
+    assert len(options) == 6
+    jax.jit(lambda: 1).lower().compile(compiler_options=options)
+    for name, value in (("xla_gpu_no_such_option", True), (next(iter(PIPELINED)), "maybe")):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=name):
+            jax.jit(lambda: 1).lower().compile(compiler_options={name: value})
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -81,7 +99,7 @@ def test_deterministic_is_an_option_of_every_program(config, monkeypatch, tiny_c
 def test_the_users_own_flag_wins_and_is_said(config, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_pipelined_all_reduce=false --xla_dump_to=/tmp/x")
     mesh = mesh_of("gpu")
-    assert "xla_gpu_enable_pipelined_all_reduce" not in xla.compiler_options(config, mesh)
+    assert not PIPELINED.keys() & xla.compiler_options(config, mesh).keys()  # XLA takes the older name in XLA_FLAGS too
     assert "xla_gpu_enable_latency_hiding_scheduler" in xla.compiler_options(config, mesh)
     first, *rest = xla.lines(config, mesh)
     assert "the environment's own xla_gpu_enable_pipelined_all_reduce xla_dump_to" in first

@@ -18,11 +18,15 @@ from tinyllama_jax.base.errors import UserError
 MEMORY, MEMORY_NAMES = 0.92, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second: its older name
 
 
+# From JAX 0.11.1 on XLA has a mode in the place of a flag (openxla/xla, pull request 45836); XLA_FLAGS takes both names.
+PIPELINE = {"xla_gpu_enable_pipelined_all_reduce": True, "xla_gpu_pipeline_all_reduce": "COLLECTIVE_PIPELINING_MODE_ON"}
+
+
 class Option(NamedTuple):
     """One of XLA's debug options. If a later XLA does not know the name, it refuses to compile: remove the option then."""
 
     name: str
-    value: bool | int
+    value: bool | int | str
     reason: str
 
 
@@ -41,7 +45,8 @@ def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
     gradients = "a layer's gradients as one, or they wait for each other; 461 ms to 134 with fsdp 4, 639 to 118 with 2"
     chosen = [
         Option("xla_gpu_enable_latency_hiding_scheduler", True, "sends beside matmuls; 830 ms to 789, and the next needs it"),
-        Option("xla_gpu_enable_pipelined_all_reduce", True, "sends a layer's gradients beside the next one's; 789 ms to 197"),
+        Option(*list(PIPELINE.items())[jax.__version_info__ >= (0, 11, 1)],
+               "sends a layer's gradients beside the next one's; 789 ms to 197"),
         Option("xla_gpu_all_gather_combine_threshold_bytes", half,
                "a layer's weights as two, the second beside the first's matmuls; 197 ms to 127, 152 as one"),
         Option("xla_gpu_reduce_scatter_combine_threshold_bytes", a_layer, gradients),
@@ -49,10 +54,11 @@ def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
     ]  # fmt: skip
     if config.train.deterministic:
         chosen.append(Option("xla_gpu_deterministic_ops", True, "train.deterministic: only kernels whose sums have one order"))
-    return [option for option in chosen if option.name not in users_own()]
+    own = {name for flag in users_own() for name in (PIPELINE if flag in PIPELINE else (flag,))}
+    return [option for option in chosen if option.name not in own]
 
 
-def compiler_options(config: Config, mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
+def compiler_options(config: Config, mesh: jax.sharding.Mesh) -> dict[str, bool | int | str]:
     """Returns `options` in the form that jax.jit takes."""
     return {option.name: option.value for option in options(config, mesh)}
 

@@ -54,7 +54,11 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     """Compiles the train step for `machine`. Raises UserError, also for a kernel that the machine cannot run."""
     began = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, machine.devices)
-    with jax.set_mesh(mesh):
+    # tokamax asks the default device what it is
+    tokamax = (
+        jax.default_device(machine.devices[0]) if config.model.attention == "pallas_mosaic_gpu" else contextlib.nullcontext()
+    )
+    with jax.set_mesh(mesh), tokamax:
         program = build(config, mesh, NextToken(eos_id=2))  # the id does not matter: it is a constant of the program
         traced = program.train.trace(program.state, shape_of_batch(program, config.model.seq_len))
         lowered = traced.lower()
