@@ -168,7 +168,8 @@ def saved_by_layers(jaxpr, n_layers: int) -> int:
     """Returns the bytes, over all devices, that the forward loop over layers saves for the backward loop."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan" and eqn.params["length"] == n_layers:
-            stacked = [v.aval for v in eqn.outvars[eqn.params["num_carry"] :]]
+            pairs = zip(eqn.outvars, eqn.params["jaxpr"].jaxpr.outvars, strict=True)
+            stacked = [out.aval for out, each in pairs if out.aval.ndim > each.aval.ndim]  # what is carried has no L
             return sum(a.size * a.dtype.itemsize for a in stacked if a.ndim > 2)
         for inner in _inner(eqn):
             if saved := saved_by_layers(inner, n_layers):
