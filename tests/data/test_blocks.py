@@ -115,7 +115,9 @@ def test_more_files_than_a_process_may_open(prepared, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     monkeypatch.setattr(blocks_lib, "may_open", lambda n: n - 1)
-    with pytest.raises(UserError, match=r"this process may open \d+: raise `ulimit -n`, or give a larger --shard-mb"):
+    with pytest.raises(
+        UserError, match=r"this process may open \d+: raise `ulimit -n`, or prepare the data with a larger --shard-mb"
+    ):
         Blocks(prepared, "train").read([0])
 
 
@@ -238,7 +240,7 @@ def test_what_is_no_data_set(copy, tmp_path):
         Blocks(copy, "test")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="manifest.json: is of format 99, and this version reads format 1"):
+    with pytest.raises(UserError, match="manifest.json: has format 99, and this version reads format 1"):
         Blocks(copy, "train")
     for text in (
         "{",
@@ -299,7 +301,7 @@ def test_a_manifest_that_names_a_file_twice(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"] += manifest["splits"]["train"]["shards"][:1]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="a file twice"):
+    with pytest.raises(UserError, match="it lists a file twice"):
         Blocks(copy, "train")
 
 

@@ -287,7 +287,7 @@ def test_the_folder_is_not_the_name(folder, stream):
     for path in (folder / "train_slim", f"{folder}/train_slim*", f"{folder}/train_slim_0000000000.bin", f"{folder}/train*.bin"):
         assert names(path) == ["train_slim_0000000000.bin"] and names(path, "validation") == ["validation_slim_0000000000.bin"]
     assert names(folder / "other", "validation") == names(folder / "gone") == names(folder) == names(folder / "no" / "x") == []
-    with pytest.raises(UserError, match=f"holds .bin files: name what they begin with, such as {folder / 'train'}"):
+    with pytest.raises(UserError, match=f"holds .bin files: give the start of their names, such as {folder / 'train'}"):
         feed.open_source(str(folder), "train", S)
     with pytest.raises(UserError, match="other: has no split 'validation'"):
         Packed(folder / "other", "validation", S)
@@ -381,7 +381,7 @@ def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data
         found = mark(*keys, **mask)
         assert found == want and type(found) is type(want)
     assert mark("neither") == mark("bos") == EOS  # nobody asks
-    seen = "has 0 bos and 0 eos, 0 of them together, in 5 blocks of it"
+    seen = "has 0 bos and 0 eos, 0 of them together, in a sample of 5 blocks"
     with pytest.raises(
         UserError, match=rf"^--data.document_mask=true: needs eos after every document, or bos .*: {neither} {seen};"
     ):

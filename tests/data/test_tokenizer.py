@@ -255,7 +255,7 @@ def test_tokens_that_files_add_to_a_sentencepiece_model(chat, models, tmp_path, 
 def test_a_sentencepiece_model_that_other_files_change_needs_a_tokenizer_json(chat):
     folder = chat(False)
     for says in (
-        r"eos_token is '<\|im_end\|>', which tokenizer.model does not take for it; add the tokenizer.json",
+        r"eos_token is '<\|im_end\|>', and tokenizer.model has another eos_token; add the tokenizer.json",
         r"added_tokens.json gives '\[PAD\]' the id 700, and tokenizer.model does not have it; add the tokenizer.json",
     ):
         with pytest.raises(UserError, match=says):
