@@ -203,7 +203,7 @@ def test_a_padded_block_that_calls_itself_full(data, findings):
     rewrite(data, lambda _, length: length.__setitem__(-1, S + 1))
     said = findings(data)
     assert any(f"record {last}: 0 (0) after 0, {S - length} times: padding?" in line for line in said)
-    assert any("manifest.json: speaks of " in line and " tokens; there are " in line for line in said)
+    assert any("manifest.json: says " in line and " tokens; there are " in line for line in said)
 
 
 def test_eos_that_is_not_there(data, findings):
@@ -212,9 +212,7 @@ def test_eos_that_is_not_there(data, findings):
 
     rewrite(data, plant)
     (line,) = findings(data)
-    assert re.fullmatch(
-        rf"{data} \(train\): manifest.json: speaks of 40 documents, each with eos \(2\); there are [1-3]?\d", line
-    )
+    assert re.fullmatch(rf"{data} \(train\): manifest.json: says 40 documents, each with eos \(2\); there are [1-3]?\d", line)
 
 
 def test_what_the_data_should_not_have(data, findings):
@@ -275,7 +273,7 @@ def test_a_split_whose_every_file_is_damaged(data, tmp_path, capsys, content):
     n, held_out = len(Blocks(data, "train")), len(Blocks(data, "validation"))
     assert audit.main([str(data)]) == 4
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{data} (train): {n:,} blocks, 0 tokens (0.00% of what fits), 0 documents")
+    assert said[0].startswith(f"{data} (train): {n:,} blocks, 0 tokens (0.00% full), 0 documents")
     assert said[1].startswith(f"{data} (validation): {held_out:,} blocks, ")
     assert sum("is not the file that was written (sha256)" in line for line in said) == len(files)
     assert sum("is damaged; copy or prepare" in line for line in said) == survey.MOST
@@ -301,7 +299,7 @@ def test_what_cannot_be_read_is_told_and_the_other_source_is_looked_at(data, tin
     assert said[:2] == [
         f"{data} ({s}): {data}/tokenizer/tokenizer.model: is not a SentencePiece model" for s in ("train", "validation")
     ]
-    assert said[2:] == [f"{other} (train): manifest.json: speaks of 99 tokens; there are {tokens}"]
+    assert said[2:] == [f"{other} (train): manifest.json: says 99 tokens; there are {tokens}"]
 
 
 def test_a_page_that_cannot_be_written_hides_nothing(data, capsys, monkeypatch):
@@ -334,19 +332,19 @@ def test_a_split_that_does_not_open(data, findings):
 
 def test_another_tokenizer(data, tiny_data, findings):
     shutil.copy(tiny_data / "400.model", data / "tokenizer" / "tokenizer.model")
-    assert f"{data} (train): {data}/tokenizer: is another tokenizer than the manifest's" in findings(data)
+    assert f"{data} (train): {data}/tokenizer: is not the manifest's tokenizer" in findings(data)
 
 
 def test_a_vocabulary_that_is_not_the_tokenizers(data, findings):
     edit(data, lambda manifest: manifest["tokenizer"].update(vocab_size=600))
-    line = f"{data} (train): manifest.json: speaks of 600 pieces; the tokenizer has 512"
+    line = f"{data} (train): manifest.json: says 600 pieces; the tokenizer has 512"
     assert findings(data) == [line, line.replace("train", "validation")]
 
 
 def test_counts_that_are_not_the_manifests(data, findings):
     n = Blocks(data, "train").manifest["splits"]["train"]["tokens"]
     edit(data, lambda manifest: manifest["splits"]["train"].update(tokens=n + 1))
-    assert findings(data) == [f"{data} (train): manifest.json: speaks of {n + 1:,} tokens; there are {n:,}"]
+    assert findings(data) == [f"{data} (train): manifest.json: says {n + 1:,} tokens; there are {n:,}"]
 
 
 # -- faults of the original's files ---------------------------------------------------------------------------------------
@@ -364,9 +362,7 @@ def test_the_default_export_is_right_and_a_file_filled_up_before_the_last_is_not
     record = n % (100 * (S + 1)) // (S + 1)
     last.rename(last.with_name("train_x_0000000000-first.bin"))  # as another process of the original's builder leaves it
     first = f"{path} (train): train_x_0000000000-first.bin, record {record}: is the first of {100 - record} blocks that end in"
-    assert f"{first} bos or eos over and over, {filling:,} in all, left out when they are read" in findings(
-        path, "--seq-len", S
-    )
+    assert f"{first} repeated bos or eos, {filling:,} in all, which are not trained on" in findings(path, "--seq-len", S)
     assert audit.main([path, "--seq-len", str(S)]) == 4
 
 
@@ -376,7 +372,7 @@ def test_the_default_export_is_right_and_a_file_filled_up_before_the_last_is_not
         ({70: BOS}, "record 4: is the first of 1 bos (1); there should be none"),
         ({70: BOS, 71: BOS}, "record 4: bos (1) after bos, 1 times: padding?"),
         ({5: 600}, "record 0: 1 ids out of the vocabulary of 512: 600"),
-        ("no eos", "all files: have no eos (2), which should stand at each document's end"),
+        ("no eos", "all files: have no eos (2), which should end each document"),
         ("twice", "record 1: has the same tokens as {file}, record 0"),
     ],
 )
@@ -403,7 +399,7 @@ def test_a_packed_file_that_is_missing(data, findings, capsys):
     assert litpkds.Packed(path, "train", S).missing() == []
     files[1].unlink()
     capsys.readouterr()
-    said = f"{path} (train): by its number there should be {files[1].name}; 1 such files in all"
+    said = f"{path} (train): {files[1].name} is missing from the numbered files; 1 are missing"
     assert said in findings(path, "--seq-len", S)
 
 
@@ -443,7 +439,7 @@ def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings
     assert findings(*arguments) == []
     audit.main(arguments)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order: ")]
-    assert said[0] == "order: all 7,200 samples of the run, those that data.skip=3:4 leaves out among them"
+    assert said[0] == "order: all 7,200 samples of the run, including those that data.skip=3:4 leaves out"
     n = len(Blocks(data, "train"))
     assert said[1] == f"order: 5,040 from {data}, {5_040 / n:.2f} epochs" and n < 2_520
     config = cli.override(cli.read(str(config_file)), {"train.steps": "900"})
@@ -479,7 +475,7 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
     said = findings(data, "--config", config_file, "--data.sources", data, "--train.steps", -(-n // 8))
     file = Blocks(data, "train").files()[0][0].name
     if fault == "blocks that are not there":
-        assert f"{data} (train): epoch 1: block {n:,} of {n:,} is asked for" in said
+        assert f"{data} (train): epoch 1: block {n:,} is read, and there are only {n:,}" in said
     else:
         twice = 8 if fault == "ranks that overlap" else 9
         assert f"{data} (train): {file}, record {twice}: is read more than once in epoch 1" in said
@@ -507,7 +503,7 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),
         (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, overlap, filling"),
-        (["data", "--page=page.png"], "--page page.png: is a page, and its name ends in .html"),
+        (["data", "--page=page.png"], "--page page.png: the page is HTML, and its name must end in .html"),
     ],
 )
 def test_mistakes(data, config_file, arguments, words):
