@@ -320,5 +320,5 @@ def test_a_file_that_is_not_a_model_gives_one_clear_line(tmp_path, content):
 
 def test_bos_without_a_bos_piece_is_refused(tmp_path):
     model = tokenizer.load(train(tmp_path / "a.model", bos_id=-1))
-    with pytest.raises(UserError, match="has no bos, but the data"):
+    with pytest.raises(UserError, match="has no bos, but in the training data each document begins with bos"):
         exporter.export(model, tmp_path, add_bos=True, seq_len=8)
