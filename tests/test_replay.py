@@ -148,7 +148,8 @@ def test_a_run_of_two_processes_in_two_processes(tiny_config_file, tmp_path):
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     argv = [sys.executable, "-m", "tinyllama_jax.replay", "--run", str(tmp_path / "run"), "--step", "7"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]  # as `Cluster` has them
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*flags, "--xla_force_host_platform_device_count=2"])}
     env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     started = [subprocess.Popen(argv, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True) for i in (0, 1)]
     out = [process.communicate(timeout=PATIENCE)[0] for process in started]
