@@ -600,7 +600,7 @@ def test_a_lit_checkpoint_needs_a_config(torch, run, tmp_path):
     torch.save({}, tmp_path / "a.pth")
     arguments = ("--checkpoint", tmp_path / "a.pth", "--output", tmp_path / "run", "--tokenizer", run / "tokenizer")
     done = command("convert_from_torch.py", *arguments)
-    assert done.returncode == 2 and "does not say its model; add --config FILE" in done.stderr
+    assert done.returncode == 2 and "does not describe its model; add --config FILE" in done.stderr
 
 
 def test_a_malicious_lit_checkpoint_is_one_line_and_does_nothing(torch, run, tmp_path, config_file):

@@ -1,10 +1,10 @@
-"""Looks through data sets for what is wrong with them, and draws what is in them.
+"""Checks data sets for faults, and draws what is in them.
 
     python -m tinyllama_jax.audit DIR... [--config CONFIG --section.key=value ...]
 
-DIR: what `prepare` wrote, or the beginning of LITPKDS files' names. Each finding is a line that names source, file and
-record; a page shows lengths, tokens and samples to read. With a config: which blocks each process would read, and whether each
-is read once an epoch. Exit code 0: nothing found; 4: something is wrong with the data; 2: a user's mistake.
+DIR: a folder that `prepare` wrote, or the start of LITPKDS files' names. Each finding is a line that names source, file and
+record; a page shows lengths, tokens and samples to read. With a config, it also says which blocks each process would read, and
+whether each is read once an epoch. Exit code 0: nothing found; 4: something is wrong with the data; 2: a user's mistake.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if unknown := set(allow) - set(ALLOWED):
         raise UserError(f"--allow {args.allow}: {unknown.pop()} is none of {', '.join(ALLOWED)}")
     if args.page.suffix != ".html":
-        raise UserError(f"--page {args.page}: is a page, and its name ends in .html")
+        raise UserError(f"--page {args.page}: the page is HTML, and its name must end in .html")
     if not args.config and (overrides or args.processes):
         raise UserError(f"{overrides[0] if overrides else '--processes'}: is about a training run; give its --config too")
     if args.page.is_dir() or not args.page.parent.is_dir():
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _joined(argv: list[str]) -> list[str]:
-    """`--section.key value` as one word: the value is no DIR."""
+    """Joins `--section.key value` into one word, so that the value is not taken for a DIR."""
     out: list[str] = []
     for word in argv:
         before = out[-1] if out else ""

@@ -36,20 +36,20 @@ def export(
     """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` from a run's newest (or given) step; returns the step.
 
     float32, the dtype of the weights, loses nothing. `output` must be absent or empty. It appears when it is complete and
-    Transformers has read the tokenizer's ids of training from it. `tokenizer=False` copies the run's tokenizer unchanged and
+    Transformers gives the ids of training with its tokenizer. `tokenizer=False` copies the run's tokenizer unchanged and
     unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     files.check_local("--checkpoint", run)
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and llama.describes(run):
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; name a run folder, as `train` makes")
-    with _made_whole(output) as folder:
+    with _new_folder(output) as folder:
         params, config, step = checkpoint.load_params(run, step)
         for name, tensor in () if allow_non_finite else llama.to_hf(params, config.model):
             tensor_files.check_finite(name, tensor, f"{run}, step {step:,}")
         add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(run)
         ours = (
-            _export_tokenizer(run / "tokenizer", folder, add_bos, config.model.seq_len) if tokenizer else _as_it_is(run, folder)
+            _export_tokenizer(run / "tokenizer", folder, add_bos, config.model.seq_len) if tokenizer else _copy_of(run, folder)
         )
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
         llama.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
@@ -73,8 +73,8 @@ def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -
     return ours
 
 
-def _as_it_is(run: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
-    """Copies a run's tokenizer; returns it if it can be read, for the ids of bos and eos."""
+def _copy_of(run: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
+    """Copies a run's tokenizer unchanged; returns it, for the ids of bos and eos, if it can be read."""
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", folder, dirs_exist_ok=True)
     try:
@@ -110,7 +110,7 @@ def import_checkpoint(
     if source.is_file() and source.suffix == ".pth":
         if given is None:
             raise UserError(
-                f"{source}: a lit-gpt checkpoint does not say its model; add --config FILE, configs/3t.py for the original's"
+                f"{source}: a .pth does not describe its model; add --config FILE, configs/3t.py for the original's"
             )
         config = given
         params, moments, step = litgpt.read(source, given.model, allow_non_finite)
@@ -119,7 +119,7 @@ def import_checkpoint(
         if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or _unscheduled(model)
-    with _made_whole(output) as folder:
+    with _new_folder(output) as folder:
         checkpoint.save_import(folder, dataclasses.replace(config, workdir=str(output)), params, moments, step)
         tokenizer_lib.load(tokenizer or beside).save(folder / "tokenizer")
     what = f"{dims.n_parameters(config.model):,} weights" + (f" and AdamW's moments after step {step:,}" if moments else "")
@@ -127,7 +127,7 @@ def import_checkpoint(
 
 
 def _unscheduled(model: Model) -> Config:
-    """The config of a run whose model alone is known; the other sections are placeholders that nothing reads."""
+    """The config of a run of which only the model is known; the other sections are placeholders that nothing reads."""
     return Config(
         workdir="unknown",
         model=model,
@@ -139,7 +139,7 @@ def _unscheduled(model: Model) -> Config:
 
 
 @contextlib.contextmanager
-def _made_whole(output: Path) -> Iterator[Path]:
+def _new_folder(output: Path) -> Iterator[Path]:
     """A folder to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
     files.check_local("--output", output)
     output = Path(os.path.abspath(output))
@@ -152,7 +152,7 @@ def _made_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         folder.mkdir()
         yield folder
-        for name in os.listdir(output) if output.is_dir() else ():  # a file manager's files, see `files.listed`
+        for name in os.listdir(output) if output.is_dir() else ():  # files of a file manager: see `files.listed`
             os.replace(output / name, folder / name)
         files.settle(folder)
         os.replace(folder, output)

@@ -12,12 +12,12 @@ from tinyllama_jax.data.prepare.pipeline import prepare
 
 
 def main(argv: list[str]) -> None:
-    """The command line. Options that are not its own go to Beam, if --runner says that it runs elsewhere."""
+    """The command line. Options that it does not have go to Beam, if --runner names another runner than direct."""
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.prepare",
         description=f"PATH: a file ({' '.join(inputs.KINDS)}), a folder, which is searched to the bottom, a pattern in "
-        "quotes ('data/**/*.txt'), any of these in gs:// or s3://, or tfds:NAME[/CONFIG][:VERSION][:SPLIT]. With --runner, "
-        "options of Apache Beam can follow: see docs/runners.md.",
+        "quotes ('data/**/*.txt'), any of these in gs:// or s3://, or tfds:NAME[/CONFIG][:VERSION][:SPLIT]. --runner also "
+        "takes the options of Apache Beam: see docs/runners.md.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     try:
         prepare(**vars(known), beam_options=beam_options)
     except KeyboardInterrupt:
-        print("\nwhat is done is kept: run the same command again to go on", end="", file=sys.stderr)
+        print("\nfinished shards are kept: run the same command again to resume", end="", file=sys.stderr)
         raise
 
 

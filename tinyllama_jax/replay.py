@@ -1,9 +1,9 @@
-"""One step of a run again: whether its bits come out as recorded, what differs and where, and its documents by loss.
+"""Replays a recorded step: is it the same bit for bit, what differs and where, and which of its documents have a high loss.
 
 python -m tinyllama_jax.replay --run RUN --step N [--section.key=value]
 
-From the checkpoint before step N with the run's own config and data; nothing is written into RUN. Several processes work as
-they do in training. Exit code 0: everything is equal bit for bit; 1: something differs; 2: a user's mistake.
+It starts from the checkpoint before step N, with the run's own config and data, and writes nothing into RUN. Several processes
+work as in training. Exit code 0: everything is equal bit for bit; 1: something differs; 2: a user's mistake.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from tinyllama_jax.run import checkpoint, cluster, initialize, metrics, seals
 from tinyllama_jax.run import folder as run_folder
 
 COMPARED = "loss", "grad_norm", "checksum"
-REACH = 10  # steps that it goes on, at least, to a checkpoint after step N that can say more
+REACH = 10  # least number of steps after N in which it looks for a checkpoint to compare with
 
 
 class Run(NamedTuple):
-    """What is replayed, and on what."""
+    """The run that is replayed, and the mesh and program that replay it."""
 
     folder: Path
     config: Config
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     return 1 if verdict else 0
 
 
-# -- what there is ----------------------------------------------------------------------------------------------------------
+# -- the recorded run -------------------------------------------------------------------------------------------------------
 
 
 def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, dict[int, dict]]:
@@ -107,7 +107,7 @@ def recorded(run: Path, step: int, overrides: dict[str, str]) -> tuple[Config, d
     config = checkpoint.load_config(run)
     for key in overrides:
         if key in (*run_folder.FIXED, "train.batch_ramp", "data.skip", "workdir") or key.startswith("init."):
-            raise UserError(f"--{key}={overrides[key]}: is part of what the run was; it is replayed as it was")
+            raise UserError(f"--{key}={overrides[key]}: may not change: a run is replayed as it was trained")
     config = cli.override(config, {**overrides, "workdir": str(run)})
     if not (run / "data.json").is_file():
         raise UserError(f"{run}: has weights and no data (an import): it has no steps to replay")
@@ -127,25 +127,25 @@ def check_data(run: Path, config: Config, sources: list[Blocks]) -> None:
     recorded = read_json(run / "data.json", list[run_folder.Source])
     for path, source, old in zip(config.data.sources, sources, recorded, strict=False):
         if source.manifest_sha256 != old["manifest_sha256"]:
-            raise UserError(f"--data.sources: {path} is not what the run was trained on, {old['path']} as it was then")
+            raise UserError(f"--data.sources: {path} is not the data that the run was trained on, {old['path']} at that time")
 
 
 def mesh_of(run: Path, config: Config, overrides: dict[str, str]) -> jax.sharding.Mesh:
-    """The run's own mesh, on the first devices if there are more here; that of `--mesh...` if it was given."""
+    """The run's own mesh, on the first devices if there are more here; the mesh of `--mesh...` if it is given."""
     if any(key.startswith("mesh.") for key in overrides):
         return sharding.make_mesh(config.mesh)
     then = run_folder.read_versions(run)["devices"]
     n, devices = int(then.partition(" x ")[0]), jax.devices()
     if n > len(devices):
         raise UserError(
-            f"{run}: ran on {then}, and here are {len(devices)} x {devices[0].device_kind}; with --mesh.data, --mesh.fsdp and "
-            "--mesh.tensor it is replayed on these, where sums are rounded otherwise: then not all bits will be equal"
+            f"{run}: ran on {then}, and here are {len(devices)} x {devices[0].device_kind}; give --mesh.data, --mesh.fsdp and "
+            "--mesh.tensor to replay it on these; their sums are rounded differently, so not all bits will be equal"
         )
     return sharding.make_mesh(config.mesh, devices[:n])
 
 
 def base_of(run: Path, config: Config, step: int, first: int) -> int:
-    """The newest checkpoint before `step` that is whole and of these batches; else the one that the run began after."""
+    """The newest complete checkpoint before `step` with the same batches; without any, the step that the run started from."""
     for at in reversed([s for s in checkpoint.steps_in(run) if s < step]):
         if not seals.unusable(run / "checkpoints" / str(at), config):
             return at
@@ -158,14 +158,14 @@ def base_of(run: Path, config: Config, step: int, first: int) -> int:
 
 
 def begin(run: Run) -> tuple[TrainState, str]:
-    """The state after step `base`, and where it is from."""
+    """The state after step `base`, and where it comes from."""
     if run.base in checkpoint.steps_in(run.folder):
         return checkpoint.restore_state(run.folder, run.base, run.program.state), f"its checkpoint of step {run.base:,}"
     origin, _ = initialize.check_origin(run.config, run.sources)
     return initialize.initial_state(run.config, run.program, origin)
 
 
-# -- again ------------------------------------------------------------------------------------------------------------------
+# -- replaying --------------------------------------------------------------------------------------------------------------
 
 
 def execute(run: Run, state: TrainState, start: int, end: int) -> Iterator[tuple[int, TrainState, dict, np.ndarray]]:
@@ -181,7 +181,7 @@ def execute(run: Run, state: TrainState, start: int, end: int) -> Iterator[tuple
 
 
 def differing(step: int, recorded: dict | None, replayed: dict) -> list[dict]:
-    """What of a step is not as recorded, to the bit; nothing if it was not recorded (log.every)."""
+    """The numbers of a step that differ from the recorded ones in any bit; none if it was not recorded (log.every)."""
     if recorded is None:
         return []
     pairs = {name: {"recorded": recorded.get(name), "replayed": replayed[name]} for name in COMPARED}
@@ -189,7 +189,7 @@ def differing(step: int, recorded: dict | None, replayed: dict) -> list[dict]:
 
 
 def checksums(program: Program, mesh: jax.sharding.Mesh) -> Callable[[TrainState], jax.Array]:
-    """State -> uint32 [tensor, device]: of the part of each tensor that each device of the mesh itself holds."""
+    """Returns a function: state -> uint32 [tensor, device], a checksum of the part of each tensor that each device holds."""
 
     def of_part(part: jax.Array) -> jax.Array:
         unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
@@ -210,13 +210,13 @@ def checksums(program: Program, mesh: jax.sharding.Mesh) -> Callable[[TrainState
 
 
 def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np.ndarray]], differences: list) -> list[str]:
-    """Lines on what differs from what was recorded, between replicas, between executions here; none if nothing does.
+    """Lines that say what differs: from the record, between replicas, between executions here; none if nothing does.
 
-    `seen`: step -> (numbers, checksums) up to `last`. `state`, after it, is used up: the devices may have room for one only.
+    `seen`: step -> (numbers, checksums) up to `last`. `state`, after `last`, is deleted: devices may have room for only one.
     """
     lines = [f"step {d['step']:,}: {d['name']} recorded {d['recorded']!r}, replayed {d['replayed']!r}" for d in differences]
     split = [(step, *apart) for step in sorted(seen) if (apart := replicas_apart(run, seen[step][1]))][:1]
-    lines += [f"step {step:,}: {devices}: another {tensor} than the replicas" for step, tensor, devices in split]
+    lines += [f"step {step:,}: {tensor} on {devices} differs from its replicas" for step, tensor, devices in split]
     reach = last + (max(REACH, last - run.base) if lines else 0)
     after = next((s for s in checkpoint.steps_in(run.folder) if last <= s <= reach), None)
     if after and seals.unusable(run.folder / "checkpoints" / str(after), run.config):
@@ -226,7 +226,7 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
     jax.tree.map(lambda a: a.delete(), state)
     apart = after and first_apart(run, seen[after][1] != saved(run, after))
     if apart:
-        lines.append(f"step {after:,}: another {apart[0]} in the run's checkpoint, first in what {apart[1]} holds here")
+        lines.append(f"step {after:,}: {apart[0]} on {apart[1]} differs from the run's checkpoint; it is the first that does")
     if not lines:
         return []
     until = min([d["step"] for d in differences] + [s[0] for s in split] + [after or last])
@@ -236,13 +236,12 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
         if jax.default_backend() == "gpu":
             lines.append("(nor does a sound GPU, unless its run has train.deterministic)")
         return lines
-    lines.append(f"this machine agrees with itself: three times the same bits up to step {until:,}")
+    lines.append(f"this machine agrees with itself: three executions gave the same bits up to step {until:,}")
     if after and not apart:
         lines.append(f"and with the run's checkpoint of step {after:,}, bit for bit: only what was written down differs")
     else:
-        lines.append(
-            "the recorded run differed: a fault then, another mesh, a setting changed since, or what it ran on" + ran_on(run)
-        )
+        causes = "a fault then, another mesh, a setting changed since, or other versions or devices"
+        lines.append(f"the recorded run differed: {causes}{ran_on(run)}")
     if any(d["name"] == "checksum" for d in differences):
         lines.append("its batches too: the data files changed, or --data.skip did")
     return lines
@@ -266,7 +265,7 @@ def first_apart(run: Run, apart: np.ndarray) -> tuple[str, str] | None:
 
 
 def replicas_apart(run: Run, table: np.ndarray) -> tuple[str, str] | None:
-    """(tensor, the devices in the minority) where devices that hold the same part of a tensor hold other bits; or None."""
+    """(tensor, the devices in the minority) where replicas of one part of a tensor differ; None if they are all equal."""
     apart, devices = np.zeros(table.shape, bool), list(run.mesh.devices.flat)
     for i, leaf in enumerate(jax.tree.leaves(run.program.state)):
         index = leaf.sharding.devices_indices_map(leaf.shape)
@@ -274,13 +273,13 @@ def replicas_apart(run: Run, table: np.ndarray) -> tuple[str, str] | None:
         for part in set(parts):
             holders = np.array([p == part for p in parts])
             (common, most), *others = Counter(table[i, holders].tolist()).most_common()
-            if others:  # of two that differ nobody knows which is right: both
+            if others:  # without a majority nobody knows which is right: all are named
                 apart[i] |= holders & ((table[i] != common) | (most == others[0][1]))
     return first_apart(run, apart)
 
 
 def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]]) -> tuple[int, str, str] | None:
-    """(step, tensor, devices) where one of two more executions first leaves what was `seen` in the first; or None."""
+    """(step, tensor, devices) where one of two more executions first differs from the first one (`seen`); or None."""
     for _ in range(2):
         state, _ = begin(run)
         for step, after, values, table in execute(run, state, run.base, until):
@@ -289,12 +288,12 @@ def disagreement(run: Run, until: int, seen: dict[int, tuple[dict, np.ndarray]])
                 return step, *apart
             if values != seen[step][0]:
                 return step, "loss, gradient norm or checksum", "no device's state"
-        del state, after  # the devices may have room for one
+        del state, after  # the devices may have room for only one
     return None
 
 
 def ran_on(run: Run) -> str:
-    """What differs here from RUN/versions.json."""
+    """The versions and devices that differ from RUN/versions.json."""
     own = run_folder.versions() | {"devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}"}
     return "".join(f"; {line}" for line in run_folder.version_differences(run_folder.read_versions(run.folder), own))
 
@@ -303,9 +302,9 @@ def ran_on(run: Run) -> str:
 
 
 def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], int]:
-    """(the `top` documents in the blocks of `step` by mean loss a token under `params`, how many there are in all).
+    """(the `top` documents of `step` with the highest mean loss a token under `params`, the number of documents in all).
 
-    One micro-batch of sequences on the devices at a time, of which only a loss for each token comes back.
+    Computes one micro-batch at a time on the devices, from which only the loss of each token comes back.
     """
     batch = run.program.shape[1]
     source, block = feed.order(run.config, run.sources).at(step)
@@ -318,7 +317,7 @@ def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], in
         losses = np.asarray(run.program.token_losses(params, micro), np.float64)
         for row in range(first, first + batch):
             for start, end in spans(tokens[row, : length[row]], tokenizer.bos_id, tokenizer.eos_id):
-                predicted = losses[row - first, max(start, 1) - 1 : end - 1]  # the block's first token is not
+                predicted = losses[row - first, max(start, 1) - 1 : end - 1]  # the block's first token is not predicted
                 if predicted.size:
                     documents.append((float(np.nan_to_num(predicted.mean(), nan=np.inf)), predicted.size, row, start, end))
     paths, out = list(run.config.data.sources), []
@@ -330,20 +329,20 @@ def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], in
 
 
 def spans(tokens: np.ndarray, bos: int, eos: int) -> list[tuple[int, int]]:
-    """[start, end) of each document in a block: one ends with eos, and begins with bos."""
+    """[start, end) of each document in a block: a document ends with eos, and begins with bos."""
     begins = (tokens[1:] == bos) | (tokens[:-1] == eos)
     edges = [0, *(np.flatnonzero(begins) + 1).tolist(), len(tokens)]
     return list(itertools.pairwise(edges))
 
 
 def one_line(text: str, width: int = 80) -> str:
-    """`text` without anything that moves a terminal's cursor, shortened."""
+    """`text`, shortened, with escapes for all that would move a terminal's cursor."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
-    """The command that goes on from before `step` without its batch; into a new folder if no checkpoint is from before it."""
+    """The command that resumes before `step` without its batch; in a new folder if no checkpoint is old enough."""
     steps = checkpoint.steps_in(run.folder)
     begun = run.base in steps or not steps
     options = [f"--workdir={run.folder}" if begun else f"--workdir={run.folder}-without-{step}"]
@@ -355,7 +354,7 @@ def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = argparse.ArgumentParser("python -m tinyllama_jax.replay", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--run", required=True, type=Path, help="a run folder")
-    parser.add_argument("--step", required=True, type=int, help="the step to look at, which the run has recorded")
+    parser.add_argument("--step", required=True, type=int, help="the step to replay, which metrics.jsonl must have")
     parser.add_argument("--top", type=int, default=10, help="documents to show (10)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
     args, overrides = parser.parse_known_args(argv)

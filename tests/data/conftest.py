@@ -1,4 +1,4 @@
-"""Small SentencePiece models of several kinds, and documents to trip over."""
+"""Small SentencePiece models of several kinds, and documents that are hard to handle."""
 
 import io
 import random
@@ -94,7 +94,7 @@ def model(models) -> Path:
 
 @pytest.fixture(scope="session")
 def odd() -> list[str]:
-    """Texts to trip over."""
+    """Short texts that are hard to handle."""
     return ODD
 
 

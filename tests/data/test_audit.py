@@ -1,4 +1,4 @@
-"""The audit: each fault that is planted in a real data set is found and named, and a clean one is said to be clean."""
+"""The audit finds and names each fault that is planted in a real data set, and finds none in a clean one."""
 
 import json
 import os
@@ -27,7 +27,7 @@ BOS, EOS = 1, 2
 
 
 def words(n: int, seed: int) -> str:
-    """A text of `n` words at random, of which no two blocks are alike."""
+    """A random text of `n` words, in which no two blocks are the same."""
     rng = random.Random(seed)
     known = sorted(set(re.findall(r"[A-Za-z]{4,}", texts(1)[0])))
     return " ".join(f"{rng.choice(known)} {rng.randrange(10**6)}" for _ in range(n))
@@ -35,7 +35,7 @@ def words(n: int, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tiny_data) -> Path:
-    """A data set in several files: 40 documents and 5 to validate on."""
+    """A data set in several files: 40 documents to train on, 5 to validate on."""
     folder = tmp_path_factory.mktemp("prepared")
     for split, seeds in {"train": range(40), "validation": range(40, 45)}.items():
         lines = (json.dumps({"text": words(seed % 7 * 20 + 11, seed)}) + "\n" for seed in seeds)
@@ -50,13 +50,13 @@ def prepared(tmp_path_factory, tiny_data) -> Path:
 
 @pytest.fixture
 def data(prepared, tmp_path, monkeypatch) -> Path:
-    """A copy to do harm to; the page is written beside it."""
+    """A copy that a test may damage; the page is written beside it."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(prepared, tmp_path / "data")
 
 
 def rewrite(folder: Path, change, split: str = "train", **says) -> str:
-    """Writes the first file again with `change(tokens, length)` done to its blocks, and the manifest to fit; its name."""
+    """Rewrites the first file with `change(tokens, length)` applied, and the manifest to match it; returns its name."""
     file, first, last = Blocks(folder, split).files()[0]
     tokens, length = Blocks(folder, split).read(np.arange(first, last))
     change(tokens, length)
@@ -82,39 +82,39 @@ def edit(folder: Path, change) -> None:
 
 @pytest.fixture
 def findings(capsys, monkeypatch):
-    """`findings(*arguments)`: what the command prints of what is wrong; its exit code fits it."""
+    """`findings(*arguments)`: the findings that the command prints; checks that its exit code fits them."""
     monkeypatch.setattr(report, "draw", lambda _: b"")  # half a second, and looked at in the test of clean data
 
     def run(*arguments) -> list[str]:
         code = audit.main([str(argument) for argument in arguments])
-        said = capsys.readouterr().out.splitlines()
-        found = [line.removeprefix("wrong: ") for line in said if line.startswith("wrong: ")]
+        printed = capsys.readouterr().out.splitlines()
+        found = [line.removeprefix("wrong: ") for line in printed if line.startswith("wrong: ")]
         assert code == (4 if found else 0)
-        assert re.fullmatch(r"\d+ findings? \(audit.html\)" if found else r"nothing wrong found \(audit.html\)", said[-1])
+        assert re.fullmatch(r"\d+ findings? \(audit.html\)" if found else r"nothing wrong found \(audit.html\)", printed[-1])
         return found
 
     return run
 
 
 def packed(data: Path, chunk: int = 40 * (S + 1), tail: str = "drop") -> str:
-    """The training split as LITPKDS files; what names them."""
+    """Writes the training split as LITPKDS files; returns the start of their names."""
     export_litpkds.export(data, "train", data.parent / "packed", "train_x", chunk, tail)
     return str(data.parent / "packed" / "train_x")
 
 
-def test_clean_data_are_said_to_be(data, findings, capsys, tmp_path, monkeypatch):
+def test_clean_data_have_no_findings(data, findings, capsys, tmp_path, monkeypatch):
     path = packed(data)
     capsys.readouterr()
     assert findings(path, "--seq-len", S) == []
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert audit.main([str(data)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     manifest = Blocks(data, "train").manifest["splits"]
     for split in ("train", "validation"):
         counts = manifest[split]
-        assert f"({split}): {counts['blocks']:,} blocks, {counts['tokens']:,} tokens" in said
-        assert f"{counts['documents']:,} documents" in said
+        assert f"({split}): {counts['blocks']:,} blocks, {counts['tokens']:,} tokens" in printed
+        assert f"{counts['documents']:,} documents" in printed
     page = (tmp_path / "audit.html").read_text()
     assert "nothing wrong found" in page and page.count("<img src='data:image/png;base64,iVBOR") == 2
     shown = re.findall("<pre>(.*?)</pre>", page, re.S)
@@ -157,81 +157,79 @@ def test_duplicate_blocks_within_and_across(data, findings):
     file = rewrite(data, lambda tokens, _: tokens.__setitem__(slice(8, 10), tokens[3]), documents=0)
     (stolen,), _ = Blocks(data, "train").read([1])
     other = rewrite(data, lambda tokens, _: tokens.__setitem__(2, stolen), "validation")
-    said = [line for line in findings(data) if "has the same tokens" in line]
-    assert said == [
+    printed = [line for line in findings(data) if "has the same tokens" in line]
+    assert printed == [
         f"{data} (train): {file}, record 8: has the same tokens as {file}, record 3",
         f"{data} (train): {file}, record 9: has the same tokens as {file}, record 3",
         f"{data} (validation): {other}, record 2: has the same tokens as {data} (train), {file}, record 1",
     ]
-    assert [line for line in findings(data, "--allow=duplicate") if "has the same tokens" in line] == said[2:]
+    assert [line for line in findings(data, "--allow=duplicate") if "has the same tokens" in line] == printed[2:]
 
 
-def test_what_is_allowed_is_told_and_not_wrong(data, capsys):
+def test_allowed_findings_are_warnings(data, capsys):
     def twice(tokens, length):
         tokens[2] = tokens[1]
         tokens[3, 4] = 600
 
     rewrite(data, twice)
     assert audit.main([str(data), "--allow=duplicate,filling"]) == 4  # for the id out of the vocabulary
-    said = capsys.readouterr().out.splitlines()
-    (allowed,) = [line for line in said if "has the same tokens as" in line]
+    printed = capsys.readouterr().out.splitlines()
+    (allowed,) = [line for line in printed if "has the same tokens as" in line]
     assert allowed.startswith("allowed: ") and "record 2:" in allowed
-    wrong = [line for line in said if line.startswith("wrong: ")]
+    wrong = [line for line in printed if line.startswith("wrong: ")]
     assert any("record 3: 1 ids out of the vocabulary" in line for line in wrong)
     n = f"{len(wrong)} finding{'s' * (len(wrong) > 1)}"
-    assert said[-1] == f"{n} (audit.html)"
+    assert printed[-1] == f"{n} (audit.html)"
     assert f"<h1>{n}</h1>" in Path("audit.html").read_text()
 
 
 def test_many_findings_are_counted(data, findings):
     rewrite(data, lambda tokens, _: tokens.__setitem__(slice(0, 31), tokens[3]))
-    said = findings(data)
-    assert sum("has the same tokens" in line for line in said) == survey.MOST
-    assert f"{data} (train): duplicate blocks: 20 more" in said
+    printed = findings(data)
+    assert sum("has the same tokens" in line for line in printed) == survey.MOST
+    assert f"{data} (train): duplicate blocks: 20 more" in printed
 
 
 @pytest.mark.parametrize(("id_", "name"), [(BOS, "bos"), (EOS, "eos"), (0, "0")])
-def test_padding_that_is_trained_on(data, findings, id_, name):
+def test_padding_that_is_trained_on_is_found(data, findings, id_, name):
     file = rewrite(data, lambda tokens, _: tokens[6].__setitem__(slice(12, None), id_))
     assert f"{data} (train): {file}, record 6: {name} ({id_}) after {name}, 4 times: padding?" in findings(data)
 
 
-def test_a_padded_block_that_calls_itself_full(data, findings):
+def test_a_padded_block_with_the_length_of_a_full_one(data, findings):
     last = Blocks(data, "train").files()[0][2] - 1
     (length,) = Blocks(data, "train").read([last])[1]
     assert length < S
     rewrite(data, lambda _, length: length.__setitem__(-1, S + 1))
-    said = findings(data)
-    assert any(f"record {last}: 0 (0) after 0, {S - length} times: padding?" in line for line in said)
-    assert any("manifest.json: speaks of " in line and " tokens; there are " in line for line in said)
+    printed = findings(data)
+    assert any(f"record {last}: 0 (0) after 0, {S - length} times: padding?" in line for line in printed)
+    assert any("manifest.json: says " in line and " tokens; there are " in line for line in printed)
 
 
-def test_eos_that_is_not_there(data, findings):
+def test_missing_eos(data, findings):
     def plant(tokens, _):
         tokens[tokens == EOS] = 300
 
     rewrite(data, plant)
     (line,) = findings(data)
-    assert re.fullmatch(
-        rf"{data} \(train\): manifest.json: speaks of 40 documents, each with eos \(2\); there are [1-3]?\d", line
-    )
+    assert re.fullmatch(rf"{data} \(train\): manifest.json: says 40 documents, each with eos \(2\); there are [1-3]?\d", line)
 
 
-def test_what_the_data_should_not_have(data, findings):
+def test_bos_and_eos_that_should_not_be_there(data, findings):
     blocks = Blocks(data, "train")
     tokens, _ = blocks.read(np.arange(len(blocks)))
     row = int(np.flatnonzero((tokens == EOS).any(axis=1))[0])
     file, record = blocks.place(row)
     edit(data, lambda manifest: manifest.update(eos=False))
-    said = findings(data)
+    printed = findings(data)
     line = f"{data} (train): {file.name}, record {record}: is the first of 40 eos (2); there should be none"
-    assert line in said and len(said) == 2  # of validation too
+    assert line in printed and len(printed) == 2  # of validation too
     edit(data, lambda manifest: manifest.update(eos=True))
     file = rewrite(data, lambda tokens, _: tokens[4].__setitem__(0, BOS))
     assert f"{data} (train): {file}, record 4: is the first of 1 bos (1); there should be none" in findings(data)
 
 
-def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
+def test_data_with_bos_as_in_the_manifest_are_clean(tmp_path, tiny_data, findings, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": words(30, seed)}) + "\n" for seed in range(5)))
     made = {"train": [tmp_path / "x.jsonl"], "tokenizer": tiny_data / "512.model", "seq_len": S, "workers": 1, "bos": True}
@@ -251,19 +249,19 @@ def test_bos_as_the_manifest_says(tmp_path, tiny_data, findings, monkeypatch):
     assert findings(both) == [] and survey.survey(Blocks(both, "train"), survey.Findings(), lambda _: None).n_documents() == 5
 
 
-def test_damage_is_named_and_the_rest_is_read(data, findings):
+def test_damage_is_named_and_all_other_blocks_are_read(data, findings):
     file, first, last = Blocks(data, "train").files()[1]
     whole = file.read_bytes()
     at = len(whole.rstrip(b"\0")) // 4
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    said = findings(data)
-    assert said[0] == f"{data} (train): {file.name}: is not the file that was written (sha256)"
-    assert len(said) == 2 and re.search(rf"{file}, record \d+: is damaged; copy or prepare", said[1])
+    printed = findings(data)
+    assert printed[0] == f"{data} (train): {file.name}: is not the file that was written (sha256)"
+    assert len(printed) == 2 and re.search(rf"{file}, record \d+: is damaged; copy or prepare", printed[1])
     file.write_bytes(bytes(len(whole)))
-    said = findings(data)
+    printed = findings(data)
     assert (
-        sum("is damaged" in line for line in said) == survey.MOST
-        and f"{data} (train): damage: {last - first - 10} more" in said
+        sum("is damaged" in line for line in printed) == survey.MOST
+        and f"{data} (train): damage: {last - first - 10} more" in printed
     )
 
 
@@ -274,37 +272,37 @@ def test_a_split_whose_every_file_is_damaged(data, tmp_path, capsys, content):
         file.write_bytes(content(file.stat().st_size))
     n, held_out = len(Blocks(data, "train")), len(Blocks(data, "validation"))
     assert audit.main([str(data)]) == 4
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{data} (train): {n:,} blocks, 0 tokens (0.00% of what fits), 0 documents")
-    assert said[1].startswith(f"{data} (validation): {held_out:,} blocks, ")
-    assert sum("is not the file that was written (sha256)" in line for line in said) == len(files)
-    assert sum("is damaged; copy or prepare" in line for line in said) == survey.MOST
-    assert f"wrong: {data} (train): damage: {n - survey.MOST:,} more" in said
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{data} (train): {n:,} blocks, 0 tokens (0.00% full), 0 documents")
+    assert printed[1].startswith(f"{data} (validation): {held_out:,} blocks, ")
+    assert sum("is not the file that was written (sha256)" in line for line in printed) == len(files)
+    assert sum("is damaged; copy or prepare" in line for line in printed) == survey.MOST
+    assert f"wrong: {data} (train): damage: {n - survey.MOST:,} more" in printed
     page = (tmp_path / "audit.html").read_text()
     assert f"{data} (train)" in page and page.count("<img") == 1  # there is nothing of it to draw
 
 
-def test_what_is_wrong_is_told_though_a_run_could_not_read_the_data(data, config_file, findings):
+def test_findings_are_printed_even_if_a_run_could_not_read_the_data(data, config_file, findings):
     file = Blocks(data, "train").files()[0][0]
     file.write_bytes(file.read_bytes()[:-1])
-    said = findings("--config", config_file)
-    assert said[0].startswith(f"{data} (train): {file}: has ")
+    printed = findings("--config", config_file)
+    assert printed[0].startswith(f"{data} (train): {file}: has ")
 
 
-def test_what_cannot_be_read_is_told_and_the_other_source_is_looked_at(data, tiny_data, findings):
+def test_an_unreadable_source_is_a_finding_and_the_other_is_audited(data, tiny_data, findings):
     (data / "tokenizer" / "tokenizer.model").write_bytes(b"damaged")
     tokens = Blocks(tiny_data / "one", "train").manifest["splits"]["train"]["tokens"]
     edit(
         other := Path(shutil.copytree(tiny_data / "one", data.parent / "one")), lambda m: m["splits"]["train"].update(tokens=99)
     )
-    said = findings(data, other)
-    assert said[:2] == [
+    printed = findings(data, other)
+    assert printed[:2] == [
         f"{data} ({s}): {data}/tokenizer/tokenizer.model: is not a SentencePiece model" for s in ("train", "validation")
     ]
-    assert said[2:] == [f"{other} (train): manifest.json: speaks of 99 tokens; there are {tokens}"]
+    assert printed[2:] == [f"{other} (train): manifest.json: says 99 tokens; there are {tokens}"]
 
 
-def test_a_page_that_cannot_be_written_hides_nothing(data, capsys, monkeypatch):
+def test_findings_are_printed_even_if_the_page_cannot_be_written(data, capsys, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda _: b"")
     edit(data, lambda manifest: manifest["splits"]["train"].update(tokens=1))
     monkeypatch.setattr(report, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "audit.html")))
@@ -313,7 +311,7 @@ def test_a_page_that_cannot_be_written_hides_nothing(data, capsys, monkeypatch):
     assert "wrong: " in capsys.readouterr().out
 
 
-def test_other_bytes_that_are_as_good(data, findings):
+def test_a_wrong_checksum_is_found_even_if_the_blocks_are_valid(data, findings):
     manifest = (data / "manifest.json").read_bytes()
     size = Blocks(data, "train").files()[0][0].stat().st_size
     file = rewrite(data, lambda tokens, _: tokens.__setitem__((3, 3), tokens[3, 3] ^ 1))
@@ -322,7 +320,7 @@ def test_other_bytes_that_are_as_good(data, findings):
     assert findings(data) == [f"{data} (train): {file}: is not the file that was written (sha256)"]
 
 
-def test_a_split_that_does_not_open(data, findings):
+def test_a_split_that_cannot_be_opened(data, findings):
     file = Blocks(data, "train").files()[0][0]
     file.write_bytes(file.read_bytes()[:-1])
     (line,) = findings(data)
@@ -334,25 +332,25 @@ def test_a_split_that_does_not_open(data, findings):
 
 def test_another_tokenizer(data, tiny_data, findings):
     shutil.copy(tiny_data / "400.model", data / "tokenizer" / "tokenizer.model")
-    assert f"{data} (train): {data}/tokenizer: is another tokenizer than the manifest's" in findings(data)
+    assert f"{data} (train): {data}/tokenizer: is not the manifest's tokenizer" in findings(data)
 
 
-def test_a_vocabulary_that_is_not_the_tokenizers(data, findings):
+def test_a_vocabulary_size_that_differs_from_the_tokenizers(data, findings):
     edit(data, lambda manifest: manifest["tokenizer"].update(vocab_size=600))
-    line = f"{data} (train): manifest.json: speaks of 600 pieces; the tokenizer has 512"
+    line = f"{data} (train): manifest.json: says 600 pieces; the tokenizer has 512"
     assert findings(data) == [line, line.replace("train", "validation")]
 
 
-def test_counts_that_are_not_the_manifests(data, findings):
+def test_counts_that_differ_from_the_manifest(data, findings):
     n = Blocks(data, "train").manifest["splits"]["train"]["tokens"]
     edit(data, lambda manifest: manifest["splits"]["train"].update(tokens=n + 1))
-    assert findings(data) == [f"{data} (train): manifest.json: speaks of {n + 1:,} tokens; there are {n:,}"]
+    assert findings(data) == [f"{data} (train): manifest.json: says {n + 1:,} tokens; there are {n:,}"]
 
 
 # -- faults of the original's files ---------------------------------------------------------------------------------------
 
 
-def test_the_default_export_is_right_and_a_file_filled_up_before_the_last_is_not(data, findings, capsys):
+def test_filling_is_right_in_the_last_exported_file_only(data, findings, capsys):
     path = packed(data, 100 * (S + 1), "fill")
     n = Blocks(data, "train").manifest["splits"]["train"]["tokens"]
     filling = -n % (100 * (S + 1))
@@ -364,9 +362,7 @@ def test_the_default_export_is_right_and_a_file_filled_up_before_the_last_is_not
     record = n % (100 * (S + 1)) // (S + 1)
     last.rename(last.with_name("train_x_0000000000-first.bin"))  # as another process of the original's builder leaves it
     first = f"{path} (train): train_x_0000000000-first.bin, record {record}: is the first of {100 - record} blocks that end in"
-    assert f"{first} bos or eos over and over, {filling:,} in all, left out when they are read" in findings(
-        path, "--seq-len", S
-    )
+    assert f"{first} repeated bos or eos, {filling:,} in all, which are not trained on" in findings(path, "--seq-len", S)
     assert audit.main([path, "--seq-len", str(S)]) == 4
 
 
@@ -376,11 +372,11 @@ def test_the_default_export_is_right_and_a_file_filled_up_before_the_last_is_not
         ({70: BOS}, "record 4: is the first of 1 bos (1); there should be none"),
         ({70: BOS, 71: BOS}, "record 4: bos (1) after bos, 1 times: padding?"),
         ({5: 600}, "record 0: 1 ids out of the vocabulary of 512: 600"),
-        ("no eos", "all files: have no eos (2), which should stand at each document's end"),
+        ("no eos", "all files: have no eos (2), which should end each document"),
         ("twice", "record 1: has the same tokens as {file}, record 0"),
     ],
 )
-def test_what_is_in_packed_files(data, findings, plant, words, capsys):
+def test_faults_in_packed_files(data, findings, plant, words, capsys):
     path = packed(data)
     file = litpkds.files_of(path)[0]
     for one in litpkds.files_of(path) if plant == "no eos" else [file]:
@@ -403,19 +399,19 @@ def test_a_packed_file_that_is_missing(data, findings, capsys):
     assert litpkds.Packed(path, "train", S).missing() == []
     files[1].unlink()
     capsys.readouterr()
-    said = f"{path} (train): by its number there should be {files[1].name}; 1 such files in all"
-    assert said in findings(path, "--seq-len", S)
+    printed = f"{path} (train): {files[1].name} is missing from the numbered files; 1 are missing"
+    assert printed in findings(path, "--seq-len", S)
 
 
 def test_a_packed_file_that_is_a_pipe(data, findings):
     path = packed(data)
     (Path(path).parent / "train_x_0000000001.bin").unlink()
     os.mkfifo(Path(path).parent / "train_x_0000000001.bin")  # a writer would be waited for without end
-    said = findings(path, "--seq-len", S)
-    assert said == [f"{path} (train): {path}_0000000001.bin: is not a regular file"]
+    printed = findings(path, "--seq-len", S)
+    assert printed == [f"{path} (train): {path}_0000000001.bin: is not a regular file"]
 
 
-def test_packed_files_that_do_not_open(data, findings, capsys):
+def test_packed_files_that_cannot_be_opened(data, findings, capsys):
     path = packed(data)
     file = litpkds.files_of(path)[1]
     file.write_bytes(file.read_bytes()[:-2])
@@ -429,7 +425,7 @@ def test_packed_files_that_do_not_open(data, findings, capsys):
 
 @pytest.fixture
 def config_file(data, tiny_config_file) -> Path:
-    """A run on that data set, once and a half over it, and a second one."""
+    """The config of a run that reads that data set one and a half times, and another one."""
     other = shutil.copytree(tiny_config_file.parent / "b", data.parent / "b")
     text = tiny_config_file.read_text().replace(str(tiny_config_file.parent / "a"), str(data)).replace("/b", "/b")
     text = text.replace(str(tiny_config_file.parent / "b"), str(other)).replace("seqs_per_device=8", "seqs_per_device=2")
@@ -442,10 +438,10 @@ def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings
     arguments = [str(data), "--config", str(config_file), "--train.steps", "900", "--processes", "4", "--data.skip=3:4"]
     assert findings(*arguments) == []
     audit.main(arguments)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order: ")]
-    assert said[0] == "order: all 7,200 samples of the run, those that data.skip=3:4 leaves out among them"
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order: ")]
+    assert printed[0] == "order: all 7,200 samples of the run, including those that data.skip=3:4 leaves out"
     n = len(Blocks(data, "train"))
-    assert said[1] == f"order: 5,040 from {data}, {5_040 / n:.2f} epochs" and n < 2_520
+    assert printed[1] == f"order: 5,040 from {data}, {5_040 / n:.2f} epochs" and n < 2_520
     config = cli.override(cli.read(str(config_file)), {"train.steps": "900"})
     sources = feed.open_sources(config)
     source, block = feed.order(config, sources).locate(np.arange(7_200))
@@ -453,10 +449,10 @@ def test_each_block_once_an_epoch_over_all_processes(data, config_file, findings
         mine = np.flatnonzero(np.arange(7_200) % 8 // 2 == p)
         first = ", ".join(f"{['data', 'b'][source[i]]} {block[i]:,}" for i in mine[:4])
         counts = np.bincount(source[mine])
-        assert said[3 + p] == f"order: process {p} of 4 reads {counts[0]:,} of data, {counts[1]:,} of b; first {first}"
+        assert printed[3 + p] == f"order: process {p} of 4 reads {counts[0]:,} of data, {counts[1]:,} of b; first {first}"
 
 
-def test_a_part_of_a_large_run(data, config_file, findings, capsys, monkeypatch):
+def test_only_a_part_of_a_large_run_is_checked(data, config_file, findings, capsys, monkeypatch):
     monkeypatch.setattr(report, "SAMPLES", 1_000)
     assert findings("--config", config_file, "--data.sources", data, "--train.steps", 9_000) == []  # the value is no DIR
     audit.main([str(data), "--config", str(config_file), "--train.steps=9000"])
@@ -464,8 +460,8 @@ def test_a_part_of_a_large_run(data, config_file, findings, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("fault", ["ranks that overlap", "files left out", "blocks that are not there"])
-def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault):
-    """The original's bugs, planted in the order that training itself asks."""
+def test_faults_in_the_order_are_found(data, config_file, findings, monkeypatch, fault):
+    """The original's bugs, planted in the order that training uses."""
     right = feed.Order.locate
     n = len(Blocks(data, "train"))
 
@@ -476,14 +472,14 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         return source, np.where(block == 7, n if fault == "blocks that are not there" else 9, block)
 
     monkeypatch.setattr(feed.Order, "locate", wrong)
-    said = findings(data, "--config", config_file, "--data.sources", data, "--train.steps", -(-n // 8))
+    printed = findings(data, "--config", config_file, "--data.sources", data, "--train.steps", -(-n // 8))
     file = Blocks(data, "train").files()[0][0].name
     if fault == "blocks that are not there":
-        assert f"{data} (train): epoch 1: block {n:,} of {n:,} is asked for" in said
+        assert f"{data} (train): epoch 1: block {n:,} is read, and there are only {n:,}" in printed
     else:
         twice = 8 if fault == "ranks that overlap" else 9
-        assert f"{data} (train): {file}, record {twice}: is read more than once in epoch 1" in said
-    assert f"{data} (train): {file}, record 7: is not read in epoch 1" in said
+        assert f"{data} (train): {file}, record {twice}: is read more than once in epoch 1" in printed
+    assert f"{data} (train): {file}, record 7: is not read in epoch 1" in printed
 
 
 # -- a user's mistakes ----------------------------------------------------------------------------------------------------
@@ -507,10 +503,10 @@ def test_an_order_that_is_wrong(data, config_file, findings, monkeypatch, fault)
         (["data", "--config=run.py", "--train.stepz=3"], "--train.stepz=3: no such key; did you mean --train.steps"),
         (["."], "has no manifest.json"),
         (["data", "--allow=duplicates"], "--allow duplicates: duplicates is none of duplicate, overlap, filling"),
-        (["data", "--page=page.png"], "--page page.png: is a page, and its name ends in .html"),
+        (["data", "--page=page.png"], "--page page.png: the page is HTML, and its name must end in .html"),
     ],
 )
-def test_mistakes(data, config_file, arguments, words):
+def test_wrong_options_are_errors(data, config_file, arguments, words):
     with pytest.raises(UserError, match=re.escape(words)):
         audit.main(arguments)
 

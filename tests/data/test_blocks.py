@@ -39,7 +39,7 @@ def prepared(tmp_path_factory, texts, model) -> Path:
 
 @pytest.fixture
 def copy(prepared, tmp_path) -> Path:
-    """A copy to do harm to."""
+    """A copy that a test may damage."""
     return shutil.copytree(prepared, tmp_path / "copy")
 
 
@@ -64,7 +64,7 @@ def test_blocks_are_what_tensorflow_datasets_reads(prepared):
     assert tokens.flags.writeable and blocks.read([])[0].shape == (0, S + 1)
 
 
-def test_what_a_source_says_of_itself(prepared, model):
+def test_attributes_of_a_source(prepared, model):
     import hashlib
 
     blocks = Blocks(prepared, "train")
@@ -83,7 +83,7 @@ def test_a_single_block(prepared):
 
 
 @pytest.mark.parametrize("indices", [[-1], [0, 1], [10**12]])
-def test_indices_outside(prepared, indices):
+def test_indices_out_of_range(prepared, indices):
     with pytest.raises(IndexError, match=f"of 1 in {prepared}, validation"):
         Blocks(prepared, "validation").read(indices)
 
@@ -115,7 +115,9 @@ def test_more_files_than_a_process_may_open(prepared, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     monkeypatch.setattr(blocks_lib, "may_open", lambda n: n - 1)
-    with pytest.raises(UserError, match=r"this process may open \d+: raise `ulimit -n`, or give a larger --shard-mb"):
+    with pytest.raises(
+        UserError, match=r"this process may open \d+: raise `ulimit -n`, or prepare the data with a larger --shard-mb"
+    ):
         Blocks(prepared, "train").read([0])
 
 
@@ -147,7 +149,7 @@ def test_a_flipped_bit_is_named_or_harmless(copy, prepared):
     assert raised > 40
 
 
-def test_the_damaged_record_is_the_one_that_is_named(copy):
+def test_the_error_names_the_damaged_record(copy):
     blocks = Blocks(copy, "train")
     start = blocks.manifest["splits"]["train"]["shards"][0]["blocks"]
     shard = blocks.manifest["splits"]["train"]["shards"][1]
@@ -168,7 +170,7 @@ def test_the_damaged_record_is_the_one_that_is_named(copy):
     assert len(blocks.read(others)[1]) == len(others)
 
 
-def test_a_file_that_is_short_missing_or_of_other_records(copy):
+def test_a_file_that_is_truncated_missing_or_holds_other_records(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     shard = manifest["splits"]["train"]["shards"][0]
     file, n = copy / shard["file"], shard["blocks"]
@@ -213,7 +215,7 @@ def test_records_of_another_shape():
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
 @pytest.mark.parametrize("seq_len", [1, 31, 62, 2048])
 def test_every_width_and_value(dtype, seq_len):
-    """Lengths of one and more bytes, and tokens that look like what stands around them."""
+    """Lengths of one and more bytes, and tokens that equal the bytes around them."""
     record, rng = Record(seq_len, dtype), np.random.default_rng(0)
     for high in (2, 256, 65_535):
         for length in {1, seq_len, seq_len + 1}:
@@ -226,7 +228,7 @@ def test_every_width_and_value(dtype, seq_len):
 # -- what is no data set ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_data_set(copy, tmp_path):
+def test_folders_that_are_not_data_sets(copy, tmp_path):
     with pytest.raises(UserError, match="gone: no such folder; `python -m tinyllama_jax.prepare` makes it"):
         Blocks(tmp_path / "gone", "train")
     (tmp_path / "gone.partial").mkdir()
@@ -238,7 +240,7 @@ def test_what_is_no_data_set(copy, tmp_path):
         Blocks(copy, "test")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="manifest.json: is of format 99, and this version reads format 1"):
+    with pytest.raises(UserError, match="manifest.json: has format 99, and this version reads format 1"):
         Blocks(copy, "train")
     for text in (
         "{",
@@ -283,7 +285,7 @@ SHARD = ("splits", "train", "shards", 0)
         (("tokenizer", "vocab_size"), 2**40, "<= "),
     ],
 )
-def test_a_manifest_with_a_value_that_cannot_be(copy, path, value, words):
+def test_a_manifest_with_an_impossible_value(copy, path, value, words):
     manifest = json.loads((copy / "manifest.json").read_text())
     at = manifest
     for key in path[:-1]:
@@ -299,11 +301,11 @@ def test_a_manifest_that_names_a_file_twice(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"] += manifest["splits"]["train"]["shards"][:1]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="a file twice"):
+    with pytest.raises(UserError, match="it lists a file twice"):
         Blocks(copy, "train")
 
 
-def test_a_manifest_that_is_no_file(copy):
+def test_a_manifest_that_is_not_a_regular_file(copy):
     (copy / "manifest.json").unlink()
     os.mkfifo(copy / "manifest.json")  # a writer would be waited for without end
     with pytest.raises(UserError, match="has no manifest.json"):

@@ -69,7 +69,7 @@ def test_repetition(text, varied):
     assert keeps("repetition", text) is varied
 
 
-def test_a_function_of_the_users(tmp_path):
+def test_a_users_own_function(tmp_path):
     file = tmp_path / "my:rules.py"
     file.write_text("import re\nLEAST = 2\ndef keep(text):\n    return len(re.findall('a', text)) >= LEAST\n")
     spec = f"python:{file}:keep"
@@ -80,11 +80,11 @@ def test_a_function_of_the_users(tmp_path):
     assert not clean.rejected_by([filter_], ["aa"]) and clean.rejected_by([filter_], ["a"]) == spec
     assert not keeps("python:keyword:iskeyword", "text") and keeps("python:keyword:iskeyword", "pass")
     file.write_text("def keep(text):\n    return text[99]\n")
-    with pytest.raises(UserError, match="keep: IndexError: string index out of range, of the text that begins 'short'"):
+    with pytest.raises(UserError, match="keep: IndexError: string index out of range, for the text that begins with 'short'"):
         keeps(spec, "short")
     assert clean.parse_filter(spec).sha256 != filter_.sha256
     file.write_text("def keep(text):\n    raise SystemExit('bye')\n")
-    with pytest.raises(UserError, match="keep: SystemExit: bye, of the text that begins 'short'"):
+    with pytest.raises(UserError, match="keep: SystemExit: bye, for the text that begins with 'short'"):
         keeps(spec, "short")
 
 
@@ -131,7 +131,7 @@ def test_the_first_filter_that_drops_is_named_and_none_keeps_all():
         (f"fasttext:{MODEL}:fine:0.5", "has no label 'fine'; it has bad good"),
     ],
 )
-def test_what_no_filter_can_be(tmp_path, monkeypatch, spec, says):
+def test_invalid_filters_are_errors(tmp_path, monkeypatch, spec, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.py").write_text("def keep(\n")
     (tmp_path / "latin.py").write_bytes(b"#\xff")
@@ -168,7 +168,7 @@ def test_scrub(name, text, expected):
     assert counts.get(name, 0) == found.count("<" + {"ip": "IP_ADDRESS"}.get(name, name.upper()) + ">")
 
 
-def test_several_patterns_and_a_users_own():
+def test_several_patterns_and_one_of_the_users():
     text = "id=AB123 of x@y.org, id=AB999"
     assert scrub(text, "email", r"regex:AB\d+=\1 <ID>") == (
         r"id=\1 <ID> of <EMAIL>, id=\1 <ID>",
@@ -206,6 +206,6 @@ def test_a_match_is_found_wherever_the_parts_of_a_document_end(monkeypatch):
         ("regex:a*=x", "matches an empty text"),
     ],
 )
-def test_what_no_pattern_can_be(spec, says):
+def test_invalid_patterns_are_errors(spec, says):
     with pytest.raises(UserError, match=says):
         clean.parse_scrub(spec)

@@ -73,7 +73,7 @@ def mixed(tmp_path, monkeypatch) -> tuple[list[str], list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("dedup", ["", "exact", "minhash"])
 def test_filters_and_scrubbing(mixed, model, monkeypatch, capsys, dedup):
-    """With --dedup the filters run in a pass before, to the same end."""
+    """With --dedup the filters run in an earlier pass, with the same result."""
     stay, dropped = mixed
     small_shards(monkeypatch)
     arguments = f"--train corpus --tokenizer {model} --seq-len 64 --held-out 0 --workers 1 --output out --keep-dropped dropped"
@@ -123,7 +123,7 @@ def test_exact_copies_across_files_shards_and_splits(tmp_path, model, monkeypatc
 
 @pytest.fixture(scope="module")
 def similar(tmp_path_factory) -> tuple[Path, list[str], dict[int, int]]:
-    """A folder of 360 documents; the documents; and of each that must go, the one that it is nearly a copy of."""
+    """(a folder of 360 documents, the documents, number of each near copy -> number of its original)."""
     docs, truth = planted(random.Random(2), 360)
     docs = [" ".join(words) for words in docs]
     folder = write(tmp_path_factory.mktemp("similar") / "corpus", docs)
@@ -132,7 +132,7 @@ def similar(tmp_path_factory) -> tuple[Path, list[str], dict[int, int]]:
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory, similar, model) -> Path:
-    """A folder with what becomes of it, "out", and what is dropped, "dropped", by one worker."""
+    """A folder with one worker's output, "out", and the documents that it dropped, "dropped"."""
     at = tmp_path_factory.mktemp("one")
     code, _, err = finished(command(*minhash(similar[0], model, at), "--workers", 1, shard=1 << 16))
     assert (code, err) == (0, "")
@@ -145,7 +145,7 @@ def minhash(corpus: Path, model: Path, at: Path) -> list:
 
 
 def test_near_copies(similar, one_worker, model):
-    """Of 80 pairs at least 95%, and nothing else: those that are alike by the definition."""
+    """At least 95% of 80 pairs are found, and nothing that is not similar by the definition."""
     _, docs, copies = similar
     found = rows(one_worker / "dropped")
     number = {text: i for i, text in enumerate(docs)}
@@ -163,7 +163,7 @@ def test_near_copies(similar, one_worker, model):
     assert sum(manifest["splits"][split]["documents"] for split in ("train", "validation")) == len(left)
 
 
-def test_bytes_do_not_depend_on_who_does_the_work(similar, one_worker, model, tmp_path, scheduler, start):
+def test_bytes_do_not_depend_on_the_runner(similar, one_worker, model, tmp_path, scheduler, start):
     start()
     start()
     for i, others in enumerate((["--workers", 2], ["--runner", "dask", "--dask_client_address", scheduler])):
@@ -183,7 +183,7 @@ def test_an_object_store(similar, model, tmp_path, bucket, monkeypatch):
     assert len(rows(tmp_path / "dropped")) > 5 and not store.names(store.place(f"{bucket}/out.partial", ""))
 
 
-def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, model, monkeypatch):
+def test_a_killed_job_resumes_and_a_changed_file_changes_only_what_depends_on_it(tmp_path, model, monkeypatch):
     small_shards(monkeypatch, 1 << 13)
     rng = random.Random(3)
     docs = [" ".join(rng.choices(WORDS, k=150)) for _ in range(64)]
@@ -203,7 +203,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
     before = {name: times(name) for name in ("looked", "copies", "whole")}
     assert len(before["copies"]) == 8 and len(before["looked"]) == 32
     for change in ({"dedup": "exact"}, {"dedup_threshold": 0.7}, {"filters": ["repetition"]}, {"scrub": ["ip"]}, {"dedup": ""}):
-        with pytest.raises(UserError, match="out.partial: was made for something else: cleaning: "):
+        with pytest.raises(UserError, match="out.partial: was made with other settings: cleaning: "):
             prepare(**{**options, **change} | ({"keep_dropped": None} if change == {"dedup": ""} else {}))
     (tmp_path / "dropped/dropped-train-00002-of-00008.jsonl.gz").unlink()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -214,7 +214,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
     assert again == {"blocks-train.array_record-00002-of-00008"}  # and nothing else is made again
 
     # what another job dropped is not written over
-    with pytest.raises(UserError, match="--keep-dropped .*: holds dropped-train-00000-of-00008.jsonl.gz, which is not of this"):
+    with pytest.raises(UserError, match="--keep-dropped .*: holds dropped-train-00000-of-00008.jsonl.gz, not from this job"):
         prepare(**{**options, "output": tmp_path / "other"})
 
     # the first file no longer has what a document in the last was a copy of, so that one stays; in the sixth is a new copy
@@ -230,7 +230,7 @@ def test_a_killed_job_goes_on_and_a_changed_file_changes_what_it_must(tmp_path, 
 
 
 @pytest.mark.parametrize("dedup", ["exact", "minhash"])
-def test_what_a_bad_file_holds_is_no_reason_to_drop(tmp_path, model, monkeypatch, dedup):
+def test_nothing_is_dropped_as_a_copy_of_a_document_in_a_bad_file(tmp_path, model, monkeypatch, dedup):
     small_shards(monkeypatch, 1 << 10)
     rng = random.Random(4)
     docs = [" ".join(rng.choices(WORDS, k=100)) for _ in range(8)]
@@ -246,25 +246,25 @@ def test_what_a_bad_file_holds_is_no_reason_to_drop(tmp_path, model, monkeypatch
     assert [file["file"] for file in manifest["splits"]["train"]["bad_files"]] == ["a.jsonl"]
 
 
-def test_a_file_that_goes_bad_after_it_was_looked_at(tmp_path, model, monkeypatch):
-    """What was dropped as a copy of something in it is gone, so it cannot be left out any more."""
+def test_a_file_that_turns_bad_after_the_first_pass_is_an_error(tmp_path, model, monkeypatch):
+    """A document was already dropped as a copy of one in this file, so the file can no longer be left out."""
     source = tmp_path / "a.jsonl"
     source.write_bytes(lines(["some text"]))
     (tmp_path / "b.jsonl").write_bytes(lines(["some text", "other"]))
-    time, left = source.stat().st_mtime_ns, folder_lib.left_of
+    time, left = source.stat().st_mtime_ns, folder_lib.unmade
 
     def meanwhile(*arguments):
         source.write_bytes(b"{" * source.stat().st_size)
         os.utime(source, ns=(time, time))
         return left(*arguments)
 
-    monkeypatch.setattr(folder_lib, "left_of", meanwhile)
+    monkeypatch.setattr(folder_lib, "unmade", meanwhile)
     options = {"train": [source, tmp_path / "b.jsonl"], "tokenizer": model, "seq_len": 8, "held_out": 0, "workers": 1}
     with pytest.raises(UserError, match="a.jsonl, line 1: is not JSON"):
         prepare(**options, output=tmp_path / "out", dedup="exact", bad_files="skip")
 
 
-def test_a_long_text_file_is_judged_and_scrubbed_in_parts(tmp_path, model):
+def test_a_long_text_file_is_filtered_and_scrubbed_in_parts(tmp_path, model):
     text = "\n".join(f"{i} of a very long file, by someone{i}@mail.example.org" for i in range(60_000))  # 3 MB
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(text)
@@ -299,13 +299,13 @@ def test_a_long_text_file_is_judged_and_scrubbed_in_parts(tmp_path, model):
             "--keep-dropped corpus/x: lies within corpus; choose a folder outside",
         ),
         ({"keep_dropped": "out", "dedup": "exact"}, "--keep-dropped out: lies within out; choose a folder outside"),
-        ({"keep_dropped": "mine", "dedup": "exact"}, "--keep-dropped mine: holds thesis.txt, which is not of this"),
+        ({"keep_dropped": "mine", "dedup": "exact"}, "--keep-dropped mine: holds thesis.txt, not from this job"),
         ({"filters": ["length::2"]}, "--train: there is no text in its 1 files; 2 documents were dropped"),
-        ({"filters": ["python:rules.py:keep"]}, "--filter python:rules.py:keep: ZeroDivisionError: .* begins 'some text'"),
+        ({"filters": ["python:rules.py:keep"]}, "--filter python:rules.py:keep: ZeroDivisionError: .* begins with 'some text'"),
     ],
     ids=str,
 )
-def test_what_cannot_be(tmp_path, model, monkeypatch, change, says):
+def test_impossible_options_are_errors(tmp_path, model, monkeypatch, change, says):
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("mine")

@@ -67,7 +67,7 @@ def test_slimpajama_leaves_out_github(tmp_path, model, run, capsys):
         run(train=[tmp_path / "b.jsonl"], corpus="slimpajama", output=tmp_path / "new")
 
 
-def test_starcoder_by_exact_names_of_languages(tmp_path, model, run):
+def test_languages_of_starcoder_are_selected_by_exact_name(tmp_path, model, run):
     for language in ("c", "c-sharp", "cpp", "java", "javascript", "python"):
         (tmp_path / "code" / language).mkdir(parents=True)
         table = pyarrow.table({"max_stars_count": [1], "content": [f"in {language}"]})
@@ -77,9 +77,9 @@ def test_starcoder_by_exact_names_of_languages(tmp_path, model, run):
     manifest = run(**options, languages=["java", "c"])
     assert stream(tmp_path / "out") == expected(["in c", "in java"], model)
     assert [s["file"].split("/")[0] for s in manifest["splits"]["train"]["sources"]] == ["c", "java"]
-    said = f"--train {tmp_path}/code --corpus starcoder --languages java c --held-out 0 --bad-files skip --workers 1"
-    prepare_lib.main([*said.split(), "--tokenizer", str(model), "--output", str(tmp_path / "said"), "--seq-len", "32"])
-    assert digests(tmp_path / "said") == digests(tmp_path / "out")
+    arguments = f"--train {tmp_path}/code --corpus starcoder --languages java c --held-out 0 --bad-files skip --workers 1"
+    prepare_lib.main([*arguments.split(), "--tokenizer", str(model), "--output", str(tmp_path / "again"), "--seq-len", "32"])
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
     run(**options, output=tmp_path / "all")
     assert len(stream(tmp_path / "all")) > len(stream(tmp_path / "out"))
     for language, says in (
@@ -122,7 +122,7 @@ def test_proof_pile_and_skypile_as_they_are_published(tmp_path, model, run):
         ({"held_out": -0.5}, "--held-out -0.5: is a fraction"),
         ({"held_out": float("nan")}, "--held-out nan: is a fraction"),
         ({"held_out": 0.1, "validation": ["b.jsonl"]}, "--held-out 0.1: .* give one"),
-        ({"data_dir": "x"}, "--data-dir x: is where tfds:NAME is looked for"),
+        ({"data_dir": "x"}, "--data-dir x: is for tfds:NAME"),
         ({"bad_files": "ignore"}, "--bad-files ignore: must be stop or skip"),
         ({"train": ["*.parquet"]}, r"--train \*.parquet: no file or folder matches"),
         ({"train": ["**/*.csv"]}, r"--train \*\*/\*.csv: there is no file of a known type"),
@@ -131,7 +131,7 @@ def test_proof_pile_and_skypile_as_they_are_published(tmp_path, model, run):
     ],
     ids=str,
 )
-def test_what_cannot_be(tmp_path, run, monkeypatch, change, says):
+def test_impossible_options_are_errors(tmp_path, run, monkeypatch, change, says):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl", "c.csv"):
         put(Path(name), lines([name]))
@@ -168,7 +168,7 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int(hashlib.sha256(text[:65_536].encode()).hexdigest()[:16], 16) / 16**16 < fraction
 
 
-def test_the_same_document_is_on_the_same_side_wherever_it_lies(tmp_path, model, run, monkeypatch):
+def test_the_same_document_is_in_the_same_split_wherever_it_lies(tmp_path, model, run, monkeypatch):
     texts = numbered(2_000)
     held = [text for text in texts if is_held_out(text, 0.01)]
     assert 10 < len(held) < 30
@@ -196,7 +196,7 @@ def test_the_same_document_is_on_the_same_side_wherever_it_lies(tmp_path, model,
     assert stream(tmp_path / "c-out", "validation")[: len(expected(held, model))] == expected(held, model)
 
 
-def test_the_beginning_decides_whatever_the_parts_and_less_is_held_out_of_less():
+def test_only_the_beginning_decides_the_split_and_a_smaller_fraction_holds_out_a_subset():
     rng = random.Random(0)
     texts = ["", "x", "é" * 70_000, *numbered(500), *("".join(rng.choices("ab", k=66_000)) for _ in range(20))]
     for text in texts:
@@ -213,8 +213,8 @@ def test_the_beginning_decides_whatever_the_parts_and_less_is_held_out_of_less()
 
 @pytest.mark.parametrize("side", [False, True], ids=["kept", "held out"])
 @pytest.mark.parametrize("shards", [1, 30])
-def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, capsys, monkeypatch, side, shards):
-    """On whichever side they all fall, and also if it was stopped on the way."""
+def test_with_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, capsys, monkeypatch, side, shards):
+    """Whichever split they all fall into, and also if the command was stopped on the way."""
     texts = [text for text in numbered(400) if is_held_out(text, 0.1) == side][:30]
     put(tmp_path / "few.jsonl", lines(texts))
     monkeypatch.setattr(pipeline, "SHARD", (1 << 9 if shards > 1 else 1 << 20, 1 << 30))
@@ -222,7 +222,7 @@ def test_of_few_documents_the_last_blocks_are_held_out(tmp_path, model, run, cap
     train, held = (manifest["splits"][split] for split in ("train", "validation"))
     assert (train["documents"], held["documents"], held["last_blocks_of_train"]) == (30, 0, held["blocks"])
     assert (len(train["shards"]) > 9) == (shards > 1) and held["blocks"] == round(0.1 * (held["blocks"] + train["blocks"])) > 2
-    assert f"validation: too few documents to hold any out; these are the last {held['blocks']} blocks of all" in (
+    assert f"validation: too few documents to hold any out; the last {held['blocks']} blocks are held out instead" in (
         capsys.readouterr().out
     )
     ids, validation = expected(texts, model), stream(tmp_path / "out", "validation")
@@ -251,7 +251,7 @@ def test_a_single_block_is_trained_on(tmp_path, model, run, capsys):
     manifest = run(train=[tmp_path / "kept.txt"], held_out=0.1, seq_len=1_000)
     assert list(manifest["splits"]) == ["train"] and stream(tmp_path / "out") == expected([kept], model)
     assert not [f.name for f in (tmp_path / "out").iterdir() if "validation" in f.name]
-    assert "no validation split: there is but one block of text; give more, or a --validation" in capsys.readouterr().out
+    assert "no validation split: there is only one block of text; give more text, or --validation" in capsys.readouterr().out
     with pytest.raises(UserError, match="held_out was 0.1, now 0.01"):
         run(train=[tmp_path / "kept.txt"], seq_len=1_000)
     with pytest.raises(UserError, match="no text in its 1 files; its only block was held out: give --held-out 0"):
@@ -259,7 +259,7 @@ def test_a_single_block_is_trained_on(tmp_path, model, run, capsys):
 
 
 def test_a_large_document_is_not_held_in_memory(tmp_path):
-    """50 MB: on one line of jsonl, which is read whole; in a text file, of which there is a part at a time."""
+    """50 MB, on one line of jsonl, which is read whole, and in a text file, which is read in parts."""
     text = "fifty megabytes \0 " * 2_800_000
     put(tmp_path / "a.txt", text.encode())
     put(tmp_path / "b.jsonl", lines(["", text, "x"]))
@@ -339,7 +339,7 @@ def test_bad_files_are_left_out_wholly_and_listed(tmp_path, model, run, damaged,
     assert digests(tmp_path / "three") == digests(tmp_path / "out")
 
 
-def test_a_bad_file_is_an_error_again_and_read_when_it_is_mended(tmp_path, model, run, damaged):
+def test_a_bad_file_is_an_error_again_and_is_read_when_it_is_repaired(tmp_path, model, run, damaged):
     options = {"train": [tmp_path / "in"], "held_out": 0}
     (tmp_path / "in/d.parquet").unlink()  # would be found before anything runs
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -135,7 +135,7 @@ def test_folders_are_searched_and_sorted_and_names_do_not_depend_on_the_place(tm
         ("in/*/*.txt", ["x/b.txt", "y/d.txt"]),
     ],
 )
-def test_links_that_go_round_in_circles(tmp_path, monkeypatch, path, names):
+def test_circular_links(tmp_path, monkeypatch, path, names):
     monkeypatch.chdir(tmp_path)
     for name in (b"in/a.txt", b"in/caf\xe9.txt", b"in/x/b.txt", b"in/x/deep/c.txt", b"in/y/d.txt"):
         os.makedirs(os.path.dirname(name), exist_ok=True)
@@ -151,7 +151,7 @@ def test_links_that_go_round_in_circles(tmp_path, monkeypatch, path, names):
             assert file.read() == b"x"
 
 
-def test_a_pipe_is_refused_and_nobody_waits_for_it(tmp_path):
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     for path in (tmp_path / "a.txt", "/dev/null"):
         with pytest.raises(UserError, match=f"--train {path}: is not a regular file; read a pipe into one first"):
@@ -214,8 +214,8 @@ ZSTD = compressed(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)), "zs
         ("a.jsonl", b'{"text":%s1%s}' % (b"[" * (1 << 18), b"]" * (1 << 18)), "line 1: is not JSON with a text at"),
         ("a.jsonl.zst", ZSTD[:-9], "line [0-9]{6}: Truncated compressed stream"),
         ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "line 1: Truncated compressed stream"),
-        ("a.jsonl.zst", b"", "is empty, which no whole zstd file is"),
-        ("a.jsonl.gz", b"", "is empty, which no whole gzip file is"),
+        ("a.jsonl.zst", b"", "is empty, and so is not a whole zstd file"),
+        ("a.jsonl.gz", b"", "is empty, and so is not a whole gzip file"),
         ("a.jsonl.zst", GOOD, "line 1: ZSTD decompress failed"),
         ("a.jsonl.gz", GOOD, "line 1: "),
         ("a.txt", b"\xef\xbb\xbfone\ntwo\nthr\xffee", "line 3: is not UTF-8 .byte 0xff"),

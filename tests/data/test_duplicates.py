@@ -13,12 +13,12 @@ WORDS = [f"w{i}" for i in range(30_000)]
 
 
 def jaccard(a: list, b: list) -> float:
-    """By the definition, of sets of five words in a row."""
+    """The similarity by its definition, of sets of word 5-grams."""
     a, b = ({tuple(x[i : i + 5]) for i in range(len(x) - 4)} for x in (a, b))
     return len(a & b) / len(a | b)
 
 
-def found(texts: list[str], method: str = "minhash", threshold: float = 0.8) -> dict[int, int]:
+def copies_in(texts: list[str], method: str = "minhash", threshold: float = 0.8) -> dict[int, int]:
     looked = [duplicates.look(method, threshold, [text]) for text in texts]
     for doc, (rows, _) in enumerate(looked):
         rows["doc"] = doc
@@ -52,7 +52,7 @@ def planted(rng: random.Random, n: int) -> tuple[list[list[str]], dict[int, tupl
 
 def test_recall_and_precision():
     docs, truth = planted(random.Random(0), 3_000)
-    got = found([" ".join(words) for words in docs])
+    got = copies_in([" ".join(words) for words in docs])
     similar = {doc: of for doc, (of, j) in truth.items() if j >= 0.8}
     at = [doc for doc, (_, j) in truth.items() if j == 0.8]
     assert len(truth) == 1_000 and len(at) > 100 and 300 < len(similar) < 900
@@ -63,9 +63,9 @@ def test_recall_and_precision():
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_another_threshold(threshold):
+def test_recall_and_precision_at_other_thresholds(threshold):
     docs, truth = planted(random.Random(1), 600)
-    got = found([" ".join(words) for words in docs], threshold=threshold)
+    got = copies_in([" ".join(words) for words in docs], threshold=threshold)
     similar = {doc: of for doc, (of, j) in truth.items() if j >= threshold}
     right = sum(similar.get(doc) == of for doc, of in got.items())
     assert right / len(similar) >= 0.95 and right / len(got) >= 0.95
@@ -87,15 +87,15 @@ def test_similarity_is_exact_for_short_documents_and_close_for_long_ones():
         assert len(a) <= 4_096 and duplicates.similarity(a, b) == pytest.approx(jaccard(words, other), abs=error)
 
 
-def test_however_it_is_written():
+def test_case_punctuation_and_white_space_make_no_difference():
     text = "The river runs past the old mill, and people sit on its banks in summer to read."
     same = [text, "  The river runs past\r\n\tthe old mill, and people sit on its banks in summer to  read.\n"]
     loud = text.upper().replace(",", " -")
     accents = ["caf\u00e9 au lait et cr\u00e8me", "cafe\u0301 au lait et cre\u0300me"]
-    assert found([*same, loud], "exact") == {1: 0} and found([*same, loud]) == {1: 0, 2: 0}
-    assert found(accents, "exact") == {1: 0} == found(accents)
-    assert found(["a b", "a b c", "b a", "a, b!", "...", "!!", "...", "", "", "\n", " \n"]) == {3: 0, 6: 4, 10: 9}
-    assert found(["abc", "ab", "a b c", "a bc"], "exact") == {}
+    assert copies_in([*same, loud], "exact") == {1: 0} and copies_in([*same, loud]) == {1: 0, 2: 0}
+    assert copies_in(accents, "exact") == {1: 0} == copies_in(accents)
+    assert copies_in(["a b", "a b c", "b a", "a, b!", "...", "!!", "...", "", "", "\n", " \n"]) == {3: 0, 6: 4, 10: 9}
+    assert copies_in(["abc", "ab", "a b c", "a bc"], "exact") == {}
 
 
 def test_scripts_without_spaces():
@@ -105,12 +105,12 @@ def test_scripts_without_spaces():
         other = list(chars)
         other[300] = "a"
         cut = chars[:300]
-        assert found(["".join(chars), "".join(other), "".join(cut)]) == {1: 0}
+        assert copies_in(["".join(chars), "".join(other), "".join(cut)]) == {1: 0}
         (_, a), (_, b) = (duplicates.look("minhash", 0.8, ["".join(x)]) for x in (chars, other))
         assert duplicates.similarity(a, b) == pytest.approx(jaccard(chars, other))
 
 
-def test_parts_and_memory_make_no_difference():
+def test_the_parts_of_a_document_make_no_difference():
     rng = random.Random(4)
     text = "\n".join(" ".join(rng.choices(WORDS, k=9)) for _ in range(30_000))  # 1.6 MB: read in two parts
     rows, sketch = duplicates.look("minhash", 0.8, [text])
@@ -126,7 +126,7 @@ def test_the_earliest_stays_and_the_order_of_the_rows_makes_no_difference():
     rng = random.Random(5)
     words = rng.choices(WORDS, k=200)
     variants = [" ".join([*words[:i], "x", *words[i + 1 :]]) for i in range(0, 200, 10)]
-    assert found(variants) == dict.fromkeys(range(1, 20), 0)
+    assert copies_in(variants) == dict.fromkeys(range(1, 20), 0)
     looked = [duplicates.look("minhash", 0.8, [text])[0] for text in variants]
     for doc, rows in enumerate(looked):
         rows["doc"] = doc
@@ -134,10 +134,10 @@ def test_the_earliest_stays_and_the_order_of_the_rows_makes_no_difference():
     assert (duplicates.pairs("minhash", np.concatenate(looked[::-1])) == pairs).all()
     # a chain: b is like a, c is like b but not like a. Neither has a right to stay, since something earlier says the same
     b, c = words[:-20] + rng.choices(WORDS, k=20), words[20:-20] + rng.choices(WORDS, k=20)
-    assert found([" ".join(x) for x in (words, b, c)]) == {1: 0}
+    assert copies_in([" ".join(x) for x in (words, b, c)]) == {1: 0}
 
 
-def test_a_page_that_is_there_very_often_costs_no_more_than_others():
+def test_work_is_linear_in_the_copies_of_one_page():
     n = 100_000
     rows = np.zeros((n, 2), duplicates.ROW)
     rows["doc"] = np.arange(n)[:, None]
@@ -154,7 +154,7 @@ def test_a_page_that_is_there_very_often_costs_no_more_than_others():
     assert got == dict.fromkeys(got, 0) and next(compared) == 2 * len(got)
 
 
-def test_what_cannot_be():
+def test_impossible_options_are_errors():
     assert duplicates.check("minhash", None) == duplicates.check("", None) == 0.8 and duplicates.check("minhash", 0.7) == 0.7
     for method, threshold, says in (
         ("fuzzy", None, "--dedup fuzzy: must be one of exact minhash"),

@@ -174,7 +174,7 @@ def test_decoding_equals_sentencepiece(exported):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "demo"])
-def test_bos_is_put_in_front_if_the_data_had_it(tmp_path, kind):
+def test_texts_begin_with_bos_if_those_of_the_data_did(tmp_path, kind):
     exporter.write(train(tmp_path / "a.model", **KINDS[kind]), tmp_path, add_bos=True, seq_len=64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
@@ -184,7 +184,7 @@ def test_bos_is_put_in_front_if_the_data_had_it(tmp_path, kind):
     assert raw["single"][0] == {"SpecialToken": {"id": "<s>", "type_id": 0}}
 
 
-def test_special_ids_and_length_travel(exported):
+def test_special_ids_and_length_are_exported(exported):
     _, folder, _ = exported
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
@@ -307,7 +307,7 @@ def test_equal_scores_are_refused_unless_they_are_runs_of_spaces(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is no model", bytes(100), None, "cut"])
-def test_a_file_that_is_no_model_is_one_clear_line(tmp_path, content):
+def test_a_file_that_is_not_a_model_gives_one_clear_line(tmp_path, content):
     path = tmp_path / "tokenizer.model"
     if content in (None, "cut"):
         train(path)
@@ -320,5 +320,5 @@ def test_a_file_that_is_no_model_is_one_clear_line(tmp_path, content):
 
 def test_bos_without_a_bos_piece_is_refused(tmp_path):
     model = tokenizer.load(train(tmp_path / "a.model", bos_id=-1))
-    with pytest.raises(UserError, match="has no bos, but the data"):
+    with pytest.raises(UserError, match="has no bos, but in the training data each document begins with bos"):
         exporter.export(model, tmp_path, add_bos=True, seq_len=8)

@@ -77,7 +77,7 @@ def test_mixed_sources_have_exact_counts_and_no_block_twice_in_an_epoch(tiny_con
             assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
-def test_counts_are_of_what_is_read_and_not_of_what_is_left_out(tiny_config):
+def test_counts_leave_out_skipped_batches(tiny_config):
     config = cli.override(tiny_config, {"data.skip": "3:4,9:9,9:9", "train.batch_ramp": "1024:256"})
     order = feed.order(config, feed.open_sources(config))
     read = np.zeros(2, np.int64)
@@ -136,7 +136,7 @@ def test_every_file_is_verified_if_asked(tiny_config, tiny_data, tmp_path):
     assert line.startswith("data.verify: 1 files, ") and "GB/s" in line
 
 
-def test_no_file_twice(tiny_config, tiny_data, tmp_path):
+def test_two_sources_may_not_share_a_file(tiny_config, tiny_data, tmp_path):
     (tmp_path / "link").symlink_to(tiny_data / "a")
     for other in (tmp_path / "link", tiny_data / "b" / ".." / "a"):
         config = cli.override(tiny_config, {"data.sources": f"{tiny_data}/a:1,{other}:1"})
@@ -152,14 +152,14 @@ def test_the_order_is_the_same_for_ever(tiny_config):
     assert block.tolist() == [209751, 15, 534614, 723458, 981342, 809951]
 
 
-def test_a_run_of_1_464_844_288_samples_is_addressed_at_once():
+def test_a_run_of_1_464_844_288_samples_has_random_access():
     order = feed.Order([900_000_000, 400_000_000], Mixture([0.693584, 0.306416]), 1, [(0, 0, 1_024)])
     source, block = order.locate(np.arange(1_464_843_264, 1_464_844_288))
     assert block.min() >= 0 and (block < np.asarray(order.sizes)[source]).all()
     assert len(set(zip(source.tolist(), block.tolist(), strict=True))) == 1_024
 
 
-def test_one_block_is_a_data_set(tiny_config, tiny_data):
+def test_a_data_set_of_one_block(tiny_config, tiny_data):
     config = cli.override(tiny_config, {"data.sources": str(tiny_data / "one")})
     sources = feed.open_sources(config)
     assert len(sources[0]) == 1

@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def stores():
-    """Servers here that stand in for S3 and Google Cloud Storage, with an empty bucket `bucket` each."""
+    """Local servers in place of S3 and Google Cloud Storage, each with an empty bucket `bucket`."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
     s3 = moto.server.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
@@ -59,7 +59,7 @@ def stores():
 
 @pytest.fixture(scope="module")
 def uploaded(tmp_path_factory, stores, texts) -> Path:
-    """A folder here that lies at corpus/ in the bucket of each store."""
+    """A local folder that is also at corpus/ in the bucket of each store."""
     folder = make_corpus(tmp_path_factory.mktemp("stores") / "corpus", texts)
     (folder / "readme.md").write_bytes(b"not data")
     for scheme in ("s3", "gs"):
@@ -79,7 +79,7 @@ def test_a_store_gives_the_bytes_that_a_folder_gives(uploaded, model, tmp_path, 
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_what_a_store_says(uploaded, model, tmp_path, monkeypatch, scheme):
+def test_errors_of_a_store(uploaded, model, tmp_path, monkeypatch, scheme):
     options = {"tokenizer": model, "seq_len": 64, "workers": 1, "bad_files": "skip", "output": tmp_path / "out"}
     for path, says in (
         ("bucket/gone", "no such file or folder"),
@@ -108,8 +108,8 @@ def test_what_a_store_says(uploaded, model, tmp_path, monkeypatch, scheme):
     assert stream(tmp_path / "new") == expected(["y"], model)
 
 
-def test_a_store_that_does_not_answer_is_no_bad_file(uploaded, model, tmp_path, monkeypatch):
-    """Whatever goes wrong on the way to an object, it may be there the next time: it is never left out."""
+def test_a_store_that_does_not_answer_does_not_make_a_file_bad(uploaded, model, tmp_path, monkeypatch):
+    """Whatever goes wrong in reaching an object, the next try may succeed: the object is never left out."""
     options = {"train": ["s3://bucket/corpus/b.jsonl.zst"], "tokenizer": model, "seq_len": 64, "workers": 1}
 
     def fails(*arguments, **more):
@@ -191,8 +191,8 @@ def test_tensorflow_data_sets_that_cannot_be_read(tales, model, tmp_path):
         ("tfds:tales/en:9.9.9", "", "tfds:tales/en:9.9.9: no such data set, configuration or version"),
         ("tfds:tales/en:dev", "", "tfds:tales/en:dev: has no split 'dev'; it has t"),
         ("tfds:tales/en:train[:10%]", "", r"en:train\[:10%\]: has no split 'train\[:10%\]'"),
-        ("tfds:tales/en", "id", "1.2.0: 'id' is no text feature of it; those are text, title: choose one with --text-key"),
-        ("tfds:tales/en", "body", "1.2.0: 'body' is no text feature"),
+        ("tfds:tales/en", "id", "1.2.0: has no text feature 'id'; it has text, title: choose one with --text-key"),
+        ("tfds:tales/en", "body", "1.2.0: has no text feature 'body'"),
     ):
         with pytest.raises(UserError, match=says):
             prepare(train=[path], text_key=key, **options)
@@ -212,7 +212,7 @@ def test_tensorflow_data_sets_that_cannot_be_read(tales, model, tmp_path):
 
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl.gz", "b.parquet"])
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
-def test_a_special_file_that_is_named_like_an_input_is_refused(tmp_path, monkeypatch, kind, name):
+def test_a_special_file_with_an_inputs_name_is_refused(tmp_path, monkeypatch, kind, name):
     """Left out silently, its text would be missing from the data."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("text")

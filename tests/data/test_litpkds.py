@@ -48,7 +48,7 @@ def as_the_builder_would(tokens: list[int], chunk: int, tail: str) -> list[bytes
 
 @pytest.fixture(scope="module")
 def stream(tiny_data) -> np.ndarray:
-    """All tokens of the source a's training split, one after another."""
+    """All tokens of the training split of source a, one after another."""
     return np.concatenate(list(export_litpkds.stream(Blocks(tiny_data / "a", "train"))))
 
 
@@ -60,7 +60,7 @@ def folder(tmp_path, tiny_data):
 
 
 def put(folder, *chunks, prefix="train_x", dtype="uint16"):
-    """Files of these tokens, alike in size."""
+    """Writes one file for each of `chunks`, which have one size; returns the start of their names."""
     for i, chunk in enumerate(chunks):
         data = header(len(chunk), code=litpkds.WRITTEN[dtype]) + np.asarray(chunk, dtype).tobytes()
         (folder / f"{prefix}_{i:010d}.bin").write_bytes(data)
@@ -77,7 +77,7 @@ def everything(blocks) -> list[list[int]]:
 
 @pytest.mark.parametrize("tail", ["fill", "drop"])
 @pytest.mark.parametrize("chunk", ["7", "8 blocks", "half", "all", "all and one"])
-def test_files_are_those_of_the_builder(tiny_data, tmp_path, stream, chunk, tail, capsys):
+def test_files_equal_those_of_the_originals_builder(tiny_data, tmp_path, stream, chunk, tail, capsys):
     n = len(stream)
     chunk = {"7": 7, "8 blocks": 8 * (S + 1), "half": n // 2, "all": n, "all and one": n + 1}[chunk]
     want = as_the_builder_would(stream.tolist(), chunk, tail)
@@ -145,7 +145,7 @@ litpkds.export(sys.argv[1], "train", litpkds.Path(sys.argv[2]), "train", 1_000)
 """
 
 
-def test_after_a_kill_while_they_are_moved_only_those_are_removed(tiny_data, tmp_path, stream):
+def test_after_a_kill_during_the_move_only_moved_files_are_removed(tiny_data, tmp_path, stream):
     others = export_litpkds.export(tiny_data / "a", "train", tmp_path, "train_star", 5_000)
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tiny_data / "a"), str(tmp_path), "3"], timeout=300)
     moved = sorted(tmp_path.glob("train_0*.bin"))
@@ -160,7 +160,7 @@ def test_after_a_kill_while_they_are_moved_only_those_are_removed(tiny_data, tmp
     assert [file.read_bytes() for file in again] == as_the_builder_would(stream.tolist(), 1_000, "fill")
 
 
-def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(tiny_data, tmp_path):
+def test_other_files_are_kept_and_a_second_writer_is_refused(tiny_data, tmp_path):
     export = lambda: export_litpkds.export(tiny_data / "a", "validation", tmp_path, "x", 500)
     for foreign in ("x.partial", ".x.partial"):
         (tmp_path / foreign).mkdir()
@@ -181,7 +181,7 @@ def test_nothing_is_removed_that_another_made_and_of_two_writers_one_is_refused(
     assert len(export()) == 4 and not (tmp_path / ".x.partial").exists()
 
 
-def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monkeypatch):
+def test_if_one_file_cannot_be_moved_all_are_taken_back(tiny_data, tmp_path, monkeypatch):
     right = os.replace
 
     def full(source, target):
@@ -207,7 +207,7 @@ def test_files_that_cannot_all_be_moved_are_taken_back(tiny_data, tmp_path, monk
         ({"split": "test"}, "has no split 'test'"),
     ],
 )
-def test_what_cannot_be_written(tiny_data, tmp_path, changed, words):
+def test_impossible_exports_are_errors(tiny_data, tmp_path, changed, words):
     asked = {"source": tiny_data / "a", "split": "train", "output": tmp_path / "out", "prefix": "x"} | changed
     with pytest.raises(UserError, match=words):
         export_litpkds.export(**asked)
@@ -256,8 +256,8 @@ def test_filling_is_cut_by_hand(folder):
     ]  # fmt: skip
 
 
-def test_a_source_like_any_other(tiny_config, tiny_data, tmp_path):
-    """The same order and batches whatever reads them, beside a prepared source, with its validation split."""
+def test_packed_files_are_a_source_like_any_other(tiny_config, tiny_data, tmp_path):
+    """The same order and batches as from a prepared source, beside which it is read, and its validation split."""
     for split in ("train", "validation"):
         export_litpkds.export(tiny_data / "a", split, tmp_path, f"{split}_a", 40 * (S + 1))
     both = {f"{tmp_path}/train_a*": 0.7, str(tiny_data / "b"): 0.3}
@@ -277,7 +277,7 @@ def test_a_source_like_any_other(tiny_config, tiny_data, tmp_path):
     assert set(source) == {0, 1}
 
 
-def test_the_folder_is_not_the_name(folder, stream):
+def test_a_folder_is_not_a_name_of_packed_files(folder, stream):
     put(folder, stream[:100], prefix="train_slim")
     put(folder, stream[:100], prefix="validation_slim")
     put(folder, stream[:100], prefix="other")
@@ -287,13 +287,13 @@ def test_the_folder_is_not_the_name(folder, stream):
     for path in (folder / "train_slim", f"{folder}/train_slim*", f"{folder}/train_slim_0000000000.bin", f"{folder}/train*.bin"):
         assert names(path) == ["train_slim_0000000000.bin"] and names(path, "validation") == ["validation_slim_0000000000.bin"]
     assert names(folder / "other", "validation") == names(folder / "gone") == names(folder) == names(folder / "no" / "x") == []
-    with pytest.raises(UserError, match=f"holds .bin files: name what they begin with, such as {folder / 'train'}"):
+    with pytest.raises(UserError, match=f"holds .bin files: give the start of their names, such as {folder / 'train'}"):
         feed.open_source(str(folder), "train", S)
     with pytest.raises(UserError, match="other: has no split 'validation'"):
         Packed(folder / "other", "validation", S)
 
 
-def test_what_identifies_a_source_is_its_names_sizes_and_headers(folder, stream):
+def test_a_source_is_identified_by_names_sizes_and_headers(folder, stream):
     path = put(folder, stream[:100], stream[100:200])
     first = Packed(path, "train", S).manifest_sha256
     assert Packed(path, "train", 31).manifest_sha256 == first
@@ -346,13 +346,13 @@ EDGES = {  # tokens of a file: whether documents begin with bos, whether they en
 
 
 @pytest.mark.parametrize("what", EDGES)
-def test_bos_and_eos_are_those_that_are_there(folder, what):
+def test_bos_and_eos_are_detected(folder, what):
     tokens, want = EDGES[what]
     manifest = Packed(put(folder, tokens), "train", S).manifest
     assert (manifest["bos"], manifest["eos"]) == want
 
 
-def test_they_are_looked_for_in_blocks_from_begin_to_end(folder, monkeypatch):
+def test_bos_and_eos_are_searched_for_in_blocks_spread_over_the_source(folder, monkeypatch):
     path = put(folder, [5] * 17 * 299 + [5, 6, EOS] * 5 + [5, 6])
     assert not Packed(path, "train", S).manifest["bos"] and Packed(path, "train", S).manifest["eos"]
     read = []
@@ -361,13 +361,13 @@ def test_they_are_looked_for_in_blocks_from_begin_to_end(folder, monkeypatch):
     assert len(read) == 1 and len(read[0]) == 64 and (read[0][0], read[0][-1]) == (0, 299)
 
 
-def test_where_a_few_blocks_have_no_document_end_many_are_looked_at(folder):
+def test_more_blocks_are_searched_if_a_few_have_no_document_end(folder):
     book = [5] * 17 * 7 + [5, EOS, 6] + [5] * 17 * 992  # a single end in the block 7 of 1,000
     manifest = Packed(put(folder, book), "train", S).manifest
     assert manifest["eos"] and not manifest["bos"]
 
 
-def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data):
+def test_the_mask_uses_the_token_that_all_sources_have(tiny_config, tmp_path, tiny_data):
     shutil.copy(tiny_data / "512.model", tmp_path / "tokenizer.model")
     names = {key: str(put(tmp_path, EDGES[key][0], prefix=f"train_{key}")) for key in ("eos", "bos", "both", "neither")}
     bos, neither = (names[key] for key in ("bos", "neither"))
@@ -381,7 +381,7 @@ def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data
         found = mark(*keys, **mask)
         assert found == want and type(found) is type(want)
     assert mark("neither") == mark("bos") == EOS  # nobody asks
-    seen = "has 0 bos and 0 eos, 0 of them together, in 5 blocks of it"
+    seen = "has 0 bos and 0 eos, 0 of them together, in a sample of 5 blocks"
     with pytest.raises(
         UserError, match=rf"^--data.document_mask=true: needs eos after every document, or bos .*: {neither} {seen};"
     ):
@@ -414,7 +414,7 @@ def test_the_mask_goes_by_what_all_sources_have(tiny_config, tmp_path, tiny_data
         (header(100, code=4) + bytes(400), "has 100 tokens of int32, and .*_0000000000.bin has 100 of uint16"),
     ],
 )
-def test_one_bad_header_is_one_line_that_names_the_file(folder, content, words):
+def test_one_bad_header_gives_one_line_that_names_the_file(folder, content, words):
     path = put(folder, *[[5] * 100] * 600)  # more than one thread reads
     bad = folder / "train_x_0000000555.bin"
     bad.write_bytes(content)
@@ -427,7 +427,7 @@ def test_int32(folder):
     assert blocks.dtype == np.int32 and everything(blocks) == [[5, 70_000], [2, 1], [1]]
 
 
-def test_a_file_that_goes_while_it_is_read(folder, stream):
+def test_a_file_that_shrinks_while_it_is_read(folder, stream):
     blocks = Packed(put(folder, stream[:100], stream[:100]), "train", S)
     (folder / "train_x_0000000001.bin").write_bytes(header(100))
     with pytest.raises(Damaged, match=r"train_x_0000000001.bin, record 0: is damaged"):

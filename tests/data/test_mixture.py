@@ -88,7 +88,7 @@ OVER_TIME = {
 
 
 def integral(weights, n):
-    """Of each normalised weight over the first 1 .. n samples [n, sources], by trapezia of floats."""
+    """The integral of each normalised weight over the first 1 .. n samples [n, sources], by trapezia of floats."""
     knots = sorted({0, n} | {at for w in weights if isinstance(w, tuple) for at, _ in w})
     flat = lambda w: np.interp(knots, *zip(*w, strict=True)) if isinstance(w, tuple) else np.full(len(knots), w)
     shares = np.stack([flat(w) for w in weights])
@@ -142,7 +142,7 @@ def test_v1_1_at_its_size():
     ],
     ids=["one", "two", "later", "the same"],
 )
-def test_until_when_two_mixtures_are_one(other, until):
+def test_up_to_which_sample_two_mixtures_are_the_same(other, until):
     ours, theirs = Mixture(V1_1), Mixture(other)
     same = [np.array_equal(*(m.locate(np.arange(n)) for m in (ours, theirs))) for n in (until, until + 50)]
     assert same == [True, other is V1_1]
@@ -151,8 +151,8 @@ def test_until_when_two_mixtures_are_one(other, until):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("later", ["another share", "another source"])
-def test_what_is_to_come_has_no_say_in_what_was(n, later):
-    """Equal shares, so that every tie of the order is one; from sample 1,000 on something changes."""
+def test_later_weights_do_not_change_earlier_samples(n, later):
+    """Equal shares, so that all ties in the order occur; from sample 1,000 on the weights change."""
     changed = [((0, 1), (1_000, 1), (2_000, 3)), *[1.0] * (n - 1)] if later == "another share" else [1.0] * n
     if later == "another source":
         changed.append(((1_000, 0), (2_000, 1)))
@@ -162,18 +162,18 @@ def test_what_is_to_come_has_no_say_in_what_was(n, later):
 
 
 def test_two_changes_within_a_sample_take_one_each():
-    """From token 10 on another source, said as a jump within one sample of 16 tokens: it takes a sample."""
+    """Another source from token 10 on, as a jump within one sample of 16 tokens: the jump takes one sample."""
     source, _ = Mixture([((10, 1), (11, 0)), ((10, 0), (11, 1))], tokens_per_sample=16).locate(np.arange(6))
     assert source.tolist() == [0, 0, 1, 1, 1, 1]  # half a sample of each from 1 to 2: a is to the left, and half rounds up
 
 
-def test_no_weight_is_no_mixture():
+def test_weights_must_be_positive():
     with pytest.raises(UserError, match="must be positive"):
         Mixture([1.0, 0.0])
 
 
-def test_a_past_that_what_is_to_come_would_change_is_another():
-    """A count at a node is rounded, and can be at a knot a sample before the run is: rare, and to be noticed."""
+def test_a_change_that_would_alter_past_samples_is_noticed():
+    """A rounded count at a node can reach a knot one sample before the run does: rare, but it must be noticed."""
     before, after = Mixture([0.7, 0.75, 0.85]), Mixture([((231, 0.7), (232, 3)), 0.75, 0.85])
     at = np.arange(231)
     assert not np.array_equal(before.locate(at), after.locate(at)) and not before.same_until(after, 231)
@@ -181,7 +181,7 @@ def test_a_past_that_what_is_to_come_would_change_is_another():
     assert before.same_until(after, 230)
 
 
-def test_never_the_same_where_samples_differ():
+def test_mixtures_with_different_samples_are_never_the_same():
     rng, same = np.random.default_rng(0), 0
     for _ in range(300):
         n, at = rng.integers(3, 7), int(rng.integers(20, 300))
@@ -194,7 +194,7 @@ def test_never_the_same_where_samples_differ():
     assert same > 280
 
 
-def test_a_ramp_that_is_bent_on_the_way():
+def test_a_ramp_whose_end_is_changed_on_the_way():
     """Shares are those of the whole ramp until sample 200."""
     whole = Mixture([((0, 500), (400, 250)), ((0, 800), (400, 400)), ((0, 0), (400, 650))])
     bent = Mixture([((0, 500), (200, 375)), ((0, 800), (200, 600)), ((0, 0), (200, 325))])

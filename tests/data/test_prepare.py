@@ -38,7 +38,7 @@ def lines(texts) -> bytes:
 
 
 def make_corpus(folder: Path, texts: list[str]) -> Path:
-    """`texts` in order in files of every type, with a few without any text between."""
+    """Writes `texts` in order to files of every type, with a few files without text between them."""
     n = len(texts) // 4
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(lines(texts[:n]))
@@ -147,7 +147,7 @@ def test_blocks_hold_every_token_once(corpus, texts, model, tmp_path, small_shar
         at += shard["blocks"]
 
 
-def test_a_type_of_file_makes_no_difference(tmp_path, texts, model):
+def test_the_type_of_file_makes_no_difference(tmp_path, texts, model):
     plain = [t for t in texts if not t.startswith("\ufeff")]
     for name, data in {
         "a.jsonl": lines(plain),
@@ -232,7 +232,7 @@ def gone(pids: list[int]) -> bool:
 
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory, texts) -> Path:
-    """3 MB in many shards, so that a run can be stopped within."""
+    """3 MB in many shards, so that a command can be stopped half-way."""
     folder = tmp_path_factory.mktemp("long")
     (folder / "a.jsonl").write_bytes(lines(texts * 15))
     return folder / "a.jsonl"
@@ -240,7 +240,7 @@ def long_corpus(tmp_path_factory, texts) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, long_corpus, model) -> dict[str, str]:
-    """What `long_corpus` becomes in one go, by one worker."""
+    """Digests of what one worker makes of `long_corpus` without interruption."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert finished(command(*long_options(long_corpus, model, out, 1), shard=1 << 16))[0] == 0
     return digests(out)
@@ -270,7 +270,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers_or_the_place(long_corpus, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_stopped_and_run_again(long_corpus, model, tmp_path, uninterrupted, number):
+def test_a_stopped_command_resumes_to_the_same_bytes(long_corpus, model, tmp_path, uninterrupted, number):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     process = command(*long_options(long_corpus, model, out, 2), shard=1 << 16)
     wait_until(lambda: len(list(partial.glob("done/*.json"))) >= 3, process)
@@ -279,9 +279,9 @@ def test_stopped_and_run_again(long_corpus, model, tmp_path, uninterrupted, numb
     with pytest.raises(UserError, match="is half prepared"):
         Blocks(out, "train")
     process.send_signal(number)
-    code, said, err = finished(process)
-    assert code == (130 if number == signal.SIGINT else -9) and "Traceback" not in said + err
-    assert number == signal.SIGKILL or "what is done is kept: run the same command again" in err
+    code, printed, err = finished(process)
+    assert code == (130 if number == signal.SIGINT else -9) and "Traceback" not in printed + err
+    assert number == signal.SIGKILL or "finished shards are kept: run the same command again" in err
     for _ in range(100):  # the workers notice
         if gone(below):
             break
@@ -291,8 +291,8 @@ def test_stopped_and_run_again(long_corpus, model, tmp_path, uninterrupted, numb
     total = len([name for name in uninterrupted if name.startswith("blocks-")])
     assert 3 <= len(kept) < total
 
-    code, said, err = finished(command(*long_options(long_corpus, model, out, 1), shard=1 << 16))
-    assert (code, err) == (0, "") and f"out: {total - len(kept)} shards in " in said and f"({len(kept)} before)" in said
+    code, printed, err = finished(command(*long_options(long_corpus, model, out, 1), shard=1 << 16))
+    assert (code, err) == (0, "") and f"out: {total - len(kept)} shards in " in printed and f"({len(kept)} before)" in printed
     assert digests(out) == uninterrupted and not partial.exists()
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept  # not made again
 
@@ -325,8 +325,8 @@ def listening(pids: list[int]) -> set[str]:
 
 
 @pytest.mark.parametrize("dies", ["a worker", "the command, and then a worker"])
-def test_nothing_listens_and_nobody_is_left(long_corpus, model, tmp_path, dies):
-    """Also if the command is killed with no chance to say so, and one of its workers before the others notice."""
+def test_nothing_listens_on_a_port_and_no_process_is_left(long_corpus, model, tmp_path, dies):
+    """Also if the command is killed with SIGKILL, and one of its workers before the others notice."""
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     options = long_options(long_corpus, model, tmp_path / "out", 2)
@@ -351,7 +351,7 @@ def test_nothing_listens_and_nobody_is_left(long_corpus, model, tmp_path, dies):
     assert gone(below) and not list(scratch.iterdir())
 
 
-def test_more_memory_than_a_worker_may_have(tmp_path, model, monkeypatch):
+def test_a_worker_that_needs_too_much_memory_is_an_error(tmp_path, model, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"x")
     monkeypatch.setattr(shards, "MEMORY", 256 << 20)
     monkeypatch.setattr(shards.os, "cpu_count", lambda: 0)
@@ -375,7 +375,7 @@ def test_two_workers_that_cannot_read_their_input(tmp_path, model, texts):
 # -- again, and otherwise -----------------------------------------------------------------------------------------------
 
 
-def test_again_does_nothing_and_otherwise_says_what_differs(corpus, model, models, tmp_path, capsys):
+def test_a_repeat_does_nothing_and_other_settings_are_an_error(corpus, model, models, tmp_path, capsys):
     options = {"train": [corpus], "tokenizer": model, "output": tmp_path / "out", "seq_len": 64, "workers": 1}
     first = prepare(**options)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*")}
@@ -401,7 +401,7 @@ def test_again_does_nothing_and_otherwise_says_what_differs(corpus, model, model
         ({"train": [corpus / "a.jsonl"], "validation": [corpus / "d"]}, "train: "),
         ({"shard_mb": 7}, "shard_mb was 0, now 7"),
     ):
-        with pytest.raises(UserError, match=f"out: was made for something else: {says}.*choose another --output"):
+        with pytest.raises(UserError, match=f"out: was made with other settings: {says}.*choose another --output"):
             prepare(**{**options, **change})
 
     source = corpus / "a.jsonl"
@@ -416,7 +416,7 @@ def test_again_does_nothing_and_otherwise_says_what_differs(corpus, model, model
         prepare(**options)
 
 
-def test_a_mended_file_is_read_again_and_the_others_are_not(corpus, model, texts, tmp_path, small_shards):
+def test_only_a_repaired_file_is_read_again(corpus, model, texts, tmp_path, small_shards):
     options = {"train": [corpus], "tokenizer": model, "output": tmp_path / "out", "seq_len": 64, "workers": 1}
     bad = corpus / "d/004.txt"
     bad.write_bytes(b"\xff")
@@ -440,7 +440,7 @@ def test_a_mended_file_is_read_again_and_the_others_are_not(corpus, model, texts
     (partial / "whole/blocks-train.array_record-00000-of-00099").write_bytes(b"of another plan")
     (partial / "blocks-half-written").write_bytes(b"")
     (partial / "notes").write_bytes(b"mine")
-    with pytest.raises(UserError, match="out.partial: was made for something else: seq_len was 64, now 65"):
+    with pytest.raises(UserError, match="out.partial: was made with other settings: seq_len was 64, now 65"):
         prepare(**{**options, "seq_len": 65})
     assert not (partial / "blocks-half-written").exists() and (partial / "notes").exists()
     prepare(**options)
@@ -463,7 +463,7 @@ def test_a_file_that_changes_while_it_is_read(corpus, model, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_only_one_at_a_time(corpus, model, tmp_path):
+def test_two_commands_cannot_prepare_one_output(corpus, model, tmp_path):
     (tmp_path / "out.partial").mkdir()
     with open(tmp_path / "out.partial/lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -475,7 +475,7 @@ def test_only_one_at_a_time(corpus, model, tmp_path):
 JUNK = (".DS_Store", "._x", "Thumbs.db", ".nfs000000", "lost+found/", "desktop.ini")
 
 
-def test_what_file_managers_leave_is_nobodys_data(corpus, model, tmp_path):
+def test_files_of_file_managers_do_not_count(corpus, model, tmp_path):
     options = {"train": [corpus], "tokenizer": model, "seq_len": 64, "workers": 1}
     prepare(**options, output=tmp_path / "a")
 
@@ -520,13 +520,13 @@ def test_names_that_are_not_utf_8_and_terminals_that_are_not(model, tmp_path):
     out = tmp_path / "\u5b57"
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
     options = ["--train", os.fsdecode(folder), "--tokenizer", model, "--output", out, "--seq-len", 8, "--workers", 1]
-    code, said, err = finished(command(*options, env=environment))
-    assert (code, err) == (0, "") and "\\u5b57: train: 5 documents" in said
+    code, printed, err = finished(command(*options, env=environment))
+    assert (code, err) == (0, "") and "\\u5b57: train: 5 documents" in printed
     names = [source["file"] for source in read_manifest(out)[0]["splits"]["train"]["sources"]]
     assert names == ["\\xe9.jsonl.zst", "\\xe9.txt", "\\xf0.parquet", "\\xff.jsonl", "\u5b57.jsonl"]
     with open(folder + b"/\xff.jsonl", "wb") as file:
         file.write(b"{}")
-    code, said, err = finished(command(*options[:4], "--output", tmp_path / "new", *options[6:], env=environment))
+    code, printed, err = finished(command(*options[:4], "--output", tmp_path / "new", *options[6:], env=environment))
     assert code == 2 and err.count("\n") == 1 and "udcff.jsonl, line 1: has no key 'text'" in err
     with pytest.raises(UserError, match="--output .*: is not UTF-8; choose another name"):
         prepare(train=["."], tokenizer=model, output=os.fsdecode(folder) + "/out", seq_len=8)
@@ -534,7 +534,7 @@ def test_names_that_are_not_utf_8_and_terminals_that_are_not(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["settings.json", "done/blocks-train.array_record-00000-of-00001.json"])
 @pytest.mark.parametrize("damage", [b"", b"null", b"[" * 100_000, b'{"identity": 3}', b'{"files": []}', b"\xff"])
-def test_what_an_earlier_run_wrote_is_not_trusted(model, tmp_path, name, damage):
+def test_files_of_an_earlier_run_are_not_trusted(model, tmp_path, name, damage):
     (tmp_path / "a.txt").write_bytes(b"some text")
     options = {"train": [tmp_path / "a.txt"], "tokenizer": model, "output": tmp_path / "out", "seq_len": 8, "workers": 1}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -542,7 +542,7 @@ def test_what_an_earlier_run_wrote_is_not_trusted(model, tmp_path, name, damage)
         prepare(**options)
     (tmp_path / "out.partial" / name).write_bytes(damage)
     if name == "settings.json":
-        with pytest.raises(UserError, match=r"out.partial(/settings.json: is damaged|: was made for something else: )"):
+        with pytest.raises(UserError, match=r"out.partial(/settings.json: is damaged|: was made with other settings: )"):
             prepare(**options)
     else:
         assert prepare(**options)["splits"]["train"]["documents"] == 1
@@ -583,7 +583,7 @@ def test_options_of_beam_are_passed_on(corpus, model, tmp_path, capfd):
     ],
     ids=str,
 )
-def test_what_cannot_be(tmp_path, model, monkeypatch, change, says):
+def test_impossible_options_are_errors(tmp_path, model, monkeypatch, change, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").write_bytes(b"")
@@ -597,7 +597,7 @@ def test_what_cannot_be(tmp_path, model, monkeypatch, change, says):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, model, texts):
+def test_a_full_disk_gives_one_line_and_loses_nothing(tmp_path, model, texts):
     """A limit on the size of files stands in for the disk: the writes fail in the same place."""
     random.seed(0)
     (tmp_path / "a.jsonl").write_bytes(lines(texts))
@@ -624,7 +624,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, model, texts):
     assert stream(tmp_path / "out")
 
 
-def test_a_damaged_setting_stays_on_its_line():
-    with pytest.raises(UserError, match=r"out: was made for something else: text_key was '\\n', now text; ") as error:
+def test_a_damaged_setting_is_printed_on_one_line():
+    with pytest.raises(UserError, match=r"out: was made with other settings: text_key was '\\n', now text; ") as error:
         folder_lib._same(Path("out"), {"text_key": "\n"}, {"text_key": "text"})
     assert str(error.value).isprintable()

@@ -40,7 +40,7 @@ def arguments(corpus, model, out, *more):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, corpus, model) -> dict[str, str]:
-    """What `corpus` becomes by one process on this machine, which `--runner direct` names."""
+    """Digests of what one process on this machine (`--runner direct`) makes of `corpus`."""
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "SHARD", (SHARD, 1 << 30))
@@ -109,7 +109,7 @@ def writes(worker: subprocess.Popen, partial: Path) -> bool:
     return False
 
 
-def test_dask_workers_and_one_that_is_killed(scheduler, start, corpus, model, tmp_path, expected):
+def test_dask_with_a_worker_that_is_killed(scheduler, start, corpus, model, tmp_path, expected):
     workers, out, partial = [start(), start()], tmp_path / "out", tmp_path / "out.partial"
     main = command(*arguments(corpus, model, out, "--runner", "dask", "--dask_client_address", scheduler), shard=SHARD)
     wait_until(lambda: len(store.names(partial / "done")) >= 2 and writes(workers[0], partial), main)
@@ -117,9 +117,9 @@ def test_dask_workers_and_one_that_is_killed(scheduler, start, corpus, model, tm
     made = len(store.names(partial / "done"))
     total = len([name for name in expected if name.startswith("blocks-")])
     assert 2 <= made < total
-    code, said, err = finished(main)
+    code, printed, err = finished(main)
     assert code == 0 and re.fullmatch(r"Beam's output goes to \S+\n", err), err
-    assert f"out: {total} shards in " in said and digests(out) == expected and not partial.exists()
+    assert f"out: {total} shards in " in printed and digests(out) == expected and not partial.exists()
 
 
 def test_dask_without_any_worker_left(scheduler, start, corpus, model, tmp_path, expected):
@@ -140,12 +140,12 @@ def test_dask_without_any_worker_left(scheduler, start, corpus, model, tmp_path,
     }
     assert len(kept) >= 2
     start()
-    code, said, _ = finished(command(*options, shard=SHARD))
-    assert code == 0 and f"({len(kept)} before)" in said and digests(out) == expected
+    code, printed, _ = finished(command(*options, shard=SHARD))
+    assert code == 0 and f"({len(kept)} before)" in printed and digests(out) == expected
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept  # not made again
 
 
-def test_dask_and_input_that_cannot_be_read(scheduler, start, corpus, model, tmp_path):
+def test_dask_with_input_that_cannot_be_read(scheduler, start, corpus, model, tmp_path):
     start()
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "x"}\n{}\n')
@@ -156,7 +156,7 @@ def test_dask_and_input_that_cannot_be_read(scheduler, start, corpus, model, tmp
     ]
 
 
-def test_a_cluster_of_dasks_own_listens_on_loopback_alone(corpus, model, tmp_path):
+def test_dasks_local_cluster_listens_only_on_loopback(corpus, model, tmp_path):
     pytest.importorskip("distributed")
     main = command(*arguments(corpus, model, tmp_path / "out", "--runner", "dask"), shard=SHARD)
     wait_until(lambda: len(store.names(tmp_path / "out.partial/done")) >= 2, main)
@@ -165,8 +165,8 @@ def test_a_cluster_of_dasks_own_listens_on_loopback_alone(corpus, model, tmp_pat
     assert finished(main)[0] == 130 and addresses == {"0100007F"}  # 127.0.0.1
 
 
-def test_work_given_again_is_not_done_again(corpus, model, tmp_path, monkeypatch):
-    """Dask does so with what a lost worker had finished."""
+def test_finished_work_is_not_repeated(corpus, model, tmp_path, monkeypatch):
+    """Dask repeats work that a lost worker had finished."""
     calls, make = [], runners.shards._make
     monkeypatch.setattr(runners.shards, "_make", lambda job, shard: (calls.append(shard.file), make(job, shard)))
     monkeypatch.setattr(pipeline, "SHARD", (SHARD, 1 << 30))
@@ -181,17 +181,17 @@ def test_work_given_again_is_not_done_again(corpus, model, tmp_path, monkeypatch
     [
         (["--runner", "dusk"], "--runner dusk: no such runner; there are direct, dask, and Beam's own, such as FlinkRunner"),
         (["--runner", "direct", "--direct_num_workers=2"], "--direct_num_workers=2: no such option"),
-        (["--runner", "dask", "--dask_client_adress=x"], "--dask_client_adress: no such option, of this command or of Beam"),
+        (["--runner", "dask", "--dask_client_adress=x"], "--dask_client_adress: no such option of this command, or of Beam"),
         (["--runner", "dask", "--seqlen=3"], "--seqlen: no such option"),
-        (["--runner", "dask", "--workers", "2"], "--workers 2: is for --runner direct; dask has as many as"),
+        (["--runner", "dask", "--workers", "2"], "--workers 2: is for --runner direct; with dask the cluster"),
         (["--output", "ftp://there/x"], "--output ftp://there/x: can be a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"),
-        (["--output", "s3:/bucket/x"], "--output s3:/bucket/x: takes two slashes after the colon"),
+        (["--output", "s3:/bucket/x"], "--output s3:/bucket/x: needs two slashes after the colon"),
         (["--runner", "DirectRunner", "--direct_num_workers=2"], "--direct_num_workers=2: no such option"),
         (["--output", "s3://bucket/"], "--output s3://bucket/: must name a folder in a bucket"),
     ],
     ids=str,
 )
-def test_what_cannot_be(corpus, model, tmp_path, more, says):
+def test_impossible_options_are_errors(corpus, model, tmp_path, more, says):
     with pytest.raises(UserError, match=f"^{re.escape(says)}"):
         prepare_lib.main([*map(str, arguments(corpus, model, tmp_path / "out", *more))])
     assert not list(tmp_path.iterdir())
@@ -199,17 +199,17 @@ def test_what_cannot_be(corpus, model, tmp_path, more, says):
 
 def test_a_runner_that_is_not_installed(corpus, model, tmp_path, monkeypatch):
     monkeypatch.setattr(runners, "_installed", lambda module: module != "distributed")
-    with pytest.raises(UserError, match="--runner dask: takes `pip install dask distributed`, here and on its workers"):
+    with pytest.raises(UserError, match="--runner dask: needs `pip install dask distributed`, here and on its workers"):
         prepare_lib.main([*map(str, arguments(corpus, model, tmp_path / "out", "--runner", "dask"))])
 
 
-def test_what_beam_says_last_is_the_error(corpus, model, tmp_path):
-    """Flink without its job server, which nobody can download from a file that is not there."""
+def test_the_error_is_beams_last_line(corpus, model, tmp_path):
+    """Flink without its job server, whose jar file does not exist."""
     gone_ = tmp_path / "gone.jar"
     options = arguments(corpus, model, tmp_path / "out", "--runner", "FlinkRunner", f"--flink_job_server_jar={gone_}")
     code, _, err = finished(command(*options))
     assert code == 2 and err.splitlines()[-1].startswith("error: --runner FlinkRunner: ") and err.count("\n") == 2
-    assert "log; run this again to go on)" in err and (tmp_path / "out.partial/log").read_text()
+    assert "log; run this again to resume)" in err and (tmp_path / "out.partial/log").read_text()
 
 
 # -- an object store ----------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def bucket(tmp_path, monkeypatch):
 
 
 def fetched(url: str, folder: Path) -> dict[str, str]:
-    with store.here(store.place(url, "")) as whole, store.here(store.place(f"{url}/tokenizer", "")) as inner:
+    with store.local_copy(store.place(url, "")) as whole, store.local_copy(store.place(f"{url}/tokenizer", "")) as inner:
         shutil.copytree(whole, folder)
         shutil.copytree(inner, folder / "tokenizer")
     return digests(folder)
@@ -266,8 +266,8 @@ def test_an_object_store_and_a_job_killed_half_way(bucket, corpus, model, tmp_pa
     store.write(out / cut, b"half")
     store.write(out / "blocks-train.array_record-00000-of-00999", b"of another plan")
 
-    code, said, err = finished(command(*options, shard=SHARD))
-    assert (code, err) == (0, "") and f"({len(kept) - 1} before)" in said
+    code, printed, err = finished(command(*options, shard=SHARD))
+    assert (code, err) == (0, "") and f"({len(kept) - 1} before)" in printed
     assert fetched(url, tmp_path / "copy") == expected
     assert {name: store.modified_ns(out / name) for name in kept - {cut}} == {n: t for n, t in times.items() if n != cut}
     assert not store.holds_something(partial)
@@ -275,7 +275,7 @@ def test_an_object_store_and_a_job_killed_half_way(bucket, corpus, model, tmp_pa
     prepare_lib.main([*map(str, options)])
     assert capsys.readouterr().out == f"{url}: complete already, nothing to do\n"
     for change, says in (
-        (["--seq-len", 64], "s3://bucket/deep/out: was made for something else: seq_len was 128, now 64"),
+        (["--seq-len", 64], "s3://bucket/deep/out: was made with other settings: seq_len was 128, now 64"),
         (["--output", f"{bucket}/deep"], "s3://bucket/deep: holds something that this command did not make"),
         (["--output", "s3://nowhere/out"], "s3://nowhere/out.*: cannot be .*bucket does not exist"),
     ):
@@ -290,7 +290,7 @@ def test_an_object_store_and_a_job_killed_half_way(bucket, corpus, model, tmp_pa
 # -- how far it is ------------------------------------------------------------------------------------------------------
 
 
-def test_lines_where_there_is_no_terminal(corpus, model, tmp_path):
+def test_lines_of_progress_without_a_terminal(corpus, model, tmp_path):
     first = "from tinyllama_jax.data.prepare import runners; runners.LINES = (0.1, 0.1)"
     code, _, err = finished(command(*arguments(corpus, model, tmp_path / "out", "--workers", 1), shard=SHARD, first=first))
     assert code == 0 and err
@@ -300,7 +300,7 @@ def test_lines_where_there_is_no_terminal(corpus, model, tmp_path):
         )
 
 
-def test_a_line_says_how_long_is_left():
+def test_a_line_of_progress_says_how_much_time_is_left():
     mb = 10**6
     assert runners._line(30 * mb, 3_000 * mb, 0, 10) == "tokenising: 30 of 3,000 MB (1%), 3.0 MB/s, 16 min left"
     assert runners._line(30 * mb, 300 * mb, 20 * mb, 1_000) == "tokenising: 30 of 300 MB (10%), 0.0 MB/s, 7.5 h left"

@@ -14,7 +14,7 @@ def test_every_position_once(size, seed):
 
 
 @pytest.mark.parametrize("size", [100, 10**6, 2**32 + 7, 10**12, 2**62])
-def test_a_position_alone_goes_where_it_goes_among_others(size):
+def test_a_single_position_maps_as_it_does_among_others(size):
     positions = np.random.default_rng(0).integers(0, size, 1_000)
     out = permuted(positions, size, 12_345)
     assert 0 <= out.min() <= out.max() < size and len(set(out.tolist())) == len(set(positions.tolist()))
@@ -33,11 +33,11 @@ def test_the_order_has_no_pattern(size):
     assert (a == b).sum() < 10 and abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
-def test_no_position_is_no_answer():
+def test_no_positions():
     assert permuted(np.arange(0), 10, 1).shape == permuted(np.arange(0), 10**6, 1).shape == (0,)
 
 
 @pytest.mark.parametrize("position", [-1, 10])
-def test_positions_outside(position):
+def test_positions_out_of_range(position):
     with pytest.raises(IndexError, match="of 10"):
         permuted([0, position], 10, 1)

@@ -1,4 +1,4 @@
-"""`data.skip`: which batches a run leaves out, by a count that goes step by step."""
+"""`data.skip`: the batches that a run leaves out, compared with a count step by step."""
 
 import numpy as np
 import pytest
@@ -33,13 +33,13 @@ def test_batches_left_out(skip):
 @pytest.mark.parametrize(
     ("a", "b"), [("", "5:9"), ("5:9", "5:9,20:22"), ("20:22,5:9", "5:9,15:17"), ("5:9", "5:10"), ("7:8", "8:9")]
 )
-def test_from_which_step_on_two_skips_differ(a, b):
+def test_the_first_step_at_which_two_skips_differ(a, b):
     same = [x == y for x, y in zip(by_hand(a, 60), by_hand(b, 60), strict=True)]
     for steps in range(1, 61):
         assert schedule.same_batches(data(a), data(b), steps) == all(same[:steps]), steps
 
 
-def test_the_order_follows():
+def test_the_order_leaves_out_skipped_batches():
     order = lambda skip: feed.Order([100], Mixture([1.0]), 0, [(0, 0, 4)], schedule.left_out(data(skip)))
     plain, skipping = order(""), order("3:4")
     for step in range(1, 11):
@@ -57,8 +57,8 @@ def test_a_larger_batch_comes_earlier_by_what_is_left_out_before_it(skip, tiny_c
     assert [clock.tokens_after(step) for step in range(1, 41)] == np.cumsum(sizes).tolist()
 
 
-def test_every_step_of_a_stage_left_out(tiny_config):
-    """It is as if there were no such stage; of the first, whose steps the learning rate counts, it is refused."""
+def test_a_stage_of_which_every_step_is_skipped(tiny_config):
+    """The run is as if there were no such stage; for the first stage, whose steps the learning rate counts, it is refused."""
     ramp = {"train.batch_ramp": "1024:256,2048:1024", "train.steps": "40"}  # steps 1 to 8, 9 to 12, and on
     config = cli.override(tiny_config, ramp | {"data.skip": "9:12"})
     assert schedule.in_steps(config).stages == [(0, 0, 128), (8, 1024, 1024)]
@@ -71,6 +71,6 @@ def test_every_step_of_a_stage_left_out(tiny_config):
 
 
 @pytest.mark.parametrize("skip", ["3", "3:", "a:b", "0:3", "5:3", "1:2000000", "1:2:3"])
-def test_mistakes(skip):
+def test_invalid_ranges_are_errors(skip):
     with pytest.raises(UserError, match=r"--data\.skip="):
         data(skip)

@@ -18,7 +18,7 @@ def reference(path):
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
-def test_ids_are_sentencepiece_s(any_model, odd):
+def test_ids_equal_sentencepieces(any_model, odd):
     _, path = any_model
     ours, theirs = tokenizer.load(path), reference(path)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (theirs.vocab_size(), theirs.bos_id(), theirs.eos_id())
@@ -27,7 +27,7 @@ def test_ids_are_sentencepiece_s(any_model, odd):
     assert [ours.decode(ours.encode(s)) for s in strings] == [theirs.decode(theirs.encode(s)) for s in strings]
 
 
-def test_the_demo_s_kind_loses_nothing(model, odd):
+def test_the_demos_tokenizer_loses_nothing(model, odd):
     ours = tokenizer.load(model)
     for text in odd:  # but for U+2581, which is SentencePiece's own sign for a space
         assert ours.decode(ours.encode(text)) == text.replace("▁", " ")
@@ -132,7 +132,7 @@ def test_a_model_with_a_piece_that_is_not_utf_8(model, tmp_path, text):
         ("folder/readme.txt", b"", "holds neither tokenizer.model"),
     ],
 )
-def test_what_is_not_a_tokenizer(tmp_path, name, content, says):
+def test_files_that_are_not_tokenizers(tmp_path, name, content, says):
     path = tmp_path / name
     if content is not None:
         path.parent.mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ def test_hugging_face_folder(hugging_face, tmp_path, odd):
         assert (other.sha256, other.bos_id, other.eos_id, other.encode_batch(strings)) == (ours.sha256, 0, 1, ids)
 
 
-def test_hugging_face_folder_whose_ids_are_drawn_by_lot(hugging_face):
+def test_hugging_face_folder_with_bpe_dropout(hugging_face):
     content = json.loads((hugging_face / "tokenizer.json").read_text())
     content["model"]["dropout"] = 0.1
     (hugging_face / "tokenizer.json").write_text(json.dumps(content))
@@ -201,7 +201,7 @@ def test_hugging_face_folder_that_names_no_bos(hugging_face):
     assert (ours.bos_id, ours.eos_id) == (-1, 1)
 
 
-def test_of_a_folder_with_both_transformers_choice_is_read(hugging_face, model, models, tmp_path):
+def test_a_folder_with_both_files_is_read_as_transformers_reads_it(hugging_face, model, models, tmp_path):
     (hugging_face / "tokenizer.model").write_bytes(model.read_bytes())  # of another tokenizer
     assert tokenizer.load(hugging_face).encode("a far b") == tokenizer.load(hugging_face / "tokenizer.json").encode("a far b")
     export_tokenizer.export(tokenizer.load(model), tmp_path / "same", add_bos=False, seq_len=64)
@@ -255,7 +255,7 @@ def test_tokens_that_files_add_to_a_sentencepiece_model(chat, models, tmp_path, 
 def test_a_sentencepiece_model_that_other_files_change_needs_a_tokenizer_json(chat):
     folder = chat(False)
     for says in (
-        r"eos_token is '<\|im_end\|>', which tokenizer.model does not take for it; add the tokenizer.json",
+        r"eos_token is '<\|im_end\|>', and tokenizer.model has another eos_token; add the tokenizer.json",
         r"added_tokens.json gives '\[PAD\]' the id 700, and tokenizer.model does not have it; add the tokenizer.json",
     ):
         with pytest.raises(UserError, match=says):
@@ -265,7 +265,7 @@ def test_a_sentencepiece_model_that_other_files_change_needs_a_tokenizer_json(ch
     assert tokenizer.load(folder).vocab_size == 700
 
 
-def test_each_file_of_a_folder_counts(chat, models):
+def test_every_file_of_a_folder_is_read(chat, models):
     folder = chat(True)
     first = tokenizer.load(folder).sha256
     assert first != tokenizer.load(models("prefix")).sha256

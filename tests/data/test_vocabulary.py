@@ -1,4 +1,4 @@
-"""A tokenizer of one's own text: the same bytes of the same text, whole or not at all; what one loses is told before."""
+"""Training a tokenizer: the same text gives the same bytes, complete or not at all. Warnings of tokenizers that lose text."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_the_command_makes_one_that_loses_nothing(files, tmp_path, odd):
+def test_the_command_trains_a_tokenizer_that_loses_nothing(files, tmp_path, odd):
     done = command(files, "--vocab-size", 600, "--output", tmp_path / "new")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path / 'new'}: SentencePiece BPE, 600")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
@@ -61,7 +61,7 @@ def test_the_command_makes_one_that_loses_nothing(files, tmp_path, odd):
         (["{files}/a.jsonl", "--vocab-size", "500", "--text-key", "body"], "has no key 'body'"),
     ],
 )
-def test_mistakes_leave_nothing(files, tmp_path, arguments, says):
+def test_a_mistake_leaves_no_files(files, tmp_path, arguments, says):
     (tmp_path / "empty.txt").touch()
     words = [word.format(files=files, tmp=tmp_path) for word in arguments]
     with pytest.raises(UserError, match=says) as error:
@@ -69,12 +69,12 @@ def test_mistakes_leave_nothing(files, tmp_path, arguments, says):
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
-def test_what_is_there_is_not_overwritten(files, tmp_path):
+def test_an_existing_tokenizer_is_not_overwritten(files, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         train_tokenizer.main([str(files), "--vocab-size", "600", "--output", str(tmp_path)])
 
 
-def test_a_sample_is_of_all_files_and_of_its_size(files):
+def test_a_sample_has_its_size_and_comes_from_all_files(files):
     sources, _ = inputs.find([files], "FILES")
     whole = list(vocabulary.sample(sources, "text", 10**9))
     assert sum(map(len, whole)) > 200_000
@@ -92,13 +92,16 @@ def test_a_sample_has_the_end_of_a_long_document_too(tmp_path):
     assert "".join(parts) == "".join(lines) and max(map(len, parts)) <= vocabulary.LONGEST
 
 
-def test_what_a_tokenizer_loses_is_told(models, tmp_path):
+def test_a_tokenizer_that_loses_text_is_warned_about(models, tmp_path):
     rows = [f"line {i}\nand another" if i % 4 else "one▁line" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     sources, _ = inputs.find([tmp_path], "--train")
     told = lambda kind: vocabulary.warnings(tokenizer.load(models(kind)), sources, "text")
     assert told("demo") == told("prefix") == []
     (line,) = told("nfkc")
-    assert "warning: 75 of 100 documents of a sample (75.0%) do not come back" in line and r"becomes 'line 1 and" in line
+    assert (
+        "warning: 75 of 100 documents of a sample (75.0%) are not decoded to the same" in line
+        and r"becomes 'line 1 and" in line
+    )
     line = told("suffix")[-1]
     assert "puts the space after a word" in line and "--tokenizer none" in line

@@ -19,8 +19,8 @@ from tinyllama_jax.base.files import Count, check_utf8, read_json, sha256
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
 LONGEST = 1 << 24  # tokens in a block
-Name = typing.Annotated[str, msgspec.Meta(pattern=r"\A(?!\.\.?\Z)[^/\\\0]+\Z")]  # a file's, without a folder
-Id = typing.Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # a token's; -1: there is no such token
+Name = typing.Annotated[str, msgspec.Meta(pattern=r"\A(?!\.\.?\Z)[^/\\\0]+\Z")]  # a file name, without a folder
+Id = typing.Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # a token id; -1: there is no such token
 
 
 class Vocabulary(typing.TypedDict):
@@ -98,11 +98,11 @@ class Record:
         length = tfds.features.Scalar(dtype=np.int32)
         self.features = tfds.features.FeaturesDict({"tokens": tensor, "length": length})
         self._tokens, self._length = (tfds.features.FeaturesDict(f) for f in ({"tokens": tensor}, {"length": length}))
-        # the place of the tokens in the record of a full block, and the bytes before and after them
+        # where the tokens are in the record of a full block, and the bytes before and after them
         self._dtype, self._width = np.dtype(dtype), seq_len + 1
         marks = np.full(seq_len + 1, 0x5A5A, dtype)
         probe, inside = self.encode(marks, seq_len + 1), marks.tobytes()
-        self._start = probe.rindex(inside)  # from the right: the byte before the tokens, their length, may equal a mark's
+        self._start = probe.rindex(inside)  # from the right: the byte before the tokens is their length, and may equal 0x5A
         self._head, self._tail = probe[: self._start], probe[self._start + len(inside) :]
         self._end, self._size = self._start + len(inside), len(probe)
 
@@ -132,7 +132,7 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     scheme, is_url, path = str(directory).partition(":/")  # pathlib turns two slashes into one
     if is_url and scheme.isalnum():
         url, copy = f"{scheme}://{path.lstrip('/')}", "aws s3 sync" if scheme == "s3" else "gcloud storage rsync -r"
-        raise UserError(f"{url}: training reads local folders: copy it first, such as with `{copy} {url} FOLDER`")
+        raise UserError(f"{url}: training reads local folders: copy it first, for example with `{copy} {url} FOLDER`")
     check_utf8(directory)
     directory = Path(directory)
     path = directory / MANIFEST
@@ -143,17 +143,17 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     if not path.is_file() and (packed := sorted(directory.glob("*.bin"))):
         first = next((file for file in packed if file.name.startswith("train")), packed[0])
         name = first.name.rpartition("_")[0] or first.stem
-        raise UserError(f"{directory}: holds .bin files: name what they begin with, such as {directory / name}")
+        raise UserError(f"{directory}: holds .bin files: give the start of their names, such as {directory / name}")
     if not path.is_file():
         raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.prepare`")
     again = "copy or prepare the data again"
     written = read_json(path, typing.TypedDict("Format", {"format": int}), again)["format"]
     if written != FORMAT:
-        raise UserError(f"{path}: is of format {written}, and this version reads format {FORMAT}; prepare the data again")
+        raise UserError(f"{path}: has format {written}, and this version reads format {FORMAT}; prepare the data again")
     manifest = read_json(path, Manifest, again)
     named = [file for split in manifest["splits"].values() for file in split["shards"]]
     if len({file["file"] for file in named}) < len(named) or any(file["blocks"] > file["bytes"] for file in named):
-        raise UserError(f"{path}: is damaged (a file twice, or more blocks than bytes); {again}")
+        raise UserError(f"{path}: is damaged (it lists a file twice, or more blocks than bytes); {again}")
     return manifest, sha256(path)
 
 
@@ -168,7 +168,7 @@ class Blocks:
     sha256: str | None = None
 
     def __init__(self, directory: str | Path, split: str):
-        """Raises UserError if the folder is not complete, is of another version or has no `split`."""
+        """Raises UserError if the folder is incomplete, has another format or has no `split`."""
         self.directory, self.split = Path(directory), split
         self.manifest, self.manifest_sha256 = read_manifest(directory)
         splits = self.manifest["splits"]
@@ -240,29 +240,29 @@ class Blocks:
         """Names of missing files; none for a prepared folder, where `__init__` checks every file of the manifest."""
         return []
 
-    def verify(self, read: Callable[[], None]) -> None:
-        """Reads all files, and calls `read` after each. Raises Damaged if a file's sha256 differs from the manifest's."""
+    def verify(self, after_file: Callable[[], None]) -> None:
+        """Reads all files, and calls `after_file` after each. Raises Damaged if a sha256 differs from the manifest's."""
         shards = self.manifest["splits"][self.split]["shards"]
-        for file, shard, checksum in zip(self._files, shards, self._checksums(read), strict=True):
+        for file, shard, checksum in zip(self._files, shards, self._checksums(after_file), strict=True):
             if checksum != shard["sha256"]:
                 raise Damaged(f"{file}: is not as it was prepared (its sha256 is {checksum}); copy or prepare the data again")
 
-    def _checksums(self, read: Callable[[], None]) -> Iterator[str]:
+    def _checksums(self, after_file: Callable[[], None]) -> Iterator[str]:
         with ThreadPoolExecutor(16) as pool:  # hashlib releases the GIL
             for checksum in pool.map(sha256, self._files):
-                read()
+                after_file()
                 yield checksum
 
     def _records(self, file: int, positions: list[int]) -> list[bytes]:
         reader = self._readers[file] or self._reader(file)
         try:
             return reader.read(positions)
-        except Exception as error:  # ArrayRecord's errors have no common type; find the record
+        except Exception as error:  # ArrayRecord's errors have no common type; below, find the record
             for position in positions:
                 try:
                     reader.read([position])
-                except Exception as one:
-                    raise self._damaged(file, position, one) from None
+                except Exception as record_error:
+                    raise self._damaged(file, position, record_error) from None
             raise self._damaged(file, positions[0], error) from None
 
     def _damaged(self, file: int, position: int, error: Exception) -> Damaged:
@@ -274,8 +274,8 @@ class Blocks:
             if self._readers[file] is None:
                 n, most = len(self._files), may_open(len(self._files))
                 if most < n:
-                    cure = "raise `ulimit -n`, or give a larger --shard-mb"
-                    raise UserError(f"{n:,} data files, and this process may open {most:,}: {cure}")
+                    remedy = "raise `ulimit -n`, or prepare the data with a larger --shard-mb"
+                    raise UserError(f"{n:,} data files, and this process may open {most:,}: {remedy}")
                 options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
                 try:
                     reader = array_record_module.ArrayRecordReader(
@@ -290,7 +290,7 @@ class Blocks:
 
 
 def may_open(n: int) -> int:
-    """How many of `n` files this process can hold open, beside 256 others; raises its limit (often 1,024) as far as allowed."""
+    """How many of `n` files this process may hold open, besides 256 others; raises the limit (often 1,024) if it can."""
     soft, hard = (
         math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )

@@ -66,9 +66,9 @@ def _check_apart(config: Config, opened: list[Blocks]) -> None:
 
 
 def eos_id(config: Config, sources: list[Blocks]) -> int:
-    """The token that separates documents: eos; or, for `data.document_mask` if some source lacks eos, `Bos`.
+    """The token that separates documents: eos; or `Bos`, for `data.document_mask` when a source has no eos.
 
-    Raises UserError if a source lacks the token. `data.eod_mask_loss` needs eos.
+    Raises UserError if a source has no such token. `data.eod_mask_loss` needs eos.
     """
     manifests, vocabulary = [blocks.manifest for blocks in sources], sources[0].manifest["tokenizer"]
     if all(manifest["eos"] for manifest in manifests) or not (config.data.document_mask or config.data.eod_mask_loss):
@@ -86,20 +86,20 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     """Path -> validation split, of the sources that have one."""
     named = zip(config.data.sources, sources, strict=True)
-    has = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
-    return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in has}
+    with_validation = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
+    return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in with_validation}
 
 
-def verify(config: Config, sources: list[Blocks], read: Callable[[], None] = lambda: None) -> list[str]:
+def verify(config: Config, sources: list[Blocks], after_file: Callable[[], None] = lambda: None) -> list[str]:
     """Reads and checks all files of `sources` if `data.verify`; returns a line on the time taken. Raises UserError.
 
-    `read`: called after each file, so that a process can show that it is at work.
+    `after_file`: called after each file, so that a process can show that it is alive.
     """
     if not config.data.verify:
         return []
     paths, started = [file for source in sources for file, _, _ in source.files()], time.perf_counter()
     for source in sources:
-        source.verify(read)
+        source.verify(after_file)
     size, seconds = sum(path.stat().st_size for path in paths) / 1e9, time.perf_counter() - started
     return [f"data.verify: {len(paths):,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
 
@@ -132,7 +132,7 @@ class Order:
         return int(self._samples[stage] + (batches - self._batches[stage]) * self._each[stage])
 
     def counts(self, step: int) -> np.ndarray:
-        """How many samples have come from each source by the end of a step [n_sources], without those left out."""
+        """How many samples each source has given by the end of a step [n_sources], without those of batches left out."""
         until = self._batch(step) + 1 if step else 0
         passed = self.left_out[self.left_out <= until]
         out = self.mixture.counts(self.samples(until))
@@ -142,7 +142,7 @@ class Order:
         return out
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [n], counted with those of batches left out -> (source [n], block [n])."""
+        """Sample indices [n], counted as if no batch were left out -> (source [n], block [n])."""
         source, k = self.mixture.locate(samples)
         epoch, position = np.divmod(k, np.asarray(self.sizes, np.int64)[source])
         block = np.empty_like(k)

@@ -28,7 +28,7 @@ CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32"
 WRITTEN = {"uint16": 8, "int32": 4}  # the codes that the original's builder uses for tokens
 MAPPED = 1 << 14  # files mapped at once, at most: Linux allows a process 65,530 maps, and the corpus has 430,000 files
 SAMPLES = 64, 4_096  # blocks searched for bos and eos (64 of 2,049 tokens have about 100 ends of documents)
-AHEAD = 256  # files whose headers one task of a thread reads
+AHEAD = 256  # headers that a thread reads in one task
 
 
 def files_of(path: str | Path, split: str = "train") -> list[Path]:
@@ -52,16 +52,16 @@ def files_of(path: str | Path, split: str = "train") -> list[Path]:
 def edges(blocks: Blocks) -> tuple[bool, bool, str]:
     """(whether every document begins with bos, whether each ends with eos, the counts in words) in `SAMPLES` blocks."""
     begins, ends = (blocks.manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
-    for sample in SAMPLES:  # a book's ends are far apart
+    for sample in SAMPLES:  # the large one is for books, whose ends are far apart
         indices = np.unique(np.linspace(0, len(blocks) - 1, sample).astype(np.int64))
         tokens, length = blocks.read(indices)
         inside = np.arange(blocks.seq_len) + 2 < length[:, None]  # not a block's last token: it may begin a file's padding
         bos, eos = (tokens[:, 1:] == begins) & inside & (begins != ends), (tokens[:, :-1] == ends) & inside
-        n, m, both = (int(hits.sum()) for hits in (bos, eos, bos & eos))
-        if n or m:
+        n_bos, n_eos, both = (int(hits.sum()) for hits in (bos, eos, bos & eos))
+        if n_bos or n_eos:
             break
-    seen = f"{n:,} bos and {m:,} eos, {both:,} of them together, in {len(indices):,} blocks of it"
-    return n > 0 and both == m, m > 0 and both == n, seen
+    counts = f"{n_bos:,} bos and {n_eos:,} eos, {both:,} of them together, in a sample of {len(indices):,} blocks"
+    return n_bos > 0 and both == n_eos, n_eos > 0 and both == n_bos, counts
 
 
 class Packed(Blocks):
@@ -128,14 +128,14 @@ class Packed(Blocks):
         return np.minimum(self.seq_len + 1, left).astype(np.int32)
 
     def missing(self) -> list[str]:
-        """Names of files that are missing between others; the original's builder numbers them from NAME_0000000000.bin."""
+        """Names that are missing between the files' numbers; the original's builder counts from NAME_0000000000.bin."""
         numbered = [match for file in self._files if (match := re.fullmatch(r"(.*_)(\d{10})\.bin", file.name))]
         pairs = itertools.pairwise((match[1], int(match[2])) for match in numbered)
         return [f"{name}{i:010d}.bin" for (before, a), (name, b) in pairs if before == name for i in range(a + 1, b)]
 
-    def verify(self, read: Callable[[], None]) -> None:
-        """Reads all files to compute `sha256` of all together, and calls `read` after each. A run records the hash."""
-        self.sha256 = hashlib.sha256("".join(self._checksums(read)).encode()).hexdigest()
+    def verify(self, after_file: Callable[[], None]) -> None:
+        """Reads all files, calls `after_file` after each, and sets `sha256` to a hash of them all, which a run records."""
+        self.sha256 = hashlib.sha256("".join(self._checksums(after_file)).encode()).hexdigest()
 
     def _padded(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
         rows = np.arange(len(tokens))
@@ -164,19 +164,19 @@ class Packed(Blocks):
 
 
 def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
-    """(dtype, tokens per file, the header of each). Raises UserError naming the first file that is cut or unlike the others."""
+    """(dtype, tokens per file, headers). Raises UserError naming the first file that is truncated or unlike the others."""
     with ThreadPoolExecutor(16) as pool:  # over a network 16 headers arrive in the time of one
-        parts = pool.map(lambda i: [_begin(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
-        begins = [begin for part in parts for begin in part]
-    right = None
-    for file, (header, size) in zip(files, begins, strict=True):
-        if (header, size) == right:
+        parts = pool.map(lambda i: [_header(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
+        headers = [header for part in parts for header in part]
+    checked = None
+    for file, (header, size) in zip(files, headers, strict=True):
+        if (header, size) == checked:
             continue
         if len(header) < HEADER.size:
             raise Damaged(f"{file}: is truncated: {size} bytes, and its header alone takes {HEADER.size}; copy it again")
         magic, version, code, chunk = HEADER.unpack(header)
         if magic != MAGIC:
-            raise Damaged(f"{file}: begins with {magic!r}, not {MAGIC!r}: is not a LITPKDS file, or damaged; move or copy it")
+            raise Damaged(f"{file}: begins with {magic!r}, not {MAGIC!r}: not LITPKDS, or damaged; move it or copy it again")
         if version != VERSION:
             raise Damaged(f"{file}: is of version {version}; only version {VERSION} is known")
         if CODES.get(code) not in WRITTEN:
@@ -184,17 +184,17 @@ def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
         dtype = np.dtype(CODES[code]).newbyteorder("<")
         if size != (whole := HEADER.size + chunk * dtype.itemsize) or not chunk:
             raise Damaged(f"{file}: has {size:,} bytes, and its header says {whole:,} ({chunk:,} tokens); copy it again")
-        if right is not None:
-            first = HEADER.unpack(right[0])
+        if checked is not None:
+            first = HEADER.unpack(checked[0])
             raise Damaged(
                 f"{file}: has {chunk:,} tokens of {CODES[code]}, and {files[0]} has {first[3]:,} of {CODES[first[2]]}; "
-                "all files of a source are alike: move those of another one away"
+                "all files of a source must have the same: move those of another source away"
             )
-        right = header, size
-    return dtype, chunk, [header for header, _ in begins]
+        checked = header, size
+    return dtype, chunk, [header for header, _ in headers]
 
 
-def _begin(path: Path) -> tuple[bytes, int]:
+def _header(path: Path) -> tuple[bytes, int]:
     try:
         with files.open_regular(path) as file:  # unbuffered: reads the header alone, of up to 430,000 files
             return file.raw.read(HEADER.size), os.fstat(file.fileno()).st_size

@@ -77,7 +77,7 @@ class Mixture:
             raise UserError(f"mixture weights must be positive: {weights}")
         self.n_sources = len(weights)
         in_samples = tuple(_in_samples(weight, tokens_per_sample) for weight in weights)
-        # later sources last: what begins later has no influence on the order before it
+        # sources that begin later come last: they do not change the order before they begin
         order = sorted(range(self.n_sources), key=lambda j: (_begin(in_samples[j]), j))
         self._root: _Split | int = _joined(order, _curves(in_samples))[1]
 
@@ -102,7 +102,7 @@ class Mixture:
         return out
 
     def same_until(self, other: Mixture, n: int) -> bool:
-        """Whether the first `n` samples of `other` are the same, if sources with the same index are."""
+        """Whether `other` gives the same first `n` samples from the same sources."""
         return _until(self._root, n) == _until(other._root, n)
 
     def _descend(self, node: _Split | int, n: np.ndarray, where: np.ndarray, source: np.ndarray, k: np.ndarray) -> None:
@@ -124,7 +124,7 @@ def _until(node: _Split | int, n: int) -> object:
     alive = [part for part in parts if part is not None]
     if len(alive) == 1:  # all went to one side
         return alive[0]
-    return [piece for piece in node.pieces if piece.begin < n], left, parts  # of a piece that begins at n only `left` counts
+    return [piece for piece in node.pieces if piece.begin < n], left, parts  # a piece that begins at n matters only in `left`
 
 
 def _curves(in_samples: tuple[_Knots, ...]) -> list[_Curve]:
@@ -144,7 +144,7 @@ def _curves(in_samples: tuple[_Knots, ...]) -> list[_Curve]:
 
 
 def _in_samples(weight: Weight, tokens_per_sample: int) -> _Knots:
-    """Knots at whole samples, never two at the same one: a jump takes one sample."""
+    """Knots at whole samples, never two at the same sample: a jump in weight takes one sample."""
     out: list[tuple[int, float]] = []
     for tokens, value in knots_of(weight):
         at = math.ceil(Fraction(str(tokens)) / tokens_per_sample)
@@ -153,7 +153,7 @@ def _in_samples(weight: Weight, tokens_per_sample: int) -> _Knots:
 
 
 def _begin(knots: _Knots) -> int:
-    """The sample from which on a weight is positive or grows."""
+    """The first sample at which a weight is positive or grows."""
     first = next(i for i, (_, weight) in enumerate(knots) if weight > 0)
     return knots[first - 1][0] if first else 0
 
@@ -190,10 +190,10 @@ def _floor(piece: _Piece, n: np.ndarray) -> np.ndarray:
 
 
 def _joined(sources: list[int], curves: list[_Curve]) -> tuple[_Curve, _Split | int]:
-    """The integral of what `sources` share, and their tree.
+    """(the integral of the total share of `sources`, their tree).
 
-    The left child takes the first 2^k sources, as many as leave at least one for the right child. So a source added at the end
-    changes nothing between the others.
+    The left child takes the first 2^k sources, for the largest k that leaves one for the right child. So a source added at the
+    end does not change how the others are split.
     """
     if len(sources) == 1:
         return curves[sources[0]], sources[0]

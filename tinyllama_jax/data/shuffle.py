@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 ROUNDS = 4  # a Luby-Rackoff cipher needs four; more do not make the order better
-SMALL = 1 << 14  # up to this size all positions are sorted by a hash: in a small domain the cipher leaves patterns
+SMALL = 1 << 14  # up to this size, positions are sorted by a hash: on few positions the cipher leaves patterns
 
 
 def permuted(position: np.ndarray, size: int, seed: int) -> np.ndarray:

@@ -17,14 +17,14 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, open_regular, read_json
 
 SPACE = "▁"  # U+2581, which stands for a space within SentencePiece's pieces
-PART = 2_048  # characters: encoding slows down with the length of a text (by a fifth at 16 k) and takes 50 bytes a character
-LONGEST = 1 << 20  # characters of a part at most; a longer text is cut, at white space if possible, and ids may change there
+PART = 2_048  # characters of a part: longer ones encode more slowly (by a fifth at 16 k) and take 50 bytes a character
+LONGEST = 1 << 20  # most characters of a part; a longer text is cut, at white space if possible, and ids may change there
 WINDOW = 32  # characters examined on each side of a cut
-# files of a folder that no id depends on, but that users of the model need
+# files in a tokenizer's folder that ids do not depend on, but that users of the model need
 BESIDE = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "vocab.json", "merges.txt")
 
 
-# the keys used of tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json
+# the keys that are read from tokenizer_config.json, special_tokens_map.json, tokenizer.json and a run's data.json
 class Token(typing.TypedDict):
     content: str
 
@@ -147,13 +147,13 @@ def load(path: str | Path) -> Tokenizer:
             if (difference := spm.difference(naming(path))) is None:
                 return spm
             if len(files) == 1:
-                cure = "add the tokenizer.json that Transformers' save_pretrained writes"
-                raise UserError(f"{path}: {difference}; {cure}")
+                remedy = "add the tokenizer.json that Transformers' save_pretrained writes"
+                raise UserError(f"{path}: {difference}; {remedy}")
     return HuggingFaceTokenizer(files[0], path)
 
 
 def documents_begin_with_bos(folder: Path) -> bool:
-    """Whether each document begins with bos: according to the data of a run, else to the tokenizer's files.
+    """Whether each document begins with bos: as the data of a run say, otherwise as the tokenizer's files say.
 
     `folder`: a run folder or a Hugging Face folder.
     """
@@ -209,7 +209,7 @@ class Tokenizer:
         if text:
             yield text
 
-    _skips_space = False  # whether a part drops the space at its start, because encoding adds it again
+    _skips_space = False  # whether a part leaves out the space at its start, because encoding adds one
 
     def _next_cut(self, text: str, start: int) -> int:
         """Where to cut the part of `text` that begins at `start`; 0 if not yet."""
@@ -219,13 +219,13 @@ class Tokenizer:
         return max(text.rfind("\n", start + 1, end), text.rfind(" ", end - PART, end), 0) or end
 
     def files(self) -> dict[str, Path]:
-        """Name in a folder -> file to copy: the files that `load` needs for the same tokenizer, and those that users need."""
+        """Name in a new folder -> file to copy: what `load` needs to read the same tokenizer, and what users need."""
         globs = ("tokenizer.model", "tokenizer.json", *NAMING, *BESIDE) if self._folder else ()
         paths = [path for glob in globs for path in self._folder.glob(glob) if path.is_file()]
         return {str(path.relative_to(self._folder)): path for path in paths} | {self.name: self.path}
 
     def save(self, folder: str | Path) -> None:
-        """Writes a new folder for `load`; it appears when it is complete. Raises UserError if it exists."""
+        """Writes a new folder for `load`, which appears when it is complete. Raises UserError if it exists."""
         folder = Path(folder)
         if folder.exists():
             raise UserError(f"{folder}: exists already; a tokenizer is saved into a new folder")
@@ -266,14 +266,14 @@ class SentencePieceTokenizer(Tokenizer):
         return self._sp.decode([int(i) for i in ids])
 
     def difference(self, named: Naming) -> str | None:
-        """How tokens, bos or eos of the JSON files beside the model differ from the model's; None if they do not."""
+        """How the tokens, bos or eos of the JSON files beside the model differ from the model's; None if they agree."""
         pieces = dict(zip(self._sp.id_to_piece(list(range(self.vocab_size))), range(self.vocab_size), strict=True))
         ours = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         if named.ids not in (None, pieces):
             return "tokenizer.json and tokenizer.model have different tokens"
         for name, token in named.tokens.items():
             if pieces.get(token, -1) != ours[name]:
-                return f"{name} is {token!r}, which tokenizer.model does not take for it"
+                return f"{name} is {token!r}, and tokenizer.model has another {name}"
         return _disagreement(named, pieces, "tokenizer.model")
 
     def _next_cut(self, text: str, start: int) -> int:
@@ -289,10 +289,10 @@ class SentencePieceTokenizer(Tokenizer):
         return cut
 
     def _merges_stop_at_spaces(self) -> bool:
-        """Whether no merge crosses the boundary between a character and a space after it.
+        """Whether no merge joins a character with a space after it.
 
-        True for BPE (its scores are ranks of merges, whole numbers) if no piece has a space after another character. Unigram
-        models add up scores over the whole text, so a cut can change their rounding.
+        True for BPE (whose scores are whole numbers, the ranks of merges) if no piece has a space after another character.
+        Unigram models add up scores over the whole text, so a cut can change their rounding.
         """
         ids = list(range(self._sp.vocab_size()))
         return (
@@ -327,14 +327,14 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             import tokenizers  # an optional dependency
         except ImportError:
-            raise UserError(f"{path}: reading a Hugging Face tokenizer takes `pip install tokenizers`") from None
+            raise UserError(f"{path}: reading a Hugging Face tokenizer needs `pip install tokenizers`") from None
         super().__init__(path, folder or path.parent)
         try:
             self._hf = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: is not a Hugging Face tokenizer: {str(error).splitlines()[0]}") from None
         if dropout := getattr(self._hf.model, "dropout", None):
-            raise UserError(f"{path}: has a dropout of {dropout:g}, so that a text has other ids each time; set it to null")
+            raise UserError(f"{path}: has a dropout of {dropout:g}, so a text gets different ids each time; set it to null")
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # as plain text

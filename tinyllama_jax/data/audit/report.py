@@ -1,10 +1,10 @@
-"""Looks through data sets for what is wrong with them, and draws what is in them.
+"""Checks data sets for faults, and draws what is in them.
 
     python -m tinyllama_jax.audit DIR... [--config CONFIG --section.key=value ...]
 
-DIR: what `prepare` wrote, or the beginning of LITPKDS files' names. Each finding is a line that names source, file and
-record; a page shows lengths, tokens and samples to read. With a config: which blocks each process would read, and whether each
-is read once an epoch. Exit code 0: nothing found; 4: something is wrong with the data; 2: a user's mistake.
+DIR: a folder that `prepare` wrote, or the start of LITPKDS files' names. Each finding is a line that names source, file and
+record; a page shows lengths, tokens and samples to read. With a config, it also says which blocks each process would read, and
+whether each is read once an epoch. Exit code 0: nothing found; 4: something is wrong with the data; 2: a user's mistake.
 """
 
 import base64
@@ -27,12 +27,12 @@ from tinyllama_jax.data import feed, litpkds
 from tinyllama_jax.data.audit.survey import OCTAVE, Findings, Survey, duplicates, name_of, survey
 from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged, read_manifest
 
-ALLOWED = ("duplicate", "overlap", "filling")  # can be: small corpora repeat themselves, and filling is left out
-SAMPLES = 1 << 29  # samples of a run whose order is looked at, at most: 1.1 x 10^12 tokens at S = 2048, a minute or two
+ALLOWED = ("duplicate", "overlap", "filling")  # may be harmless: small corpora repeat themselves; filling is not trained on
+SAMPLES = 1 << 29  # most samples of a run whose order is checked: 1.1 x 10^12 tokens at S = 2048, a minute or two
 
 
 def open_splits(path: str, seq_len: int, findings: Findings) -> list[Blocks]:
-    """The splits of the source at `path`; one that is damaged is a finding. Raises UserError if there is no such source."""
+    """The splits of the source at `path`; a damaged split is a finding. Raises UserError if there is no such source."""
     try:
         if packed := litpkds.files_of(path):
             splits = [s for s in ("train", "validation") if s == "train" or litpkds.files_of(path, s)]
@@ -45,14 +45,14 @@ def open_splits(path: str, seq_len: int, findings: Findings) -> list[Blocks]:
         return []
     opened = []
     for split in splits:
-        with _found(findings, f"{path} ({split})", Damaged):
+        with _as_finding(findings, f"{path} ({split})", Damaged):
             opened.append(litpkds.Packed(path, split, seq_len) if packed else Blocks(path, split))
     return opened
 
 
 @contextlib.contextmanager
-def _found(findings: Findings, source: str, kind: type[UserError]) -> Iterator[None]:
-    """Records an error of `kind`, or of the file system, that ends the `with` block as a finding, so that the audit goes on."""
+def _as_finding(findings: Findings, source: str, kind: type[UserError]) -> Iterator[None]:
+    """Turns an error of `kind`, or of the file system, in the `with` block into a finding, so that the audit continues."""
     try:
         yield
     except kind as error:
@@ -65,25 +65,25 @@ def _found(findings: Findings, source: str, kind: type[UserError]) -> Iterator[N
 
 
 def coverage(config: Config, sources: list[Blocks], processes: int, findings: Findings) -> list[str]:
-    """Lines on which blocks `processes`, each with one device, would read; one read twice or never in an epoch is a finding.
+    """Lines that say which blocks each of `processes` would read; a block read twice or never in an epoch is a finding.
 
-    Without `data.skip`, whose batches are left out. Looks at the first `SAMPLES` samples of the run.
+    Each process has one device. Checks the first `SAMPLES` samples of the run, as if there were no `data.skip`.
     """
     whole = dataclasses.replace(config, data=dataclasses.replace(config.data, skip=""))
     order, paths = feed.order(whole, sources), list(config.data.sources)
     total, at_once = config.train.tokens // config.model.seq_len, config.train.seqs_per_device
-    config.accumulation(processes)  # refused unless a step divides into them
+    config.accumulation(processes)  # raises UserError if they cannot share a step evenly
     n = min(total, SAMPLES)
     drawn, seen = np.zeros(len(sources), np.int64), [np.zeros(len(s), bool) for s in sources]
-    reads, begins = np.zeros((processes, len(sources)), np.int64), [[] for _ in range(processes)]
-    for first in _shown(range(0, n, 1 << 16), "ordering"):
+    reads, first_blocks = np.zeros((processes, len(sources)), np.int64), [[] for _ in range(processes)]
+    for first in _with_progress(range(0, n, 1 << 16), "ordering"):
         sample = np.arange(first, min(first + (1 << 16), n))
         source, block = order.locate(sample)
         reader = sample // at_once % processes  # as `feed.Steps` hands out the rows of a micro-batch
         np.add.at(reads, (reader, source), 1)
         for p in range(processes) if not first else ():
             own = np.flatnonzero(reader == p)[:4]
-            begins[p] = [f"{Path(paths[source[i]]).name} {block[i]:,}" for i in own]
+            first_blocks[p] = [f"{Path(paths[source[i]]).name} {block[i]:,}" for i in own]
         for j in np.unique(source):
             read = block[source == j]
             while len(read):
@@ -97,20 +97,20 @@ def coverage(config: Config, sources: list[Blocks], processes: int, findings: Fi
                     seen[j][:] = False
     lines = [f"order: the first {n:,} of {total:,} samples of the run" if n < total else f"order: all {n:,} samples of the run"]
     if config.data.skip:
-        lines[0] += f", those that data.skip={config.data.skip} leaves out among them"
+        lines[0] += f", including those that data.skip={config.data.skip} leaves out"
     for d, p, s in zip(drawn, paths, sources, strict=True):
-        many = f", and beyond {feed.MANY_EPOCHS} data are worth ever less" if d > feed.MANY_EPOCHS * len(s) else ""
+        many = f"; after {feed.MANY_EPOCHS} epochs, repeated data help less and less" if d > feed.MANY_EPOCHS * len(s) else ""
         lines.append(f"order: {d:,} from {p}, {d / len(s):.2f} epochs{many}")
     for p in range(processes):
         share = ", ".join(f"{reads[p, j]:,} of {Path(path).name}" for j, path in enumerate(paths))
-        lines.append(f"order: process {p} of {processes} reads {share}; first {', '.join(begins[p])}")
+        lines.append(f"order: process {p} of {processes} reads {share}; first {', '.join(first_blocks[p])}")
     return lines
 
 
 def _once(part: np.ndarray, seen: np.ndarray, epoch: str, blocks: Blocks, findings: Findings) -> None:
-    """Marks the blocks `part` as `seen`; those that are already, or come twice, are findings."""
+    """Marks the blocks `part` as `seen`; a block that is seen already, or comes twice, is a finding."""
     if part.min() < 0 or part.max() >= len(seen):
-        findings.add("coverage", name_of(blocks), f"{epoch}: block {part.max():,} of {len(seen):,} is asked for")
+        findings.add("coverage", name_of(blocks), f"{epoch}: block {part.max():,} is read, and there are only {len(seen):,}")
         part = part[(part >= 0) & (part < len(seen))]
     values, times = np.unique(part, return_counts=True)
     again = values[(times > 1) | seen[values]]
@@ -122,7 +122,7 @@ def _once(part: np.ndarray, seen: np.ndarray, epoch: str, blocks: Blocks, findin
 
 
 def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[str], n_samples: int) -> str:
-    """All of it as one HTML file, its pictures inside."""
+    """The whole audit as one HTML file that contains its pictures."""
     items = lambda rows: "<ul>" + "".join(f"<li>{html.escape(row)}</li>" for row in rows) + "</ul>"
     parts = [f"<h1>{verdict}</h1>", items(findings), items(lines)]
     for surveyed in surveys:
@@ -141,7 +141,7 @@ def page(surveys: list[Survey], lines: list[str], verdict: str, findings: list[s
 
 
 def draw(surveyed: Survey) -> bytes:
-    """A PNG: how long blocks and documents are, and how often tokens come."""
+    """A PNG with the lengths of blocks and documents, and how often each token occurs."""
     from matplotlib.figure import Figure  # half a second, which a mistaken command need not wait for
 
     figure = Figure(figsize=(13, 3.5), layout="constrained")
@@ -178,22 +178,22 @@ def audit(
     samples: int = 3,
     allow: tuple[str, ...] = (),
 ) -> list[str]:
-    """Looks at the sources in `paths`, prints what it finds and writes the page; returns the findings. Raises UserError.
+    """Checks the sources in `paths`, prints what is wrong and writes the page; returns the findings. Raises UserError.
 
-    `seq_len`: S of LITPKDS files, which do not say it. `samples`: blocks of each split to show as text. `allow`: of `ALLOWED`,
-    what is told and is not wrong.
+    `seq_len`: S of LITPKDS files, which do not record it. `samples`: blocks of each split to show as text. `allow`: kinds of
+    finding, from `ALLOWED`, that are only warnings.
     """
     findings, began = Findings(), time.perf_counter()
     opened = [blocks for path in paths for blocks in open_splits(path, seq_len, findings)]
     surveys, lines = [], []
     with _progress(sum(map(len, opened)), "reading") as advance:
         for blocks in opened:
-            with _found(findings, name_of(blocks), UserError):
+            with _as_finding(findings, name_of(blocks), UserError):
                 surveys.append(survey(blocks, findings, advance))
     if surveys:
         n = duplicates(surveys, findings)
-        lines += [f"{wrong.name}: {wrong.summary()}" for wrong in surveys] + [f"{n:,} blocks are there a second time"]
-    seconds, tokens = time.perf_counter() - began, sum(wrong.tokens for wrong in surveys)
+        lines += [f"{surveyed.name}: {surveyed.summary()}" for surveyed in surveys] + [f"{n:,} duplicate blocks"]
+    seconds, tokens = time.perf_counter() - began, sum(surveyed.tokens for surveyed in surveys)
     lines.append(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} a second")
     if config is not None:
         try:
@@ -201,7 +201,7 @@ def audit(
         except UserError as error:
             if not findings.lines:
                 raise
-            lines.append(f"order: was not looked at: {error}")
+            lines.append(f"order: not checked: {error}")
     wrong, allowed = findings.all(allow)
     n = sum(times for (kind, _), times in findings.times.items() if not kind.startswith(allow))
     verdict = f"{n:,} finding{'s' * (n > 1)}" if wrong else "nothing wrong found"
@@ -213,7 +213,7 @@ def audit(
     return wrong
 
 
-def _shown(items: range, what: str) -> Iterator[int]:
+def _with_progress(items: range, what: str) -> Iterator[int]:
     with _progress(len(items), what) as advance:
         for item in items:
             yield item
@@ -222,7 +222,7 @@ def _shown(items: range, what: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A line on the terminal, if there is one."""
+    """A progress bar, if standard error is a terminal."""
     console = rich.console.Console(stderr=True)
     columns = what, rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn()
     with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""What one pass over a data set finds in it, and what is wrong with that: see audit.py."""
+"""One pass over a data set, which counts what is in it and finds what is wrong: see audit.py."""
 
 import contextlib
 import hashlib
@@ -12,33 +12,33 @@ from tinyllama_jax.data import litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged
 
-MOST = 10  # lines on one kind of finding in one source; the others are counted
-AT_ONCE = 1 << 22  # tokens in memory
-OCTAVE = 4  # bins of document lengths to a factor of two
+MOST = 10  # lines printed for one kind of finding in one source; the others are counted
+AT_ONCE = 1 << 22  # tokens read into memory at once
+OCTAVE = 4  # bins of document lengths per factor of two
 
 
 class Findings:
-    """Lines on what is wrong; beyond `MOST` of a kind in a source they are only counted."""
+    """Lines that say what is wrong; more than `MOST` of a kind in a source are only counted."""
 
     def __init__(self):
         self.lines: list[tuple[str, str]] = []  # kind and line
         self.times: Counter = Counter()
 
     def add(self, kind: str, source: str, line: str, times: int = 1) -> None:
-        """One more, or `times` more of which `line` tells one."""
+        """Adds `times` findings of a kind, of which `line` describes one."""
         if self.times[kind, source] < MOST:
             self.lines.append((kind, f"{source}: {line}"))
         self.times[kind, source] += times
 
     def add_blocks(self, kind: str, blocks: Blocks, indices: np.ndarray, what: Callable[[int], str]) -> None:
-        """One for each of the blocks `indices`, of which `what` gives the line's end (of the i-th of them)."""
+        """Adds a finding for each block of `indices`; `what(i)` says what is wrong with the i-th of them."""
         for i, index in enumerate(indices[:MOST]):
             file, record = blocks.place(int(index))
             self.add(kind, name_of(blocks), f"{file.name}, record {record}: {what(i)}")
         self.times[kind, name_of(blocks)] += max(len(indices) - MOST, 0)
 
     def all(self, allowed: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
-        """Everything to print: what is wrong, and what is of a kind that begins with one of `allowed`."""
+        """All lines to print: (of what is wrong, of kinds that begin with one of `allowed`)."""
         more = [(kind, f"{source}: {kind}: {n - MOST:,} more") for (kind, source), n in self.times.items() if n > MOST]
         sorted_out: tuple[list[str], list[str]] = [], []
         for kind, line in self.lines + more:
@@ -47,12 +47,12 @@ class Findings:
 
 
 def name_of(blocks: Blocks) -> str:
-    """How lines call a split of a source."""
+    """The name of a split of a source in findings."""
     return f"{blocks.directory} ({blocks.split})"
 
 
 class Survey:
-    """What one pass over a split found."""
+    """What one pass over a split counts."""
 
     def __init__(self, blocks: Blocks, findings: Findings):
         self.blocks, self.findings, self.name = blocks, findings, name_of(blocks)
@@ -60,16 +60,14 @@ class Survey:
         self.vocab_size, self.bos, self.eos = (vocabulary[key] for key in ("vocab_size", "bos_id", "eos_id"))
         self.tokenizer = tokenizer_lib.load(blocks.tokenizer)
         if self.tokenizer.sha256 != vocabulary["sha256"]:
-            findings.add("tokenizer", self.name, f"{blocks.tokenizer}: is another tokenizer than the manifest's")
+            findings.add("tokenizer", self.name, f"{blocks.tokenizer}: is not the manifest's tokenizer")
         elif (size := self.tokenizer.vocab_size) != self.vocab_size:
-            findings.add(
-                "tokenizer", self.name, f"{MANIFEST}: speaks of {self.vocab_size:,} pieces; the tokenizer has {size:,}"
-            )
-        self.apart = {self.bos: "bos", self.eos: "eos"}  # what never stands twice in a row
-        self.edges = sum(self.manifest[name] for name in ("bos", "eos")) if self.bos == self.eos else 1  # to a document
+            findings.add("tokenizer", self.name, f"{MANIFEST}: says {self.vocab_size:,} pieces; the tokenizer has {size:,}")
+        self.apart = {self.bos: "bos", self.eos: "eos"}  # ids that never come twice in a row
+        self.edges = sum(self.manifest[name] for name in ("bos", "eos")) if self.bos == self.eos else 1  # per document
         if self.edges == 2:
             self.apart = {}
-        if self.tokenizer.decode([0]).strip(" ⁇") == "":  # else it is a character, which text may repeat
+        if self.tokenizer.decode([0]).strip(" ⁇") == "":  # otherwise it is a character, which text may repeat
             self.apart.setdefault(0, "0")
         self.apart.pop(-1, None)
         self.tokens = self.damaged = self.filling = 0
@@ -78,10 +76,10 @@ class Survey:
         self.documents = np.zeros(64 * OCTAVE, np.int64)  # by length
         self.open = 0  # tokens since a document last began
         self.first: dict[int, int] = {}  # bos and eos -> the block that first has it
-        self.hashes = np.zeros(len(blocks), np.uint64)  # of each block; 0: of none
+        self.hashes = np.zeros(len(blocks), np.uint64)  # of each block; 0: damaged or empty
 
     def read(self, first: int, end: int) -> None:
-        """Takes in the blocks [first, end); those that are damaged are findings."""
+        """Reads and counts the blocks [first, end); damaged blocks are findings."""
         indices = np.arange(first, end)
         try:
             tokens, length = self.blocks.read(indices)
@@ -100,11 +98,11 @@ class Survey:
         hashed = [hashlib.blake2b(row[:n], digest_size=8).digest() for row, n in zip(tokens, length.tolist(), strict=True)]
         self.hashes[indices] = np.where(length > 0, np.frombuffer(b"".join(hashed), np.uint64), 0)
         if isinstance(self.blocks, litpkds.Packed):
-            self._look_at_filling(indices, length)
+            self._count_filling(indices, length)
         flat = tokens.ravel() if (length == tokens.shape[1]).all() else tokens[np.arange(tokens.shape[1]) < length[:, None]]
-        self._look_at(flat, np.cumsum(length), indices)
+        self._count(flat, np.cumsum(length), indices)
 
-    def _look_at(self, flat: np.ndarray, ends: np.ndarray, indices: np.ndarray) -> None:
+    def _count(self, flat: np.ndarray, ends: np.ndarray, indices: np.ndarray) -> None:
         """`flat`: all tokens. `ends`: where each of the blocks `indices` ends in them."""
         self.tokens += len(flat)
         outside = (flat >= self.vocab_size) | (flat < 0)
@@ -138,34 +136,34 @@ class Survey:
             self.documents += np.bincount((np.log2(lengths) * OCTAVE).astype(int), minlength=len(self.documents))
         self.open = size - int(edges[-1]) if edges.size else self.open + size
 
-    def _look_at_filling(self, indices: np.ndarray, length: np.ndarray) -> None:
-        """Looks at blocks of one file that end in filling. An export fills up its last file; in any other it is a finding."""
+    def _count_filling(self, indices: np.ndarray, length: np.ndarray) -> None:
+        """Counts the filling in blocks of one file. An export fills up its last file; filling in another is a finding."""
         filling = self.blocks.stored(indices) - length
         rows = np.flatnonzero(filling)
         if rows.size and self.blocks.place(int(indices[-1]))[0] != self.blocks.place(len(self.blocks) - 1)[0]:
             file, record = self.blocks.place(int(indices[rows[0]]))
-            line = f"{file.name}, record {record}: is the first of {rows.size:,} blocks that end in bos or eos over and over"
-            line += f", {filling.sum():,} in all, left out when they are read"
+            line = f"{file.name}, record {record}: is the first of {rows.size:,} blocks that end in repeated bos or eos"
+            line += f", {filling.sum():,} in all, which are not trained on"
             self.findings.add("filling (the original's issue #83)", self.name, line)
         self.filling += int(filling.sum())
 
     def n_documents(self) -> int:
-        """Counts the documents by their eos or bos. One that is cut at the end of the split (a book's, say) counts in both."""
+        """The number of documents, by their eos or bos. A document that is cut between two splits counts in both."""
         edge = self._edge()
         cut = self.manifest["eos"] and self.open > 0
         return int(self.counts_V[edge]) // self.edges + cut if edge is not None else 0
 
     def compare(self) -> None:
-        """Looks for what is not as the manifest says."""
-        packed, says = isinstance(self.blocks, litpkds.Packed), self.manifest["splits"][self.blocks.split]
+        """Adds a finding for each count that differs from the manifest."""
+        packed, listed = isinstance(self.blocks, litpkds.Packed), self.manifest["splits"][self.blocks.split]
         add = lambda kind, where, line: self.findings.add(kind, self.name, f"{where}: {line}")
         # blocks were held out instead of documents (`last_blocks_of_train`): documents of --train reach into them
         cut = any(split.get("blocks") and not split.get("documents", 1) for split in self.manifest["splits"].values())
-        for id_ in {self.bos, self.eos} - {-1}:  # can be the same
+        for id_ in {self.bos, self.eos} - {-1}:  # the two may be the same
             names = [name for name in ("bos", "eos") if self.manifest["tokenizer"][f"{name}_id"] == id_]
-            name, a_document, counted = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
+            name, per_document, counted = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
             guessed = packed and not (self.manifest["bos"] or self.manifest["eos"])  # a sample showed neither
-            if not a_document and counted and not guessed:
+            if not per_document and counted and not guessed:
                 file, record = self.blocks.place(self.first[id_])
                 add(
                     f"{name} policy",
@@ -173,26 +171,26 @@ class Survey:
                     f"is the first of {counted:,} {name} ({id_}); there should be none",
                 )
             elif id_ == self.eos and packed and not self.manifest["bos"] and not counted:
-                add(f"{name} policy", "all files", f"have no {name} ({id_}), which should stand at each document's end")
-            elif a_document and not (packed or cut or self.damaged) and counted != a_document * says["documents"]:
-                should = f"{says['documents']:,} documents, each with {name} ({id_})"
-                add(f"{name} policy", MANIFEST, f"speaks of {should}; there are {counted:,}")
-        if not packed and not self.damaged and self.tokens != says["tokens"]:
-            add("counts", MANIFEST, f"speaks of {says['tokens']:,} tokens; there are {self.tokens:,}")
+                add(f"{name} policy", "all files", f"have no {name} ({id_}), which should end each document")
+            elif per_document and not (packed or cut or self.damaged) and counted != per_document * listed["documents"]:
+                should = f"{listed['documents']:,} documents, each with {name} ({id_})"
+                add(f"{name} policy", MANIFEST, f"says {should}; there are {counted:,}")
+        if not packed and not self.damaged and self.tokens != listed["tokens"]:
+            add("counts", MANIFEST, f"says {listed['tokens']:,} tokens; there are {self.tokens:,}")
 
     def summary(self) -> str:
-        """What is in it, in a line."""
+        """The counts in one line."""
         n, real = self.n_documents(), self.tokens / max(len(self.blocks) * (self.blocks.seq_len + 1), 1)
         mean = f", {self.tokens / n:,.0f} tokens each" if n else ""
         filling = f"; {self.filling:,} tokens of filling left out" if self.filling else ""
-        return f"{len(self.blocks):,} blocks, {self.tokens:,} tokens ({real:.2%} of what fits), {n:,} documents{mean}{filling}"
+        return f"{len(self.blocks):,} blocks, {self.tokens:,} tokens ({real:.2%} full), {n:,} documents{mean}{filling}"
 
     def text(self, ids: np.ndarray) -> str:
         """The text of those ids that the tokenizer knows."""
         return self.tokenizer.decode(ids[(ids >= 0) & (ids < self.tokenizer.vocab_size)].tolist())
 
     def samples(self, n: int) -> list[tuple[str, str]]:
-        """`n` blocks at random: (where, the beginning of its text, documents apart)."""
+        """`n` random blocks: (place, the beginning of the text, with a line between documents)."""
         chosen, out = np.random.default_rng(0).choice(len(self.blocks), min(n, len(self.blocks)), replace=False), []
         for index in sorted(chosen.tolist()):
             file, record = self.blocks.place(index)
@@ -205,27 +203,27 @@ class Survey:
 
 
 def survey(blocks: Blocks, findings: Findings, advance: Callable[[int], None]) -> Survey:
-    """Reads all of a split, and all bytes of its files; calls `advance` with the number of blocks read since it last did."""
+    """Reads all of a split, and all bytes of its files; calls `advance` with the number of blocks read since the last call."""
     surveyed = Survey(blocks, findings)
     entries = blocks.manifest["splits"][blocks.split].get("shards", ())
     checksums = {entry["file"]: entry["sha256"] for entry in entries}
     step = max(AT_ONCE // (blocks.seq_len + 1), 1)
     for file, first, last in blocks.files():
-        if file.name in checksums and sha256(file) != checksums[file.name]:  # reading it here leaves it in the page cache
+        if (
+            file.name in checksums and sha256(file) != checksums[file.name]
+        ):  # read now, it stays in the page cache for the blocks
             findings.add("checksums", surveyed.name, f"{file.name}: is not the file that was written (sha256)")
         for start in range(first, last, step):
             surveyed.read(start, min(start + step, last))
             advance(min(start + step, last) - start)
     surveyed.compare()
     if gone := blocks.missing():
-        findings.add(
-            "missing files", surveyed.name, f"by its number there should be {gone[0]}; {len(gone):,} such files in all"
-        )
+        findings.add("missing files", surveyed.name, f"{gone[0]} is missing from the numbered files; {len(gone):,} are missing")
     return surveyed
 
 
 def duplicates(surveys: list[Survey], findings: Findings) -> int:
-    """Finds blocks that are there twice, in whatever source or split; returns how many. 24 bytes of memory a block."""
+    """Finds duplicate blocks within and between sources and splits; returns how many. Takes 24 bytes of memory a block."""
     hashes = np.concatenate([s.hashes for s in surveys])
     ordered = np.sort(hashes)
     again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])

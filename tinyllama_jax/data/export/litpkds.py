@@ -28,14 +28,14 @@ def write(
 ) -> tuple[int, int]:
     """Writes FOLDER/PREFIX_0000000000.bin, ... of `chunk` tokens each, from consecutive arrays of any length.
 
-    `fill`: the token that pads the last file; None: the last file is not written, even if full, as in the original's last
-    version. Returns (files written, tokens in all, those of an unwritten last file included).
+    `fill`: the token that pads the last file; None: the last file is not written, even if it is full, as in the original's last
+    version. Returns (files written, tokens in all, including those of a last file that is not written).
     """
     folder, buffer, at, files, n = Path(folder), np.empty(chunk, f"<{np.dtype(dtype).str[1:]}"), 0, 0, 0
     header = HEADER.pack(MAGIC, VERSION, WRITTEN[dtype], chunk)
     for part in tokens:
         n += len(part)
-        while len(part) > chunk - at:  # a full file is written when another token follows
+        while len(part) > chunk - at:  # a full file is written only when another token follows
             buffer[at:], part, at = part[: chunk - at], part[chunk - at :], 0
             (folder / f"{prefix}_{files:010d}.bin").write_bytes(header + buffer.tobytes())
             files += 1
@@ -58,7 +58,7 @@ def stream(blocks: Blocks) -> Iterator[np.ndarray]:
 def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHUNK, tail: str = "fill") -> list[Path]:
     """Writes one split of a prepared data set as LITPKDS files, and its tokenizer beside them. Returns the files.
 
-    They appear when all are written. `tail`: whether to "fill" or "drop" the last file. Raises UserError.
+    The files appear when all are written. `tail`: whether to "fill" or "drop" the last file. Raises UserError.
     """
     blocks = Blocks(source, split)
     vocabulary = blocks.manifest["tokenizer"]
@@ -86,13 +86,13 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
         dtype = "uint16" if vocabulary["vocab_size"] < 65_500 else "int32"  # as the original's builder chooses
         n_files, n = write(stream(blocks), folder, prefix, chunk, dtype, vocabulary["bos_id"] if tail == "fill" else None)
         if not n_files:
-            cure = f"say --tail fill, or a --chunk-size below {n:,}"
-            raise UserError(f"--tail drop: would drop all {n:,} tokens, which do not fill one file; {cure}")
+            remedy = f"say --tail fill, or a --chunk-size below {n:,}"
+            raise UserError(f"--tail drop: would drop all {n:,} tokens, which do not fill one file; {remedy}")
         files.settle(folder)
         _move(place, folder, output)
-    apart = n_files * chunk - n
-    end = "bos fill up the last one" if apart >= 0 else "tokens at the end are dropped (--tail fill keeps them)"
-    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {abs(apart):,} {end}")
+    missing = n_files * chunk - n
+    end = "bos fill up the last one" if missing >= 0 else "tokens at the end are dropped (--tail fill keeps them)"
+    print(f"{output / prefix}: {n:,} tokens in {n_files:,} files of {chunk:,}; {abs(missing):,} {end}")
     return _numbered(output, prefix)
 
 
@@ -102,7 +102,7 @@ def _numbered(output: Path, prefix: str) -> list[Path]:
 
 
 def _move(place: Path, folder: Path, output: Path) -> None:
-    """Moves all files of `folder` to `output`, or none. After a kill, `place` still has the list of moved files."""
+    """Moves all files of `folder` to `output`, or none. If it is killed, `place` still has the list of moved files."""
     names = sorted(os.listdir(folder))
     files.write(place / MOVED, json.dumps({name: _identity(folder / name) for name in names}))
     try:
@@ -114,7 +114,7 @@ def _move(place: Path, folder: Path, output: Path) -> None:
 
 
 def _take_back(place: Path, output: Path) -> None:
-    """Removes the files that a `_move` put into `output`, as listed in `place`, unless they have been written since."""
+    """Removes the files that `_move` put into `output`, as listed in `place`, unless they have been overwritten since."""
     record = place / MOVED
     for name, identity in (files.read_json(record, dict[str, list[int]]) if record.is_file() else {}).items():
         if (file := output / Path(name).name).is_file() and _identity(file) == identity:

@@ -1,12 +1,12 @@
 """Writes a tokenizer as tokenizer.json and tokenizer_config.json, with which Transformers gives the ids of training.
 
-Transformers' own readers of `tokenizer.model` give other ids (no dummy prefix before a space, merges in another order). So this
+Transformers' own readers of `tokenizer.model` give other ids (no dummy prefix before a space, another order of merges). So this
 file writes a tokenizer.json itself, and `check` compares ids. How a tokenizer.json expresses SentencePiece's rules:
 
 | SentencePiece                                   | tokenizer.json                                            |
 |-------------------------------------------------|-----------------------------------------------------------|
-| the pair that makes the best-scored piece joins | `merges`: each way to cut a piece in two, by score        |
-| unigram                                         | model: `Unigram`; pieces outside of texts score `NEVER`   |
+| pairs join in order of their piece's score      | `merges`: each way to cut a piece in two, by score        |
+| unigram                                         | model: `Unigram`; pieces that no text has score `NEVER`   |
 | a normalisation rule such as nmt_nfkc           | normalizer: `Precompiled`, which knows fewer combinations |
 | `remove_extra_whitespaces`                      | normalizer: three `Replace`                               |
 | `add_dummy_prefix`, but not on an empty text    | normalizer: `Prepend` ▁                                   |
@@ -33,10 +33,10 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
 from tinyllama_jax.data.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, processors
 
-# sentencepiece_model.proto: kinds of a piece, and the kinds of model that a tokenizer.json can express
+# sentencepiece_model.proto: the kinds of piece, and the kinds of model that a tokenizer.json can express
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
-# this class uses tokenizer.json unchanged; LlamaTokenizer and others would replace its normalizer
+# this class of Transformers uses tokenizer.json unchanged; LlamaTokenizer and others replace its normalizer
 AS_WRITTEN = "PreTrainedTokenizerFast"
 # Llama takes no token_type_ids
 PLAIN = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
@@ -46,7 +46,7 @@ TEXTS = (  # separated by ¦
     "naïve e\u0301 n\u0303¦日本語、한국어 你好。¦नमस्ते שלום¦👩‍👩‍👧 👍🏽 🇨🇭¦▁ a▁b ▁▁¦a\0b\x01\x7f¦3.14 1,000¦\ufeffx¦"
     "<s>a</s> b<unk>¦<|im_start|>user\n<|im_end|>¦[INST] <0x0A> [PAD]¦ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ\u00a0x"
 ).split("¦")
-NEVER = -1e6  # score of a piece that must never be chosen: any other spelling of it scores better
+NEVER = -1e6  # score of a piece that must never be chosen: any other way to write its text scores better
 
 
 class Piece(NamedTuple):
@@ -151,11 +151,11 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
     unused = [piece.text for piece in pieces if piece.kind == UNUSED]
     for refused, what, remedy in (
         (model_type not in (UNIGRAM, BPE), f"is a {'word' if model_type == 3 else 'character'} model", "model_type=bpe"),
-        (denormalizer.get(2), "changes text again when it decodes", "no denormalization_rule_tsv"),
+        (denormalizer.get(2), "changes the text when it decodes", "no denormalization_rule_tsv"),
         (not normalizer.get(5, 1), "does not escape spaces", "escape_whitespaces=true"),
         (trainer.get(24), "puts the space after a word", "treat_whitespace_as_suffix=false"),
-        (odd, f"has user-defined symbols that its normalisation changes, {min(odd, default='')!r} among them", "others"),
-        (unused, f"has {len(unused)} unused pieces, {min(unused, default='')!r} among them", "no such pieces"),
+        (odd, f"has user-defined symbols that its normalisation changes, {min(odd, default='')!r} among them", "other symbols"),
+        (unused, f"has {len(unused)} unused pieces, {min(unused, default='')!r} among them", "no unused pieces"),
         (tied, f"has pieces of equal score, {min(tied, default='')!r} among them", "model_type=bpe, which ranks them"),
     ):
         if refused:
@@ -166,8 +166,8 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """Each way to cut a piece into two pieces, best score first; at equal scores the longest piece and left part first.
 
     At equal scores SentencePiece joins the leftmost pair in the text. In a run of spaces, whose pieces share one score in
-    Llama 2, the first piece then grows space by space to the longest one; "the longest first" has the same effect. So it has
-    among the cuts of one piece: joining from the left leaves long parts left of short ones ("aaa": "aa" + "a").
+    Llama 2, the first piece then grows space by space to the longest one; "longest piece first" has the same effect. Among the
+    cuts of one piece so has "longest left part first": joining from the left gives "aaa" as "aa" + "a".
     """
     rank = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     cuts = [
@@ -180,7 +180,7 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def tokenizer_json(model: SentencePiece, add_bos: bool) -> dict:
-    """The contents of tokenizer.json. `add_bos`: texts get bos in front unless the caller turns it off."""
+    """The contents of tokenizer.json. `add_bos`: each text begins with bos, unless the caller turns that off."""
     strip = model.add_dummy_prefix or model.remove_extra_whitespaces
     decoders = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     symbols = sorted((p.text for p in model.pieces if p.kind == USER_DEFINED), key=len, reverse=True)
@@ -281,7 +281,7 @@ def export(tokenizer: Tokenizer, folder: Path, add_bos: bool, seq_len: int) -> N
     `seq_len`: the longest text. Raises UserError if no tokenizer.json can give these ids.
     """
     if add_bos and tokenizer.bos_id < 0:
-        raise UserError(f"{tokenizer.path}: has no bos, but the data was written with one in front of each document")
+        raise UserError(f"{tokenizer.path}: has no bos, but in the training data each document begins with bos")
     tokenizer.copy(folder)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         bos, eos = tokenizer.names
@@ -340,14 +340,14 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
     except ImportError:
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of one release about others
+        warnings.simplefilter("ignore")  # one release warns about others
         try:
             loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many types
+        except Exception as error:  # Transformers raises many types
             raise UserError(f"Transformers cannot load the exported tokenizer: {str(error).splitlines()[0]}{REMEDY}") from error
         special = [loaded.convert_ids_to_tokens(id_) for id_ in (bos, eos) if id_ >= 0]
         for text in (*TEXTS, "".join(f" x{token}\n{token}y" for token in special)):
-            got = loaded(text, split_special_tokens=True, verbose=False)["input_ids"]  # quiet about texts that are too long
+            got = loaded(text, split_special_tokens=True, verbose=False)["input_ids"]  # no warning about long texts
             want = [bos] * add_bos + encode(text)
             if got != want:
                 what = f"gives {text!r} the ids {got[:20]}, and training gave it {want[:20]}"

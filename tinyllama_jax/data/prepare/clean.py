@@ -1,7 +1,7 @@
-"""What a document must be like to be kept, and what is replaced in it: filters and scrubbing. Runs in the workers.
+"""Filters that drop documents, and scrubbing, which replaces patterns in them. Runs in the workers.
 
-A filter looks at no more than the first `HEAD` characters (a length and a Python function: at all), so that a document of any
-size takes bounded memory.
+A filter reads only the first `HEAD` characters, so that memory stays bounded for a document of any size. `length` counts all
+characters, and `python` gets the whole text.
 """
 
 import functools
@@ -23,10 +23,10 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.prepare import store
 from tinyllama_jax.data.prepare.store import Place
 
-HEAD = 1 << 20  # characters of a document that filters look at, and that --keep-dropped keeps
-WHOLE = 1 << 27  # characters of a document that a Python function can be given
-SAMPLE = 1 << 16  # characters that say which language it is
-CHUNK, LONGEST = 1 << 20, 1 << 24  # characters of a document at once; held beyond them to look for a line's end
+HEAD = 1 << 20  # characters of a document that filters read, and that --keep-dropped keeps
+WHOLE = 1 << 27  # most characters of a document that a Python function can get
+SAMPLE = 1 << 16  # characters from which the language is detected
+CHUNK, LONGEST = 1 << 20, 1 << 24  # characters of a chunk; most characters after them that are searched for a line's end
 FILTERS = {
     "length": "length:MINIMUM:MAXIMUM (characters; empty: no limit)",
     "language": "language:CODE:MINIMUM (share of the text, 0 to 1)",
@@ -35,23 +35,23 @@ FILTERS = {
     "fasttext": "fasttext:MODEL.bin:LABEL:MINIMUM (probability, 0 to 1)",
 }
 LIBRARIES = {"language": "pycld2", "minhash": "datasketch"}
-# Rae et al. 2021 (Gopher), table A1: the most of a document's lines that repeat another, of its characters in them, and of
-# its characters in the most frequent n-gram of words. Their rules of paragraphs and of repeated 5- to 10-grams are not here.
+# Rae et al. 2021 (Gopher), table A1: largest shares of lines that repeat another line, of characters in such lines, and of
+# characters in the most frequent n-gram of words. Their rules for paragraphs and for repeated 5- to 10-grams are left out.
 LINES, LINE_CHARACTERS, TOP_NGRAM = 0.30, 0.20, {2: 0.20, 3: 0.18, 4: 0.16}
 
 
 class Filter(NamedTuple):
-    """A filter as it was asked for; `content` is a Python file's text, since workers elsewhere have not the file."""
+    """One --filter; `content` is the text of a Python file, which workers on other machines may not have."""
 
     spec: str
     name: str
     arguments: tuple
-    sha256: str = ""  # of the file that it needs, so that another one is another job
+    sha256: str = ""  # of the file that it needs: with another file the output may differ
     content: str = ""
 
 
 class Scrub(NamedTuple):
-    """A pattern that is replaced; a match that `keep` is true of (given the text before it, too) stays."""
+    """A pattern to replace; a match stays if `keep(text before it, match)` is true."""
 
     name: str
     pattern: str
@@ -60,7 +60,7 @@ class Scrub(NamedTuple):
 
 
 class Cleaning(NamedTuple):
-    """All that can be asked for. Can be pickled."""
+    """All options of cleaning. Can be pickled."""
 
     filters: tuple[Filter, ...] = ()
     scrubs: tuple[Scrub, ...] = ()
@@ -69,19 +69,19 @@ class Cleaning(NamedTuple):
     keep: Place | None = None  # folder for what is dropped
 
     def settings(self) -> dict:
-        """What makes another data set of the same input; empty if there is nothing."""
+        """The settings that the output depends on; empty without cleaning."""
         filters = [filter_.spec + (f" sha256:{filter_.sha256}" if filter_.sha256 else "") for filter_ in self.filters]
         out = {"filter": filters, "dedup": self.dedup, "scrub": [scrub.name for scrub in self.scrubs]}
         out |= {"dedup_threshold": self.threshold if self.dedup == "minhash" else 0, "keep_dropped": self.keep is not None}
         used = [LIBRARIES[name] for name in (*(f.name for f in self.filters), self.dedup) if name in LIBRARIES]
-        out["versions"] = {name: metadata.version(name) for name in used}  # which may judge in another way
+        out["versions"] = {name: metadata.version(name) for name in used}  # another version may decide differently
         return {key: value for key, value in out.items() if value}
 
 
 def parse(
     filters: Iterable[str], scrubs: Iterable[str], dedup: str, threshold: float | None, keep: str | Path | None
 ) -> Cleaning:
-    """What is asked for in words. `scrubs`: each a regular expression, or names with commas between. Raises UserError."""
+    """Parses the options. `scrubs`: each is regex:PATTERN=REPLACEMENT, or names separated by commas. Raises UserError."""
     names = itertools.chain.from_iterable([spec] if spec.startswith("regex:") else spec.split(",") for spec in scrubs)
     cleaning = Cleaning(tuple(map(parse_filter, filters)), tuple(map(parse_scrub, names)), dedup, threshold, None)
     for option, specs in (("filter", [f.spec for f in cleaning.filters]), ("scrub", [s.name for s in cleaning.scrubs])):
@@ -93,7 +93,7 @@ def parse(
 
 
 def parse_filter(spec: str) -> Filter:
-    """The filter that `spec` (one of `FILTERS`) says. Raises UserError: an unknown one, a bad value, a file not there."""
+    """Parses a --filter, written as in `FILTERS`. Raises UserError for an unknown filter, a bad value or a missing file."""
     name, _, value = spec.partition(":")
     if name not in FILTERS:
         raise UserError(f"--filter {spec}: no such filter; there are {', '.join(FILTERS.values())}")
@@ -120,8 +120,8 @@ def parse_filter(spec: str) -> Filter:
         filter_ = Filter(spec, name, (os.path.abspath(path), label, _number(spec, least, float)))
         labels = _fasttext(filter_.arguments[0]).predict("", k=-1)[0]  # all, the likeliest first
         if labels and _label(label) not in labels:
-            languages = " ".join(known.removeprefix("__label__") for known in labels[:20])
-            raise UserError(f"--filter {spec}: {path} has no label {label!r}; it has {languages}")
+            known = " ".join(name.removeprefix("__label__") for name in labels[:20])
+            raise UserError(f"--filter {spec}: {path} has no label {label!r}; it has {known}")
         with open(path, "rb") as file:
             return filter_._replace(sha256=hashlib.file_digest(file, "sha256").hexdigest())
     return Filter(spec, name, ())
@@ -154,12 +154,12 @@ def _parse_python(spec: str, where: str, function: str) -> Filter:
             raise UserError(f"--filter {spec}: there is no module {where} (a file's name ends in .py)") from None
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path or "").is_file() else ""
     filter_ = Filter(spec, "python", (where, function), sha256, content)
-    _predicate(filter_)  # now, not in the workers
+    _predicate(filter_)  # raises errors now, before the workers start
     return filter_
 
 
 def parse_scrub(spec: str) -> Scrub:
-    """The pattern that `spec` says: a key of `SCRUBS`, or regex:PATTERN=REPLACEMENT. Raises UserError."""
+    """Parses a --scrub: a key of `SCRUBS`, or regex:PATTERN=REPLACEMENT. Raises UserError."""
     if spec in SCRUBS:
         return SCRUBS[spec]
     known = f"there are {', '.join(SCRUBS)}, regex:PATTERN=REPLACEMENT"
@@ -168,28 +168,28 @@ def parse_scrub(spec: str) -> Scrub:
         raise UserError(f"--scrub {spec}: no such pattern; {known}")
     try:
         if re.compile(pattern).search(""):
-            raise UserError(f"--scrub {spec}: matches an empty text, which is everywhere")
+            raise UserError(f"--scrub {spec}: matches an empty text, and so matches everywhere")
     except re.error as error:
         raise UserError(f"--scrub {spec}: {pattern!r} is not a regular expression: {error}") from None
     return Scrub(spec, pattern, replacement)
 
 
 def rejected_by(filters: list[Filter], document: Iterable[str]) -> str:
-    """Spec of the first filter that drops a document, in parts; "" if none does, or if it is empty.
+    """The spec of the first filter that drops a document; "" if none does, or if the document is empty.
 
-    Raises UserError if a user's function raises.
+    `document`: the text in parts. Raises UserError if a user's function raises.
     """
     if not filters:
         return ""
     start, length = head(document)
-    if not length:  # counted as such
+    if not length:  # empty documents are counted as empty, not as dropped
         return ""
     for filter_ in filters:
         if filter_.name == "length":
             keep = filter_.arguments[0] <= length <= filter_.arguments[1]
         else:
             if filter_.name == "python" and length > WHOLE:
-                raise UserError(f"--filter {filter_.spec}: takes a document whole, and one has more than {WHOLE:,} characters")
+                raise UserError(f"--filter {filter_.spec}: needs a whole document, and one has more than {WHOLE:,} characters")
             keep = _predicate(filter_)(start if filter_.name != "python" else "".join(document))
         if not keep:
             return filter_.spec
@@ -197,7 +197,7 @@ def rejected_by(filters: list[Filter], document: Iterable[str]) -> str:
 
 
 def head(document: Iterable[str]) -> tuple[str, int]:
-    """The first `HEAD` characters of a document, and how many it has."""
+    """(the first `HEAD` characters of a document, its length in characters)."""
     kept, length = [], 0
     for part in document:
         if length < HEAD:
@@ -206,7 +206,7 @@ def head(document: Iterable[str]) -> tuple[str, int]:
     return "".join(kept), length
 
 
-@functools.lru_cache(maxsize=64)  # once a worker
+@functools.lru_cache(maxsize=64)  # each filter is made once per worker
 def _predicate(filter_: Filter) -> Callable[[str], bool]:
     if filter_.name == "repetition":
         return _is_varied
@@ -235,7 +235,7 @@ def _predicate(filter_: Filter) -> Callable[[str], bool]:
             return bool(call(text))
         except (Exception, SystemExit) as error:
             failure = f"{type(error).__name__}: {error}"
-            raise UserError(f"--filter {filter_.spec}: {failure}, of the text that begins {text[:40]!r}") from None
+            raise UserError(f"--filter {filter_.spec}: {failure}, for the text that begins with {text[:40]!r}") from None
 
     return guarded
 
@@ -252,7 +252,7 @@ def _is_varied(text: str) -> bool:
     total = sum(map(len, words))
     for n, most in TOP_NGRAM.items():
         grams = Counter(zip(*(itertools.islice(words, i, None) for i in range(n)), strict=False))
-        # of those as frequent as the most frequent one, the longest
+        # if several n-grams are the most frequent, the longest of them counts
         times = max(grams.values(), default=1)
         if times > 1 and times * max(sum(map(len, gram)) for gram, k in grams.items() if k == times) > most * total:
             return False
@@ -278,7 +278,7 @@ def _cld2():
 
 
 def _has_label(model: object, label: str, least: float, text: str) -> bool:
-    labels, probabilities = model.predict(text.replace("\n", " "), k=-1)  # it takes one line
+    labels, probabilities = model.predict(text.replace("\n", " "), k=-1)  # fastText reads one line
     return bool(dict(zip(labels, probabilities, strict=True)).get(label, 0) >= least)
 
 
@@ -301,9 +301,9 @@ def _fasttext(path: str) -> object:
 
 
 def chunks(document: Iterable[str]) -> Iterator[str]:
-    """A document in parts of `CHUNK` characters and what is left of the line, wherever its own parts end.
+    """Cuts a document into chunks of `CHUNK` characters and the remainder of their last line, wherever its own parts end.
 
-    A line that goes on for `LONGEST` more is cut at a space, if it has one there.
+    If that remainder is longer than `LONGEST`, it is cut at a space, if there is one.
     """
     waiting = ""
     for part in document:
@@ -317,11 +317,11 @@ def chunks(document: Iterable[str]) -> Iterator[str]:
 
 
 def _cut(text: str, begin: int) -> int:
-    """Where the first chunk that ends at `begin` or later ends; 0 if `text` does not go on far enough to say."""
+    """Where to end a chunk, at `begin` or later; 0 if that depends on text that follows `text`."""
     end = begin + LONGEST
-    line = text.find("\n", begin, end) + 1
-    if line or len(text) < end:
-        return line
+    line_end = text.find("\n", begin, end) + 1
+    if line_end or len(text) < end:
+        return line_end
     return text.rfind(" ", begin, end) + 1 or end
 
 
@@ -349,8 +349,8 @@ def _replace(scrub: Scrub, text: str) -> tuple[str, int]:
     return re.sub(scrub.pattern, replacement, text), n
 
 
-def _is_no_persons_ip(before: str, address: str) -> bool:
-    """Whether it is a private, reserved or impossible address, or stands where a version does."""
+def _is_no_users_ip(before: str, address: str) -> bool:
+    """Whether an address is private, reserved or impossible, or is a version number, by the text before it."""
     try:
         public = ipaddress.ip_address(address).is_global
     except ValueError:
@@ -360,7 +360,7 @@ def _is_no_persons_ip(before: str, address: str) -> bool:
 
 _VERSION = re.compile(r"(?i)(?:\b(?:v|ver|versions?|release|rev|build|section)|[=<>~!]=)[\s.:='\"(]*$|\w[-_/@^]$")
 SCRUBS = {
-    # begins where a word does, so that a long run of letters is looked at once
+    # begins where a word begins, so that a long run of letters is searched only once
     "email": (
         r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w@-])",
         "<EMAIL>",
@@ -368,9 +368,9 @@ SCRUBS = {
     "ip": (
         r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?<!:)(?![\w:])",
         "<IP_ADDRESS>",
-        _is_no_persons_ip,
+        _is_no_users_ip,
     ),
-    # +49 30 1234567, (555) 234-5678, 555-234-5678; not a bare row of digits, which is more often something else
+    # +49 30 1234567, (555) 234-5678, 555-234-5678; not a bare row of digits, which is usually something else
     "phone": (
         r"(?<![\w+.-])(?:\+(?=[1-9](?:[ ().-]{0,2}\d){7})\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){1,2}(?:[ .-]?\d{2,4}){1,4}"
         r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})(?![\w-]|\.\d)",

@@ -1,4 +1,4 @@
-"""What is known of the corpora that `prepare --corpus` names: types of file, where the text is, what is left out."""
+"""The published corpora of `prepare --corpus`: their file types, where the text is, and what is left out."""
 
 import difflib
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ class Corpus(NamedTuple):
     kinds: tuple[str, ...]  # of `inputs.KINDS`
     text_key: str
     drop: Mapping[str, str] = MappingProxyType({})  # see `documents.read`
-    languages: bool = False  # whether each folder holds a language
+    languages: bool = False  # whether each folder holds one language
 
 
 CORPORA = {
-    # its code is in StarCoder too, in more recent versions
+    # StarCoder has more recent versions of its code
     "slimpajama": Corpus(JSONL, "text", drop={"meta.redpajama_set_name": "RedPajamaGithub"}),
     "starcoder": Corpus((".parquet",), "content", languages=True),
     "proof_pile": Corpus(JSONL, "text"),
@@ -30,15 +30,15 @@ CORPORA = {
 }
 
 
-def known(name: str) -> Corpus:
-    """The corpus `name`. Raises UserError that names the nearest."""
+def corpus_named(name: str) -> Corpus:
+    """The corpus `name`. Raises UserError with the nearest name."""
     if name not in CORPORA:
         raise UserError(f"--corpus {name}: is not known (other corpora need no --corpus); {_nearest(name, CORPORA)}")
     return CORPORA[name]
 
 
 def in_languages(sources: list[Source], languages: list[str]) -> list[Source]:
-    """Those in folders of exactly these names. Raises UserError if there is no such folder, naming the nearest."""
+    """The sources in folders with exactly these names. Raises UserError, with the nearest name, if a folder is missing."""
     folders = {PurePosixPath(source.path).parent.name for source in sources}
     for language in languages:
         if language not in folders:

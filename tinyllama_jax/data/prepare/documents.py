@@ -1,6 +1,6 @@
-"""Documents out of text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead.
+"""Reads documents from text, jsonl (plain, zstd, gzip), parquet and ArrayRecord files, in pieces that are planned ahead.
 
-A text file is read in parts, whatever its size. In files of other types a document is held in memory whole, and one of more
+A text file of any size is read in parts. In files of other types a whole document is held in memory, and a document of more
 than `LONGEST` bytes makes its file a bad one. So memory is bounded even if a small file unpacks to a lot: see `shards.MEMORY`.
 """
 
@@ -24,21 +24,21 @@ from tinyllama_jax.base.files import decode_json
 from tinyllama_jax.data.prepare import inputs
 from tinyllama_jax.data.prepare.inputs import READ, Source
 
-ROWS = 64  # records of ArrayRecord in a unit
-LONGEST = 1 << 27  # bytes of a line of jsonl, or of a text in parquet or ArrayRecord
-ANY_JSON = 1 << 23  # bytes of a line that is decoded in full: nested lists take 30 times that in memory
-START = 1 << 16  # characters of a document that decide its split
+ROWS = 64  # records in a unit of an ArrayRecord file
+LONGEST = 1 << 27  # most bytes of a line of jsonl, or of a text in parquet or ArrayRecord
+ANY_JSON = 1 << 23  # most bytes of a line that is decoded in full: nested lists take 30 times as many in memory
+START = 1 << 16  # characters at the beginning of a document, which decide its split
 
 
 class BadFile(UserError):
-    """A file that cannot be read however often it is tried: its content is at fault, or this machine's disk or permissions."""
+    """A file that no retry can read: the fault is in its content, or in this machine's disk or permissions."""
 
     source: Source
-    start: int = 0  # of the piece in which it was found
+    start: int = 0  # where the piece with the fault begins
 
 
 class Piece(NamedTuple):
-    """A part [start, end) of a file: bytes of plain jsonl, row groups of parquet, `ROWS` records of ArrayRecord; else all."""
+    """A part [start, end) of a file: bytes of plain jsonl, row groups of parquet, `ROWS` records of ArrayRecord; or all."""
 
     source: Source
     start: int
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
 
 def units(source: Source, text_key: str) -> list[int]:
-    """Weight of each part that a file can be cut into (see `Piece`); plain jsonl is cut anywhere. Raises BadFile, UserError."""
+    """Weight of each unit that a file can be cut into (see `Piece`); jsonl can be cut anywhere. Raises BadFile, UserError."""
     if source.kind == "array_record":
         inputs.text_feature(source, text_key)
         with _reading(source):
@@ -56,7 +56,7 @@ def units(source: Source, text_key: str) -> list[int]:
     if source.kind != "parquet":
         with _reading(source):
             if source.kind in ("zstd", "gzip") and not source.size:
-                raise _BadDocument(f"is empty, which no whole {source.kind} file is")
+                raise _BadDocument(f"is empty, and so is not a whole {source.kind} file")
         return [source.size * source.factor]
     with _reading(source, damaged="is not a whole parquet file: "), _parquet_file(source) as file:
         column = file.schema_arrow.get_field_index(text_key)
@@ -83,7 +83,7 @@ def _holds_text(type_: pyarrow.DataType) -> bool:
 
 
 def pieces(source: Source, weights: list[int], target: int) -> list[Piece]:
-    """`source` in pieces of about `target` bytes of text, where its type can be cut. `weights`: of its `units`."""
+    """Cuts `source` into pieces of about `target` bytes of text, if its type can be cut. `weights`: of its `units`."""
     if source.kind in ("parquet", "array_record"):
         return [Piece(source, *span, sum(weights[slice(*span)])) for span in spans(weights, target) or [(0, 0)]]
     n = max(-(-source.size // target), 1) if source.kind == "jsonl" else 1
@@ -92,13 +92,13 @@ def pieces(source: Source, weights: list[int], target: int) -> list[Piece]:
 
 
 def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
-    """Items in a row, [start, end), so that each span weighs about `target`."""
+    """Groups consecutive items into spans [start, end) that weigh about `target` each."""
     total = max(sum(weights), 1)
     n = max(round(total / target), 1)
     out: list[list[int]] = []
     done, last = 0, -1
     for i, weight in enumerate(weights):
-        span = min((2 * done + weight) * n // (2 * total), n - 1)  # where the middle of the item falls
+        span = min((2 * done + weight) * n // (2 * total), n - 1)  # the span of the item's middle
         done += weight
         if span != last or not out:
             out.append([i, i])
@@ -107,11 +107,10 @@ def spans(weights: list[int], target: int) -> list[tuple[int, int]]:
 
 
 def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[str]) -> Iterator[Iterable[str]]:
-    """The documents of a piece in order, each a text in one or more parts that can be read again. Raises BadFile naming file
-    and line.
+    """The documents of a piece in order, each in one or more parts that can be read again.
 
-    `drop`: of jsonl, rows that have this value at this key ("meta.source": "x") are left out, and counted in `dropped`; so are
-    rows whose text is null, of parquet too.
+    `drop`: rows of jsonl with this value at this key ("meta.source": "x") are left out and counted in `dropped`; so are rows
+    of jsonl and parquet whose text is null. Raises BadFile naming file and line.
     """
     if piece.source.kind == "text":
         return iter([_Text(piece.source)])
@@ -123,10 +122,10 @@ def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[
 
 
 def held_out(document: Iterable[str], fraction: float) -> tuple[bool, Iterable[str]]:
-    """Whether a document is one of the `fraction` of all that is held out; and the document again.
+    """(whether a document belongs to the `fraction` that is held out, the document again).
 
-    A function of its first `START` characters alone: the same document is on the same side wherever it lies and however it is
-    stored; what was held out of a smaller fraction is held out of a larger one; a file of any size is read once.
+    Only its first `START` characters decide: the same document is in the same split wherever and however it is stored; a larger
+    fraction holds out all that a smaller one does; and a file of any size is read once.
     """
     parts, start, size = iter(document), [], 0
     while size < START and (part := next(parts, None)) is not None:
@@ -142,7 +141,7 @@ class _BadDocument(Exception):
 
 @contextlib.contextmanager
 def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") -> Iterator[None]:
-    """What goes wrong with a file as BadFile, which says `where`. What a store says is a UserError already, and stays one."""
+    """Turns errors in reading a file into BadFile with its line (`where`). A store's errors are UserError, and stay so."""
     try:
         yield
         return
@@ -153,7 +152,7 @@ def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") 
     except (OSError, pyarrow.ArrowException) as error:
         if "Frame requires too much memory" in str(error):  # zstd's own limit
             damaged = "was compressed with a window of more than 128 MiB; unpack it with `zstd -d --long=31`: "
-        number = error.errno if isinstance(error, OSError) else None  # those without one are pyarrow's
+        number = error.errno if isinstance(error, OSError) else None  # pyarrow's OSErrors have no number
         message = f": cannot be read: {error.strerror}" if number else f"{where()}: {damaged}{' '.join(str(error).split())}"
     bad = BadFile(source.path + message)
     bad.source = source
@@ -161,7 +160,7 @@ def _reading(source: Source, where: Callable[[], str] = str, damaged: str = "") 
 
 
 class _Text(NamedTuple):
-    """The document that is a whole file, of any size."""
+    """A whole text file, of any size, as one document."""
 
     source: Source
 
@@ -190,10 +189,10 @@ def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counte
     source, lines = piece.source, 0
     at, end = piece.start, piece.end if source.kind == "jsonl" else float("inf")
     with _reading(source, lambda: f", line {_lines_before(piece) + lines}"), _open(source) as file:
-        if at:  # the line that runs into the piece belongs to the one before
+        if at:  # a line that begins before the piece belongs to the piece before
             at -= 1
             file.seek(at)
-            while at < end and (part := file.readline(READ)):  # which may run beyond the piece, too
+            while at < end and (part := file.readline(READ)):  # the line may end after the piece
                 at += len(part)
                 if part.endswith(b"\n"):
                     break
@@ -239,7 +238,7 @@ def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
     except RecursionError:
         raise _BadDocument("is not JSON: is nested too deeply") from None
     except ValueError as error:
-        if "digits" in str(error):  # of a number, which Python would not make, and nobody asked for
+        if "digits" in str(error):  # a number has more digits than Python converts, and is not needed
             return _long_row(line, text_key, drop)
         several = "; a value over several lines is not read: write one object a line (jsonl)" if line.strip() in b"{[" else ""
         raise _BadDocument(f"is not JSON: {error}{several}") from None
@@ -249,7 +248,7 @@ def _row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
 
 
 def _long_row(line: bytes, text_key: str, drop: Mapping[str, str]) -> dict:
-    """Decodes a long line without making objects of anything but the text and the values at the keys of `drop`."""
+    """Decodes only the text and the values at the keys of `drop`, so that a long line does not fill the memory."""
     kinds = {text_key: str | None}
     for key in drop:
         kind: type = str | float | bool | None
@@ -269,7 +268,7 @@ def _reason(row: dict, drop: Mapping[str, str]) -> str:
         for name in key.split("."):
             node = node.get(name) if isinstance(node, dict) else None
         if node is None:
-            raise _BadDocument(f"has no {key}, by which documents of this corpus are left out; without --corpus all are taken")
+            raise _BadDocument(f"has no {key}, by which documents of this corpus are left out; without --corpus all are kept")
         if node == value:
             return f"{key}={value}"
     return ""
@@ -309,7 +308,7 @@ def _lines_before(piece: Piece) -> int:
 
 @contextlib.contextmanager
 def _parquet_file(source: Source) -> Iterator[pyarrow.parquet.ParquetFile]:
-    # with a buffer a page at a time is read, not a row group; checksums are verified where the file has some
+    # with a buffer pyarrow reads a page at a time, not a row group; checksums are verified if the file has any
     options = {"buffer_size": READ, "pre_buffer": False, "page_checksum_verification": True}
     with source.open() as raw, pyarrow.parquet.ParquetFile(raw, **options) as file:
         yield file
@@ -347,7 +346,7 @@ def _array_record_reader(source: Source) -> array_record_module.ArrayRecordReade
     except Exception as error:  # ArrayRecord's own, of no common type
         raise _BadDocument(f"is not a whole ArrayRecord file: {str(error).splitlines()[0]}") from None
     n, written = reader.num_records(), inputs.records(source)
-    if n != written:  # of the beginning of a file it says that it has none
+    if n != written:  # ArrayRecord reports 0 records for a truncated file
         raise _BadDocument(f"is not a whole ArrayRecord file: it has {n} records of {written}")
     return reader
 

@@ -1,16 +1,16 @@
-"""Which documents are copies, or nearly, of an earlier one: exact keys, MinHash bands, and a sketch that says how alike.
+"""Finds documents that are exact or near copies of an earlier one, by exact keys, MinHash bands and sketches.
 
-Exact: the same text but for the kind and number of white space, and canonical equivalence (Unicode NFC).
-Nearly: the sets of 5-grams of words have a Jaccard similarity of at least the threshold. Words are lower case, without
+Exact copies have the same text up to white space and Unicode's canonical equivalence (NFC).
+Near copies have sets of word 5-grams with a Jaccard similarity of at least the threshold. Words are lower case, without
 punctuation; a character of a script that is written without spaces counts as a word. Candidates share a band of MinHashes
-(Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3). They are compared by all 5-grams of documents that have
-no more than `SKETCH` distinct ones, and by the `SKETCH` least of their hashes otherwise: so a document's similarity is exact
-up to 4,096 5-grams, with an error of up to sqrt(0.25 / 4,096) = 0.008 (standard deviation) beyond.
+(Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3). A document with at most `SKETCH` distinct 5-grams is
+compared by all of them, so its similarity is exact. A longer one is compared by their `SKETCH` smallest hashes, with a standard
+deviation of at most sqrt(0.25 / 4,096) = 0.008.
 
-Two passes over the shards come before they are made. DIR.partial/looked has of each shard what its filters drop and, of the
-others, rows (see `look`) and sketches; DIR.partial/copies has what is dropped of it: rows are grouped by key, which makes
-pairs of documents to compare, and pairs by the shard of the later one, which is dropped if the two are alike. So that every
-document that is like an earlier one is dropped, whether or not that one is kept.
+Two passes come before the shards are made. The first writes to DIR.partial/looked which documents of a shard its filters drop,
+and rows (see `look`) and sketches of the others. The second groups rows by key into pairs of documents, groups the pairs by the
+shard of the later document, and writes to DIR.partial/copies what is dropped: each document that is similar to an earlier one,
+whether or not that one is kept.
 """
 
 import functools
@@ -33,18 +33,18 @@ METHODS = ("exact", "minhash")
 THRESHOLD = 0.8
 N = 5  # words in a shingle
 PERMUTATIONS = 256
-RECALL = 0.99  # least share of the pairs at the threshold that come to be compared
+RECALL = 0.99  # least share of the pairs at the threshold that become candidates
 SKETCH = 4_096
-FIRST = 8  # documents of a bucket that the others are compared to: the earliest
+FIRST = 8  # the earliest documents of a bucket, with which the others are compared
 NUMBERS = "numbers.json"  # see `numbers`
-LOW = (1 << 32) - 1  # a document's number: of its shard, and 32 bits of its place in it
+LOW = (1 << 32) - 1  # a document's number is its shard's number << 32 | its place in the shard
 ROW = np.dtype([("key", "u8"), ("same", "u8"), ("doc", "u8")])
 PAIR = np.dtype([("doc", "u8"), ("of", "u8"), ("sure", "?")])
 # Chinese, Japanese, Thai, Lao, Burmese, Khmer
 _NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _WORD = re.compile(f"[{_NO_SPACES}]|[^\\W{_NO_SPACES}]+")
 _SPACE = re.compile(r"\s")
-# odd numbers by which hashes are multiplied and added up
+# odd factors for sums of hashes
 _ODD = np.random.RandomState(0).randint(1 << 62, size=max(N, PERMUTATIONS), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
@@ -55,7 +55,7 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 def check(method: str, threshold: float | None) -> float:
-    """The threshold. Raises UserError on one that is impossible, or of no use, and if a library is missing."""
+    """Returns the threshold. Raises UserError if it is impossible or not used, or if a library is missing."""
     if method not in ("", *METHODS):
         raise UserError(f"--dedup {method}: must be one of {' '.join(METHODS)}")
     if threshold is not None and method != "minhash":
@@ -69,10 +69,10 @@ def check(method: str, threshold: float | None) -> float:
 
 
 def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [n] of `ROW`, of which copies have one in common (doc is 0), and the sketch, uint32 [at most `SKETCH`], sorted."""
+    """(rows [n] of `ROW` with doc 0, of which copies share at least one; the sorted sketch, uint32 [at most `SKETCH`])."""
     text, near, empty = hashlib.blake2b(digest_size=16), method == "minhash", True
-    minhash = _minhash() if near else None  # of its own: a worker may have threads
-    sketch, tail = np.empty(0, np.uint32), np.empty(0, np.uint64)  # tail: the last words, whose shingles are not whole yet
+    minhash = _minhash() if near else None  # one per call: a worker may have threads
+    sketch, tail = np.empty(0, np.uint32), np.empty(0, np.uint64)  # tail: the last words, whose shingles are incomplete
     for chunk in clean.chunks(document):
         empty = False
         chunk = chunk if chunk.isascii() else unicodedata.normalize("NFC", chunk)
@@ -89,12 +89,12 @@ def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.nda
                 sketch = np.union1d(sketch, new)[:SKETCH]
     if len(_WORDS) == 1 << 20:
         _WORDS.clear()
-    if near and not len(sketch) and len(tail):  # fewer than N words are a shingle
+    if near and not len(sketch) and len(tail):  # a document of fewer than N words is one shingle
         sketch = _short((tail * _ODD[: len(tail)]).sum(keepdims=True) + np.uint64(len(tail)))
         minhash.update_batch(sketch.tolist())
     n_bands, n_rows = bands(threshold) if len(sketch) else (0, 0)
     rows = np.zeros(0 if empty else 1 + n_bands, ROW)
-    if empty:  # which is no copy, but counted as such
+    if empty:  # no copy: it is counted as empty
         return rows, sketch
     rows["key"][0], rows["same"][0] = np.frombuffer(text.digest(), "<u8")
     if n_bands:
@@ -105,7 +105,7 @@ def look(method: str, threshold: float, document: Iterable[str]) -> tuple[np.nda
 
 
 def _parts(text: str) -> Iterator[str]:
-    """`text` in parts of about a million characters, which end before white space where there is some."""
+    """Cuts `text` into parts of about a million characters, before white space where there is any."""
     at = 0
     while at < len(text):
         longest = at + (1 << 20) + (1 << 16)
@@ -129,7 +129,7 @@ _WORDS = _Words()
 
 
 def _shingles(words: np.ndarray) -> np.ndarray:
-    """Hashes, uint32 [n - N + 1], of each N words in a row; words: uint64 [n]."""
+    """Hashes, uint32 [n - N + 1], of all runs of N words; words: uint64 [n]."""
     n = max(len(words) - N + 1, 0)
     return _short(sum(words[i : i + n] * _ODD[i] for i in range(N)))
 
@@ -139,7 +139,7 @@ def _short(x: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 after which each bit depends on all (MurmurHash3's last step)."""
+    """A bijection of uint64 that makes each bit depend on all bits (MurmurHash3's last step)."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ (x >> np.uint64(33))
@@ -160,9 +160,9 @@ _PERMUTATIONS: list[np.ndarray] = []
 
 
 def pairs(method: str, rows: np.ndarray) -> np.ndarray:
-    """[n] of `PAIR`: the documents with a key in common, each with the earliest that have it; sure: no need to compare them.
+    """Candidates, [n] of `PAIR`: each document with the earliest ones that share a key; `sure` pairs need no comparison.
 
-    Their number is at most `FIRST` times that of the rows, however many share a key.
+    There are at most `FIRST` times as many as rows, however many documents share a key.
     """
     rows, new = _sorted(rows, "key", "same", "doc")
     new = new["key"] | new["same"]
@@ -179,7 +179,7 @@ def pairs(method: str, rows: np.ndarray) -> np.ndarray:
 
 
 def unique(candidates: np.ndarray) -> np.ndarray:
-    """`PAIR`s without those that are there twice, sorted."""
+    """The pairs of `candidates`, sorted, each once."""
     candidates, new = _sorted(candidates, *PAIR.names)
     return candidates[np.logical_or.reduce([*new.values()])]
 
@@ -200,7 +200,7 @@ def _pairs(doc: np.ndarray, of: np.ndarray, sure: bool) -> np.ndarray:
 
 
 def copies(candidates: np.ndarray, sketch: Callable[[int], np.ndarray], threshold: float) -> dict[int, int]:
-    """Each document that is a copy of an earlier one, and the earliest of those. `found`: `PAIR`s; `sketch`: of a document."""
+    """Document -> the earliest one that it copies. `candidates`: [n] of `PAIR`; `sketch`: gives the sketch of a document."""
     out: dict[int, int] = {}
     for doc, of, sure in unique(candidates).tolist():
         if doc not in out and (sure or similarity(sketch(doc), sketch(of)) >= threshold):
@@ -210,7 +210,7 @@ def copies(candidates: np.ndarray, sketch: Callable[[int], np.ndarray], threshol
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """Jaccard similarity of the sets of which `a` and `b` are sketches: exact if they hold all, else an estimate."""
-    if cut := [s[-1] for s in (a, b) if len(s) == SKETCH]:  # up to the lesser of these, both hold all
+    if cut := [s[-1] for s in (a, b) if len(s) == SKETCH]:  # both sketches are complete up to the smaller of these
         a, b = (s[: np.searchsorted(s, min(cut), "right")] for s in (a, b))
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
@@ -228,7 +228,7 @@ def _make(job: Job, shard: Shard) -> None:
     name, dropped, rows = job.records / shard.file, [], []
     pieces: Counter[tuple[str, int]] = Counter()  # documents in each
     ends = [0]  # of the sketches, in numbers
-    local = store.beside(store.room(job.folder) / shard.file)
+    local = store.temporary_name(store.staging(job.folder) / shard.file)
     try:
         with open(local, "wb") as sketches:
             for n, (piece, document) in enumerate(shards.read(job, shard, Counter())):
@@ -254,9 +254,9 @@ def _make(job: Job, shard: Shard) -> None:
 
 
 def rows_of(job: Job, pickled: bytes) -> Iterator[tuple[int, bytes]]:
-    """The rows of a shard, in as many parts as there are shards, by key: (part, bytes of `ROW`s)."""
+    """Splits the rows of a shard by key into as many parts as there are shards: (part, bytes of `ROW`s)."""
     shard = shards.unpacked(pickled)
-    with shards.telling(job, shard.file):
+    with shards.recording_failure(job, shard.file):
         rows = _array(job.folder / "looked" / f"{shard.file}.rows", ROW).copy()
     rows["doc"] |= np.uint64(job.shards.index(shard.file) << 32)
     n = len(job.shards)
@@ -268,24 +268,24 @@ def rows_of(job: Job, pickled: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def pairs_of(job: Job, part: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
-    """Pairs to compare of a part of all rows: (number of the later one's shard, bytes of `PAIR`s)."""
+    """The pairs to compare in one part of all rows: (number of the later document's shard, bytes of `PAIR`s)."""
     i, rows = part
-    with shards.telling(job, f"part {i}"):
+    with shards.recording_failure(job, f"part {i}"):
         candidates = pairs(job.cleaning.dedup, np.frombuffer(b"".join(rows), ROW))
-    yield i, b""  # so that every shard comes to `settle`
+    yield i, b""  # so that `settle` gets every shard
     number, start = np.unique(candidates["doc"] >> np.uint64(32), return_index=True)  # they are sorted
     for i, own in zip(number.tolist(), np.split(candidates, start[1:]), strict=True) if len(candidates) else ():
         yield i, own.tobytes()
 
 
 def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
-    """Writes what is dropped of a shard: [[number, why, [file, number in it] that it is a copy of, or null]].
+    """Writes the documents of a shard to drop: [[number, why, [file, number in it] of the original, or null]].
 
-    That is said only if the dropped are kept, since the list would be long for nothing.
+    The original is written only with --keep-dropped, since it makes the list long.
     """
     i, candidates = pairs_of_shard
     name = job.shards[i]
-    with shards.telling(job, name):
+    with shards.recording_failure(job, name):
         sketch = functools.lru_cache(1 << 12)(functools.partial(_sketch, job))
         same = copies(np.frombuffer(b"".join(candidates), PAIR), sketch, job.cleaning.threshold)
         filtered = shards.record(job.folder / "looked" / f"{name}.json", shards.Looked)["dropped"]
@@ -297,7 +297,7 @@ def settle(job: Job, pairs_of_shard: tuple[int, Iterable[bytes]]) -> None:
 
 
 def dropped_of(job: Job, shard: Shard) -> list | None:
-    """What `settle` wrote of a shard; None if it has not, for this plan."""
+    """The list that `settle` wrote for a shard; None if there is none for this plan."""
     try:
         record = shards.record(job.records / f"{shard.file}.json", shards.Copies)
     except (FileNotFoundError, UserError):
@@ -306,7 +306,7 @@ def dropped_of(job: Job, shard: Shard) -> list | None:
 
 
 def numbers(planned: list[Shard], records: dict[str, dict]) -> list[list]:
-    """For each shard [[file, number in it of the first document, documents]] of its pieces. `records`: of the first pass."""
+    """For each shard, of its pieces, [[file, number in it of the first document, documents]]. `records`: of the first pass."""
     seen: Counter[tuple[str, str]] = Counter()
     out = []
     for shard in planned:
@@ -335,5 +335,5 @@ def _array(file: Place, dtype: np.dtype, start: int = 0, end: int | None = None)
     """Numbers [start, end) in a file. Raises UserError if the file is shorter."""
     data = store.read(file, start * dtype.itemsize, end and end * dtype.itemsize)
     if len(data) % dtype.itemsize or (end is not None and len(data) != (end - start) * dtype.itemsize):
-        raise UserError(f"{file}: is cut off; delete the folder that it is in and run this again")
+        raise UserError(f"{file}: is truncated; delete the folder that it is in and run this again")
     return np.frombuffer(data, dtype)

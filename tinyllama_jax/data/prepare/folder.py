@@ -1,4 +1,4 @@
-"""The folder that data preparation makes: begun, locked, resumed, finished."""
+"""The output folder of data preparation: begins, locks, resumes and finishes it."""
 
 import concurrent.futures
 import contextlib
@@ -22,7 +22,7 @@ from tinyllama_jax.data.prepare.store import Place, Remote
 
 
 def partial_of(output: Place) -> Place:
-    """DIR.partial. Raises UserError if `output` can be no folder."""
+    """DIR.partial. Raises UserError if `output` cannot be a folder."""
     if isinstance(output, Remote):
         return output.with_name(output.name + ".partial")
     whole = Path(os.path.abspath(output))
@@ -32,7 +32,7 @@ def partial_of(output: Place) -> Place:
 
 
 def check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[str | Path, ...]) -> None:
-    """Raises UserError if --keep-dropped is in the way of something."""
+    """Raises UserError if --keep-dropped lies within the output or an input."""
     if isinstance(keep, Path):
         for folder in (output, partial, *inputs):
             if "://" not in str(folder) and Path(os.path.abspath(keep)).is_relative_to(os.path.abspath(folder)):
@@ -40,7 +40,7 @@ def check_keep(keep: Place | None, output: Place, partial: Place, inputs: tuple[
 
 
 def is_half(output: Place, partial: Place) -> bool:
-    """Whether `output` is half made in place, where it cannot be renamed: it has our files and as yet no manifest."""
+    """Whether `output` is half made, where no rename is possible: it has files of ours, but no manifest yet."""
     ours = ("blocks-", "tokenizer", "features.json", "dataset_info.json")
     listed = store.names(output, folders=True)
     if isinstance(output, Path) and not all(name.startswith(ours) for name in listed):
@@ -49,10 +49,10 @@ def is_half(output: Place, partial: Place) -> bool:
 
 
 def complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> dict:
-    """The manifest of the data set in `output`, if it is the one that is asked for. Raises UserError otherwise."""
+    """The manifest of the complete data set in `output`. Raises UserError if it was made with other settings or inputs."""
     if isinstance(output, Remote) and MANIFEST not in store.names(output):
         raise UserError(f"{output}: holds something that this command did not make; choose another --output")
-    with store.here(output, MANIFEST) as folder:
+    with store.local_copy(output, MANIFEST) as folder:
         manifest, _ = read_manifest(folder)
     made = store.modified_ns(output / MANIFEST)
     files = {split: counts["sources"] + counts.get("bad_files", []) for split, counts in manifest["splits"].items()}
@@ -68,7 +68,7 @@ def complete(output: Place, wanted: dict, sources: dict[str, list[Source]]) -> d
 
 
 def _same(folder: Place, old_settings: dict, new_settings: dict) -> None:
-    """Raises UserError naming the first thing in which what `folder` was made for differs from what is asked for now."""
+    """Raises UserError naming the first setting that has changed since `folder` was made."""
     for key in new_settings | old_settings:
         old, new = old_settings.get(key), new_settings.get(key)
         if old == new:
@@ -79,12 +79,12 @@ def _same(folder: Place, old_settings: dict, new_settings: dict) -> None:
         old, new = ("absent" if value is None else "none" if value == "" else value for value in (old, new))
         old = old if str(old).isprintable() else repr(old)  # the folder's settings.json may be damaged
         raise UserError(
-            f"{folder}: was made for something else: {key} was {old}, now {new}; choose another --output, or delete it"
+            f"{folder}: was made with other settings: {key} was {old}, now {new}; choose another --output, or delete it"
         )
 
 
 def is_ours(partial: Place) -> bool:
-    """Whether this module made the folder, or would: it is empty, has its settings, or holds nothing but what it has."""
+    """Whether this module made the folder, or may use it: it has settings.json, or holds no names but ours."""
     names = store.names(partial, folders=True)
     return "settings.json" in names or all(
         name.startswith(("settings.json", "lock", "done", "failed", "whole", "looked", "copies", "numbers.json"))
@@ -93,17 +93,17 @@ def is_ours(partial: Place) -> bool:
 
 
 def begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
-    """Makes DIR.partial ready. Raises UserError if it is for something else."""
+    """Makes DIR.partial ready. Raises UserError if it was made with other settings."""
     partial, whole = job.folder, job.whole
     settings = partial / "settings.json"
     if not is_ours(partial):
         raise UserError(f"{partial}: is in the way, and was not made by this command; move it or choose another --output")
     for name in store.names(partial):
         if name.startswith(("blocks-", "dropped-", "settings.json.", "numbers.json", "log")):
-            store.remove(partial / name)  # what a killed worker left
+            store.remove(partial / name)  # left by a killed worker
     if "settings.json" in store.names(partial):
         _same(partial, shards.record(settings, dict[str, typing.Any]), wanted)
-    else:  # before anything else, so that the folder is known as ours
+    else:  # written first, so that the folder is known as ours
         _dropped(job, set())
         store.write(settings, json.dumps(wanted))
         if isinstance(settings, Path):
@@ -117,11 +117,11 @@ def begin(job: Job, wanted: dict, spm: tokenizer_lib.Tokenizer) -> None:
         store.copy(Path(folder, "tokenizer"), whole / "tokenizer")
 
 
-def left_of(job: Job, planned: list[Shard]) -> list[Shard]:
-    """The shards that are left to make. Those of files that have changed since (mended, say) are made again."""
+def unmade(job: Job, planned: list[Shard]) -> list[Shard]:
+    """The shards that are still to be made; those whose input files have changed (repaired, for example) are made again."""
     dropped = _dropped(job, {shards.dropped_file(shard) for shard in planned})
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        made = [shard for shard, is_ in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_]
+        made = [s for s, is_made in zip(planned, pool.map(lambda s: _is_made(job, s), planned), strict=True) if is_made]
     if job.cleaning.keep:
         store.make_folder(job.cleaning.keep)
         made = [shard for shard in made if shards.dropped_file(shard) in dropped]
@@ -133,28 +133,28 @@ def left_of(job: Job, planned: list[Shard]) -> list[Shard]:
 
 
 def _dropped(job: Job, own: set[str]) -> set[str]:
-    """Names of what --keep-dropped holds. Raises UserError if that is anything but `mine`."""
+    """Names of the files in --keep-dropped. Raises UserError if it holds any that is not in `own`."""
     listed = store.names(job.cleaning.keep, folders=True) if job.cleaning.keep else set()
     if others := sorted(listed - own):
-        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, which is not of this; choose a new folder")
+        raise UserError(f"--keep-dropped {job.cleaning.keep}: holds {others[0]}, not from this job; choose a new folder")
     return listed
 
 
 def _is_made(job: Job, shard: Shard) -> bool:
-    """Whether an earlier run made this very shard, and all of it is there."""
+    """Whether an earlier run made exactly this shard, and its files are complete."""
     files = shards.made(job.records, shard).get("files", {}).values()
     return bool(files) and all(store.is_whole(job.whole / file["file"], file["bytes"], file["sha256"]) for file in files)
 
 
 def records_of(job: Job, planned: list[Shard]) -> dict[str, dict]:
-    """The record of each shard; empty where it has not been made."""
+    """File of each shard -> its record, which is empty if the shard has not been made."""
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         loaded = pool.map(lambda shard: shards.made(job.records, shard), planned)
         return {shard.file: record for shard, record in zip(planned, loaded, strict=True)}
 
 
 def bad_files_of(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[str, str], list]:
-    """(split, name) -> [where the first bad piece begins, why] of all files that could not be read."""
+    """(split, name) -> [where the first bad piece begins, why], for all files that could not be read."""
     bad: dict[tuple[str, str], list] = {}
     for shard in planned:
         for name, reason in records[shard.file]["bad"].items():
@@ -164,9 +164,9 @@ def bad_files_of(planned: list[Shard], records: dict[str, dict]) -> dict[tuple[s
 
 @contextlib.contextmanager
 def lock(partial: Place) -> Iterator[None]:
-    """Keeps a second command out of DIR.partial. The kernel gives the lock back when the process ends, however it ends.
+    """Keeps a second command out of DIR.partial. The kernel releases the lock when the process ends, however it ends.
 
-    An object store has no locks: two commands that make the same there write the same bytes; one of them may fail at the end.
+    An object store has no locks: two commands with one output write the same bytes there, and one may fail at the end.
     """
     if isinstance(partial, Remote):
         yield
@@ -202,7 +202,7 @@ def _hold_out(job: Job, planned: list[Shard], records: dict[str, dict]) -> int:
 def finish(
     output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
 ) -> dict:
-    """Writes what describes the data, and moves all to its place. `unplanned`: bad files that are in no shard."""
+    """Writes the manifest and TFDS's metadata, and moves everything to its place. `unplanned`: bad files in no shard."""
     import tensorflow_datasets as tfds  # see `Record`
 
     whole, splits, infos = job.whole, {}, []
@@ -216,16 +216,16 @@ def finish(
         if last:  # both splits hold blocks of the same documents
             every = [file for shard in planned for file in records[shard.file]["files"].values()] if split in sources else []
             counts |= {key: sum(file[key] for file in every) for key in ("documents", "empty_documents")}
-        if not counts["blocks"] and split not in sources:  # a small input: no document fell to it
+        if not counts["blocks"] and split not in sources:  # a small input: no document fell into this split
             for file in files:
                 store.remove(whole / file["file"])
             continue
         if not counts["blocks"]:
             n = sum(file["documents"] for record in made for file in record["files"].values())
-            took = "; its only block was held out: give --held-out 0" if n else ""
+            why = "; its only block was held out: give --held-out 0" if n else ""
             n = sum(sum(record["dropped"].values()) for record in made)
-            took += f"; {n} documents were dropped" if n else ""
-            raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{took}")
+            why += f"; {n} documents were dropped" if n else ""
+            raise UserError(f"--{split}: there is no text in its {len(sources[split])} files{why}")
         checksums = {name: checksum for record in made for name, checksum in record["sources"].items()}
         named, left_out = [], []
         for source in sources.get(split, ()):
@@ -245,14 +245,14 @@ def finish(
     with tempfile.TemporaryDirectory() as folder:
         data = [Path(folder, file["file"]) for counts in splits.values() for file in counts["shards"]]
         for file in data:
-            file.touch()  # it looks at their names
+            file.touch()  # `write_metadata` reads the files' names
         tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
         for file in data:
             file.unlink()
         store.copy(Path(folder), whole)
     store.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     if isinstance(whole, Path):
-        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # the disk takes many at once in the time of one
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # many files at once take a disk no longer than one
             list(pool.map(_sync, [file for file in whole.rglob("*") if file.is_file()]))
         _move(whole, output)
     store.remove(job.folder)
@@ -260,7 +260,7 @@ def finish(
 
 
 def _move(whole: Path, output: Path) -> None:
-    """Gives a folder its name. A mount, or a folder with nothing but a file manager's files, stays and is moved into."""
+    """Renames `whole` to `output`; moves the files into it if it is a mount, or has a file manager's files."""
     if not output.exists() or not os.listdir(output):
         with contextlib.suppress(OSError):  # a mount
             os.rename(whole, output)

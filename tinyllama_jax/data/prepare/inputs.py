@@ -1,4 +1,4 @@
-"""Input files of data preparation: found in folders, object stores and TensorFlow data sets, identified, opened."""
+"""Finds and opens the input files of data preparation: in folders, object stores and TensorFlow data sets."""
 
 import functools
 import glob
@@ -16,7 +16,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import open_regular
 from tinyllama_jax.data.prepare.store import SCHEMES, matcher, reaching
 
-# type of a file -> how it is read, and bytes of text in a byte of it, roughly
+# end of a file's name -> (how it is read, roughly how many bytes of text are in a byte of it)
 KINDS = {
     ".txt": ("text", 1),
     ".jsonl": ("jsonl", 1),
@@ -27,28 +27,28 @@ KINDS = {
     ".json.gz": ("gzip", 3),
     ".parquet": ("parquet", 1),
 }
-ARRAY_RECORD = "array_record", 2  # what `tfds:` stands for
+ARRAY_RECORD = "array_record", 2  # the same, for `tfds:`
 READ = 1 << 20  # bytes read at once
 FETCH = 8 << 20  # bytes of an object fetched at once
 
 
 class Source(NamedTuple):
-    """An input file, as it was when the work was planned."""
+    """An input file as it was when the shards were planned."""
 
     path: str  # absolute (bytes that are not UTF-8 as surrogates), or gs://... or s3://...
-    name: str  # relative to the folder that all inputs of its split have in common, so the same wherever that folder lies
+    name: str  # relative to the common folder of all inputs of its split, so the same wherever that folder lies
     kind: str  # how it is read
-    factor: int  # bytes of text in a byte of it, roughly
+    factor: int  # roughly how many bytes of text are in a byte of it
     size: int
     mtime_ns: int
     etag: str  # what an object store calls this content; "" on this machine
 
     def unchanged(self) -> bool:
-        """Whether the file is still as it was then, by size, time and etag."""
+        """Whether the file's size, time and etag are still the same."""
         return _stat(self.path) == (self.size, self.mtime_ns, self.etag)
 
     def open(self) -> BinaryIO:
-        """The file, to be read and sought in. An object comes in parts of `FETCH` bytes."""
+        """Opens the file for reading and seeking. An object is fetched in parts of `FETCH` bytes."""
         if not _scheme(self.path):
             return io.BufferedReader(open_regular(self.path).detach(), READ)
         with reaching(self.path, absent=False) as store:
@@ -63,7 +63,7 @@ class Source(NamedTuple):
         return io.BufferedReader(file, READ)
 
     def sha256(self) -> str:
-        """Of its bytes, read once more."""
+        """The hash of the file's bytes, which are read again."""
         with self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -71,15 +71,15 @@ class Source(NamedTuple):
 def find(
     paths: Iterable[str | Path], option: str, kinds: Iterable[str] = tuple(KINDS), data_dir: str | Path | None = None
 ) -> tuple[list[Source], list[str]]:
-    """The files at `paths`, sorted by name; and those there that are of other types than `kinds`.
+    """(the files at `paths` that are of `kinds`, sorted by name; the paths of those of other types).
 
     A path is a file, a folder (searched to the bottom), a pattern with * ? [ or **, one of these with gs:// or s3://, or
-    tfds:NAME[/CONFIG][:VERSION][:SPLIT], prepared in `data_dir`. Hidden files are left out. Raises UserError that names
-    `option`: a path that is not there, a file of another type, a file given twice, no file at all.
+    tfds:NAME[/CONFIG][:VERSION][:SPLIT], prepared in `data_dir`. Hidden files are left out. Raises UserError naming `option`
+    if a path does not exist, a file is of another type or given twice, or there is no file at all.
     """
     paths, kinds = [os.fspath(path) for path in paths], tuple(kinds)
-    matches: list[tuple[str, tuple[str, int]]] = []  # path, and what KINDS says of it
-    stats: dict[str, tuple[int, int, str]] = {}  # of objects: a store lists them with their names
+    matches: list[tuple[str, tuple[str, int]]] = []  # (path, its entry in KINDS)
+    stats: dict[str, tuple[int, int, str]] = {}  # of objects: a store lists these with the names
     others = []
     for path in paths:
         if path.startswith("tfds:"):
@@ -107,7 +107,7 @@ def find(
     if times > 1:
         raise UserError(f"{option}: {real} is given {times} times (links count)")
     parents = zip(*(file.split("/")[:-1] for file in absolute), strict=False)
-    depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of what all have in common
+    depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parents))  # of the common folder
     sources = []
     for path, (_, kind) in zip(absolute, matches, strict=True):
         # bytes that are not UTF-8 are written as \xe9, for manifests and messages
@@ -141,7 +141,7 @@ def _stat(path: str) -> tuple[int, int, str]:
 
 
 def _files(path: str) -> dict[str, list[str]]:
-    """What `path` names or matches, and the files there: itself, or those below it."""
+    """Each file or folder that `path` names or matches -> itself, or the files below it."""
     if not os.path.exists(path) and "**" in path.split("/"):
         return _deep(os.path.normpath(os.path.expanduser(path)))
     names = [path] if os.path.exists(path) else sorted(glob.glob(os.path.expanduser(path)))
@@ -169,7 +169,7 @@ def _deep(pattern: str) -> dict[str, list[str]]:
 
 
 def _below(top: str, seen: set[tuple[int, int]]) -> list[str]:
-    """The folders and files below a folder, but for hidden ones, and for folders already `seen`.
+    """The folders and files below a folder, except hidden ones and folders already `seen`.
 
     Without `seen`, links to parents would be followed for ever.
     """
@@ -187,7 +187,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
-    """Whether a folder is not among those `seen`; adds it to them."""
+    """Adds a folder to those `seen`; returns whether it is new."""
     before, stat = len(seen), os.stat(folder)
     seen.add((stat.st_dev, stat.st_ino))
     return len(seen) > before
@@ -197,7 +197,7 @@ def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
 
 
 def _objects(path: str, stats: dict[str, tuple[int, int, str]]) -> dict[str, list[str]]:
-    """`_files` of a path in a store; also notes what the store says of each file."""
+    """As `_files`, for a path in a store; also adds the files' sizes, times and etags to `stats`."""
     scheme = _scheme(path)
     files_at = {}
     with reaching(path, absent=False) as store:
@@ -216,7 +216,7 @@ def _objects(path: str, stats: dict[str, tuple[int, int, str]]) -> dict[str, lis
 
 
 def _stat_of(info: dict) -> tuple[int, int, str]:
-    seconds = int((info.get("LastModified") or info["mtime"]).timestamp())  # S3 tells fractions in listings alone
+    seconds = int((info.get("LastModified") or info["mtime"]).timestamp())  # S3 gives fractions only in listings
     return info["size"], seconds * 10**9, info.get("ETag") or info["etag"]
 
 
@@ -224,7 +224,7 @@ def _stat_of(info: dict) -> tuple[int, int, str]:
 
 
 def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
-    """The files of tfds:NAME[/CONFIG][:VERSION][:SPLIT]; the split is "train" if it is not said."""
+    """The files of tfds:NAME[/CONFIG][:VERSION][:SPLIT]; SPLIT is "train" by default."""
     import tensorflow_datasets as tfds
 
     name, *parts = path.removeprefix("tfds:").split(":")
@@ -236,7 +236,7 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
         raise UserError(f"--data-dir {where}: ArrayRecord files are read from this machine alone; copy the data set here")
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where, file_format="array_record")
-        if split not in (known := list(builder.info.splits)):  # among them "train[:10%]", which is no whole files
+        if split not in (known := list(builder.info.splits)):  # such as "train[:10%]", which is not a set of whole files
             raise UserError(f"{option} {path}: has no split {split!r}; it has {', '.join(known)}")
         return [os.fspath(file) for file in builder.info.splits[split].filepaths]
     except tfds.core.DatasetNotFoundError:
@@ -255,7 +255,7 @@ def _tfds(path: str, option: str, data_dir: str | Path | None) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def _described(folder: str) -> tuple[dict, dict[str, int]]:
-    """What the TensorFlow data set in `folder` says of itself: name -> feature, file -> number of records."""
+    """The description of the TensorFlow data set in `folder`: (name -> feature, file -> number of records)."""
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(folder, file_format="array_record").info
@@ -269,13 +269,13 @@ def records(source: Source) -> int:
 
 
 def text_feature(source: Source, name: str):
-    """What decodes the feature `name` in a file of a TensorFlow data set. Raises UserError if it is no text."""
+    """The decoder of the text feature `name` of a TensorFlow data set. Raises UserError if there is no such text feature."""
     import tensorflow_datasets as tfds
 
     folder = os.path.dirname(source.path)
     features, _ = _described(folder)
     texts = sorted(key for key, feature in features.items() if isinstance(feature, tfds.features.Text))
     if name not in texts:
-        those = ", ".join(texts) or "none"
-        raise UserError(f"{folder}: {name!r} is no text feature of it; those are {those}: choose one with --text-key")
+        known = ", ".join(texts) or "none"
+        raise UserError(f"{folder}: has no text feature {name!r}; it has {known}: choose one with --text-key")
     return tfds.features.FeaturesDict({name: features[name]})

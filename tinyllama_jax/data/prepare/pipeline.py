@@ -1,14 +1,14 @@
-"""Raw text to blocks of S+1 tokens: one Apache Beam pipeline that can be stopped and run again.
+"""Turns raw text into blocks of S + 1 tokens, in one Apache Beam pipeline that can be stopped and resumed.
 
     python -m tinyllama_jax.prepare --train FILES --tokenizer FILE --output DIR --seq-len 2048
 
-The unit of work is a shard: a list of pieces of the input files, planned from their names and sizes before anything runs, so
-that the output does not depend on who does the work. Everything is made in DIR.partial, which becomes DIR when it is whole:
+The unit of work is a shard: a list of pieces of the input files, planned from their names and sizes before anything runs. So
+the output does not depend on which worker makes a shard. Everything is written to DIR.partial:
 
-DIR.partial/settings.json   what was asked for              DIR.partial/done/     counts of each finished shard
-DIR.partial/failed/         what stopped the last run       DIR.partial/whole/    what becomes DIR
+DIR.partial/settings.json   the settings                    DIR.partial/done/     counts of each finished shard
+DIR.partial/failed/         what stopped the last run       DIR.partial/whole/    is renamed to DIR when it is complete
 
-An object store renames nothing: there whole/ is DIR itself from the start, and the manifest, written last, makes it a data set.
+An object store cannot rename: there whole/ is DIR from the start, and the manifest, written last, completes the data set.
 """
 
 import concurrent.futures
@@ -35,17 +35,17 @@ from tinyllama_jax.data.prepare.shards import HELD_OUT, MEMORY, Job, Shard
 from tinyllama_jax.data.prepare.store import Place, Remote
 
 MOST = 1 << 24  # tokens in a block
-NOT_TRAIN = ("validation", "valid", "val", "dev", "test")  # what folders of other splits are called
-SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard if --shard-mb does not say; between, 1/1024 of the input
+NOT_TRAIN = ("validation", "valid", "val", "dev", "test")  # usual names of folders of other splits
+SHARD = 1 << 20, 1 << 30  # least and most bytes of text in a shard without --shard-mb; between them, 1/1024 of the input
 
 
 def plan(
     sources: dict[str, list[Source]], text_key: str, shard_mb: int, held_out: bool = False, bad: dict | None = None
 ) -> list[Shard]:
-    """The shards. A function of the arguments and of the files' names, sizes and row groups alone.
+    """Plans the shards, which depend only on the arguments and the files' names, sizes and row groups.
 
-    `held_out`: whether each has a file for what is held out too. `bad`: if it is given, a file that cannot be planned for is
-    put there, (split, name) -> why, and is in no shard.
+    `held_out`: whether each shard has a second file for held-out documents. `bad`: if given, a file that cannot be read is left
+    out of the shards, and added here: (split, name) -> why.
     """
 
     def weights(split_and_source: tuple[str, Source]) -> list[int] | None:
@@ -59,10 +59,10 @@ def plan(
             return None
 
     every = [(split, source) for split, files in sources.items() for source in files]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # parquet files far away take a while to answer
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote parquet files take a while to answer
         units = {each: weighed for each, weighed in zip(every, pool.map(weights, every), strict=True) if weighed is not None}
     total = sum(map(sum, units.values()))
-    # a power of two, so that it stays when a file is mended
+    # a power of two, so that it stays the same when a file is repaired
     target = shard_mb << 20 if shard_mb else min(max(1 << (total // 1024).bit_length(), SHARD[0]), SHARD[1])
     planned = []
     for split in sources:
@@ -104,25 +104,25 @@ def prepare(
     runner: str = runners.DIRECT,
     beam_options: list[str] = (),
 ) -> dict:
-    """Makes the folder `output`, here or in an object store, as the command line of this module does; returns its manifest.
+    """Turns text into blocks in the folder `output`, local or in an object store; returns its manifest.
 
-    `corpus`: one of `corpora.CORPORA`, which says what `text_key` is and what is left out; `languages`: of it, these folders.
+    `corpus`: one of `corpora.CORPORA`, which sets `text_key` and what is left out; `languages`: which of its folders to read.
     `held_out`: fraction of the documents that go to the split "validation" (0.01, and 0 if `validation` is given).
-    `bad_files`: "skip" leaves out files that cannot be read, wholly, and lists them in the manifest; "stop" is an error.
-    `shard_mb`: MiB of text that make a file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
-    for each processor. `runner`: direct, dask, or Beam's name of one; its machines must all see the same files.
-    `beam_options`: its options. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: as clean.py has them, and
-    docs/cleaning.md. Raises UserError, and OSError from the file system. What was finished is kept for a next call.
+    `bad_files`: "skip" leaves out whole files that cannot be read, and lists them in the manifest; "stop" raises an error.
+    `shard_mb`: MiB of text for each file; 0: chosen by the size of the input. `workers`: processes on this machine; 0: one
+    for each processor. `runner`: direct, dask, or Beam's name for a runner, whose machines must all see the same files.
+    `beam_options`: options of that runner. `filters`, `dedup`, `dedup_threshold`, `scrub`, `keep_dropped`: see clean.py and
+    docs/cleaning.md. Raises UserError, and OSError from the file system. The next call resumes from the finished shards.
     """
     for option, words in {"output": [output], "text-key": [text_key], "filter": filters, "scrub": scrub}.items():
-        for word in words:  # neither JSON nor the libraries that write there can take other names
+        for word in words:  # JSON and the libraries that write there take only UTF-8
             if re.search("[\ud800-\udfff]", str(word)):
                 raise UserError(f"--{option} {word}: is not UTF-8; choose another name")
     output = store.place(output, "--output")
     partial = folder_lib.partial_of(output)
     beam_options = runners.options(runner, list(beam_options))
     if beam_options and workers:
-        raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; {runner} has as many as its cluster gives it")
+        raise UserError(f"--workers {workers}: is for --runner {runners.DIRECT}; with {runner} the cluster decides")
     spm = tokenizer_lib.load(tokenizer)
     dtype = "uint16" if spm.vocab_size <= 1 << 16 else "int32"
     _check_numbers(seq_len, shard_mb, workers)
@@ -130,7 +130,7 @@ def prepare(
     held_out = _fraction(held_out, validation)
     if bad_files not in ("stop", "skip"):
         raise UserError(f"--bad-files {bad_files}: must be stop or skip")
-    preset = corpora.known(corpus) if corpus else None
+    preset = corpora.corpus_named(corpus) if corpus else None
     text_key = text_key or (preset.text_key if preset else "text")
     cleaning = clean.parse(filters, scrub, dedup, duplicates.check(dedup, dedup_threshold), keep_dropped)
     folder_lib.check_keep(cleaning.keep, output, partial, (*train, *validation))
@@ -185,7 +185,7 @@ def _complete_already(output: Place, partial: Place, wanted: dict, sources: dict
     """The manifest of a complete data set. Raises UserError if it was made for something else."""
     manifest = folder_lib.complete(output, wanted, sources)
     if folder_lib.is_ours(partial):
-        store.remove(partial)  # there if a kill came between the last two lines of `folder.finish`
+        store.remove(partial)  # left by a kill just before the end of `folder.finish`
     if bad_files == "stop" and (left_out := [f for counts in manifest["splits"].values() for f in counts["bad_files"]]):
         what = f"{len(left_out)} bad files, such as {left_out[0]['file']}"
         raise UserError(f"{output}: was prepared without {what}; say --bad-files=skip too, or choose another --output")
@@ -195,9 +195,9 @@ def _complete_already(output: Place, partial: Place, wanted: dict, sources: dict
 
 def _warn(spm: tokenizer_lib.Tokenizer, train: list[Source], text_key: str) -> None:
     """Warns of folders that look like other splits, and of what the tokenizer loses."""
-    apart = {part for source in train for part in source.name.split("/")[:-1] if part.lower() in NOT_TRAIN}
-    if apart:
-        what = f"holds folders named {', '.join(sorted(apart))}, which are trained on"
+    others = {part for source in train for part in source.name.split("/")[:-1] if part.lower() in NOT_TRAIN}
+    if others:
+        what = f"holds folders named {', '.join(sorted(others))}, which are trained on"
         print(f"--train: warning: {what}; a pattern such as '*/train' leaves them out", file=sys.stderr)
     for line in vocabulary_lib.warnings(spm, train, text_key):
         print(line, file=sys.stderr)
@@ -214,7 +214,7 @@ def _execute(
     workers: int,
     beam_options: list[str],
 ) -> dict:
-    """Makes the shards that are not made yet, and the data set of them; returns its manifest."""
+    """Makes the shards that are not made yet, then finishes the data set; returns its manifest."""
     started = time.monotonic()
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
 
@@ -228,24 +228,24 @@ def _execute(
         folder_lib.begin(job, wanted, spm)
         if job.cleaning.dedup:
             planned = _find_copies(job, planned, run)
-        left = folder_lib.left_of(job, planned)
+        left = folder_lib.unmade(job, planned)
         n_before = len(planned) - len(left)
         run(job, left or _again(job, planned))
         manifest = folder_lib.finish(output, job, wanted, sources, planned, bad)
     seconds = time.monotonic() - started
     _say(output, manifest)
     if job.held_out and HELD_OUT not in manifest["splits"]:
-        print(f"{output}: no validation split: there is but one block of text; give more, or a --validation of its own")
+        print(f"{output}: no validation split: there is only one block of text; give more text, or --validation")
     print(f"{output}: {len(planned) - n_before} shards in {seconds:.1f} s" + (f" ({n_before} before)" if n_before else ""))
     return manifest
 
 
 def _say(output: Place, manifest: dict) -> None:
-    """Prints what has become of the input."""
+    """Prints the counts of each split."""
     for split, counts in manifest["splits"].items():
         print(f"{output}: {split}: " + ", ".join(f"{counts[k]:,} {k}" for k in ("documents", "tokens", "blocks")))
         if n := counts.get("last_blocks_of_train"):
-            print(f"{output}: {split}: too few documents to hold any out; these are the last {n:,} blocks of all instead")
+            print(f"{output}: {split}: too few documents to hold any out; the last {n:,} blocks are held out instead")
         for reason, n in counts["dropped"].items():
             print(f"{output}: {split}: {n:,} documents left out: {reason}")
         for name, n in counts["scrubbed"].items():
@@ -258,11 +258,11 @@ def _say(output: Place, manifest: dict) -> None:
 def _find(
     paths: dict[str, list[str | Path]], preset: corpora.Corpus | None, languages: list[str], data_dir: str | Path | None
 ) -> dict[str, list[Source]]:
-    """The files of each split that is given."""
+    """The input files of each split that the user gave."""
     if languages and not (preset and preset.languages):
         raise UserError(f"--languages {' '.join(languages)}: only --corpus starcoder has a folder for each language")
     if data_dir and not any(str(path).startswith("tfds:") for path in itertools.chain(*paths.values())):
-        raise UserError(f"--data-dir {data_dir}: is where tfds:NAME is looked for, and there is none")
+        raise UserError(f"--data-dir {data_dir}: is for tfds:NAME, and no path is one")
     kinds = preset.kinds if preset else inputs.KINDS
     sources: dict[str, list[Source]] = {}
     for split in ("train", *(["validation"] if paths["validation"] else [])):
@@ -279,7 +279,7 @@ def _find(
 
 
 def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]], None]) -> list[Shard]:
-    """The shards, each with the list of what is dropped of it, which is made first: see duplicates.py."""
+    """Lists what is dropped of each shard (see duplicates.py); returns the shards with the hashes of their lists."""
     looking = dataclasses.replace(job, stage="looked")
     kept = {file for file, record in folder_lib.records_of(looking, planned).items() if record}
     for name in store.names(looking.records):
@@ -301,9 +301,9 @@ def _find_copies(job: Job, planned: list[Shard], run: Callable[[Job, list[Shard]
 
 
 def _again(job: Job, planned: list[Shard]) -> list[Shard]:
-    """The shards that hold parts of files which turned out bad in other shards; they are to be made again without.
+    """The shards that must be made again without a file that turned out to be bad in another shard.
 
-    So a bad file is left out wholly, whatever the shards; and of what is wrong with it, the first is told.
+    So a bad file is left out as a whole, however it is cut into shards, and its first fault is the one reported.
     """
     if not planned or planned[0].bad is None or job.stage == "copies":
         return []

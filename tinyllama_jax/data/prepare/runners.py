@@ -1,7 +1,7 @@
-"""Who does the work of data preparation: Apache Beam in processes on this machine, on Dask, or on any other runner of Beam's.
+"""Runs data preparation with Apache Beam: in processes on this machine, on Dask, or on any other Beam runner.
 
-On this machine each worker process runs a Beam pipeline of its own and claims one free shard after another, so that nothing
-listens on a port. This process only waits: for DIR.partial/done to fill, for a file in DIR.partial/failed, or for Beam to end.
+On this machine each worker process runs its own Beam pipeline and claims one free shard after another, so that nothing listens
+on a port. The main process only waits: for DIR.partial/done to fill, for a file in DIR.partial/failed, or for Beam to end.
 """
 
 import asyncio
@@ -34,15 +34,15 @@ from tinyllama_jax.data.prepare.store import Place
 DIRECT = "direct"
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
 TITLES = {"looked": "looking for copies", "copies": "comparing", "done": "tokenising"}  # of the stages of a job
-LINES = 10, 60  # seconds between lines where there is no terminal: in the first minute, and after it
+LINES = 10, 60  # seconds between lines of progress without a terminal: in the first minute, and after it
 ALONE = 60  # seconds that Dask may be without any worker
-LATE = 90  # seconds until a file that was written on another machine is seen on this one, at the most
+LATE = 90  # most seconds until a file written on another machine is visible here
 
 
 def options(runner: str, beam_options: list[str]) -> list[str]:
-    """Beam's options for `runner`, `rest` among them; none if it is this machine.
+    """All options for Beam, with `runner` and `beam_options`; none if the runner is this machine.
 
-    Raises UserError on a runner that is not known or not installed, and on an option that is not Beam's.
+    Raises UserError for a runner that is unknown or not installed, and for an option that Beam does not have.
     """
     if runner.lower() in (DIRECT, "directrunner"):  # Beam's own DirectRunner would first try to download another runner
         if beam_options:
@@ -50,13 +50,11 @@ def options(runner: str, beam_options: list[str]) -> list[str]:
         return []
     if runner.lower() in ("dask", "daskrunner"):
         if not _installed("distributed"):
-            raise UserError(f"--runner {runner}: takes `pip install dask distributed`, here and on its workers")
+            raise UserError(f"--runner {runner}: needs `pip install dask distributed`, here and on its workers")
         runner = DASK
         if not any(o.startswith(("--dask_npartitions", "--dask_partition_size")) for o in beam_options):
-            beam_options = [
-                "--dask_partition_size=1",
-                *beam_options,
-            ]  # Beam gives a worker 128 at once, and all at once if there are fewer
+            # by default Beam gives one worker 128 shards at once, or all if there are fewer
+            beam_options = ["--dask_partition_size=1", *beam_options]
     elif "." not in runner and not runner.endswith("Runner"):
         raise UserError(f"--runner {runner}: no such runner; there are {DIRECT}, dask, and Beam's own, such as FlinkRunner")
     if not runner.startswith(("Flink", "Spark")):  # Flink's and Spark's job servers know options that Python does not
@@ -71,12 +69,12 @@ def _short(runner: str) -> str:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # its package is not installed either
         return False
 
 
 def _check(runner: str, beam_options: list[str]) -> None:
-    """Raises UserError on an option that Beam does not know, which it would leave out with a warning."""
+    """Raises UserError for an option that Beam does not have, and would ignore with a warning."""
     with _quiet():
         from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -85,20 +83,20 @@ def _check(runner: str, beam_options: list[str]) -> None:
         try:
             parsed = PipelineOptions(beam_options)
             known = parsed.get_all_options()
-        except SystemExit:  # argparse has said what is wrong
+        except SystemExit:  # argparse has printed what is wrong
             raise UserError(f"--runner {_short(runner)}: Beam does not take {' '.join(beam_options)}") from None
         for option in sorted(set(parsed.get_all_options(retain_unknown_options=True)) - set(known)):
-            raise UserError(f"--{option}: no such option, of this command or of Beam's with --runner {_short(runner)}")
+            raise UserError(f"--{option}: no such option of this command, or of Beam with --runner {_short(runner)}")
 
 
 def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> None:
-    """Makes the shards, or does what comes before that (`job.stage`). Raises UserError with what stopped a worker."""
-    # the names of SlimPajama's 59,166 files alone are 10 MB, all that Dataflow takes in a request; 2 MB so
+    """Runs one stage of the job (`job.stage`) for the shards `left`. Raises UserError with the error that stopped a worker."""
+    # the names of SlimPajama's 59,166 files alone are 10 MB, Dataflow's limit for a request; compressed they are 2 MB
     work = [zlib.compress(pickle.dumps(shard)) for shard in left]
     try:
         if workers > 1 or beam_options:
             n = 1 if beam_options or job.stage == "copies" else workers  # one process compares all shards
-            _apart(job, work, n, beam_options, {f"{shard.file}.json" for shard in left})
+            _in_processes(job, work, n, beam_options, {f"{shard.file}.json" for shard in left})
         else:
             with _quiet():
                 pipeline(job, work, [])
@@ -109,9 +107,9 @@ def run(job: Job, left: list[Shard], workers: int, beam_options: list[str]) -> N
 
 
 def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float = ALONE, claims: str = "") -> None:
-    """Runs the Beam pipeline: in this process, or where `beam_options` say. Raises whatever Beam raises.
+    """Runs the Beam pipeline in this process, or where `beam_options` say. Raises whatever Beam raises.
 
-    `alone`: seconds that Dask may be without any worker. `claims`: a folder with a file for each shard taken.
+    `alone`: seconds that Dask may be without any worker. `claims`: a folder with a file for each claimed shard.
     """
     import apache_beam as beam  # takes a second, and warns of what is not installed
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -127,7 +125,7 @@ def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float 
     parsed = PipelineOptions(beam_options)
     p = beam.Pipeline(runner, parsed)
     if claims:
-        work = p | beam.Create(list(enumerate(work))) | "mine" >> beam.FlatMap(functools.partial(_claimed, claims))
+        work = p | beam.Create(list(enumerate(work))) | "claim" >> beam.FlatMap(functools.partial(_claimed, claims))
     else:
         work = p | beam.Create(work) | beam.Reshuffle()
     if job.stage == "copies":
@@ -144,12 +142,12 @@ def pipeline(job: Job, work: list[bytes], beam_options: list[str], alone: float 
 
 
 def _wait_for_dask(result: object, alone: float) -> None:
-    """Dask gives a lost worker's shards to the others, and would wait for ever if there are none."""
+    """Waits for Dask, which gives a lost worker's shards to the others, and would wait for ever without any worker."""
     seen = time.monotonic()
     while True:
         try:
             result.wait_until_finish(duration=min(5_000, alone * 500))
-            lost = any(future.status != "finished" for future in result.futures)  # which Beam takes for the end, too
+            lost = any(future.status != "finished" for future in result.futures)  # Beam takes this for the end, too
         except asyncio.CancelledError:
             lost = True
         except TimeoutError:
@@ -164,7 +162,7 @@ def _wait_for_dask(result: object, alone: float) -> None:
 
 
 def _claimed(claims: str, numbered: tuple[int, bytes]) -> list[bytes]:
-    """[the work], or [] if another process has taken it."""
+    """[the shard], or [] if another process has claimed it."""
     try:
         os.close(os.open(f"{claims}/{numbered[0]}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -173,10 +171,10 @@ def _claimed(claims: str, numbered: tuple[int, bytes]) -> list[bytes]:
 
 
 def worker(arguments: str) -> None:
-    """Runs `pipeline` with the pickled arguments in a file, in a process that `_apart` has started."""
+    """Runs `pipeline` with the pickled arguments in a file, in a process that `_in_processes` started."""
 
     def end() -> None:
-        sys.stdin.buffer.read()  # returns when the parent has ended, in whatever way
+        sys.stdin.buffer.read()  # returns when the parent has ended, for any reason
         shutil.rmtree(Path(arguments).parent, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)  # nothing is lost: a file gets its name only when it is whole
 
@@ -184,8 +182,8 @@ def worker(arguments: str) -> None:
     pipeline(*pickle.loads(Path(arguments).read_bytes()))
 
 
-def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited: set[str]) -> None:
-    """Runs `pipeline` in `n` processes. Returns when all files `awaited` are in the folder of records.
+def _in_processes(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited: set[str]) -> None:
+    """Runs `pipeline` in `n` processes. Returns when all files of `awaited` are in the folder of records.
 
     Raises UserError if a process dies. No process outlives this one.
     """
@@ -205,7 +203,7 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
                 pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
                 for _ in range(n):
                     children.append(subprocess.Popen(words, env=environment, start_new_session=True, **pipes))
-            import tensorflow_datasets  # noqa: F401  `folder.finish` wants it: now, while there is nothing to do but wait
+            import tensorflow_datasets  # noqa: F401  `folder.finish` needs it; this process has nothing else to do now
 
             ended = None
             while not awaited.issubset(store.names(job.records)):
@@ -216,9 +214,9 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
                     raise _failure(job, log.read_text(errors="replace"), next(filter(None, codes), 0), beam_options)
                 if ended is None and (any(codes) or None not in codes):
                     ended = time.monotonic()
-                    continue  # it may have written the last file after we looked
+                    continue  # it may have written the last file after we listed them
                 time.sleep(_interval(job.folder, 0.05))
-            if beam_options:  # it says to its cluster that all is well
+            if beam_options:  # it still tells its cluster that the job is done
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     children[0].wait(timeout=60)
         finally:
@@ -231,31 +229,31 @@ def _apart(job: Job, work: list[bytes], n: int, beam_options: list[str], awaited
 
 
 def _failure(job: Job, log: str, code: int, beam_options: list[str]) -> Exception:
-    """What to raise when Beam has ended and shards are missing."""
+    """The error to raise when Beam has ended and shards are missing."""
     if not beam_options and (code < 0 or "MemoryError" in log):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
-        return UserError(f"a worker process {how}: out of memory? Run this again to go on, perhaps with fewer --workers")
+        return UserError(f"a worker process {how}: out of memory? Run this again to resume, perhaps with fewer --workers")
     if not beam_options:
         return RuntimeError(f"the pipeline failed:\n{log[-4_000:]}")
     where = job.folder / "log"
     store.write(where, log)
-    ours = f"{UserError.__module__}.{UserError.__name__}: "  # which libraries may say more after
+    ours = f"{UserError.__module__}.{UserError.__name__}: "  # libraries may log more lines after it
     lines = [line for line in log.splitlines() if line.strip() and not line[0].isspace()] or [f"exit code {code}"]
     reason = next((line.removeprefix(ours) for line in lines if line.startswith(ours)), lines[-1])
     if not code:
-        reason = f"it ended well, and shards are missing: do all its workers see {job.folder}?"
+        reason = f"it reported success, but shards are missing: do all its workers see {job.folder}?"
     runner = _short(beam_options[0].removeprefix("--runner="))
-    return UserError(f"--runner {runner}: {reason} (more in {where}; run this again to go on)")
+    return UserError(f"--runner {runner}: {reason} (more in {where}; run this again to resume)")
 
 
 def _interval(folder: Place, local: float) -> float:
-    """Seconds between looks at a folder: an object store takes money for each."""
+    """Seconds between listings of a folder: an object store charges for each listing."""
     return local if isinstance(folder, Path) else 2.0
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Beam logs off the terminal, without touching where an application sends its own logs."""
+    """Keeps Beam's logs off the terminal, and leaves an application's own logs alone."""
     root, silent = logging.getLogger(), logging.NullHandler()
     level = logging.getLogger("apache_beam").level
     root.addHandler(silent)  # with no handler at all, the first message would add one that writes to the terminal
@@ -269,7 +267,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
-    """Counts finished shards by the text in them: a bar on the terminal, or now and then a line where there is none."""
+    """Shows how much text the finished shards hold: as a bar on a terminal, otherwise as a line from time to time."""
     weights = {f"{shard.file}.json": sum(piece.weight for piece in shard.pieces) for shard in planned}
     console = rich.console.Console(stderr=True)
     stop = threading.Event()
@@ -303,7 +301,7 @@ def progress(job: Job, planned: list[Shard]) -> Iterator[None]:
 
 
 def _line(done: int, total: int, before: int, seconds: float, title: str = TITLES["done"]) -> str:
-    """`done` of `total` bytes of text, of which `before` were there `seconds` ago, for a person who reads a log."""
+    """A line of progress for a log: `done` of `total` bytes of text, of which `before` were done `seconds` ago."""
     line = f"{title}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // max(total, 1)}%)"
     if done == before:
         return f"{line}, no shard finished yet"

@@ -1,4 +1,4 @@
-"""One output file of data preparation: documents read, tokenised, cut into blocks and written. Runs in the workers."""
+"""Makes one output file of data preparation: reads documents, tokenises them, writes blocks. Runs in the workers."""
 
 import contextlib
 import functools
@@ -31,28 +31,28 @@ from tinyllama_jax.data.prepare.store import Place
 
 BATCH = 1 << 18  # characters tokenised at once
 HELD_OUT = "validation"
-MEMORY = 2 << 30  # bytes of memory that a worker takes at most; benchmarks/ has what it took
+MEMORY = 2 << 30  # most bytes of memory that a worker may take; benchmarks/ has what it takes
 T = TypeVar("T")
 
 
 class Shard(NamedTuple):
-    """What becomes one output file, or one and another of what is held out of it."""
+    """The input of one output file, or of two if there is a second one for held-out documents."""
 
     split: str
     file: str
     pieces: list[Piece]
-    first: list[Source]  # the sources whose first piece is here: their checksums are computed here
-    held_out: str = ""  # the other file, of the split "validation"
-    # files left out because they cannot be read: name -> [where the first bad piece begins, why]; None: they are errors
+    first: list[Source]  # the sources whose first piece is here, with which their checksums are computed
+    held_out: str = ""  # the second file, of the split "validation"
+    # files left out because they cannot be read: name -> [where the first bad piece begins, why]; None: such files are errors
     bad: dict[str, list] | None = None
     copies: str = ""  # with --dedup: sha256 of the list of what is dropped, in DIR.partial/copies
 
     def files(self) -> dict[str, str]:
-        """Split -> file of it."""
+        """Split -> name of its output file."""
         return {self.split: self.file} | ({HELD_OUT: self.held_out} if self.held_out else {})
 
     def identity(self) -> str:
-        """Hash of what it is made of: a shard made earlier is good for as long as this is the same."""
+        """Hash of the shard's input: a shard that was made earlier is valid as long as this is the same."""
         made_of = [(p.source[1:], *p[1:]) for p in self.pieces]
         made_of = [made_of, [source.name for source in self.first], *([self.copies] if self.copies else [])]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
@@ -78,12 +78,12 @@ class Done(_Made):
 
 class Looked(_Made):
     dropped: list[tuple[Count, str]]
-    pieces: list[Count]  # documents in each
+    pieces: list[Count]  # documents in each piece
 
 
 class Copies(TypedDict):
     plan: str
-    dropped: list[tuple[Count, str, tuple[str, Count] | None]]  # the last: (file, number in it) of the document that it copies
+    dropped: list[tuple[Count, str, tuple[str, Count] | None]]  # number, why, (file, number in it) of the original
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Job:
 
     folder: Place  # DIR.partial
     whole: Place  # where the output files go
-    run: str  # name of this run of the main process: what is left of an earlier one elsewhere must not stop it
+    run: str  # name of this run of the main process, which a worker left over from an earlier run must not stop
     tokenizer_sha256: str
     seq_len: int
     dtype: str
@@ -103,8 +103,8 @@ class Job:
     held_out: float  # fraction of the documents
     cleaning: Cleaning
     stage: str = "done"  # folder in DIR.partial for the record of each shard: "looked", "copies" (see duplicates.py) or "done"
-    shards: tuple[str, ...] = ()  # for the stage "copies": the files of all of them, in order
-    plan: str = ""  # for it too: a hash of all of them
+    shards: tuple[str, ...] = ()  # for the stage "copies": the files of all shards, in order
+    plan: str = ""  # for the stage "copies": a hash of all shards
 
     @property
     def records(self) -> Place:
@@ -116,7 +116,7 @@ class Job:
 
 
 def make(job: Job, pickled: bytes) -> None:
-    """Makes one output file and the record of what is in it. See `attempt`."""
+    """Makes the output files of a shard and the record of their contents. See `attempt`."""
     attempt(job, pickled, _make)
 
 
@@ -125,22 +125,22 @@ def unpacked(pickled: bytes) -> Shard:
 
 
 def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> None:
-    """`work`, unless another shard has failed or this one is done. If a file cannot be read, once more without, if it may be.
+    """Runs `work`, unless another shard has failed or this one is done; again without a file that cannot be read, if allowed.
 
     A user's mistake (bad input, full disk) is written to DIR.partial/failed, where the main process looks for it, and raised.
     """
     shard = unpacked(pickled)
-    # a runner gives work again that a lost worker had finished
+    # a runner may repeat work that a lost worker had finished
     if store.names(job.failed) or made(job.records, shard):
         return
-    with telling(job, shard.file):
+    with recording_failure(job, shard.file):
         while True:
             try:
                 with _bounded():
                     work(job, shard)
                 return
             except documents.BadFile as error:
-                if shard.bad is None or shard.copies:  # what is a copy of what was settled with that file
+                if shard.bad is None or shard.copies:  # the list of copies was made with that file
                     raise
                 source = error.source
                 shard = shard._replace(
@@ -149,8 +149,8 @@ def attempt(job: Job, pickled: bytes, work: Callable[[Job, Shard], None]) -> Non
 
 
 @contextlib.contextmanager
-def telling(job: Job, name: str) -> Iterator[None]:
-    """Writes what goes wrong to DIR.partial/failed, where the main process looks for it."""
+def recording_failure(job: Job, name: str) -> Iterator[None]:
+    """Writes an error to DIR.partial/failed, where the main process looks for it."""
     try:
         yield
     except (UserError, OSError, MemoryError) as error:
@@ -162,9 +162,9 @@ def telling(job: Job, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Limits this process to `MEMORY`, or to half of that beyond what it has now: a file need not tell how much it unpacks to.
+    """Limits this process to `MEMORY`, or to half of that more than it uses now, since a file may unpack to any size.
 
-    Linux counts the stacks of threads too, hence the allowance for each processor. Elsewhere there is no limit.
+    Linux counts the stacks of threads too, hence the allowance for each processor. Other systems set no limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     try:
@@ -204,7 +204,7 @@ def made(records: Place, shard: Shard) -> dict:
 
 
 def read(job: Job, shard: Shard, dropped: Counter[str]) -> Iterator[tuple[Piece, Iterable[str]]]:
-    """The documents of a shard, without those of bad files, each with its piece. Counts rows that a corpus leaves out."""
+    """(piece, document) of all documents of a shard, except those of bad files. Counts rows left out in `dropped`."""
     for piece in shard.pieces:
         if piece.source.name not in (shard.bad or ()):
             try:
@@ -216,7 +216,7 @@ def read(job: Job, shard: Shard, dropped: Counter[str]) -> Iterator[tuple[Piece,
 
 
 def check_unchanged(shard: Shard) -> None:
-    """Raises UserError if a file is not as it was when the work was planned."""
+    """Raises UserError if a file has changed since the shards were planned."""
     for source in {piece.source for piece in shard.pieces if piece.source.name not in (shard.bad or ())}:
         if not source.unchanged():
             raise UserError(f"{source.path}: changed while it was read")
@@ -261,13 +261,13 @@ def _make(job: Job, shard: Shard) -> None:
 
 
 def hold_out(job: Job, shard: Shard, n: int) -> dict:
-    """Holds out the last `n` blocks of a shard, and no others; returns its new record."""
+    """Makes the last `n` blocks of a shard its held-out ones, and no others; returns its new record."""
     done = made(job.records, shard)
     entries = [done["files"][split] for split in (shard.split, HELD_OUT)]
     tokens, blocks = (sum(entry[key] for entry in entries) for key in ("tokens", "blocks"))
-    temporaries = [store.beside(store.room(job.folder) / entry["file"]) for entry in entries]
+    temporaries = [store.temporary_name(store.staging(job.folder) / entry["file"]) for entry in entries]
     try:
-        with store.here(job.whole, *(entry["file"] for entry in entries)) as folder:
+        with store.local_copy(job.whole, *(entry["file"] for entry in entries)) as folder:
             every = itertools.chain(*[_records(folder / entry["file"], entry["blocks"]) for entry in entries])
             for entry, temporary, size in zip(entries, temporaries, (blocks - n, n), strict=True):
                 writer = _written(temporary, array_record_module.ArrayRecordWriter, str(temporary), "group_size:1")
@@ -294,7 +294,7 @@ def _records(file: Path, n: int) -> Iterator[bytes]:
 
 
 def _copies(job: Job, shard: Shard) -> dict[int, tuple[str, list | None]] | None:
-    """Number of each document that is dropped -> (why, [file, number] of what it is a copy of); None if nobody has looked."""
+    """Number of each dropped document -> (why, [file, number] of its original); None without --dedup."""
     if not shard.copies:
         return None
     return {n: (why, of) for n, why, of in record(job.folder / "copies" / f"{shard.file}.json", Copies)["dropped"]}
@@ -305,11 +305,11 @@ def dropped_file(shard: Shard) -> str:
 
 
 class _Dropped:
-    """What is dropped of a shard, for a person to look at."""
+    """The file of a shard's dropped documents, for a person to read."""
 
     def __init__(self, job: Job, shard: Shard):
         self.place = job.cleaning.keep / dropped_file(shard)
-        self.temporary = store.beside(store.room(job.folder) / dropped_file(shard))
+        self.temporary = store.temporary_name(store.staging(job.folder) / dropped_file(shard))
         self._raw = open(self.temporary, "wb")  # noqa: SIM115  closed by `close`
         self._file = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0)  # no name and time: the same bytes each time
 
@@ -326,22 +326,22 @@ class _Dropped:
 
 
 class _File:
-    """An output file: documents go in, blocks of their ids come out, in batches of about `BATCH` characters."""
+    """An output file, which tokenises documents in batches of about `BATCH` characters and writes blocks."""
 
     def __init__(self, job: Job, name: str):
-        self.name, self.place, self.temporary = name, job.whole / name, store.beside(store.room(job.folder) / name)
+        self.name, self.place, self.temporary = name, job.whole / name, store.temporary_name(store.staging(job.folder) / name)
         self._job, self._record = job, Record(job.seq_len, job.dtype)
         self._spm = _tokenizer(job.whole / "tokenizer", job.tokenizer_sha256)
         self._counts = {"blocks": 0, "tokens": 0, "documents": 0, "empty_documents": 0}
-        self._rest = np.empty(0, job.dtype)  # ids that do not fill a block yet
+        self._pending = np.empty(0, job.dtype)  # ids that do not fill a block yet
         self._parts: list[str] = []
-        self._begins: list[int] = []  # which parts begin a document, and which end one
+        self._begins: list[int] = []  # indices of the parts that begin a document, and below, that end one
         self._ends: list[int] = []
         self._size = 0  # characters
         self._writer = _written(self.temporary, array_record_module.ArrayRecordWriter, str(self.temporary), "group_size:1")
 
     def add(self, document: Iterable[str]) -> None:
-        """A document, in parts: its ids, with bos and eos as the job says."""
+        """Adds a document, given in parts, with bos and eos as the job says."""
         new = True
         for part in self._spm.parts(document):
             if self._size >= BATCH:
@@ -357,10 +357,10 @@ class _File:
             self._ends.append(len(self._parts) - 1)
 
     def close(self) -> dict:
-        """What is in the file; its last block is filled up with zeros, and its length says where they begin."""
+        """Finishes the file; returns its counts. The last block is padded with zeros; its length says where they begin."""
         self._flush()
-        if n := len(self._rest):
-            self._write(np.pad(self._rest, (0, self._job.seq_len + 1 - n)), n)
+        if n := len(self._pending):
+            self._write(np.pad(self._pending, (0, self._job.seq_len + 1 - n)), n)
         _written(self.temporary, self._writer.close)
         return {"file": self.name, **self._counts, "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
 
@@ -371,11 +371,11 @@ class _File:
         for i in self._ends if self._job.eos else ():
             ids[i].append(self._spm.eos_id)
         new = np.fromiter(itertools.chain.from_iterable(ids), self._job.dtype, sum(map(len, ids)))
-        ids, width = np.concatenate([self._rest, new]), self._job.seq_len + 1
+        ids, width = np.concatenate([self._pending, new]), self._job.seq_len + 1
         whole = len(ids) // width
         for block in ids[: whole * width].reshape(whole, width):
             self._write(block, width)
-        self._rest = ids[whole * width :]
+        self._pending = ids[whole * width :]
         self._parts, self._begins, self._ends, self._size = [], [], [], 0
 
     def _write(self, block: np.ndarray, length: int) -> None:
@@ -386,7 +386,7 @@ class _File:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Place, _sha256: str) -> tokenizer.Tokenizer:  # once a worker, not once a shard
-    with store.here(folder) as local:
+    with store.local_copy(folder) as local:
         return tokenizer.load(local)
 
 

@@ -1,7 +1,7 @@
 """Where a data set is made: a local folder, or a place in an object store (s3://, gs://) through fsspec.
 
-In both, a file appears when it is whole. Only a local folder can be locked, waits for its disk and gets its name at the end; in
-an object store a data set is whole once its manifest is there, which is written last.
+In both, a file appears when it is complete. Only a local folder is locked, synced to disk and renamed at the end; in an object
+store a data set is complete once its manifest, which is written last, is there.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ Place = Path | Remote
 
 
 def place(path: str | Path, option: str) -> Place:
-    """`path` as a place. Raises UserError that names `option`: a kind of store that is not known, a bucket without a folder."""
+    """`path` as a place. Raises UserError naming `option` for an unknown kind of store, or a bucket without a folder."""
     scheme, is_url, path_in_store = str(path).partition("://")
-    if not is_url and any(str(path).startswith(f"{s}:/") for s in SCHEMES):  # pathlib takes out a slash, too
-        raise UserError(f"{option} {path}: takes two slashes after the colon")
+    if not is_url and any(str(path).startswith(f"{s}:/") for s in SCHEMES):  # pathlib removes a slash, too
+        raise UserError(f"{option} {path}: needs two slashes after the colon")
     if not is_url:
         return Path(path)
     if scheme not in SCHEMES:
@@ -62,19 +62,19 @@ def place(path: str | Path, option: str) -> Place:
 
 
 def filesystem(url: str) -> Any:
-    """fsspec's, for the store of `url`. Raises UserError if the package for it is not installed."""
+    """fsspec's file system for `url`. Raises UserError if the package that it needs is not installed."""
     scheme = url.partition("://")[0]
-    logging.getLogger(SCHEMES[scheme]).setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
+    logging.getLogger(SCHEMES[scheme]).setLevel(logging.CRITICAL)  # it logs a traceback of every error that it raises
     try:
-        import fsspec  # only who reads or writes there needs it
+        import fsspec  # only object stores need it
 
         return fsspec.filesystem(scheme, use_listings_cache=False)  # other machines write there too
     except ImportError:
-        raise UserError(f"{url}: takes `pip install {SCHEMES[scheme]}`") from None
+        raise UserError(f"{url}: needs `pip install {SCHEMES[scheme]}`") from None
 
 
 def matcher(pattern: str) -> Callable[[str], object]:
-    """A function that tells whether a path matches a pattern with * ? [ or **, here or in an object store."""
+    """Returns a function that says whether a path, local or in an object store, matches a pattern with * ? [ or **."""
     import fsspec.utils
 
     return re.compile(fsspec.utils.glob_translate(pattern)).match
@@ -87,7 +87,7 @@ def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iter
         yield filesystem(str(at))
     except UserError:
         raise
-    except Exception as error:  # a store's library raises what it likes: credentials, names, the network
+    except Exception as error:  # the libraries raise many types, for credentials, names, the network
         if absent and isinstance(error, FileNotFoundError):
             raise
         hint = "no permission; log in, or ask for access: " if isinstance(error, PermissionError) else ""
@@ -99,7 +99,7 @@ def names(folder: Place, folders: bool = False) -> set[str]:
     try:
         if isinstance(folder, Path):
             names_there = {*listed(folder)}
-            with os.scandir(folder) as entries:  # scandir knows the types without a look at each file
+            with os.scandir(folder) as entries:  # scandir gives types without reading each file's status
                 return {entry.name for entry in entries if entry.name in names_there and (folders or entry.is_file())}
         with reaching(folder) as system:
             entries = system.ls(folder.url, detail=True)
@@ -127,10 +127,10 @@ def read(file: Place, start: int = 0, end: int | None = None) -> bytes:
 
 
 def write(file: Place, content: str | bytes) -> None:
-    """Writes a file that appears when it is whole."""
+    """Writes a file, which appears when it is complete."""
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if isinstance(file, Path):
-        temporary = beside(file)
+        temporary = temporary_name(file)
         temporary.write_bytes(content)
         os.replace(temporary, file)
     else:
@@ -139,7 +139,7 @@ def write(file: Place, content: str | bytes) -> None:
 
 
 def put(local: Path, file: Place) -> None:
-    """Moves a local file, which lies in `room` for it, to its place, where it appears when it is whole."""
+    """Moves a local file from the folder `staging` to its place, where it appears when it is complete."""
     if isinstance(file, Path):
         os.replace(local, file)
         return
@@ -149,7 +149,7 @@ def put(local: Path, file: Place) -> None:
 
 
 def copy(local: Path, folder: Place) -> None:
-    """Writes the files of a local folder into another, which may be new."""
+    """Copies the files of a local folder into another folder, which may be new."""
     make_folder(folder)
     for file in sorted(local.iterdir()):
         write(folder / file.name, file.read_bytes())
@@ -160,8 +160,8 @@ def make_folder(folder: Place) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def room(folder: Place) -> Path:
-    """A local folder for files on their way to `folder`: itself, or TMPDIR."""
+def staging(folder: Place) -> Path:
+    """The local folder for files that are on their way to `folder`: itself, or TMPDIR."""
     return folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
 
 
@@ -177,7 +177,7 @@ def remove(at: Place) -> None:
 
 
 def is_whole(file: Place, size: int, checksum: str) -> bool:
-    """Whether all of a file is there: workers do not wait for the disk, but an object store is asked for the size alone."""
+    """Whether a file is complete: by checksum here, since workers do not sync to disk; in an object store by size only."""
     try:
         if isinstance(file, Path):
             return sha256(file) == checksum
@@ -195,8 +195,8 @@ def modified_ns(file: Place) -> int:
 
 
 @contextlib.contextmanager
-def here(folder: Place, *files: str) -> Iterator[Path]:
-    """A local folder with `files` of `folder`, or with all: itself, or a copy that goes away again."""
+def local_copy(folder: Place, *files: str) -> Iterator[Path]:
+    """A local folder with `files` of `folder` (all by default): `folder` itself, or a temporary copy."""
     if isinstance(folder, Path):
         yield folder
         return
@@ -207,6 +207,6 @@ def here(folder: Place, *files: str) -> Iterator[Path]:
         yield Path(copy)
 
 
-def beside(path: Path) -> Path:
-    """A name that nobody else takes: a runner may give the same work to two workers."""
+def temporary_name(path: Path) -> Path:
+    """A unique name beside `path`: a runner may give the same work to two workers."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}")

@@ -1,4 +1,4 @@
-"""Training a tokenizer on one's own text, and warnings of what a given tokenizer loses of a text, before a run is trained."""
+"""Trains a tokenizer on a user's text, and warns before a run of what a given tokenizer loses of its text."""
 
 import contextlib
 import io
@@ -17,15 +17,15 @@ from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.data.prepare import documents
 from tinyllama_jax.data.prepare.inputs import Source
 
-FILES = 1_000  # from which a sample is taken, spread evenly over all
-LONGEST = 1 << 20  # characters of a document that are learnt from as one text
-LOOK = 1 << 20  # characters by which `warnings` judges
+FILES = 1_000  # files from which a sample is taken, spread evenly over all
+LONGEST = 1 << 20  # most characters of a text given to the trainer; longer documents are cut
+LOOK = 1 << 20  # characters of the sample that `warnings` checks
 
 
 def sample(sources: list[Source], text_key: str, size: int, longest: int = 0, files: int = FILES) -> Iterator[str]:
-    """Texts of about `size` characters in all, taken from each part of each file in proportion to its size.
+    """Texts of about `size` characters in all, taken from each piece of each file in proportion to its size.
 
-    `longest`: if given, only so many characters of each document. The same files give the same sample. Raises BadFile.
+    `longest`: if given, at most so many characters of each document. The same files give the same sample. Raises BadFile.
     """
     chosen = sources[:: -(-len(sources) // files)]
     total = sum(source.size * source.factor for source in chosen)
@@ -58,8 +58,8 @@ def _cut(document: Iterable[str], n: int) -> Iterator[str]:
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model of `vocab_size` pieces. The same texts give the same bytes.
 
-    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding gives back any text as it was, unless it holds "▁" (U+2581), with
-    which SentencePiece writes a space. Raises UserError if there is too little text for so many pieces.
+    Ids 0, 1, 2 are unk, bos, eos as in Llama 2. Decoding restores every text exactly, except "▁" (U+2581), which stands for a
+    space in SentencePiece. Raises UserError if there is too little text for so many pieces.
     """
     model = io.BytesIO()
     try:
@@ -81,7 +81,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             character_coverage=0.9995,  # of the corpus's characters; rarer ones are spelt in bytes
             max_sentence_length=4 * LONGEST,  # bytes; longer ones would be left out silently
             num_threads=1,  # more would not help: most of the work is serial
-            minloglevel=3,  # errors are raised, and put into plain words below
+            minloglevel=3,  # errors are raised, and explained below
         )
     except (RuntimeError, ValueError) as error:
         if most := re.search(r"value <= (\d+)", str(error)):
@@ -95,19 +95,19 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) -> list[str]:
-    """A line if some texts of a sample are not decoded as they were; one if an export would change ids or cannot be made."""
+    """Lines that warn if decoding changes texts of a sample, and if an export would change ids or is impossible."""
     lines, texts = [], []
-    with contextlib.suppress(documents.BadFile):  # reported when all of the files are read
+    with contextlib.suppress(documents.BadFile):  # reported later, when all files are read
         texts += [text for text in sample(sources, text_key, LOOK, 1 << 14, 64) if text]
-    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # no SentencePiece model keeps it
-    came_back = [ours.decode(ids) for ids in ours.encode_batch(texts)]
-    lost = [(a, b) for a, b in zip(texts, came_back, strict=True) if a != b]
+    texts = [text.replace(tokenizer.SPACE, " ") for text in texts]  # no SentencePiece model preserves it
+    decoded = [ours.decode(ids) for ids in ours.encode_batch(texts)]
+    lost = [(a, b) for a, b in zip(texts, decoded, strict=True) if a != b]
     if lost:
         at = next((i for i, (a, b) in enumerate(zip(*lost[0], strict=False)) if a != b), min(map(len, lost[0])))
         was, became = (text[max(at - 8, 0) : at + 12] for text in lost[0])
-        share = f"{len(lost):,} of {len(texts):,} documents of a sample ({len(lost) / len(texts):.1%}) do not come back"
+        share = f"{len(lost):,} of {len(texts):,} documents of a sample ({len(lost) / len(texts):.1%}) are not decoded"
         other = "`python -m tinyllama_jax.train_tokenizer` makes one that loses nothing"
-        lines.append(f"{ours.path}: warning: {share} from its ids as they were: {was!r} becomes {became!r}; {other}")
+        lines.append(f"{ours.path}: warning: {share} to the same text: {was!r} becomes {became!r}; {other}")
     without = "export a run on it with --tokenizer none, without a tokenizer.json"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -118,5 +118,5 @@ def warnings(ours: tokenizer.Tokenizer, sources: list[Source], text_key: str) ->
     pairs = zip(exported.encode_batch(texts), ours.encode_batch(texts), strict=True)
     if differ := sum(a != b for a, b in pairs):
         what = f"{differ:,} of {len(texts):,} documents of a sample ({differ / len(texts):.1%}) get other ids"
-        lines.append(f"{ours.path}: warning: {what} from a tokenizer.json made of it; if that is too many, {without}")
+        lines.append(f"{ours.path}: warning: {what} from a tokenizer.json made from it; if that is too many, {without}")
     return lines
