@@ -42,8 +42,8 @@ ATTENTION = {  # B, S, N, K, H of causal self-attention, and documents packed in
 }  # fmt: skip
 KERNELS = ("forward", "dq", "dkv")
 CUTS = [  # triton.Tuning: own rows, other rows, warps, stages
-    (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3), (64, 64, 4, 3),
-    (64, 64, 4, 2), (64, 32, 4, 3),
+    (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3), (128, 32, 4, 4),
+    (128, 32, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
 ]  # fmt: skip
 QUIET = 90  # seconds after which a cell hangs
 LOSS = {"1b": (8, 2048, 2048, 32000), "small": (2, 512, 256, 8192), "tiny": (2, 32, 16, 64)}  # B, S, D, V

@@ -35,8 +35,8 @@ class Tuning(NamedTuple):
     stages: int
 
 
-# By the widest head of each, chosen by what the loops execute as compiled for sm_80 (benchmarks/attention.md). In dkv ptxas spills
-# 88 bytes, none of them in a loop. The blocks fit into an RTX 3090's 99 KB of shared memory.
+# By the widest head of each, chosen by what the loops execute as compiled for sm_80 (benchmarks/attention.md). dkv spills up to
+# 108 bytes, none of them in a loop. The blocks fit into an RTX 3090's 99 KB of shared memory.
 TUNINGS = {
     64: {"forward": Tuning(128, 64, 4, 3), "dq": Tuning(128, 32, 4, 3), "dkv": Tuning(128, 32, 4, 4)},
     128: {"forward": Tuning(128, 64, 8, 2), "dq": Tuning(64, 64, 4, 2), "dkv": Tuning(64, 64, 4, 2)},
@@ -168,7 +168,7 @@ def _scores(a_OH: jax.Array, b_TH: jax.Array, hidden_OT: jax.Array | None) -> ja
 def _exp2(x: jax.Array, scale: float, minus: jax.Array, interpret: bool) -> jax.Array:
     """Returns 2 ** (scale * x - minus) in a GPU's two instructions; multiplication, subtraction and XLA's exp2 are six.
 
-    ex2.approx has a relative error of at most 2**-22 and makes 0 of a denormal result (PTX ISA).
+    ex2.approx: relative error 2**-22, 0 for a denormal result (PTX ISA). From scale * x = 2**31 on, `minus` is too coarse: infinity.
     """
     minus = jnp.broadcast_to(minus, x.shape)
     if interpret:
