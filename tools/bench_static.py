@@ -10,6 +10,7 @@ they must wait. An LDSM.x4, in all four schedulers of an SM, holds its shared me
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -40,6 +41,7 @@ COUNTED = {  # what of a loop is counted, by the beginning of an instruction's n
     "spills": "LDL STL",
 }
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvdisasm")
 REGISTERS = 65_536  # of an SM, in units of 8 a thread
 
 
@@ -167,7 +169,8 @@ def report(path: Path, header: dict) -> None:
             out.append({"on": on, "left_out": reason})
             continue
         rows += compiled(on, list(CASES))
-    common.save(path, header | {"rows": rows, "left_out": out})
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
+    common.save(path, header | {"versions": versions, "rows": rows, "left_out": out})
     print(table(rows) if rows else "nothing was compiled")
 
 

@@ -168,7 +168,7 @@ def _scores(a_OH: jax.Array, b_TH: jax.Array, hidden_OT: jax.Array | None) -> ja
 def _exp2(x: jax.Array, scale: float, minus: jax.Array, interpret: bool) -> jax.Array:
     """Returns 2 ** (scale * x - minus) in a GPU's two instructions; multiplication, subtraction and XLA's exp2 are six.
 
-    ex2.approx: relative error 2**-22, 0 for a denormal result (PTX ISA). From scale * x = 2**31 on, `minus` is too coarse: infinity.
+    ex2.approx: relative error 2**-22, 0 for a denormal result (PTX ISA). From scale * x = 2**31 on `minus` is too coarse: inf.
     """
     minus = jnp.broadcast_to(minus, x.shape)
     if interpret:
