@@ -82,7 +82,7 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py
 $(VENV)-plan/.base: requirements.txt pyproject.toml
 	@test -d $(VENV)-plan || $(PYTHON) -m venv $(VENV)-plan
 	@echo "installing the compilers for other machines into $(VENV)-plan"
-	@$(VENV)-plan/bin/python $(INSTALL) --editable '.[plan]' pytest pytest-xdist
+	@$(VENV)-plan/bin/python $(INSTALL) --editable '.[plan]' pytest pytest-xdist nvidia-cuda-nvdisasm
 	@touch $@
 
 $(VENV)-newer/.base: requirements.txt

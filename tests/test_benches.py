@@ -17,8 +17,9 @@ from tinyllama_jax.kernels import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-common, bench_gpu, bench_kernels, bench_loading, bench_train, profile_step = map(
-    importlib.import_module, ("bench_common", "bench_gpu", "bench_kernels", "bench_loading", "bench_train", "profile_step")
+names = "bench_common bench_gpu bench_kernels bench_loading bench_static bench_train profile_step"
+common, bench_gpu, bench_kernels, bench_loading, bench_static, bench_train, profile_step = map(
+    importlib.import_module, names.split()
 )
 MUCH = 10**12  # sequences
 
@@ -242,6 +243,53 @@ def test_own_times_and_union():
     events = [(0, 10, "while"), (1, 4, "a"), (2, 3, "b"), (5, 9, "a"), (12, 13, "c")]
     assert profile_step.own_times(events) == [("while", 3), ("a", 2), ("b", 1), ("a", 4), ("c", 1)]
     assert profile_step.union([(0, 2), (1, 3), (5, 6), (5, 6)]) == 4
+
+
+LISTING = """
+        /*0000*/                   LDL R5, [R1+0x8] ;
+.L_x_0:
+        /*0010*/                   MUFU.EX2 R5, R5 ;
+.L_x_1:
+        /*0020*/                   LDSM.16.M88.4 R4, [R0] ;
+        /*0030*/              @!P0 STL [R1+0x8], R6                     (*"SpillRefill"*);
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R8, RZ ;
+        /*0050*/                   FFMA R4, R4, R5, R6 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/               @P2 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0080*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0090*/                   ISETP.NE.AND P0, PT, R4, R5, PT ;
+        /*00a0*/                   BRA `(.L_x_2) ;
+.L_x_3:
+        /*00b0*/                   FADD R4, R4, R5 ;
+        /*00c0*/                   BRA `(.L_x_3) ;
+        /*00d0*/                   BRA `(.L_x_4) ;
+.L_x_4:
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_the_loops_of_machine_code():
+    """The innermost with tensor core instructions: not the loop around one, nor one that only adds, nor a jump ahead."""
+    none = dict.fromkeys(("ldsm", "fp32", "mufu", "mask", "spills"), 0)
+    assert bench_static.loops(LISTING) == [
+        none | {"instructions": 3, "tensor": 1, "tensor_clocks": 16, "mask": 1},
+        none | {"instructions": 5, "tensor": 1, "tensor_clocks": 8, "ldsm": 1, "spills": 1, "fp32": 1},
+    ]
+    assert bench_static.loops("") == []
+
+
+def test_what_is_compiled_is_left_out_without_its_tools(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_static.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bench_static.importlib.util, "find_spec", lambda name: None)
+    bench_static.report(tmp_path / "static.json", {"time": "now"})
+    report = json.loads((tmp_path / "static.json").read_text())
+    assert report["rows"] == [] and [row["on"] for row in report["left_out"]] == ["a100-40g", "h100"]
+    assert "a100-40g left out: no compiler for a100-40g here: pip install '.[plan]'" in capsys.readouterr().out
+    monkeypatch.setattr(bench_static.importlib.util, "find_spec", lambda name: None if name == "nvidia" else True)
+    assert bench_static.lacks("h100") == (
+        "no ptxas here: pip install nvidia-cuda-nvcc-cu12; no nvdisasm here: pip install nvidia-cuda-nvdisasm"
+    )
 
 
 @pytest.mark.parametrize(

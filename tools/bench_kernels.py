@@ -6,7 +6,8 @@ For each: whether it is right, then time, TFLOP/s, percent of the matmul rate me
 Attention is checked against fp64, output and gradients, at the very shape that is timed; PyTorch's fused attention runs at the
 same shapes. bf16 on an accelerator, fp32 on a CPU. Needs neither grain nor tensorflow-datasets nor Beam; without torch its rows
 are left out. Always ends within --minutes (8 unless said), and writes each row as it comes. `--only matmul,tune` times our
-Triton kernel cut in other ways, for its TUNINGS.
+Triton kernel cut in other ways, for its TUNINGS. `--static` needs no GPU: it compiles that kernel for an A100 and an H100, and
+prints what its loops execute (bench_static.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 
 import bench_common as common
+import bench_static
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +45,8 @@ CHECKED = (  # dtype on an accelerator, head, documents, standard deviation of t
 )  # fmt: skip
 KERNELS = ("forward", "dq", "dkv")
 CUTS = [  # triton.Tuning: own rows, other rows, warps, stages
-    (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3), (64, 64, 4, 3),
-    (64, 64, 4, 2), (64, 32, 4, 3),
+    (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3), (128, 32, 4, 4),
+    (128, 32, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
 ]  # fmt: skip
 QUIET = 90  # seconds after which a cell hangs
 LOSS = {"1b": (8, 2048, 2048, 32000), "small": (2, 512, 256, 8192), "tiny": (2, 32, 16, 64)}  # B, S, D, V
@@ -342,10 +344,14 @@ def main() -> None:
     parser.add_argument("--size", choices=LOSS, help="unless said: 1b, and small without an accelerator")
     parser.add_argument("--minutes", type=common.positive, default=8)
     parser.add_argument("--json", type=common.output, default="runs/bench_kernels.json")
+    parser.add_argument("--static", action="store_true", help="what our Triton kernels are compiled to; runs nothing")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(json.loads(args.worker))
+        return
+    if args.static:
+        bench_static.report(args.json, common.header(args))
         return
     common.end_on_sigterm()
     deadline = time.monotonic() + 60 * args.minutes

@@ -1,6 +1,7 @@
 """Attention against its definition in float64, forward and backward: all that can run here, on one list of shapes."""
 
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -173,6 +174,94 @@ def test_the_triton_kernel_visits_no_block_of_another_document():
     assert triton._end(ids, 128, 64, last=False).tolist() == [[0, 2]]
     assert triton._end(ids, 128, 64, last=True).tolist() == [[2, 4]]
     assert triton._end(jnp.zeros_like(ids), 128, 64, last=False).tolist() == [[0, 0]]
+
+
+fp32 = np.float32
+
+
+def assembly(exp2, scale):
+    """The text that `exp2` (triton._exp2) is compiled to, as a function of x, minus and the error of ex2.approx, in NumPy.
+
+    By the PTX ISA ex2.approx has a relative error of at most 2**-22; with ftz it takes a denormal for 0 and gives 0 for one.
+    """
+    x = jnp.zeros(1)
+    trace = jax.make_jaxpr(partial(exp2, scale=scale, minus=x, interpret=False))(x)
+    (text,) = [e.params["asm"] for e in trace.jaxpr.eqns if "asm" in e.params]
+    begin, *lines = text.strip("{ }").rstrip(";").split("; ")
+    assert begin == ".reg .f32 t"
+    instructions = [re.split("[, ]+", line) for line in lines]
+
+    def ftz(a):
+        with np.errstate(over="ignore"):
+            return np.where(np.abs(a) < np.finfo(fp32).tiny, fp32(0), fp32(a))
+
+    def ex2(a, error):
+        with np.errstate(over="ignore"):
+            return ftz(np.exp2(np.float64(ftz(a))) * (1 + error))
+
+    def run(x, minus, error):
+        registers = {"$1": fp32(x), "$2": fp32(minus)}
+        value = lambda name: np.uint32(int(name[2:], 16)).view(fp32) if name.startswith("0f") else registers[name]
+        operations = {
+            "neg.f32": np.negative,
+            "fma.rn.f32": lambda a, b, c: fp32(np.float64(a) * b + c),  # 24 times 24 bits are exact in fp64
+            "ex2.approx.ftz.f32": partial(ex2, error=error),
+        }
+        for operation, out, *operands in instructions:
+            registers[out] = operations[operation](*map(value, operands))
+        return registers["$0"]
+
+    return run
+
+
+HEADS = (1, 2, 3, 16, 64, 80, 128)
+
+
+@pytest.mark.parametrize("error", [-(2**-22), 2**-22])
+@pytest.mark.parametrize("H", HEADS)
+def test_the_assembly_against_fp64(H, error):
+    """Scores from 0 and denormal ones to 2**30 in powers of two, and a maximum or logsumexp that is as large or larger.
+
+    From 2**31 on, the rounding error of a maximum is 128 or more, and 2**128 is infinite.
+    """
+    scale = triton.LOG2_E / H**0.5
+    scores = [sign * 2.0**e / scale for e in (-149, -130, -1, 0, 3, 7, 13, 20, 24, 30) for sign in (-1, -0.7, 1, 0.7)]
+    above = [0, 1e-40, 1e-6, 0.1, 0.7, 1, 3, 20, 87, 100, 125, 126, 127, 140, 149, 160, 1e4, 1e30, 3e38]
+    x, above = np.meshgrid(fp32([*scores, 0]), fp32(above))
+    minus = x * fp32(scale) + above  # rounded, as the kernels' maximum is
+    got, want = assembly(triton._exp2, scale)(x, minus, error), np.exp2(np.float64(x) * fp32(scale) - minus)
+    # where a result is normal, the exponent is at most 126 and rounded to 24 bits
+    assert (np.abs(got - want) <= want * (2**-22 + 126 * np.log(2) * 2**-24) * 1.01 + np.finfo(fp32).tiny).all()
+    assert np.isfinite(got).all() and (got > 0.9).any() and (got == 0).any()
+
+
+@pytest.mark.parametrize("H", HEADS)
+def test_hidden_scores_in_the_assembly(H):
+    """Beside a visible one they weigh 0. In a block that hides all of a row they weigh 1, which a visible one shrinks to 0."""
+    scale = fp32(triton.LOG2_E / H**0.5)
+    weigh, shrink, seen = assembly(triton._exp2, scale), assembly(triton._exp2, 1.0), fp32([-1e6, -10, 0, 10, 1e6])
+    hidden = np.full_like(seen, triton.HIDDEN)
+    assert (weigh(hidden, seen, 0) == 0).all() and (shrink(hidden * scale, seen, 0) == 0).all()
+    assert (weigh(hidden, hidden * scale, 0) == 1).all()
+
+
+def test_a_hidden_score_that_is_no_power_of_two_leaves_a_rounding_error():
+    scales = [fp32(triton.LOG2_E / H**0.5) for H in HEADS]
+    assert np.inf in [assembly(triton._exp2, scale)(fp32(-1e30), fp32(-1e30) * scale, 0) for scale in scales]
+
+
+@pytest.mark.parametrize("case", ["no whole block for a kernel", "a document begins a block", "ids in no order"])
+def test_the_triton_kernel_with_its_assembly(case, monkeypatch):
+    """In interpret mode with what the assembly computes, its error as large as it may be."""
+    real = triton._exp2
+
+    def exp2(x, scale, minus, interpret):
+        run = partial(assembly(real, scale), error=2**-22)
+        return jax.pure_callback(run, jax.ShapeDtypeStruct(x.shape, x.dtype), x, jnp.broadcast_to(minus, x.shape))
+
+    monkeypatch.setattr(triton, "_exp2", exp2)
+    arrays, start, ids = inputs(case)
+    agree(ours.__wrapped__("pallas_triton", *arrays, start, ids), float64(*arrays, start, ids), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])

@@ -3,6 +3,7 @@
 Needs the compilers of the extra "plan"; all is skipped without them. `make test-plan` installs them.
 """
 
+import importlib
 import importlib.util
 import json
 import math
@@ -19,6 +20,8 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.planning import hlo, targets
 
 TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS.parent / "tools"))
+bench_static = importlib.import_module("bench_static")
 ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -304,6 +307,41 @@ def test_attention_compiles_at_the_1b_shape(on, impl):
     a_mask = 8 * 2048 * 2048 * 2 / 2**20
     if on[0] != "v":  # TPUs turn q, k and v round first
         assert found["plain"][1] < 5 and found["documents"][1] < (5 if impl == "pallas_triton" else 2.1 * a_mask)
+
+
+# compiled for an A100: instructions per HMMA of the loop off the diagonal, which may grow by 2%, and bytes that ptxas spills
+LOOPS = {
+    ("plain", "forward"): (4.94, 0),
+    ("plain", "dq"): (3.14, 0),
+    ("plain", "dkv"): (3.25, 88),
+    ("documents", "forward"): (6.17, 0),
+    ("documents", "dq"): (4.17, 0),
+    ("documents", "dkv"): (3.64, 100),
+    ("fp16", "forward"): (4.94, 0),
+    ("fp16", "dq"): (3.14, 0),
+    ("fp16", "dkv"): (3.25, 88),
+    ("wide", "forward"): (3.66, 0),
+    ("wide", "dq"): (2.60, 0),
+    ("wide", "dkv"): (2.70, 88),
+}
+
+
+@pytest.mark.xdist_group("a100")
+def test_the_loops_of_our_attention_kernels_execute_no_more_than_they_did(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # conftest.py turns LLVM's optimizations off
+    if reason := bench_static.lacks("a100-40g"):
+        pytest.skip(reason)
+    cases = list(dict.fromkeys(case for case, _ in LOOPS))
+    compiled = lambda: bench_static.compiled("a100-40g", cases)
+    rows = {(row["case"], row["kernel"]): row for row in kept.result([*SOURCES, "tools/bench_static.py"], cases, compiled)}
+    assert rows.keys() == LOOPS.keys()
+    for name, (instructions, spilled) in LOOPS.items():
+        row, loop = rows[name], rows[name]["loops"][0]
+        assert row["arch"] == "sm_80" and row["blocks_an_sm"] == (1 if name == ("wide", "forward") else 2)
+        assert loop["instructions"] / loop["tensor"] <= 1.02 * instructions, name
+        assert row["spilled"] <= spilled + 8 and not any(part["spills"] for part in row["loops"]), name
+        if name[0] == "plain":  # one ex2 a pair, and 4 of forward's maxima; XLA's exp2 would compare each pair too
+            assert loop["mufu"] == {"forward": 64 + 4, "dq": 32, "dkv": 32}[name[1]] and loop["mask"] < 16, name
 
 
 @pytest.mark.xdist_group("3t")
