@@ -76,7 +76,7 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
         raise UserError(f"--on={machine.on}: its compiler refuses the step: {refusal}")
     expected = expected_memory(config, mesh, program, traced.jaxpr)
     memory = measured_memory(config, program, buffers, peak) if text else dict.fromkeys(expected)
-    collectives = hlo.collectives(text, mesh)
+    collectives = hlo.collectives(hlo.parse(text), mesh)
     notes = [*unwanted(collectives, mesh), *(["an array is gathered whole to change its layout"] if warned else [])]
     live = _on_device(program.state) + sum(buffer.bytes for buffer in buffers)
     impl = choose_attention(config, machine.devices[0])[0]
