@@ -210,7 +210,10 @@ def main(on: str, cases: list[str]) -> dict:
             "expected": found.expected,
             "notes": found.notes,
             "attention": found.attention,
-            "flops": found.flops,
+            "asked": found.asked,
+            "executed": found.executed,
+            "recomputed": found.recomputed,
+            "milliseconds": compiled.step_milliseconds(found),
             "layers": of_layers(texts[0]),
         }
     return out
