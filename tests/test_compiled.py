@@ -149,6 +149,8 @@ def test_a100_leaves_nothing_large_on_every_device(a100, case):
 @pytest.mark.xdist_group("a100")
 def test_a100_nothing_is_rematerialised_to_change_its_layout(a100):
     assert [result["notes"] for result in a100.values()] == [[]] * len(A100)
+    for result in a100.values():  # nor computed again; one of the matmuls is cuBLAS's
+        assert result["executed"]["flops"] == pytest.approx(result["asked"]["flops"], rel=1e-3)
 
 
 @pytest.mark.xdist_group("v5e")

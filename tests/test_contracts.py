@@ -151,7 +151,7 @@ def test_imports_leave_jax_its_devices():
 def test_sizes_stay_within_budget():
     """The design's budget for the package is 12,000 lines. What exceeds it has a user and a test; CHANGELOG.md lists it."""
     lines = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
-    assert sum(lines.values()) <= 13_620 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(lines.values()) <= 14_005 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature

@@ -37,9 +37,9 @@ class Compiled(NamedTuple):
     memory: dict[str, int | None]  # `peak` by kind; None if the compiler refused the step
     expected: dict[str, int]  # `memory`, by arithmetic
     collectives: list[hlo.Collective]
-    asked: Counter  # "flops" of all matmuls of a step on all devices, with those that remat executes again; how many of them a
-    # layer executes for a micro-batch, "forward" and "backward"
-    executed: Counter  # the same in the compiled program, in which XLA may compute some again to save memory
+    asked: Counter  # "flops" of a step's matmuls on all devices, with what remat repeats; "forward" and "backward": how many a
+    # layer executes for a micro-batch
+    executed: Counter  # the same in the compiled program, where XLA may repeat more of them to save memory
     run: list[timing.Kernel]  # what one device runs; empty if the compiler refused the step
     notes: list[str]  # warnings about unwanted communication
     seconds: float

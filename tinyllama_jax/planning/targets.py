@@ -79,7 +79,7 @@ def _gpu(matmul: tuple, ours: tuple, cudnn: tuple, error: float, source: str) ->
     return Rates(matmul, attention, error, memory, links, latency, gap, source)
 
 
-# Attention in the order of _OURS, then of _CUDNN
+# Attention: TFLOP/s at B=8 S=2048 N=32 K=4 H=64, causal, in the order of _OURS, then of _CUDNN. Change it with the kernels.
 _SM80 = _gpu((0.68, 0.77, 0.85), (169, 140, 127), (152, 145), 0.10,
              "matmuls: at most 268 of 312 TFLOP/s (mamf-finder), so 212 to 265 assumed; attention: modelled from the compiled "
              "kernels, cuDNN's as FlashAttention-2's (benchmarks/plan.md)")  # fmt: skip
@@ -94,7 +94,8 @@ _RTX4090 = _gpu((0.80, 0.95, 1.05), (123, 107, 107), (123, 107), 0.25,
 def _tpu(flops: float) -> Rates:
     attention = dict.fromkeys(_SPLASH, flops / 4e12)  # heads of 64 fill half of the 128 lanes
     return Rates((0.65, 0.80, 0.95), attention, 0.60, (0.70, 0.80, 0.90), (0.60, 0.80, 0.95), (5e-6, 2e-6, 1e-6), (0, 0, 0),
-                 "nothing is measured, all rates are assumed: a ceiling; MaxText's 32B reaches 0.67 of a v5e's peak as a whole")  # fmt: skip
+                 "nothing is measured, all rates are assumed, so this is a ceiling; MaxText's 32B reaches 0.67 of a v5e's peak "
+                 "as a whole")  # fmt: skip
 
 
 TARGETS = {
