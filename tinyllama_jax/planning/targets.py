@@ -72,9 +72,8 @@ _SPLASH = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 
 def _gpu(matmul: tuple, ours: tuple, cudnn: tuple, error: float, source: str) -> Rates:
     attention = dict(zip(_OURS + _CUDNN, ours + cudnn, strict=True))
-    source += ("; memory: copies reach 0.89 of an A100's bandwidth; links: nccl-tests on p4d.24xlarge, 231 of 300 GB/s in a "
-               "node, 30 of 50 between 4 (NVIDIA/nccl issue 527); gaps: 0.5 to 0.9 us (NVIDIA, Getting Started with CUDA "
-               "Graphs), at worst 3 us; latency assumed")  # fmt: skip
+    source += ("; links: nccl-tests on p4d.24xlarge, 231 of 300 GB/s in a node, 30 of 50 between 4 (NVIDIA/nccl issue 527); "
+               "gaps: 0.5 to 0.9 us (NVIDIA, Getting Started with CUDA Graphs), at worst 3 us; others assumed")  # fmt: skip
     memory, links, latency, gap = (0.75, 0.84, 0.90), (0.60, 0.77, 0.90), (50e-6, 30e-6, 15e-6), (3e-6, 1e-6, 0.5e-6)
     return Rates(matmul, attention, error, memory, links, latency, gap, source)
 
@@ -93,9 +92,9 @@ _RTX4090 = _gpu((0.80, 0.95, 1.05), (123, 107, 107), (123, 107), 0.25,
 
 def _tpu(flops: float) -> Rates:
     attention = dict.fromkeys(_SPLASH, flops / 4e12)  # heads of 64 fill half of the 128 lanes
-    return Rates((0.65, 0.80, 0.95), attention, 0.60, (0.70, 0.80, 0.90), (0.60, 0.80, 0.95), (5e-6, 2e-6, 1e-6), (0, 0, 0),
-                 "nothing is measured, all rates are assumed, so this is a ceiling; MaxText's 32B reaches 0.67 of a v5e's peak "
-                 "as a whole")  # fmt: skip
+    memory, links, latency = (0.70, 0.80, 0.90), (0.60, 0.80, 0.95), (5e-6, 2e-6, 1e-6)
+    source = "nothing is measured, all rates are assumed: the range is wide, and its upper end meant as a ceiling"
+    return Rates((0.65, 0.80, 0.95), attention, 0.60, memory, links, latency, (0, 0, 0), source)
 
 
 TARGETS = {
