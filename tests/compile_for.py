@@ -183,7 +183,7 @@ def beside(machine: targets.Machine) -> list[list[tuple[str, int, int]]]:
 def main(on: str, cases: list[str]) -> dict:
     """What the tests ask of each case."""
     jax.config.update("jax_enable_compilation_cache", False)
-    machine, out, collectives = targets.machine(on), {}, compiled.hlo.collectives
+    machine, out, parse = targets.machine(on), {}, compiled.hlo.parse
     for case in cases:
         if case == "beside":
             out[case] = beside(machine)
@@ -200,7 +200,7 @@ def main(on: str, cases: list[str]) -> dict:
             out[case] = attention_alone(case.partition(":")[2], machine.devices[0])
             continue
         config, texts = config_of(case), []
-        compiled.hlo.collectives = lambda text, mesh, texts=texts: (texts.append(text), collectives(text, mesh))[1]
+        compiled.hlo.parse = lambda text, texts=texts: (texts.append(text), parse(text))[1]
         found = compiled.compile_step(config, machine)
         out[case] = {
             "collectives": [r._asdict() for r in found.collectives],
@@ -210,7 +210,10 @@ def main(on: str, cases: list[str]) -> dict:
             "expected": found.expected,
             "notes": found.notes,
             "attention": found.attention,
-            "flops": found.flops,
+            "asked": found.asked,
+            "executed": found.executed,
+            "recomputed": found.recomputed,
+            "milliseconds": compiled.step_milliseconds(found),
             "layers": of_layers(texts[0]),
         }
     return out

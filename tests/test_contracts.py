@@ -29,7 +29,7 @@ ORDER = {
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
-    "planning": "targets hlo compiled search laws law_report report",
+    "planning": "targets hlo timing compiled search laws law_report report",
 }
 HOME = {
     "flax": {"core.model"},
@@ -163,7 +163,7 @@ def test_sizes_stay_within_budget():
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
     assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_490
-    assert sum(lines.values()) <= 13_630 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(lines.values()) <= 14_030 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature

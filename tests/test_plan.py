@@ -15,7 +15,7 @@ from tinyllama_jax import plan
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.planning import compiled, hlo, laws, report, search, targets
+from tinyllama_jax.planning import compiled, hlo, laws, report, search, targets, timing
 
 ROOT = Path(__file__).parents[1]
 assert len(jax.devices()) == 8  # asked for here, so that a machine of fewer takes some of them
@@ -61,9 +61,21 @@ def test_executed_flops_by_hand(none, full):
     attention = 4 * MODEL.n_layers * MODEL.n_heads * MODEL.d_head * MODEL.seq_len  # a single block sees all of S x S
     forward = 2 * layers + attention
     head = 3 * 2 * 64 * 128
-    assert none.flops == tokens * (3 * forward + attention // 2 + head)
+    assert none.asked["flops"] == none.executed["flops"] == tokens * (3 * forward + attention // 2 + head)
     down = 2 * MODEL.n_layers * MODEL.d_ff * MODEL.d_model
-    assert full.flops == full.config.train.tokens_per_step * (4 * forward + attention // 2 - down + head)
+    tokens = full.config.train.tokens_per_step
+    assert full.asked["flops"] == tokens * (4 * forward + attention // 2 - down + head)
+    assert full.executed["flops"] == full.asked["flops"] - tokens * attention // 2  # XLA finds q k' there twice
+
+
+def test_matmuls_of_a_layer_are_counted(none, full):
+    """q k v o gate up down forward, two for each backward, and with remat "full" six again; attention's own are not counted."""
+    for found, backward in ((none, 14), (full, 20)):
+        for of in (found.asked, found.executed):
+            assert (of["forward"], of["backward"]) == (7, backward)
+        assert found.recomputed == 0
+    again = none._replace(executed=none.asked + none.asked)
+    assert again.recomputed == pytest.approx(1)
 
 
 def test_memory_by_kind_is_what_the_program_holds(none, full):
@@ -84,11 +96,24 @@ def test_no_rate_where_nothing_is_known(none):
     a100 = none.machine._replace(target=targets.TARGETS["a100-40g"])
     model = dataclasses.replace(MODEL, precision="params=float32,compute=bfloat16,output=float32")
     bf16 = dataclasses.replace(none.config, model=model)
-    assert compiled.step_seconds(none._replace(config=bf16)) is None  # a CPU
-    assert compiled.step_seconds(none._replace(machine=a100)) is None  # fp32
-    assert compiled.step_seconds(none._replace(machine=a100, config=bf16, memory=dict.fromkeys(none.memory))) is None  # refused
-    seconds = compiled.step_seconds(none._replace(machine=a100, config=bf16), 0.5)
-    assert seconds["compute"] == pytest.approx(none.flops / 8 / (312e12 * 0.5)) and min(seconds.values()) > 0
+    known = none._replace(machine=a100, config=bf16)
+    kernel = timing.Kernel("attention", "attention_of_tomorrow", 1, 1e9)
+    for step, why in (
+        (none._replace(config=bf16), "nothing is known of this computer's speed"),
+        (none._replace(machine=a100), "in fp32 the table has none"),
+        (known._replace(run=[]), "the compiler refused this step"),
+        (known._replace(run=[*none.run, kernel]), "the table lacks the speed of attention_of_tomorrow"),
+        (known._replace(run=[*none.run, kernel._replace(kind="unknown", name="mosaic_gpu_v2")]), "the speed of mosaic_gpu_v2"),
+    ):
+        assert why in compiled.no_prediction(step)
+        assert compiled.step_milliseconds(step) is compiled.tokens_per_second(step) is None
+    assert compiled.no_prediction(known) == ""
+    parts, rates = compiled.step_milliseconds(known), compiled.tokens_per_second(known)
+    for level, opposite in (("low", "high"), ("middle", "middle"), ("high", "low")):
+        total = sum(part[level] for part in parts.values())
+        assert rates[opposite] == pytest.approx(none.config.train.tokens_per_step / 8 / total * 1e3)
+    assert rates["low"] < rates["middle"] < rates["high"]
+    assert len(set(compiled.step_milliseconds(known, 0.5)["matmuls"].values())) == 3  # these are so small that memory decides
 
 
 def test_wire_time_by_hand():
@@ -98,7 +123,7 @@ def test_wire_time_by_hand():
     machine = targets.Machine("a100-40g", target, devices, 4)
     mesh = sharding.make_mesh(c.Mesh(2, 4, 1), devices)
     one = lambda kind, axes, size: hlo.Collective(kind, "f32", 8, axes, size, 3, False, "")
-    seconds = lambda *found: compiled.wire_seconds(list(found), mesh, machine)
+    seconds = lambda *found: timing.wire_seconds(list(found), mesh, machine)
     assert seconds(one("all-gather", ("fsdp",), 4)) == pytest.approx(3 * 8 * 3 / 4 / 100)
     assert seconds(one("all-reduce", ("fsdp",), 4)) == pytest.approx(3 * 2 * 8 * 3 / 4 / 100)
     # of two nodes: 4 groups of one device on each send 8 x 1/2 twice, through one way out
@@ -122,14 +147,16 @@ def test_what_a_step_should_not_send_is_named():
         "all-reduce of f32 over data x fsdp", "all-to-all of bf16 over fsdp", "all-gather of u16 over fsdp"]  # fmt: skip
 
 
+KNOWN = {}
+
+
+def compile_once(config, machine):
+    if repr(config) not in KNOWN:
+        KNOWN[repr(config)] = compiled.compile_step(config, machine)
+    return KNOWN[repr(config)]
+
+
 def test_the_largest_that_fits_and_the_nearest_change_are_those_of_trying_all(monkeypatch):
-    known = {}
-
-    def compile_once(config, machine):
-        if repr(config) not in known:
-            known[repr(config)] = compiled.compile_step(config, machine)
-        return known[repr(config)]
-
     monkeypatch.setattr(search, "compile_step", compile_once)
     machine, wide = targets.machine("cpu:8"), config_of(mesh=(1, 8, 1), seqs=4, accumulation=2)
     peaks = {n: compile_once(search._with(wide, train__seqs_per_device=n), machine).peak for n in (1, 2, 4, 8)}
@@ -138,7 +165,7 @@ def test_the_largest_that_fits_and_the_nearest_change_are_those_of_trying_all(mo
     for limit in (peaks[2], peaks[8] - 1, 2 * peaks[8]):
         monkeypatch.setattr(targets.Machine, "budget", limit)
         fit = [n for n, peak in peaks.items() if peak <= limit]
-        assert search.most_sequences(now)[0] == fit[-1]
+        assert [one.config.train.seqs_per_device for one in search.sizes(now)] == [fit[-1]]
         if not now.fits:
             change, other = search.nearest(now)
             assert change == {"train.seqs_per_device": fit[-1]} and other.peak == peaks[fit[-1]]
@@ -147,7 +174,32 @@ def test_the_largest_that_fits_and_the_nearest_change_are_those_of_trying_all(mo
     assert change["model.remat"] != "none" and other.peak < peaks[1]
     assert other.config.train.seqs_per_device == change.get("train.seqs_per_device", 4)
     monkeypatch.setattr(targets.Machine, "budget", 1_000)
-    assert search.nearest(now) is None
+    assert search.nearest(now) is None and search.sizes(now) == []
+
+
+def test_the_largest_at_which_nothing_is_computed_again_is_recommended(monkeypatch):
+    """Where XLA computes nothing again with at most 2 sequences, with any number, and with none."""
+    number = lambda one: one.config.train.seqs_per_device
+    for limit, offered, best in ((2, [8, 4, 2], 2), (8, [8], 8), (0, [8, 4, 2, 1], 8)):
+
+        def changed(config, machine, limit=limit):
+            one = compile_once(config, machine)
+            return one._replace(executed=one.asked + one.asked) if number(one) > limit else one
+
+        monkeypatch.setattr(search, "compile_step", changed)
+        first = search.sizes(changed(config_of(mesh=(1, 8, 1), seqs=4), targets.machine("cpu:8")))
+        assert [number(one) for one in first] == offered and number(search.recommended(first)) == best
+        lines, rows = [], [report.offer(one, None) for one in first]
+        out = {"sizes": rows, "largest_seqs_per_device": 8, "recommended_seqs_per_device": best}
+        report._say_sizes(out, lines.append)
+        text = "\n".join(line for line in lines if isinstance(line, str))
+        if limit == 8:
+            assert text == "the largest train.seqs_per_device that fits: 8"
+        else:
+            assert "warning: 8 is the largest train.seqs_per_device that fits, but XLA computes matmuls again" in text
+            assert "100.0% of the step's FLOPs" in text and f"recommended: --train.seqs_per_device={best}, " in text
+        assert rows[0]["matmuls_per_layer_asked"] == {"forward": 7, "backward": 14}
+        assert rows[0]["matmuls_per_layer"]["forward"] == (7 if limit == 8 else 14)
 
 
 def test_a_refusal_for_memory_is_told_from_another():
@@ -169,7 +221,7 @@ def command(tmp_path, *argv):
 
 
 KEYS = """config target mesh parameters peak_bytes_per_device budget_bytes fits seqs_per_device accumulation flops_per_token
-collectives tokens_per_second days cost"""
+collectives tokens_per_second_per_device days cost milliseconds"""
 
 
 def test_the_command_on_virtual_devices(tiny_config_file, tmp_path):
@@ -177,10 +229,13 @@ def test_the_command_on_virtual_devices(tiny_config_file, tmp_path):
     code, out, err = command(tmp_path, *argv)
     assert code == 0, err
     out = json.loads(out)
-    assert list(out)[:14] == KEYS.split()
+    assert list(out)[:15] == KEYS.split()
     assert out["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and (out["seqs_per_device"], out["accumulation"]) == (1, 2)
     assert out["fits"] and out["peak_bytes_per_device"] < 2**24 < out["budget_bytes"] and out["largest_seqs_per_device"] == 2
-    assert out["tokens_per_second"] is out["cost"] is None  # what a CPU will do is nobody's published fact
+    assert out["recommended_seqs_per_device"] == 2 and [row["recomputed"] for row in out["sizes"]] == [0]
+    assert (
+        out["tokens_per_second_per_device"] is out["cost"] is out["milliseconds"] is None
+    )  # what a CPU will do is nobody's published fact
     assert {r["kind"] for r in out["collectives"]} >= {"all-gather", "all-reduce"} and out["config"]["model.d_model"] == 32
     assert "memory of a device" in err and "fits: " in err
 

@@ -33,8 +33,8 @@ from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import feed
 from tinyllama_jax.planning import law_report, laws, targets
 from tinyllama_jax.planning.compiled import compile_step, gib, messages
-from tinyllama_jax.planning.report import draw_sweep, prediction, report, show
-from tinyllama_jax.planning.search import most_sequences, nearest, sweep, whole_run
+from tinyllama_jax.planning.report import draw_sweep, offer, prediction, report, show
+from tinyllama_jax.planning.search import nearest, recommended, sizes, sweep, whole_run
 from tinyllama_jax.run import stages
 
 DOES_NOT_FIT = 3  # exit code
@@ -64,7 +64,10 @@ def main(argv: list[str]) -> int:
     compiled = whole_run(compile_step(config, machine))
     out = report(compiled, args)
     if compiled.fits:
-        out["largest_seqs_per_device"] = most_sequences(compiled)[0]
+        offered = sizes(compiled)
+        out["sizes"] = [offer(one, args.mfu) for one in offered]
+        out["largest_seqs_per_device"] = offered[0].config.train.seqs_per_device
+        out["recommended_seqs_per_device"] = recommended(offered).config.train.seqs_per_device
     else:
         out["nearest"] = None
         if smallest := nearest(compiled):
@@ -81,13 +84,14 @@ def main(argv: list[str]) -> int:
 def _swept(args: argparse.Namespace, config: Config, machine: targets.Machine, say: Callable) -> int:
     path = args.picture or Path(f"plan-{args.on.replace(':', '-')}.png")
     rows = sweep(config, machine, args.mfu, say)
-    say("those that fit first, then by speed:")
+    say("those that fit first, then by predicted tokens/s a device:")
     for r in rows:
-        rates = r["tokens_per_second_if_nothing_overlaps"], r["tokens_per_second"]
-        rate = f"{rates[0]:,.0f} to {rates[1]:,.0f} tokens/s" if rates[0] else ""
+        rates = r["tokens_per_second_per_device"]
+        rate = "{middle:,.0f} ({low:,.0f} to {high:,.0f})".format(**rates) if rates else ""
         mesh = " ".join(f"--mesh.{axis}={size}" for axis, size in r["mesh"].items())
         say(f"{rate:>30} {gib(r['peak_bytes_per_device']):>12} {mesh} --model.remat={r['remat']} "
-            f"--train.seqs_per_device={r['seqs_per_device']} {'' if r['fits'] else 'does not fit'}")  # fmt: skip
+            f"--train.seqs_per_device={r['seqs_per_device']} {'' if r['fits'] else 'does not fit'}"
+            + (f" XLA recomputes {r['recomputed']:.1%}" if r["recomputed"] else ""))  # fmt: skip
     if args.json:
         print(json.dumps(rows, indent=1))
     draw_sweep(rows, args.on, machine.budget, path)
@@ -103,7 +107,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--on", help=f"the machine: {known}, or cpu:8 (none)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
     parser.add_argument("--price", type=_number, help="USD per device and hour (that of planning/targets.py)")
-    parser.add_argument("--mfu", type=_part, help="fraction of the peak that matmuls reach (that of planning/targets.py)")
+    parser.add_argument("--mfu", type=_part, help="fraction of the peak that matmuls reach (the range in planning/targets.py)")
     parser.add_argument(
         "--sweep", action="store_true", help="try meshes (with the config's mesh.tensor) x remat policies x sequences (no)"
     )

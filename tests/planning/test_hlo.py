@@ -21,7 +21,7 @@ def test_collectives_of_a_program_compiled_here():
 
     x = jax.ShapeDtypeStruct((16, 4), jnp.int8, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     program = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec(), check_vma=False))
-    gather, reduce = sorted(hlo.collectives(program.lower(x).compile().as_text(), mesh))
+    gather, reduce = sorted(hlo.collectives(hlo.parse(program.lower(x).compile().as_text()), mesh))
     assert gather[:7] == ("all-gather", "s8", 64, ("fsdp",), 2, 1, False)
     assert reduce[:7] == ("all-reduce", "f32", 256, ("data", "tensor"), 4, 5, False)
 
@@ -101,5 +101,5 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 @pytest.mark.parametrize(("step", "trips"), [(1, 7), (2, 4), (7, 1)])
 def test_a_loops_trips_where_the_compiler_does_not_say_them(step, trips):
     mesh = sharding.make_mesh(c.Mesh(2, 1, 1), jax.devices()[:2])
-    (found,) = hlo.collectives(RING.replace("STEP", str(step)), mesh)
+    (found,) = hlo.collectives(hlo.parse(RING.replace("STEP", str(step))), mesh)
     assert (found.kind, found.bytes, found.axes, found.trips) == ("collective-permute", 32, ("data",), trips)

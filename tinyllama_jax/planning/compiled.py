@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import jax
 
-from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core.losses import NextToken
 from tinyllama_jax.core.program import Program, build, choose_attention, shape_of_batch
-from tinyllama_jax.planning import hlo, targets
+from tinyllama_jax.planning import hlo, targets, timing
 
 LARGE = 4 * 2**20  # bytes; a smaller collective costs little more than its latency
 
@@ -37,7 +37,10 @@ class Compiled(NamedTuple):
     memory: dict[str, int | None]  # `peak` by kind; None if the compiler refused the step
     expected: dict[str, int]  # `memory`, by arithmetic
     collectives: list[hlo.Collective]
-    flops: float  # all matmuls of a step on all devices, with those that remat executes again
+    asked: Counter  # "flops" of a step's matmuls on all devices, with what remat repeats; "forward" and "backward": how many a
+    # layer executes for a micro-batch
+    executed: Counter  # the same in the compiled program, where XLA may repeat more of them to save memory
+    run: list[timing.Kernel]  # what one device runs; empty if the compiler refused the step
     notes: list[str]  # warnings about unwanted communication
     seconds: float
 
@@ -45,6 +48,12 @@ class Compiled(NamedTuple):
     def fits(self) -> bool:
         """Whether the step fits a device's memory."""
         return self.peak <= self.machine.budget
+
+    @property
+    def recomputed(self) -> float:
+        """The FLOPs that XLA adds of its own accord, to save memory, as a part of those asked for; 0 if below 1%."""
+        part = self.executed["flops"] / self.asked["flops"] - 1
+        return part if part >= 0.01 else 0.0
 
 
 # -- compiling ------------------------------------------------------------------------------------------------------------
@@ -54,11 +63,8 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     """Compiles the train step for `machine`. Raises UserError, also for a kernel that the machine cannot run."""
     began = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, machine.devices)
-    # tokamax asks the default device what it is
-    tokamax = (
-        jax.default_device(machine.devices[0]) if config.model.attention == "pallas_mosaic_gpu" else contextlib.nullcontext()
-    )
-    with jax.set_mesh(mesh), tokamax:
+    device = jax.default_device(machine.devices[0])  # tokamax asks the default device what it is, and writes warnings
+    with jax.set_mesh(mesh), device if config.model.attention == "pallas_mosaic_gpu" else contextlib.nullcontext(), messages():
         program = build(config, mesh, NextToken(eos_id=2))  # the id does not matter: it is a constant of the program
         traced = program.train.trace(program.state, shape_of_batch(program, config.model.seq_len))
         lowered = traced.lower()
@@ -80,12 +86,17 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
         raise UserError(f"--on={machine.on}: its compiler refuses the step: {refusal}")
     expected = expected_memory(config, mesh, program, traced.jaxpr)
     memory = measured_memory(config, program, buffers, peak) if text else dict.fromkeys(expected)
-    collectives = hlo.collectives(text, mesh)
+    parsed = hlo.parse(text)
+    collectives = hlo.collectives(parsed, mesh)
     notes = [*unwanted(collectives, mesh), *(["an array is gathered whole to change its layout"] if warned else [])]
+    run = timing.kernels(parsed, mesh, config.model.seq_len)
+    each = program.shape[0] * config.model.n_layers
+    wanted, executed = (Counter({k: n / (1 if k == "flops" else each) for k, n in of.items()}) for of in (
+        asked(traced.jaxpr.jaxpr), timing.executed(run, mesh.size)))  # fmt: skip
     live = _on_device(program.state) + sum(buffer.bytes for buffer in buffers)
     impl = choose_attention(config, machine.devices[0])[0]
     return Compiled(config, machine, mesh, program.shape[0], impl, peak, live, memory, expected, collectives,
-                    executed_flops(traced.jaxpr.jaxpr), notes, time.perf_counter() - began)  # fmt: skip
+                    wanted, executed if run else wanted, run, notes, time.perf_counter() - began)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -180,71 +191,67 @@ def saved_by_layers(jaxpr, n_layers: int) -> int:
 # -- time ----------------------------------------------------------------------------------------------------------------
 
 
-def executed_flops(jaxpr) -> float:
-    """Returns the FLOPs of every matmul in a jaxpr, times its loops. Attention kernels count the causal half."""
-    total = 0.0
+def asked(jaxpr, name: str = "") -> Counter:
+    """Returns the "flops" of every matmul in a jaxpr, times its loops, and how many of the layers' are "forward", "backward".
+
+    Attention kernels count the causal half. `name`: of the operation around `jaxpr`.
+    """
+    total = Counter()
     read = {id(v) for v in (*jaxpr.outvars, *(v for eqn in jaxpr.eqns for v in eqn.invars))}
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name == "dot_general":
+        kind, inside = eqn.primitive.name, f"{name}/{eqn.source_info.name_stack}"
+        if kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        elif name.startswith("dot_product_attention"):  # cuDNN's: q k' and p v forward; five matmuls backward
+            total["flops"] += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total[timing.direction(inside)] += 1
+        elif kind.startswith("dot_product_attention"):  # cuDNN's: q k' and p v forward; five matmuls backward
             B, S, N, H = eqn.invars[0].aval.shape
-            total += (2 if "fwd" in name else 5) * 2 * B * N * H * S * S / 2
-        elif name == "pallas_call":
+            total["flops"] += (2 if "fwd" in kind else 5) * 2 * B * N * H * S * S / 2
+        elif kind == "pallas_call":
             if read.isdisjoint(map(id, eqn.outvars)):  # its results are unused; XLA removes it
                 continue
             if cost := eqn.params.get("cost_estimate"):
-                total += cost.flops
+                total["flops"] += cost.flops
             elif "splash" in str(eqn.params.get("name")):  # it has no cost estimate
                 B, N, S, H = next(v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
-                matmuls = next(n for part, n in (("fwd", 2), ("dkv", 4), ("dq", 3)) if part in eqn.params["name"])
-                total += matmuls * 2 * B * N * H * S * S / 2
+                matmuls = next(n for part, n in timing.ATTENTION.items() if part in eqn.params["name"])
+                total["flops"] += matmuls * 2 * B * N * H * S * S / 2
         else:
-            times = eqn.params["length"] if name == "scan" else eqn.params["mesh"].size if name == "shard_map" else 1
-            total += times * sum(executed_flops(inner) for inner in _inner(eqn))
+            times = eqn.params["length"] if kind == "scan" else 1
+            devices = eqn.params["mesh"].size if kind == "shard_map" else 1
+            for inner in _inner(eqn):
+                for key, n in asked(inner, inside).items():
+                    total[key] += times * n * (devices if key == "flops" else 1)
     return total
 
 
-def wire_seconds(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh, machine: targets.Machine) -> float:
-    """Returns the seconds that a step's collectives take: as rings, one after another, at the full rate of the links."""
-    target, seconds = machine.target, 0.0
-    node = {device: i // machine.per_node for i, device in enumerate(machine.devices)}
-    for c in collectives:
-        if c.size == 1:
-            continue
-        sent = c.bytes * (c.size - 1) / c.size * (2 if c.kind == "all-reduce" else 1)
-        if c.kind in ("collective-permute", "collective-broadcast"):
-            sent = c.bytes
-        first = mesh.devices[tuple(slice(None) if axis in c.axes else 0 for axis in mesh.axis_names)]
-        members = Counter(node[device] for device in first.flat)
-        slowest = sent / target.link
-        if len(members) > 1:  # a ring leaves each node once; all groups of a node share its way out
-            slowest = max(slowest, sent * machine.per_node / max(members.values()) / target.between)
-        seconds += c.trips * slowest
-    return seconds
+def no_prediction(compiled: Compiled) -> str:
+    """Returns why no time can be predicted, or an empty string."""
+    target = compiled.machine.target
+    if target is None:
+        return "nothing is known of this computer's speed"
+    if not compiled.run:
+        return "the compiler refused this step"
+    if compiled.config.model.compute_dtype == "float32":
+        return "in fp32 the table has none"
+    unknown = {k.name for k in compiled.run if k.kind == "attention"} - target.rates.attention.keys()
+    unknown |= {k.name for k in compiled.run if k.kind == "unknown"}
+    return f"the table lacks the speed of {', '.join(sorted(unknown))}" if unknown else ""
 
 
-def step_seconds(compiled: Compiled, mfu: float | None = None) -> dict[str, float] | None:
-    """Returns the seconds of a step spent on matmuls (at `mfu` of the peak), links and memory (at their full rate).
+def step_milliseconds(compiled: Compiled, mfu: float | None = None) -> dict[str, dict[str, float]] | None:
+    """Returns `timing.milliseconds` of the step, or None if there is `no_prediction`. `mfu`: None takes the target's range."""
+    known = not no_prediction(compiled)
+    return timing.milliseconds(compiled.run, compiled.mesh, compiled.machine, mfu) if known else None
 
-    `mfu`: None takes the target's. Returns None on a CPU, in fp32 (the table has no rate) and if the compiler refused the step.
-    """
-    config, target = compiled.config, compiled.machine.target
-    if target is None or config.model.compute_dtype == "float32" or compiled.memory["params"] is None:
+
+def tokens_per_second(compiled: Compiled, mfu: float | None = None) -> dict[str, float] | None:
+    """Returns the low, middle and high tokens/s of a device, as `step_milliseconds`."""
+    if not (parts := step_milliseconds(compiled, mfu)):
         return None
-    shard = dims.n_parameters(config.model) / (compiled.mesh.shape["fsdp"] * compiled.mesh.shape["tensor"])
-    whole = dims.n_parameters(config.model) / compiled.mesh.shape["tensor"]
-    saved = compiled.memory["activations"] or compiled.expected["activations"]
-    # AdamW reads the parameter, gradient and two moments and writes three of them. A micro-batch reads the bf16 weights three
-    # times, adds to the sum of gradients, and writes and reads the saved activations. A lower bound: the others move too.
-    moved = 7 * 4 * shard + compiled.accumulation * (3 * 2 * whole + 3 * 4 * shard + 2 * saved)
-    return {
-        "compute": compiled.flops / compiled.mesh.size / (target.flops * (mfu or target.mfu)),
-        "wire": wire_seconds(compiled.collectives, compiled.mesh, compiled.machine),
-        "memory": moved / target.bandwidth,
-    }
+    tokens = compiled.config.train.tokens_per_step / compiled.mesh.size
+    total = [sum(part[level] for part in parts.values()) / 1e3 for level in reversed(timing.LEVELS)]
+    return {level: tokens / seconds for level, seconds in zip(timing.LEVELS, total, strict=True)}
 
 
 def unwanted(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh) -> list[str]:

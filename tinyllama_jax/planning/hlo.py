@@ -8,8 +8,71 @@ import jax
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\(([^)]*)\)(.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.+?) ([\w-]+)\(([^)]*)\)(.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Instruction(NamedTuple):
+    """An instruction of a program."""
+
+    name: str
+    type: str
+    op: str
+    operands: list[str]
+    given: str  # what stands between the parentheses: the operands, or a constant's value
+    attributes: str  # what stands after them
+    root: bool  # whether its computation returns it
+
+    @property
+    def op_name(self) -> str:
+        """JAX's name of the operation, or an empty string if the compiler dropped it."""
+        name = re.search(r'op_name="([^"]*)"', self.attributes)
+        return name[1] if name else ""
+
+    def called(self, *how: str) -> list[str]:
+        """Returns the names of the computations that it calls; `how`: only as that, such as "body"."""
+        if how:
+            return [m[1] for part in how if (m := re.search(rf"\b{part}=%([\w.-]+)", self.attributes))]
+        return re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(self.attributes)))
+
+
+class Program(NamedTuple):
+    """A compiled program, read from its text."""
+
+    computations: dict[str, dict[str, Instruction]]  # name -> its instructions by name, in the order of execution
+    entry: str  # the name of the computation that runs first
+
+    def trips(self, loop: Instruction) -> int:
+        """Returns how often a loop, an instruction "while", runs its body."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        condition, body = (self.computations[part] for part in loop.called("condition", "body"))
+        return int(known[1]) if known else _trips(condition, body)
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a program, `compiled.as_text()`."""
+    computations, entry, computation = {}, "", ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%(\S+) \(", line):
+            computation, entry = header[2], header[2] if header[1] else entry
+        elif m := _INSTRUCTION.match(line):
+            root, name, kind, op, given, attributes = m.groups()
+            operands = re.findall(r"%([\w.-]+)", given)
+            one = Instruction(name, kind, op, operands, given, attributes, bool(root))
+            computations.setdefault(computation, {})[name] = one
+    return Program(computations, entry)
+
+
+def arrays(kind: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """Returns (dtype, shape, layout) of each array of a type. A layout with S(1) lies on the chip, in a TPU's VMEM."""
+    sizes = lambda dims: tuple(int(n) for n in dims.split(",") if n)
+    return [(dtype, sizes(dims), layout or "") for dtype, dims, layout in _ARRAY.findall(kind) if dtype != "token"]
+
+
+def n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of an array."""
+    return math.prod(shape) * (8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])) // 8
 
 
 class Collective(NamedTuple):
@@ -25,84 +88,60 @@ class Collective(NamedTuple):
     op_name: str  # JAX's name of the operation or of the loop around it; empty if the compiler dropped it
 
 
-def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """Returns every collective in `hlo`, the text (`compiled.as_text()`) of a program compiled for `mesh`."""
-    types, called_by, calls, inside, computation = {}, {}, {}, {}, ""
-    for line in hlo.splitlines():
-        if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
-            computation = header[1]
-        if not (m := _INSTRUCTION.match(line)):
-            continue
-        name, types[name], op, operands, attributes = m[1], m[2], m[3], m[4], m[5]
-        inside.setdefault(computation, {})[name] = (op, operands, line)
-        for callee in re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(attributes))):
-            called_by.setdefault(callee, (computation, op, attributes))
-        kind = op.removesuffix("-start")
-        if kind in KINDS:
-            # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and name.
-            # one line for the start and end of a GPU's collective; one that pipelining moved out of a loop keeps its channel
-            channel = re.search(r"channel_id=\d+|$", attributes)[0]
-            one = name if op != kind and kind != "collective-permute" else channel or name
-            part = (kind, one, types[name].split("{")[0], _op_name(attributes))
-            calls.setdefault(part, (operands, attributes, computation))
+def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """Returns every collective of a program compiled for `mesh`."""
+    called_by, calls = {}, {}
+    for computation, inside in program.computations.items():
+        for one in inside.values():
+            for callee in one.called():
+                called_by.setdefault(callee, (computation, one))
+            kind = one.op.removesuffix("-start")
+            if kind in KINDS:
+                # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and
+                # name. A GPU's has one line for its start and one for its end; pipelined out of a loop it keeps its channel
+                channel = re.search(r"channel_id=\d+|$", one.attributes)[0]
+                name = one.name if one.op != kind and kind != "collective-permute" else channel or one.name
+                calls.setdefault((kind, name, one.type.split("{")[0], one.op_name), (one, computation))
 
-    def loops(inner: str) -> list[tuple[int, str]]:  # (trips, op_name) of each loop around a computation
+    def loops(inner: str) -> list[Instruction]:  # around a computation
         out = []
         while inner in called_by:
-            inner, op, attributes = called_by[inner]
-            if op == "while":
-                condition, body = (inside[re.search(rf"{part}=%([\w.-]+)", attributes)[1]] for part in ("condition", "body"))
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-                out.append((int(known[1]) if known else _trips(condition, body), _op_name(attributes)))
+            inner, caller = called_by[inner]
+            out += [caller] * (caller.op == "while")
         return out
 
     out = []
-    for (kind, *_), (operands, attributes, computation) in calls.items():
-        axes = _axes(attributes, mesh)
-        size = math.prod(mesh.shape[a] for a in axes)
+    for one, computation in calls.values():
         around = loops(computation)
-        if "all-reduce-scatter" in computation:  # how TPU compilers write a reduce-scatter: an all-reduce fused with a slice
-            kind = "reduce-scatter"
-        for operand in re.findall(r"%([\w.-]+)", operands):
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", types[operand]):
-                n_bytes = math.prod(int(d) for d in dims.split(",") if d) * _bits(dtype) // 8
-                out.append(
-                    Collective(
-                        kind=kind,
-                        dtype=dtype,
-                        bytes=n_bytes * (size if kind == "all-gather" else 1),
-                        axes=axes,
-                        size=size,
-                        trips=math.prod(trips for trips, _ in around),
-                        layers=any(re.search(r"Llama[^/]*/while", name) for _, name in around),
-                        op_name=_op_name(attributes) or (around[0][1] if around else ""),
-                    )
-                )
+        trips = math.prod(map(program.trips, around))
+        layers = any(re.search(r"Llama[^/]*/while", loop.op_name) for loop in around)
+        op_name = one.op_name or (around[0].op_name if around else "")
+        out += [sent._replace(trips=trips, layers=layers, op_name=op_name) for sent in sends(program, computation, one, mesh)]
     return out
 
 
-def _trips(condition: dict[str, tuple[str, str, str]], body: dict[str, tuple[str, str, str]]) -> int:
+def sends(program: Program, computation: str, one: Instruction, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """Returns what a collective sends, each array by itself, when it runs once."""
+    axes, kind = _axes(one.attributes, mesh), one.op.removesuffix("-start")
+    size = math.prod(mesh.shape[a] for a in axes)
+    whole = size if kind == "all-gather" else 1
+    if "all-reduce-scatter" in computation:  # how TPU compilers write a reduce-scatter: an all-reduce fused with a slice
+        kind = "reduce-scatter"
+    sent = [array for name in one.operands for array in arrays(program.computations[computation][name].type)]
+    return [Collective(kind, dtype, n_bytes(dtype, shape) * whole, axes, size, 1, False, "") for dtype, shape, _ in sent]
+
+
+def _trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> int:
     """Returns the trips of a loop that counts from 0: the condition's constant over the body's increment (2 in TPU rings)."""
-    numbers = lambda part: {
-        name: int(operands) for name, (op, operands, _) in part.items() if op == "constant" and operands.isdigit()
-    }
-    counters = [re.search(r"index=(\d+)", line)[1] for op, _, line in condition.values() if op == "get-tuple-element"]
+    numbers = lambda part: {i.name: int(i.given) for i in part.values() if i.op == "constant" and i.given.isdigit()}
+    counters = [re.search(r"index=(\d+)", i.attributes)[1] for i in condition.values() if i.op == "get-tuple-element"]
     step = 1
-    for op, operands, line in body.values():
-        if op == "tuple" and line.lstrip().startswith("ROOT") and len(counters) == 1:
-            counter = re.findall(r"%([\w.-]+)", operands)[int(counters[0])]
-            added = [numbers(body)[name] for name in re.findall(r"%([\w.-]+)", body[counter][1]) if name in numbers(body)]
+    for one in body.values():
+        if one.op == "tuple" and one.root and len(counters) == 1:
+            counter = body[one.operands[int(counters[0])]]
+            added = [numbers(body)[name] for name in counter.operands if name in numbers(body)]
             step = added[0] if added else 1
     return -(-max([1, *numbers(condition).values()]) // max(step, 1))
-
-
-def _op_name(attributes: str) -> str:
-    name = re.search(r'op_name="([^"]*)"', attributes)
-    return name[1] if name else ""
-
-
-def _bits(dtype: str) -> int:
-    return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
 
 
 def _axes(attributes: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:

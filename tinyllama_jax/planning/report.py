@@ -8,9 +8,13 @@ from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base import dims
 from tinyllama_jax.base.config import REMAT
 from tinyllama_jax.planning import laws, targets
-from tinyllama_jax.planning.compiled import LARGE, Compiled, gib, step_seconds
+from tinyllama_jax.planning.compiled import LARGE, Compiled, gib, no_prediction, step_milliseconds, tokens_per_second
+from tinyllama_jax.planning.timing import LEVELS
 from tinyllama_jax.run import stages
 
+NAMES = {"matmuls": "matmuls", "attention": "attention kernels", "elementwise": "elementwise and reductions",
+         "copies": "copies, casts, zeros", "exposed": "sends that nothing hides", "gaps": "gaps between kernels",
+         "total": "total"}  # fmt: skip
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
 
 
@@ -28,7 +32,7 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         "seqs_per_device": config.train.seqs_per_device,
         "accumulation": compiled.accumulation,
         "flops_per_token": dims.flops_per_token(config.model)
-        | {"executed_matmuls": compiled.flops / config.train.tokens_per_step},
+        | {"executed_matmuls": compiled.executed["flops"] / config.train.tokens_per_step},
         "collectives": [c._asdict() for c in compiled.collectives],
         **prediction(compiled, args),
         "stages": stages.stages(config),
@@ -43,18 +47,37 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
 
 
 def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
-    """Predicts tokens/s with full overlap, days and USD of the run, and the seconds of each part of a step; None if unknown."""
-    config, target = compiled.config, compiled.machine.target
-    if not (seconds := step_seconds(compiled, args.mfu)):
-        return dict.fromkeys(("tokens_per_second", "days", "cost", "seconds_per_step"))
-    rate = config.train.tokens_per_step / max(seconds.values())
-    days = config.train.tokens / rate / 86_400
-    cost = days * 24 * len(compiled.machine.devices) * (args.price or target.price)
-    return {"tokens_per_second": rate, "days": days, "cost": cost, "seconds_per_step": seconds}
+    """Predicts a step's milliseconds by class, tokens/s of a device, and days and USD of the run; None where nothing is known.
+
+    Each has a low, a middle and a high value: the high rate belongs to the low times and costs.
+    """
+    config, target, n = compiled.config, compiled.machine.target, len(compiled.machine.devices)
+    out = {"tokens_per_second_per_device": tokens_per_second(compiled, args.mfu), "days": None, "cost": None,
+           "milliseconds": step_milliseconds(compiled, args.mfu), "no_prediction": no_prediction(compiled)}  # fmt: skip
+    if rates := out["tokens_per_second_per_device"]:
+        days = [config.train.tokens / rate / n / 86_400 for rate in reversed(rates.values())]
+        out["days"] = dict(zip(LEVELS, days, strict=True))
+        out["cost"] = {level: d * 24 * n * (args.price or target.price) for level, d in out["days"].items()}
+    return out
+
+
+def offer(compiled: Compiled, mfu: float | None) -> dict:
+    """Returns what a plan says of one train.seqs_per_device."""
+    count = lambda matmuls: {key: matmuls[key] for key in ("forward", "backward")}
+    whole = compiled.machine.target is None or compiled.machine.target.sm  # TPU compilers split a matmul into a ring of them
+    return {
+        "seqs_per_device": compiled.config.train.seqs_per_device,
+        "peak_bytes_per_device": compiled.peak,
+        "matmuls_per_layer": count(compiled.executed) if whole else None,
+        "matmuls_per_layer_asked": count(compiled.asked),
+        "recomputed": compiled.recomputed,
+        "tokens_per_second_per_device": tokens_per_second(compiled, mfu),
+    }
 
 
 def _facts(target: targets.Target, args: argparse.Namespace) -> dict:
-    return {"kind": target.kind, "memory": target.memory, "flops": target.flops, "mfu": args.mfu or target.mfu,
+    return {"kind": target.kind, "memory": target.memory, "flops": target.flops,
+            "rates": target.rates._asdict() | ({"matmul": [args.mfu] * 3} if args.mfu else {}),
             "usd_per_device_hour": args.price or target.price, "source": target.source}  # fmt: skip
 
 
@@ -94,25 +117,51 @@ def show(out: dict, say: Callable) -> None:
         say(f"the smallest change that fits: {keys}, {gib(change['peak_bytes_per_device'])}")
         _say_prediction(change, out, say)
         return
-    say(f"the largest train.seqs_per_device that fits: {out['largest_seqs_per_device']}")
+    _say_sizes(out, say)
     say(f"fits: {needs}")
 
 
 def _say_prediction(predicted: dict, out: dict, say: Callable) -> None:
-    target, seconds = out["target"], predicted["seconds_per_step"]
-    if not seconds:
+    from rich.table import Table
+
+    target, rate = out["target"], predicted["tokens_per_second_per_device"]
+    if not rate:
         if "flops" in target:
-            refused = predicted is out and out["memory"]["measured"]["params"] is None
-            say("no rate is predicted: " + ("the compiler refused this step" if refused else "in fp32 the table has none"))
+            say(f"no rate is predicted: {predicted['no_prediction']}")
         return
-    parts = ", ".join(f"{part} {s:.2f} s" for part, s in seconds.items())
-    say(f"a step: {parts} (matmuls at {target['mfu']:.0%} of the peak, links and memory at their full rate)")
-    span = lambda days: f"{days:,.1f} days" if days >= 2 else f"{24 * days:,.1f} hours"
-    rate, price = predicted["tokens_per_second"], target["usd_per_device_hour"]
-    say(f"with full overlap: {rate:,.0f} tokens/s, {rate / target['devices']:,.0f} a device; {span(predicted['days'])}, "
-        f"{predicted['cost']:,.0f} USD at {price:g} an hour and device")  # fmt: skip
-    say(f"without overlap: {span(predicted['days'] * sum(seconds.values()) / max(seconds.values()))}")
-    say(f"source: {target['source']}")
+    table = Table("ms of a step, predicted", *LEVELS)
+    parts = predicted["milliseconds"]
+    for name, part in (parts | {"total": {level: sum(p[level] for p in parts.values()) for level in LEVELS}}).items():
+        table.add_row(NAMES[name], *(f"{part[level]:,.0f}" for level in LEVELS))
+    say(table)
+    days = predicted["days"]
+    unit, scale = ("days", 1) if days["middle"] >= 2 else ("hours", 24)
+    span = lambda of, form=",.0f", by=1: f"{of['middle'] * by:{form}} ({of['low'] * by:{form}} to {of['high'] * by:{form}})"
+    say(f"predicted: {span(rate)} tokens/s a device, {rate['middle'] * target['devices']:,.0f} in all")
+    say(f"the run: {span(days, ',.1f', scale)} {unit}, {span(predicted['cost'])} USD at {target['usd_per_device_hour']:g} an "
+        "hour and device; low and high: all rates at their best or worst at once")  # fmt: skip
+    say(f"rates: {target['rates']['source']}")
+    say(f"machine: {target['source']}")
+
+
+def _say_sizes(out: dict, say: Callable) -> None:
+    from rich.table import Table
+
+    table = Table("sequences a device", "peak", "matmuls of a layer", "asked for", "recomputed", "tokens/s")
+    count = lambda matmuls: f"{matmuls['forward']:.3g} + {matmuls['backward']:.3g}" if matmuls else ""
+    for row in out["sizes"]:
+        rate, again = row["tokens_per_second_per_device"], f"{row['recomputed']:.1%}" if row["recomputed"] else "none"
+        table.add_row(str(row["seqs_per_device"]), gib(row["peak_bytes_per_device"]), count(row["matmuls_per_layer"]),
+                      count(row["matmuls_per_layer_asked"]), again, f"{rate['middle']:,.0f}" if rate else "")  # fmt: skip
+    say(table)
+    most, n, part = out["largest_seqs_per_device"], out["recommended_seqs_per_device"], out["sizes"][0]["recomputed"]
+    if not part:
+        say(f"the largest train.seqs_per_device that fits: {most}")
+        return
+    say(f"warning: {most} is the largest train.seqs_per_device that fits, but XLA computes matmuls again there to save memory, "
+        f"{part:.1%} of the step's FLOPs")  # fmt: skip
+    reason = "the largest at which it does not" if n != most else "as it does so with every number that fits"
+    say(f"recommended: --train.seqs_per_device={n}, {reason}")
 
 
 def _memory_table(out: dict):
@@ -146,19 +195,18 @@ def draw_sweep(rows: list[dict], on: str, limit: int, path: Path) -> None:
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    speed = "tokens_per_second_if_nothing_overlaps" if rows[0]["tokens_per_second"] else "seqs_per_device"
+    rate = lambda row: (row["tokens_per_second_per_device"] or {"middle": row["seqs_per_device"]})["middle"]
+    speed = "tokens/s a device, predicted" if rows[0]["tokens_per_second_per_device"] else "sequences a device"
     meshes = list(dict.fromkeys("x".join(map(str, row["mesh"].values())) for row in rows))
     for i, remat in enumerate(REMAT):
         for j, mesh in enumerate(meshes):
             line = [r for r in rows if r["remat"] == remat and "x".join(map(str, r["mesh"].values())) == mesh]
             line.sort(key=lambda r: r["seqs_per_device"])
-            x, y = [r["peak_bytes_per_device"] / 2**30 for r in line], [r[speed] for r in line]
+            x, y = [r["peak_bytes_per_device"] / 2**30 for r in line], [rate(r) for r in line]
             axes.plot(x, y, marker="os^D"[j % 4], color=f"C{i}", linewidth=0.7, label=f"{remat}, {mesh}")
             for r, *at in zip(line, x, y, strict=True):
                 axes.annotate(str(r["seqs_per_device"]), at, (3, 3), textcoords="offset points", fontsize=6)
     axes.axvline(limit / 2**30, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.set(
-        xlabel="GiB a device", ylabel=speed.replace("_", " "), xlim=(0, None), title=f"{on}; sequences a device at the points"
-    )
+    axes.set(xlabel="GiB a device", ylabel=speed, xlim=(0, None), title=f"{on}; sequences a device at the points")
     figure.legend(loc="outside right center", fontsize=7, title="remat, data x fsdp x tensor", title_fontsize=7)
     figure.savefig(path, dpi=120)

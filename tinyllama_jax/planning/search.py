@@ -7,7 +7,7 @@ from tinyllama_jax.base import cli, sharding
 from tinyllama_jax.base.config import REMAT, Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.planning import targets
-from tinyllama_jax.planning.compiled import Compiled, compile_step, gib, step_seconds
+from tinyllama_jax.planning.compiled import Compiled, compile_step, gib, tokens_per_second
 
 
 def _with(config: Config, **changes: object) -> Config:
@@ -24,22 +24,29 @@ def guess(compiled: Compiled, sequences: int) -> float:
     return fixed + scaled + known["params"] * ((compiled.accumulation == 1) - no_accumulation)
 
 
-def most_sequences(compiled: Compiled) -> tuple[int, Compiled | None]:
-    """Returns (the largest train.seqs_per_device that fits, the step compiled with it), or (0, None) if not even 1 fits.
+def sizes(compiled: Compiled) -> list[Compiled]:
+    """Returns the step compiled with every train.seqs_per_device that is worth offering; empty if not even 1 fits.
 
-    Values that `guess` puts a tenth or more above the budget are not compiled.
+    The first is the largest that fits. If XLA computes matmuls again there to save memory, smaller ones follow, up to the first
+    at which it does not. Values that `guess` puts a tenth or more above the budget are not compiled.
     """
-    asked, tried = compiled.config.train.seqs_per_device, [compiled]
+    tried, out = {compiled.config.train.seqs_per_device: compiled}, []
     for n in reversed(compiled.config.fitting(sharding.batch_devices(compiled.mesh))):
-        if n == asked or (n < asked and compiled.fits):
+        near = min(tried, key=lambda m: abs(m - n))
+        if n not in tried and n > 1 and guess(tried[near], n) > 1.1 * compiled.machine.budget:
             continue
-        near = min(tried, key=lambda t: abs(t.config.train.seqs_per_device - n))
-        if n > 1 and guess(near, n) > 1.1 * compiled.machine.budget:
-            continue
-        tried.append(compile_step(_with(compiled.config, train__seqs_per_device=n), compiled.machine))
-        if tried[-1].fits:
-            return n, tried[-1]
-    return (asked, compiled) if compiled.fits else (0, None)
+        if n not in tried:
+            tried[n] = compile_step(_with(compiled.config, train__seqs_per_device=n), compiled.machine)
+        if tried[n].fits:
+            out.append(tried[n])
+            if not tried[n].recomputed:
+                break
+    return out
+
+
+def recommended(offered: list[Compiled]) -> Compiled:
+    """Returns the largest of `sizes` at which XLA computes nothing again, or the largest of all if it always does."""
+    return offered[-1] if not offered[-1].recomputed else offered[0]
 
 
 def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
@@ -56,9 +63,9 @@ def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
             with contextlib.suppress(UserError):  # a number that does not come out even on another mesh
                 keys = more | {"train.seqs_per_device": sequences}
                 changed = cli.override(config, {key: str(value) for key, value in keys.items()})
-                n, fitting = most_sequences(compile_step(changed, machine) if more else compiled)
-                if fitting:
-                    return more | ({"train.seqs_per_device": n} if n != config.train.seqs_per_device else {}), fitting
+                if offered := sizes(compile_step(changed, machine) if more else compiled):
+                    n = (best := recommended(offered)).config.train.seqs_per_device
+                    return more | ({"train.seqs_per_device": n} if n != config.train.seqs_per_device else {}), best
                 break
     return None
 
@@ -74,9 +81,9 @@ def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int
 def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Callable[[str], None]) -> list[dict]:
     """Compiles every mesh x remat policy x sequences a device (powers of two). Sorted: those that fit first, then the fastest.
 
-    The speed compared is the one without overlap, so that a mesh that sends less ranks higher.
+    The speed compared is the middle of the prediction.
     """
-    rows, tokens = [], config.train.tokens_per_step
+    rows = []
     for data, fsdp, tensor in meshes(config, machine):
         for remat in REMAT:  # each policy keeps less than the one before
             last = None
@@ -92,17 +99,15 @@ def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Call
                     say(f"{name}: {error}")
                     break
                 say(f"{name}: {gib(last.peak)}")
-                seconds = (step_seconds(last, mfu) or {}).values()
                 rows.append({"mesh": dict(last.mesh.shape), "remat": remat, "seqs_per_device": n, "fits": last.fits,
-                             "peak_bytes_per_device": last.peak,
-                             "tokens_per_second": tokens / max(seconds) if seconds else None,
-                             "tokens_per_second_if_nothing_overlaps": tokens / sum(seconds) if seconds else None})  # fmt: skip
+                             "peak_bytes_per_device": last.peak, "recomputed": last.recomputed,
+                             "tokens_per_second_per_device": tokens_per_second(last, mfu)})  # fmt: skip
     if not rows:
         raise UserError(
             f"--sweep: {config.seqs_per_step} sequences a step do not divide into the {len(machine.devices)} devices; choose "
             "another train.tokens_per_step"
         )
-    rate = lambda row: row["tokens_per_second_if_nothing_overlaps"] or 0
+    rate = lambda row: (row["tokens_per_second_per_device"] or {"middle": 0})["middle"]
     return sorted(rows, key=lambda row: (not row["fits"], -rate(row), row["peak_bytes_per_device"]))
 
 

@@ -28,6 +28,19 @@ class Sm(NamedTuple):
     shared: int  # bytes of shared memory, each; a block can have 1 KB less
 
 
+class Rates(NamedTuple):
+    """What kernels reach of a target: the slowest, the middle and the fastest that can be expected."""
+
+    matmul: tuple[float, float, float]  # part of the peak
+    attention: dict[str, float]  # TFLOP/s of each kernel, counting what it executes of the causal half; the middle
+    error: float  # of `attention`, as a part of it
+    memory: tuple[float, float, float]  # part of the bandwidth
+    links: tuple[float, float, float]  # part of the links' rate
+    latency: tuple[float, float, float]  # seconds that a collective takes beside its bytes
+    gap: tuple[float, float, float]  # seconds between two kernels
+    source: str
+
+
 class Target(NamedTuple):
     """A kind of accelerator. Bytes, bytes/s and FLOP/s of one device unless noted; 1 GB = 10^9 bytes."""
 
@@ -39,7 +52,7 @@ class Target(NamedTuple):
     link: float  # one direction, all links to devices of the same node or slice together
     between: float  # one direction, from a whole NODE to other nodes; 0 for a TPU slice, which counts as one node
     price: float  # USD an hour, on demand
-    mfu: float  # of the best public run of a ~1B model, counting executed matmuls only
+    rates: Rates
     source: str
     sm: Sm | None = None  # GPUs
 
@@ -52,41 +65,69 @@ class Target(NamedTuple):
 _A100 = "NVIDIA A100 datasheet and architecture whitepaper; CUDA programming guide, compute capability 8.0; "
 _H100 = "NVIDIA Hopper whitepaper; CUDA programming guide, compute capability 9.0; "
 _EFA = "400 Gb/s of EFA a node"
+_OURS = ("attention_forward", "attention_dq", "attention_dkv")
+_CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+_SPLASH = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
+
+
+def _gpu(matmul: tuple, ours: tuple, cudnn: tuple, error: float, source: str) -> Rates:
+    attention = dict(zip(_OURS + _CUDNN, ours + cudnn, strict=True))
+    source += ("; links: nccl-tests on p4d.24xlarge, 231 of 300 GB/s in a node, 30 of 50 between 4 (NVIDIA/nccl issue 527); "
+               "gaps: 0.5 to 0.9 us (NVIDIA, Getting Started with CUDA Graphs), at worst 3 us; others assumed")  # fmt: skip
+    memory, links, latency, gap = (0.75, 0.84, 0.90), (0.60, 0.77, 0.90), (50e-6, 30e-6, 15e-6), (3e-6, 1e-6, 0.5e-6)
+    return Rates(matmul, attention, error, memory, links, latency, gap, source)
+
+
+# Attention: TFLOP/s at B=8 S=2048 N=32 K=4 H=64, causal, in the order of _OURS, then of _CUDNN. Change it with the kernels.
+_SM80 = _gpu((0.68, 0.77, 0.85), (196, 199, 206), (152, 145), 0.10,
+             "matmuls: at most 268 of 312 TFLOP/s (mamf-finder), so 212 to 265 assumed; attention: modelled from the compiled "
+             "kernels, cuDNN's as FlashAttention-2's (benchmarks/attention.md)")  # fmt: skip
+_SM90 = _gpu((0.58, 0.66, 0.80), (250, 200, 180), (320, 310), 0.20,
+             "matmuls: at most 794 of 989 TFLOP/s (mamf-finder); attention: cuDNN's 395 TFLOP/s without a mask (the paper of "
+             "FlashAttention-3), a fifth less with one; ours below a third of the peak, assumed")  # fmt: skip
+_RTX3090 = _gpu((0.80, 0.90, 1.00), (53, 46, 46), (53, 46), 0.25, "matmuls and attention: assumed")
+_RTX4090 = _gpu((0.80, 0.95, 1.05), (123, 107, 107), (123, 107), 0.25,
+                "matmuls: at most 178 TFLOP/s, above the nominal 165 (mag-/gpu_benchmark); attention: assumed")  # fmt: skip
+
+
+def _tpu(flops: float) -> Rates:
+    attention = dict.fromkeys(_SPLASH, flops / 4e12)  # heads of 64 fill half of the 128 lanes
+    memory, links, latency = (0.70, 0.80, 0.90), (0.60, 0.80, 0.95), (5e-6, 2e-6, 1e-6)
+    source = "nothing is measured, all rates are assumed: the range is wide, and its upper end meant as a ceiling"
+    return Rates((0.65, 0.80, 0.95), attention, 0.60, memory, links, latency, (0, 0, 0), source)
+
+
 TARGETS = {
-    "a100-40g": Target("NVIDIA A100", "2x8", 42_298_834_944, 312e12, 1.555e12, 300e9, 50e9, 2.745, 0.52,
-        _A100 + f"AWS p4d.24xlarge: {_EFA}, 21.96 USD an hour for 8 (2026-09; 32.77 before 2025-06); MFU: TinyLlama, 24,000 "
-        "tokens/s",
+    "a100-40g": Target("NVIDIA A100", "2x8", 42_298_834_944, 312e12, 1.555e12, 300e9, 50e9, 2.745, _SM80,
+        _A100 + f"AWS p4d.24xlarge: {_EFA}, 21.96 USD an hour for 8 (2026-09; 32.77 before 2025-06)",
         Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
-    "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, 312e12, 2.039e12, 300e9, 50e9, 3.431, 0.52,
-        _A100 + f"AWS p4de.24xlarge: {_EFA}, 27.45 USD an hour for 8 (2026); MFU: llm-foundry's 1b, 24,200 tokens/s",
+    "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, 312e12, 2.039e12, 300e9, 50e9, 3.431, _SM80,
+        _A100 + f"AWS p4de.24xlarge: {_EFA}, 27.45 USD an hour for 8 (2026)",
         Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
-    "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, 989e12, 3.352e12, 450e9, 400e9, 6.88, 0.37,
-        _H100 + "AWS p5.48xlarge: 3,200 Gb/s a node, 55.04 USD an hour for 8 (2026-07); MFU: llm-foundry's 1b, 54,000 tokens/s",
+    "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, 989e12, 3.352e12, 450e9, 400e9, 6.88, _SM90,
+        _H100 + "AWS p5.48xlarge: 3,200 Gb/s a node, 55.04 USD an hour for 8 (2026-07)",
         Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
-    "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, 989e12, 4.8e12, 450e9, 400e9, 7.912, 0.37,
-        _H100 + "NVIDIA H200 datasheet; AWS p5en.48xlarge: 3,200 Gb/s a node, 63.30 USD an hour for 8 (2026-08); MFU: as h100",
+    "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, 989e12, 4.8e12, 450e9, 400e9, 7.912, _SM90,
+        _H100 + "NVIDIA H200 datasheet; AWS p5en.48xlarge: 3,200 Gb/s a node, 63.30 USD an hour for 8 (2026-08)",
         Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
-    "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, 0.50,
+    "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, _RTX3090,
         "NVIDIA GA102 whitepaper; CUDA programming guide, compute capability 8.6; PCIe 4.0 x16, 20 to 23 GB/s as users measure "
-        "it; between nodes 10 Gb/s and MFU: assumed; RunPod, 0.50 USD an hour (2026-09)",
+        "it; between nodes 10 Gb/s: assumed; RunPod, 0.50 USD an hour (2026-09)",
         Sm((8, 6), 82, 128, 1.695, 6_291_456, 1_536, 102_400)),
-    "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, 0.50,
+    "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, _RTX4090,
         "NVIDIA Ada whitepaper 2.02, appendix A; CUDA programming guide, compute capability 8.9; no NVLink nor peer-to-peer: "
-        "31 GB/s both ways through the host (Puget Systems, 2023); between nodes 10 Gb/s and MFU: assumed; RunPod, 0.74 USD an "
+        "31 GB/s both ways through the host (Puget Systems, 2023); between nodes 10 Gb/s: assumed; RunPod, 0.74 USD an "
         "hour (2026-10)",
         Sm((8, 9), 128, 128, 2.52, 75_497_472, 1_536, 102_400)),
-    "v4": Target("TPU v4", "2x2x4", 33_014_415_360, 275e12, 1.2e12, 300e9, 0, 3.22, 0.39,
+    "v4": Target("TPU v4", "2x2x4", 33_014_415_360, 275e12, 1.2e12, 300e9, 0, 3.22, _tpu(275e12),
         "docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB of which 30.75 can be used, 6 links of 50 GB/s; 3.22 USD an "
-        "hour; MFU: 16,000 tokens/s, from MaxText's larger models"),
-    "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, 197e12, 0.819e12, 200e9, 0, 1.20, 0.45,
-        "docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 15.75 GiB to use, 400 GB/s both ways; 1.20 USD an hour; MFU: "
-        "Marin's 1.2b, 13,000 tokens/s"),
-    "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, 459e12, 2.765e12, 600e9, 0, 4.20, 0.44,
-        "docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95.74 GiB to use, 1,200 GB/s both ways; 4.20 USD an hour; MFU: "
-        "Marin's 1.2b, 30,000 tokens/s"),
-    "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, 918e12, 1.638e12, 400e9, 0, 2.70, 0.35,
-        "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour; MFU: "
-        "47,000 tokens/s, none public at this size"),
+        "hour"),
+    "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, 197e12, 0.819e12, 200e9, 0, 1.20, _tpu(197e12),
+        "docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 15.75 GiB to use, 400 GB/s both ways; 1.20 USD an hour"),
+    "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, 459e12, 2.765e12, 600e9, 0, 4.20, _tpu(459e12),
+        "docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95.74 GiB to use, 1,200 GB/s both ways; 4.20 USD an hour"),
+    "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, 918e12, 1.638e12, 400e9, 0, 2.70, _tpu(918e12),
+        "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour"),
 }  # fmt: skip
 
 
