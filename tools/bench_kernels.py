@@ -209,8 +209,8 @@ def cells(size: str, only: list[str]) -> list[tuple[str, dict]]:
     impls = [impl for impl in c.ATTENTION if impl != "auto"]
     first, *others = [[("attention", {"impl": i, "shape": shape}) for i in impls] for shape in shapes(size)]
     B, S, D, V = LOSS[size]
-    S, heads = (1024, (8, 2)) if size == "1b" else (48, (4, 2))
-    out = [("check", {"impl": i, "dtype": dtype, "shape": dict(zip((*"BSNKH", "documents", "spread"), (2, S, *heads, *case),
+    seq_len, heads = (1024, (8, 2)) if size == "1b" else (48, (4, 2))
+    out = [("check", {"impl": i, "dtype": dtype, "shape": dict(zip((*"BSNKH", "documents", "spread"), (2, seq_len, *heads, *case),
             strict=True))}) for i in sorted(impls, key=lambda i: i != "pallas_triton")
            for dtype, *case in CHECKED[: None if i == "pallas_triton" else 2]]  # fmt: skip
     out += [("matmul", dict(zip("MKN", shape, strict=True))) for shape in MATMULS[size]] + first
