@@ -210,8 +210,9 @@ def cells(size: str, only: list[str]) -> list[tuple[str, dict]]:
     first, *others = [[("attention", {"impl": i, "shape": shape}) for i in impls] for shape in shapes(size)]
     B, S, D, V = LOSS[size]
     seq_len, heads = (1024, (8, 2)) if size == "1b" else (48, (4, 2))
-    out = [("check", {"impl": i, "dtype": dtype, "shape": dict(zip((*"BSNKH", "documents", "spread"), (2, seq_len, *heads, *case),
-            strict=True))}) for i in sorted(impls, key=lambda i: i != "pallas_triton")
+    letters = (*"BSNKH", "documents", "spread")
+    out = [("check", {"impl": i, "dtype": dtype, "shape": dict(zip(letters, (2, seq_len, *heads, *case), strict=True))})
+           for i in sorted(impls, key=lambda i: i != "pallas_triton")
            for dtype, *case in CHECKED[: None if i == "pallas_triton" else 2]]  # fmt: skip
     out += [("matmul", dict(zip("MKN", shape, strict=True))) for shape in MATMULS[size]] + first
     out += [("loss", {"tokens": n, "B": B, "S": S, "D": D, "V": V}) for n in (0, *(B * S // part for part in CHUNKS))]
