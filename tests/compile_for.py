@@ -97,11 +97,12 @@ def kernels(text: str) -> list[str]:
     return sorted(name[0] for name in names if name)
 
 
-def of_layers(text: str) -> dict:
+def of_layers(text: str, saved: str) -> dict:
     """What the program of a step does in its two loops over layers, forward and backward.
 
     `products`: matmuls. `moved`: operations that do nothing but copy, cast or turn something: (elements, line). What a compiler
-    does for one layer before or after a loop, to send beside the next, is not in it.
+    does for one layer before or after a loop, to send beside the next, is not in it. `filled`: operations that only fill or
+    copy a whole array of what all layers save, whose shape begins with `saved`.
     """
     computations = {}
     for line in text.splitlines():
@@ -136,7 +137,15 @@ def of_layers(text: str) -> dict:
             parts = {o for callee in called for o, *_ in within(callee)}
             if op in ("copy", "convert", "transpose") or (op == "fusion" and parts and parts <= moves):
                 moved.append((size, line.strip()[:150]))
-    return {"products": products, "moved": moved, "kernels": sorted(found)}
+    fills = {"parameter", "constant", "bitcast", "broadcast", "copy"}
+    filled = [
+        line.strip()[:150]
+        for op, _, line, called in (entry for entries in computations.values() for entry in entries)
+        if f"[{saved}," in line.partition(f" {op}(")[0]
+        and {o for callee in called for o, *_ in within(callee)} <= fills
+        and op in ("copy", "broadcast", "fusion")
+    ]
+    return {"products": products, "moved": moved, "kernels": sorted(found), "filled": filled}
 
 
 def state_of(config: c.Config, machine: targets.Machine) -> list:
@@ -214,7 +223,7 @@ def main(on: str, cases: list[str]) -> dict:
             "executed": found.executed,
             "recomputed": found.recomputed,
             "milliseconds": compiled.step_milliseconds(found),
-            "layers": of_layers(texts[0]),
+            "layers": of_layers(texts[0], f"{config.model.n_layers},{config.train.seqs_per_device},{config.model.seq_len}"),
         }
     return out
 

@@ -49,6 +49,7 @@ def test_a_gpus_options_are_sized_to_a_layer(config):
         "xla_gpu_all_gather_combine_threshold_bytes": int(0.55 * 2 * layer),  # bf16; two of three MLP matrices are 46 MB
         "xla_gpu_reduce_scatter_combine_threshold_bytes": 4 * layer,
         "xla_gpu_all_reduce_combine_threshold_bytes": 4 * layer,
+        "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
     }
     assert all(option.reason for option in xla.options(config, mesh_of("gpu")))
     half = xla.compiler_options(cli.override(config, {"model.reduce_dtype": "bfloat16"}), mesh_of("gpu", tensor=2))
@@ -103,7 +104,7 @@ def test_the_users_own_flag_wins_and_is_said(config, monkeypatch):
     assert "xla_gpu_enable_latency_hiding_scheduler" in xla.compiler_options(config, mesh)
     first, *rest = xla.lines(config, mesh)
     assert "the environment's own xla_gpu_enable_pipelined_all_reduce xla_dump_to" in first
-    assert first.startswith("xla: 0.92 of a device's memory, ") and len(rest) == 4
+    assert first.startswith("xla: 0.92 of a device's memory, ") and len(rest) == 5
     assert all(line.startswith("xla: xla_gpu_") and line.endswith(")") for line in rest)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=98304")
     assert xla.lines(config, mesh_of("tpu"))[0].count("xla_tpu_scoped_vmem_limit_kib") == 1

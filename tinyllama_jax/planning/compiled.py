@@ -68,10 +68,14 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
         program = build(config, mesh, NextToken(eos_id=2))  # the id does not matter: it is a constant of the program
         traced = program.train.trace(program.state, shape_of_batch(program, config.model.seq_len))
         lowered = traced.lower()
-    text, buffers, peak, refusal = "", [], 0, ""
+    text, buffers, peak, refusal, options = "", [], 0, "", {"xla_dump_hlo_as_text": True}
+    if machine.target and machine.target.sm:
+        # In a run, XLA may use 95% of what JAX has reserved (jaxlib's py_client.cc tells it); without a device, 95% of 80% of
+        # the memory. Above this limit it computes matmuls twice, and sends while nothing is computed.
+        options["xla_gpu_memory_limit_slop_factor"] = round(95 * machine.budget / (0.8 * machine.target.memory))
     with tempfile.TemporaryDirectory() as dump, messages() as written:
         try:
-            executable = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+            executable = lowered.compile(compiler_options={"xla_dump_to": dump} | options)
             text, stats = executable.as_text(), executable.memory_analysis()
             peak = stats.peak_memory_in_bytes
             if machine.target is None:  # on a CPU this peak leaves out the temporaries
@@ -79,7 +83,7 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
             dumped = lambda kind: "".join(path.read_text() for path in Path(dump).glob(f"*-{kind}.txt"))
             buffers = hlo.at_peak(dumped("buffer-assignment"), dumped("live-range"))
         except jax.errors.JaxRuntimeError as error:
-            refusal = _one_line(error)
+            refusal = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3])[:500]
             peak = _refused_memory(refusal, _on_device(program.state))
         warned = "nvoluntary full rematerialization" in written()
     if not text and not peak:
@@ -124,11 +128,6 @@ def _refused_memory(refusal: str, arguments: int) -> int:
     elif not (m := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", refusal)):
         return 0
     return arguments + int(float(m[1]) * 2 ** (10 * (1 + "KMGT".index(m[2]))))
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:500]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
