@@ -61,7 +61,7 @@ def test_this_xla_knows_every_option(config):
     """A CPU's compiler rejects an unknown name or value of a GPU's option too."""
     deterministic = cli.override(config, {"train.deterministic": "true"})
     options = xla.compiler_options(deterministic, mesh_of("gpu"))
-    assert len(options) == 6
+    assert len(options) == 7
     jax.jit(lambda: 1).lower().compile(compiler_options=options)
     for name, value in (("xla_gpu_no_such_option", True), (next(iter(PIPELINED)), "maybe")):
         with pytest.raises(jax.errors.JaxRuntimeError, match=name):
