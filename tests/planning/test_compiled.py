@@ -261,11 +261,7 @@ def test_a_layer_on_a100_computes_no_more_than_its_policy_says(on_a100, remat):
 
 # of PEAKS: matmuls of a layer where XLA computes some again to save memory, and that part of the step's FLOPs
 AGAIN = {
-    "8,none": (10, 14, 0.162),
-    "16,none": (10, 14, 0.162),
-    "16,save_matmuls_and_attention": (9, 14, 0.139),
-    "16,save_matmuls_and_attention,cudnn,2": (9, 14, 0.143),
-    "16,save_matmuls_and_attention,pallas_triton,1": (7, 15, 0.069),
+    "16,none": (10, 14, 0.162),  # it does not fit
 }
 
 
@@ -286,10 +282,10 @@ def test_the_parts_of_a_step_of_3t_on_a100(on_a100):
     """As predicted on 2026-11-29, which copies, elementwise work and sends may not exceed by 2%."""
     parts = {name: part["middle"] for name, part in on_a100["8,save_matmuls_and_attention"]["milliseconds"].items()}
     assert parts["matmuls"] == pytest.approx(813.5e12 / (0.77 * 312e12) * 1e3, rel=1e-3)
-    for name, most in {"elementwise": 656, "copies": 386, "exposed": 138, "gaps": 21}.items():
+    for name, most in {"elementwise": 656, "copies": 253, "exposed": 138, "gaps": 20}.items():
         assert 0 < parts[name] < 1.02 * most, (name, parts[name])
     hundred_and_nine = 9 * 2 * 8 * 2048 * 2048 / 2 * 2048 * 22 * 8 / 1e12  # TFLOP of attention's nine matmuls
-    assert 1e3 * hundred_and_nine / parts["attention"] == pytest.approx(139, rel=0.5)  # TFLOP/s of the three kernels together
+    assert 1e3 * hundred_and_nine / parts["attention"] == pytest.approx(201, rel=0.3)  # TFLOP/s of the three kernels together
 
 
 @pytest.mark.xdist_group("3t")
@@ -410,11 +406,10 @@ def test_the_command_for_3t_on_a100(tmp_path):
         assert out["days"][level] == pytest.approx(1_430_512 * 2_097_152 / 16 / rates[opposite] / 86_400)
         assert out["cost"][level] == pytest.approx(out["days"][level] * 24 * 16 * 2.745)
     assert "sends that nothing hides" in done.stderr and "at most 268 of 312 TFLOP/s" in done.stderr
-    large, small = out["sizes"]
-    assert out["recommended_seqs_per_device"] == small["seqs_per_device"] == 8 and large["seqs_per_device"] == 16
-    assert large["matmuls_per_layer"]["forward"] == 9 and small["matmuls_per_layer"] == {"forward": 7, "backward": 14}
-    assert large["tokens_per_second_per_device"]["middle"] < small["tokens_per_second_per_device"]["middle"] == rates["middle"]
-    assert "warning: 16 is the largest train.seqs_per_device that fits, but XLA computes matmuls again" in done.stderr
+    (largest,) = out["sizes"]
+    assert out["recommended_seqs_per_device"] == largest["seqs_per_device"] == 16
+    assert largest["matmuls_per_layer"] == {"forward": 7, "backward": 14} and largest["recomputed"] == 0
+    assert rates["middle"] < largest["tokens_per_second_per_device"]["middle"] and "warning" not in done.stderr
     assert "24,000 tokens/s a GPU" in done.stderr
 
 
