@@ -41,8 +41,10 @@ test-newer:
 	@echo "no Python 3.12 or newer here: the numeric core was not tested on the newest JAX"
 else
 test-newer: $(VENV)-newer/.base
-	$(VENV)-newer/bin/python -m pytest -n 2 tests/core/test_model.py tests/core/test_step.py tests/core/test_xla.py tests/base/test_sharding.py \
-		tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py -k "not test_attention or trained"  # one case of each attention kernel
+	$(VENV)-newer/bin/python -m pytest -n 2 tests/core/test_model.py tests/core/test_step.py tests/core/test_xla.py \
+		tests/base/test_sharding.py tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py \
+		tests/planning/test_hlo.py tests/planning/test_timing.py tests/test_plan.py::test_the_command_on_virtual_devices \
+		-k "not test_attention or trained"  # one case of each attention kernel
 endif
 
 lint: $(VENV)/.dev

@@ -162,7 +162,7 @@ def test_sizes_stay_within_budget():
         "run.",
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
-    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_490
+    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_500
     assert sum(lines.values()) <= 14_030 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
