@@ -100,7 +100,7 @@ def test_no_rate_where_nothing_is_known(none):
     kernel = timing.Kernel("attention", "attention_of_tomorrow", 1, 1e9)
     for step, why in (
         (none._replace(config=bf16), "nothing is known of this computer's speed"),
-        (none._replace(machine=a100), "in fp32 the table has none"),
+        (none._replace(machine=a100), "the table has no rates for fp32"),
         (known._replace(run=[]), "the compiler refused this step"),
         (known._replace(run=[*none.run, kernel]), "the table lacks the speed of attention_of_tomorrow"),
         (known._replace(run=[*none.run, kernel._replace(kind="unknown", name="mosaic_gpu_v2")]), "the speed of mosaic_gpu_v2"),
@@ -196,7 +196,7 @@ def test_the_largest_at_which_nothing_is_computed_again_is_recommended(monkeypat
         if limit == 8:
             assert text == "the largest train.seqs_per_device that fits: 8"
         else:
-            assert "warning: 8 is the largest train.seqs_per_device that fits, but XLA computes matmuls again" in text
+            assert "warning: 8 is the largest train.seqs_per_device that fits, but XLA then recomputes matmuls" in text
             assert "100.0% of the step's FLOPs" in text and f"recommended: --train.seqs_per_device={best}, " in text
         assert rows[0]["matmuls_per_layer_asked"] == {"forward": 7, "backward": 14}
         assert rows[0]["matmuls_per_layer"]["forward"] == (7 if limit == 8 else 14)
@@ -285,7 +285,7 @@ def test_scaling_laws_of_the_command(tmp_path):
         (["--config", "CONFIG", "--on", "cpu:2", "--train.seqs_per_device=3"], "--train.seqs_per_device=3: 8 sequences a step"),
         (["--config", "CONFIG", "--on", "cpu:2", "--model.attention=cudnn"], "--model.attention=cudnn: needs"),
         (["--config", "nowhere.py", "--on", "cpu:2"], "nowhere.py: no such file"),
-        (["--config", "CONFIG", "--on", "cpu:2", "--mfu", "52"], "argument --mfu: 52: must be a part, above 0 and at most 1"),
+        (["--config", "CONFIG", "--on", "cpu:2", "--mfu", "52"], "argument --mfu: 52: must be a fraction above 0, at most 1"),
         (["--config", "CONFIG", "--on", "cpu:2", "--price", "abc"], "argument --price: abc: must be a number above 0"),
         (["--config", "CONFIG", "--on", "cpu:8", "--sweep", "--train.tokens_per_step=48"], "3 sequences a step do not"),
         (["--config", "CONFIG", "--on", "cpu:1000000000"], "--on=cpu:1000000000: 1,000,000,000 devices; at most 1,024"),
@@ -293,8 +293,8 @@ def test_scaling_laws_of_the_command(tmp_path):
         (["--law", "chinchilla", "--flops", "1e300"], "argument --flops: 1e300: must be a number above 0, from 1e-30 to 1e30"),
         (["--law", "inference", "--train-price", "1e-30"], "--inference-tokens=1e+12: at these prices each counts for 2.09"),
         (["--law", "chinchilla", "--train-price", "nan"], "argument --train-price: nan: must be a number above 0"),
-        (["--law", "chinchilla", "--train.steps=3"], "--train.steps=3: is no option of --law"),
-        (["--law", "chinchilla", "--mfu", "0.3"], "--mfu: is no option of --law; its prices are --train-price"),
+        (["--law", "chinchilla", "--train.steps=3"], "--train.steps=3: is not an option of --law"),
+        (["--law", "chinchilla", "--mfu", "0.3"], "--mfu: is not an option of --law; its prices are --train-price"),
         (["--law", "chinchilla", "--picture", "a.xyz"], "a.xyz: must be a .png, .svg or .pdf"),
         (["--law", "chinchilla", "--picture", "no/a.png"], "no/a.png: must be a .png, .svg or .pdf in a folder that exists"),
         (["--law", "chinchilla", "--flops", "-1"], "argument --flops: -1: must be a number above 0"),

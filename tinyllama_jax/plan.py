@@ -13,7 +13,7 @@ import os
 if __name__ == "__main__":  # before jax is imported: its CUDA plugin fails without a driver
     os.environ["JAX_PLATFORMS"] = "cpu"
     stderr = os.dup(2)
-    try:  # and prints several lines about that
+    try:  # importing jax also prints several lines about that
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         import jax
     finally:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 def _swept(args: argparse.Namespace, config: Config, machine: targets.Machine, say: Callable) -> int:
     path = args.picture or Path(f"plan-{args.on.replace(':', '-')}.png")
     rows = sweep(config, machine, args.mfu, say)
-    say("those that fit first, then by predicted tokens/s a device:")
+    say("sorted: those that fit first, then by predicted tokens/s per device:")
     for r in rows:
         rates = r["tokens_per_second_per_device"]
         rate = "{middle:,.0f} ({low:,.0f} to {high:,.0f})".format(**rates) if rates else ""
@@ -104,17 +104,17 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     known = ", ".join(f"{name}:{t.shape}" for name, t in targets.TARGETS.items())
     parser.add_argument("--config", help="a file such as configs/3t.py (none)")
-    parser.add_argument("--on", help=f"the machine: {known}, or cpu:8 (none)")
+    parser.add_argument("--on", help=f"the machine to compile for: {known}, or cpu:8 (none)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
-    parser.add_argument("--price", type=_number, help="USD per device and hour (that of planning/targets.py)")
-    parser.add_argument("--mfu", type=_part, help="fraction of the peak that matmuls reach (the range in planning/targets.py)")
+    parser.add_argument("--price", type=_number, help="USD per device and hour (the price in planning/targets.py)")
+    parser.add_argument("--mfu", type=_part, help="achieved fraction of peak of matmuls (the range in planning/targets.py)")
     parser.add_argument(
         "--sweep", action="store_true", help="try meshes (with the config's mesh.tensor) x remat policies x sequences (no)"
     )
     parser.add_argument("--picture", type=_picture, help="picture of --sweep or --law (plan-MACHINE.png, plan-law.png)")
     parser.add_argument("--law", choices=("chinchilla", "inference"), help="scaling laws, for --config or the 1.1B (none)")
     parser.add_argument("--fit", choices=laws.LAWS, default="hoffmann", help="whose constants the law uses (hoffmann)")
-    parser.add_argument("--flops", type=_number, help="--law: a budget of training FLOPs (that of the model)")
+    parser.add_argument("--flops", type=_number, help="--law: a budget of training FLOPs (those of the model)")
     parser.add_argument("--inference-tokens", type=_number, default=1e12, help="--law inference: tokens in all (1e12)")
     for name, value in vars(laws.Prices()).items():
         kind = _part if name.endswith(("mfu", "share")) else _number
@@ -133,7 +133,7 @@ def _number(text: str) -> float:
 
 def _part(text: str) -> float:
     if _number(text) > 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a part, above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text}: must be a fraction above 0, at most 1")
     return float(text)
 
 

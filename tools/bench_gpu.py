@@ -1,17 +1,17 @@
-"""The one command for a machine with a GPU: is it right, how fast is it, and does `plan` predict it.
+"""The one command for a machine with a GPU: it checks the kernels, measures speed, and compares it with `plan`.
 
     python tools/bench_gpu.py [--minutes 10] [--size tiny] [--out runs/gpu]
 
 Four parts, one after another, within --minutes together:
 
-    check    every attention that runs on the device against fp64, our Triton kernel first (its assembly runs nowhere else)
-    kernels  matmuls, attention beside cuDNN's and PyTorch's, the loss head               (bench_kernels.py)
-    step     the 1.1B's train step beside PyTorch at its best                             (bench_train.py)
+    check    every attention that this device can run, against fp64; our Triton kernel first (its assembly runs nowhere else)
+    kernels  matmuls, attention including cuDNN's and PyTorch's, the loss head            (bench_kernels.py)
+    step     the 1.1B's train step, and PyTorch's at its best                             (bench_train.py)
     trace    three steps under the profiler, and a table of their operations              (profile_step.py)
 
-Meanwhile `plan` compiles the same step on the CPU; its memory and time stand beside the measured ones at the end.
-OUT/gpu.json and OUT/gpu.md are written after each row; the parts' own reports lie beside them. A part that fails or runs out
-of time is named, and those after it run. --size tiny rehearses all of it on a CPU in a few minutes.
+Meanwhile `plan` compiles the same step on the CPU; at the end its memory and time are compared with the measured ones.
+OUT/gpu.json and OUT/gpu.md are written after each row, and each part writes its own report to OUT. If a part fails or runs
+out of time, the report says so, and the next parts run. --size tiny rehearses all of it on a CPU in a few minutes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tinyllama_jax.base import config as c
 from tinyllama_jax.planning import targets
 
 TOOLS = Path(__file__).parent
-SHARE = {"check": 0.15, "kernels": 0.3, "step": 0.4, "trace": 0.15}  # of the time, at least; a part also has what is left over
-GRACE = 20  # seconds after its --minutes in which a part may end by itself
-COMPARED = {  # figure -> (what it is called, of plan's JSON, of the step's row)
+SHARE = {"check": 0.15, "kernels": 0.3, "step": 0.4, "trace": 0.15}  # least shares of the time; unused time goes to later parts
+GRACE = 20  # seconds that a part has to end by itself after its --minutes
+COMPARED = {  # figure -> (its name, its value in plan's JSON, its value in the step's row)
     "peak": ("GiB at the peak", lambda plan: plan["peak_bytes_per_device"] / 2**30, lambda row: row["peak_bytes"] / 2**30),
     "rate": ("tokens/s", lambda plan: plan.get("tokens_per_second_per_device"), lambda row: row["tokens_per_second"]),
 }
@@ -82,7 +82,7 @@ class Report:
 
 
 def plan(report: Report, on: str, cell: dict, deadline: float) -> None:
-    """Runs `plan` for each number of sequences of `cell` on one device like the one here, and records its JSON or why not."""
+    """Runs `plan` for each number of sequences of `cell` on one device of this kind; records its JSON or why it has none."""
     for seqs in map(int, common.parts(cell["seqs"])):
         cpu = on.startswith("cpu")
         one = bench_train.config_of(cell | {"seqs": seqs}, compute="float32" if cpu else "bfloat16")
@@ -100,7 +100,7 @@ def plan(report: Report, on: str, cell: dict, deadline: float) -> None:
 
 
 def beside(content: dict) -> list[str]:
-    """A Markdown table: memory and time as `plan` predicts and as measured, for each number of sequences."""
+    """Returns a Markdown table of memory and tokens/s, predicted by `plan` and measured, for each number of sequences."""
     rows = (content["parts"].get("step", {}).get("report") or {}).get("rows", [])
     measured = {row["seqs"]: row for row in rows if row["row"] == "jax" and row.get("ok")}
     out = ["| sequences | figure | plan | measured | measured / plan |", "|---|---|---|---|---|"]
@@ -119,7 +119,7 @@ def beside(content: dict) -> list[str]:
 
 
 def page(content: dict) -> str:
-    """OUT/gpu.md."""
+    """Returns the text of OUT/gpu.md."""
     device = next((r["device"] for p in content["parts"].values() if (r := p["report"] or {}).get("device")), {})
     kind = device if isinstance(device, str) else device.get("kind", "not known yet")
     out = [
@@ -132,12 +132,12 @@ def page(content: dict) -> str:
         spent = f" ({part['seconds']:.0f} s{ended})" if "seconds" in part else ended
         out += ["", f"## {name}{spent}", "", "```", *part["lines"], "```"]
     if content["plan"]:
-        out += ["", "## plan beside it", "", *beside(content)]
+        out += ["", "## predicted by plan and measured", "", *beside(content)]
     return "\n".join(out) + "\n"
 
 
 def commands(args: argparse.Namespace, seqs: str) -> dict[str, list[str]]:
-    """The command of each part, without its --minutes."""
+    """Returns the command of each part, without its --minutes."""
     kernels, out = str(TOOLS / "bench_kernels.py"), args.out
     size = ["--size", args.size]
     of_model = ["--model", args.size, "--seq-len", str(args.seq_len)]
@@ -153,11 +153,11 @@ def commands(args: argparse.Namespace, seqs: str) -> dict[str, list[str]]:
 def main() -> None:
     """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=common.positive, default=10, help="for all parts together (10)")
+    parser.add_argument("--minutes", type=common.positive, default=10, help="minutes for all parts together (10)")
     parser.add_argument("--size", choices=("1b", "tiny"), default="1b", help="tiny: a rehearsal on any machine (1b)")
-    parser.add_argument("--seqs", type=common.counts, help="sequences of a step (those that fit: 16,8 on 80 GB and more)")
+    parser.add_argument("--seqs", type=common.counts, help="sequences of a step (by memory: 16,8,32 on an H200, 8,16 on 80 GB)")
     parser.add_argument(
-        "--out", type=lambda text: common.output(text + "/gpu.json").parent, default="runs/gpu", help="(runs/gpu)"
+        "--out", type=lambda text: common.output(text + "/gpu.json").parent, default="runs/gpu", help="folder (runs/gpu)"
     )
     args = parser.parse_args()
     args.out, args.seq_len = Path(args.out), 2048 if args.size == "1b" else 32
@@ -169,7 +169,7 @@ def main() -> None:
         later -= SHARE[name]
         seconds = max(5, deadline - time.monotonic() - later * 60 * args.minutes)
         command = commands(args, seqs)[name]
-        if name != "trace":  # which takes three steps
+        if name != "trace":  # three steps take no --minutes
             command += ["--minutes", f"{max(seconds - GRACE, 5) / 60:.3f}"]
         report.part(name, command, seconds - GRACE)
         if name == "check":
@@ -186,7 +186,7 @@ def main() -> None:
     report.content["whole"] = all(part["rc"] == 0 for part in report.content["parts"].values())
     report.save()
     print("\n".join(beside(report.content)))
-    print(f"{args.out / 'gpu.md'} has all")
+    print(f"{args.out / 'gpu.md'} has everything")
     sys.exit(0 if report.content["whole"] else 1)
 
 

@@ -1,11 +1,11 @@
-"""Our Triton attention kernels as compiled for GPUs that are not here: registers, spills, and what their inner loops execute.
+"""Compiles our Triton attention kernels for other GPUs: registers, spills, and the instructions of their inner loops.
 
     python tools/bench_kernels.py --static [--json OUT]
 
-Needs the extra "plan" and `pip install nvidia-cuda-nvdisasm`; no GPU, and says nothing of time. ptxas makes machine code
-(SASS) of the PTX that XLA made, nvdisasm lists it. A scheduler starts at most one instruction a clock; an A100's
-HMMA.16816 holds the tensor cores for 8 clocks, an H100's HGMMA.64xNx16 for N/2: with more than one instruction per tensor clock
-they must wait. An LDSM.x4, in all four schedulers of an SM, holds its shared memory for 16 clocks.
+Needs the extra "plan" and `pip install nvidia-cuda-nvdisasm`, but no GPU. It measures no time. ptxas compiles XLA's PTX to
+machine code (SASS), and nvdisasm lists it. A warp scheduler has one issue slot per clock. An A100's HMMA.16816 keeps the
+tensor cores busy for 8 clocks, an H100's HGMMA.64xNx16 for N/2: with more than one instruction per tensor core clock they must
+wait. An LDSM.x4 in all four schedulers of an SM keeps its shared memory busy for 16 clocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES = {  # B, S, N, K, H, dtype, documents
     "wide": (8, 2048, 16, 4, 128, "bfloat16", False),
     "wide, documents": (8, 2048, 16, 4, 128, "bfloat16", True),
 }
-COUNTED = {  # what of a loop is counted, by the beginning of an instruction's name
+COUNTED = {  # kind of instruction -> the beginnings of its names
     "ldsm": "LDSM",
     "fp32": "FFMA FMUL FADD",
     "mufu": "MUFU",
@@ -42,18 +42,18 @@ COUNTED = {  # what of a loop is counted, by the beginning of an instruction's n
 }
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvdisasm")
-REGISTERS = 65_536  # of an SM, in units of 8 a thread
+REGISTERS = 65_536  # of an SM; a thread gets a multiple of 8
 
 
 def program(name: str) -> str | None:
-    """The path of ptxas or nvdisasm: of its wheel, or on PATH."""
+    """Returns the path of ptxas or nvdisasm, from its wheel or PATH; None if there is none."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec else ()
     return next((str(file) for folder in folders for file in Path(folder).glob(f"*/bin/{name}")), shutil.which(name))
 
 
 def lacks(on: str) -> str:
-    """Why nothing can be said of the target `on` here; empty if it can."""
+    """Returns why this machine cannot compile for the target `on`; empty if it can."""
     if not any(importlib.util.find_spec(plugin) for plugin in targets.PLUGINS["cuda"]):
         return f"no compiler for {on} here: pip install '.[plan]'"
     packages = {"ptxas": "nvidia-cuda-nvcc-cu12", "nvdisasm": "nvidia-cuda-nvdisasm"}
@@ -61,7 +61,7 @@ def lacks(on: str) -> str:
 
 
 def loops(listing: str) -> list[dict]:
-    """The innermost loops with tensor core instructions in a listing by `nvdisasm -c`, the leanest first."""
+    """Returns the innermost loops with tensor core instructions of a listing by `nvdisasm -c`, the leanest first."""
     code, labels = [], {}
     for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):
@@ -85,7 +85,7 @@ def loops(listing: str) -> list[dict]:
 
 
 def kernel(ptx: Path, shared: dict[str, tuple[int, int]], sm: targets.Sm) -> dict:
-    """A row of one kernel. `shared`: name -> threads and bytes of shared memory of a block."""
+    """Returns the row of one kernel. `shared`: name -> threads and bytes of shared memory of a block."""
     text, cubin = ptx.read_text(), ptx.with_suffix(".cubin")
     name = re.search(r"\.entry attention_(\w+)\(", text)[1]
     arch = re.search(r"\.target (\w+)", text)[1]
@@ -108,7 +108,7 @@ def kernel(ptx: Path, shared: dict[str, tuple[int, int]], sm: targets.Sm) -> dic
 
 
 def kernels(on: str, case: str) -> list[dict]:
-    """Rows of forward, dq and dkv of a case, compiled for the target `on`."""
+    """Returns the rows of forward, dq and dkv of a case, compiled for the target `on`."""
     import jax
     import jax.numpy as jnp
 
@@ -137,7 +137,7 @@ def kernels(on: str, case: str) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown. Two numbers: without a mask and on the diagonal, which one loop may do together."""
+    """Returns the rows as Markdown. Two numbers in a cell: the loop without a mask; that over the diagonal, if separate."""
     per = lambda row, of, base="tensor": "; ".join(f"{loop[of] / loop[base]:.2f}" for loop in row["loops"])
     plain = lambda row, of: "; ".join(str(loop[of]) for loop in row["loops"])
     head = "kernel | own, other, warps, stages | registers | spilled bytes | of them in loops | KiB shared | blocks an SM | "
@@ -152,7 +152,7 @@ def table(rows: list[dict]) -> str:
 
 
 def compiled(on: str, cases: list[str]) -> list[dict]:
-    """Rows of all kernels, by a process of its own: compilers keep what they know of one GPU for the next."""
+    """Returns the rows of all kernels, from a new process: compilers reuse one GPU's description for the next GPU."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run([sys.executable, __file__, on, *cases], capture_output=True, text=True, env=env, timeout=600)
     if done.returncode:
@@ -161,7 +161,7 @@ def compiled(on: str, cases: list[str]) -> list[dict]:
 
 
 def report(path: Path, header: dict) -> None:
-    """Prints the table and writes the rows to `path`; leaves a target out, with the reason, if its tools are not here."""
+    """Prints the table and writes the rows to `path`; leaves a target out, with the reason, if its compiler is missing."""
     rows, out = [], []
     for on in ON:
         if reason := lacks(on):

@@ -127,7 +127,7 @@ def test_half_precision(case, impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_documents_in_one_block_do_not_see_each_other(impl):
-    """Another document changes nothing of this one, not a bit, forward and backward."""
+    """A change in one document changes no bit of another, forward and backward."""
     S, ends = 256, (0, 100, 101, 228, 256)
     ids = jnp.asarray(np.searchsorted(ends, np.arange(S), side="right")[None], jnp.int32)
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_scores_of_bf16_inputs_are_fp32_in_a_kernel(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS[:2])
-def test_a_traced_start_is_the_same(impl):
+def test_a_traced_start_gives_the_same_output(impl):
     (q, k, v, _), start, _ = inputs("a chunk after five")
     jitted = jax.jit(lambda start: attention(q, k, v, impl=impl, start=start))
     np.testing.assert_allclose(jitted(jnp.int32(start)), attention(q, k, v, impl=impl, start=start), atol=1e-6, rtol=0)
@@ -265,8 +265,8 @@ def test_the_triton_kernel_with_its_assembly(case, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
-def test_the_triton_kernel_adds_up_in_fp32(dtype):
-    """Every matmul, forward and backward. (A CPU keeps more bits than it is told to, so that values alone do not show it.)"""
+def test_the_triton_kernel_accumulates_in_fp32(dtype):
+    """Every matmul, forward and backward, by its dtype: a CPU keeps more bits than it is told to, so values do not show it."""
     arrays, _, ids = inputs("no whole block for a kernel", dtype)
     f = partial(ours, "pallas_triton")
     products = [
@@ -293,7 +293,7 @@ def products(f, *arrays):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", ["a last block of one", "two documents", "a chunk after five"])
-def test_xla_multiplies_in_half_precision_and_adds_up_in_fp32_also_backward(case, dtype):
+def test_xla_multiplies_in_half_precision_and_accumulates_in_fp32_also_backward(case, dtype):
     """fp32 operands, as autodiff would have them, are off a GPU's half-precision units."""
     arrays, start, ids = inputs(case, dtype)
     found = products(lambda *a: ours("xla", *a, start, ids), *arrays)
@@ -304,7 +304,7 @@ def test_xla_multiplies_in_half_precision_and_adds_up_in_fp32_also_backward(case
 
 
 @pytest.mark.parametrize(("blocks", "share"), [(1, 1), (2, 3 / 4), (8, 9 / 16), (16, 9 / 16)])
-def test_xla_leaves_out_keys_that_no_query_of_a_piece_sees(blocks, share):
+def test_xla_skips_keys_that_no_query_of_a_piece_sees(blocks, share):
     """8 pieces at most: of 16 blocks two share the keys that the second sees."""
     S = blocks * QUERY_BLOCK
     arrays = [jnp.ones((2, S, n, 4), jnp.bfloat16) for n in (4, 2, 2, 4)]
@@ -313,7 +313,7 @@ def test_xla_leaves_out_keys_that_no_query_of_a_piece_sees(blocks, share):
     assert count("xla", 0) == 7 * every_pair * share
     q, k, v, _ = arrays
     traced = products(lambda start: attention(q, k, v, impl="xla", start=start), jnp.int32(0))
-    assert sum(n for _, n in traced) == 2 * every_pair  # what is not known cannot be left out
+    assert sum(n for _, n in traced) == 2 * every_pair  # with a traced start no keys can be skipped
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -334,14 +334,14 @@ def equations(jaxpr):
 
 
 def kernels(jaxpr):
-    """How many kernels a jaxpr runs whose output it reads: JAX leaves in those that it need not run, for XLA to take out."""
+    """How many kernels a jaxpr runs whose output it reads: JAX keeps kernels that need not run, and XLA removes them."""
     read = {id(v) for v in (*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars))}
     inner = (kernels(j) for e in jaxpr.eqns for j in jaxprs_in_params(e.params))
     return sum(e.primitive.name == "pallas_call" and not read.isdisjoint(map(id, e.outvars)) for e in jaxpr.eqns) + sum(inner)
 
 
 @pytest.mark.parametrize("impl", ["pallas_triton", "pallas_tpu"])
-def test_backward_runs_no_forward_again_if_it_may_keep_attention(impl):
+def test_backward_does_not_rerun_forward_if_attention_is_saved(impl):
     arrays, _, _ = inputs("as trained, fewer heads", jnp.bfloat16)
     for policy, runs in (
         (jax.checkpoint_policies.save_only_these_names("attention"), 3),  # forward, dq, dk and dv
@@ -365,7 +365,8 @@ def test_xla_never_holds_all_scores():
     largest = {
         impl: max(sizes(jax.make_jaxpr(partial(ours, impl, start=start))(*arrays).jaxpr)) for impl in ("reference", "xla")
     }
-    assert largest == {"reference": B * N * S * S, "xla": B * N * QUERY_BLOCK * S}  # of the first: the check can see it
+    # `reference` holds all scores, so the check can see them
+    assert largest == {"reference": B * N * S * S, "xla": B * N * QUERY_BLOCK * S}
 
 
 class Device:
@@ -397,7 +398,7 @@ A100, H100, TPU, V100 = Device("gpu", "8.0"), Device("gpu", "9.0"), Device("tpu"
         (Device("cpu"), "bfloat16", {}, "xla"),
     ],
 )
-def test_auto(device, dtype, shape, want):
+def test_auto_chooses_by_device_dtype_and_shape(device, dtype, shape, want):
     impl, reason = choose("auto", dtype, device, **shape)
     assert impl == want and reason
     assert choose(impl, dtype, device, **shape) == (impl, "asked for")
@@ -416,7 +417,7 @@ def test_auto(device, dtype, shape, want):
         ("pallas_tpu", TPU, "bfloat16", {"seq_len": 2000}, "a multiple of 128; this is 2000"),
     ],
 )  # fmt: skip
-def test_a_named_one_that_cannot_run_is_an_error_that_says_why(impl, device, dtype, shape, message):
+def test_an_implementation_that_cannot_run_is_an_error_that_says_why(impl, device, dtype, shape, message):
     with pytest.raises(UserError, match=f"--model.attention={impl}: .*{message}"):
         choose(impl, dtype, device, **shape)
 

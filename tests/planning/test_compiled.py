@@ -138,7 +138,7 @@ def test_a100_all_reduces_no_whole_gradient(a100, case):
 
 @pytest.mark.xdist_group("a100")
 @pytest.mark.parametrize("case", A100)
-def test_a100_leaves_nothing_large_on_every_device(a100, case):
+def test_a100_replicates_no_large_array(a100, case):
     result = a100[case]
     no_leaf_is_whole(result, int(case.split(",")[1]))
     kinds = {r.kind for r in result["collectives"] if r.bytes > 4 * NORM}
@@ -229,8 +229,8 @@ def test_3t_on_a100_needs_no_more_memory_than_it_did(on_a100):
 
 
 @pytest.mark.xdist_group("3t")
-def test_3t_on_a100_sends_while_it_computes():
-    """A layer's weights in two gathers, its gradients in one reduce-scatter and one all-reduce: xla.options at work."""
+def test_3t_on_a100_overlaps_sends_with_matmuls():
+    """By xla.options, a layer has two gathers of weights, and one reduce-scatter and one all-reduce of gradients."""
     found = compile_for("a100-40g:2x8", "beside")["beside"]
     forward, backward = sorted(found, key=len)
     matmuls = lambda kind, body: [n for what, size, n in body if what == kind and size > 2**20]
@@ -249,17 +249,17 @@ TRITON = {"full": 2, "save_matmuls": 2, "save_matmuls_and_attention": 1, "none":
 def test_a_layer_on_a100_computes_no_more_than_its_policy_says(on_a100, remat):
     """As compiled: 7 matmuls forward and 14 backward, and the kernels of attention. XLA may split one up, but not save any.
 
-    With 16 sequences too: 9 forward if XLA took the device's memory for smaller than what a run has.
+    Also with 16 sequences, where it is 9 forward if XLA assumes less memory than a run has.
     """
     for sequences in (8, 16):
         layers = on_a100[f"{sequences},{remat}"]["layers"]
         assert layers["kernels"] == ["attention_dkv", "attention_dq"] + ["attention_forward"] * TRITON[remat]
-        again = 6 if remat == "full" else 0  # q k v o gate up: not what comes last
+        again = 6 if remat == "full" else 0  # q k v o gate up, but not down, the last one
         if remat != "none":
             assert layers["products"] == [7, 14 + again]
 
 
-# of PEAKS: matmuls of a layer where XLA computes some again to save memory, and that part of the step's FLOPs
+# cases of PEAKS in which XLA recomputes matmuls to save memory: a layer's matmuls, and the share of the step's FLOPs
 AGAIN = {
     "16,none": (10, 14, 0.162),  # it does not fit
 }
@@ -267,7 +267,7 @@ AGAIN = {
 
 @pytest.mark.xdist_group("3t")
 @pytest.mark.parametrize("case", PEAKS)
-def test_what_xla_computes_again_is_counted(on_a100, case):
+def test_matmuls_that_xla_recomputes_are_counted(on_a100, case):
     result, backward = on_a100[case], 14 + 6 * (",full" in case)
     ran, wanted = result["executed"], result["asked"]
     assert (wanted["forward"], wanted["backward"]) == (7, backward)
@@ -279,7 +279,7 @@ def test_what_xla_computes_again_is_counted(on_a100, case):
 
 @pytest.mark.xdist_group("3t")
 def test_the_parts_of_a_step_of_3t_on_a100(on_a100):
-    """As predicted on 2026-11-29, which copies, elementwise work and sends may not exceed by 2%."""
+    """The prediction of 2026-11-29: copies, elementwise work, sends and gaps may exceed it by at most 2%."""
     parts = {name: part["middle"] for name, part in on_a100["8,save_matmuls_and_attention"]["milliseconds"].items()}
     assert parts["matmuls"] == pytest.approx(813.5e12 / (0.77 * 312e12) * 1e3, rel=1e-3)
     for name, most in {"elementwise": 656, "copies": 253, "exposed": 138, "gaps": 20}.items():
@@ -289,7 +289,7 @@ def test_the_parts_of_a_step_of_3t_on_a100(on_a100):
 
 
 @pytest.mark.xdist_group("3t")
-def test_with_cudnn_a_layer_on_a100_does_nothing_again(on_a100):
+def test_with_cudnn_a_layer_on_a100_recomputes_nothing(on_a100):
     cudnn = on_a100["8,save_matmuls_and_attention,cudnn,2"]["layers"]
     assert (cudnn["products"], cudnn["kernels"]) == ([7, 14], ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"])
     # 2 of [B, S, V] and 6 of every weight for each token; a kernel's dq and dk, dv both compute scores and dp
@@ -303,7 +303,7 @@ def test_with_cudnn_a_layer_on_a100_does_nothing_again(on_a100):
 
 @pytest.mark.xdist_group("3t")
 def test_norms_rope_and_swiglu_are_fused_on_a100(on_a100):
-    """Nothing of [B, S, F] is only copied, cast or turned in a layer."""
+    """No kernel of a layer only copies, casts or transposes an array of [B, S, F]."""
     moved = on_a100["8,save_matmuls_and_attention"]["layers"]["moved"]
     assert not [line for n, line in moved if n >= ELEMENTS]
 
@@ -311,12 +311,12 @@ def test_norms_rope_and_swiglu_are_fused_on_a100(on_a100):
 @pytest.mark.xdist_group("3t")
 @pytest.mark.parametrize("case", PEAKS)
 def test_what_layers_save_on_a100_is_written_once(on_a100, case):
-    """No array of what 22 layers save begins as zeros, or as a copy of zeros: 13.4 GiB of a micro-batch and 6.9."""
+    """No array that 22 layers save is first filled with zeros (13.4 GiB per micro-batch) or copied from zeros (6.9)."""
     assert on_a100[case]["layers"]["filled"] == []
 
 
 @pytest.mark.xdist_group("v5e")
-def test_3t_on_v5e_has_splash_attention_and_nothing_again(on_v5e):
+def test_3t_on_v5e_has_splash_attention_and_recomputes_nothing(on_v5e):
     assert on_v5e["attention"] == "pallas_tpu"
     names = ["splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals", "splash_mha_fwd_residuals"]
     assert on_v5e["layers"]["kernels"] == names
@@ -405,7 +405,7 @@ def test_the_command_for_3t_on_a100(tmp_path):
         assert rates[opposite] == pytest.approx(131_072 / sum(part[level] for part in parts.values()) * 1e3)
         assert out["days"][level] == pytest.approx(1_430_512 * 2_097_152 / 16 / rates[opposite] / 86_400)
         assert out["cost"][level] == pytest.approx(out["days"][level] * 24 * 16 * 2.745)
-    assert "sends that nothing hides" in done.stderr and "at most 268 of 312 TFLOP/s" in done.stderr
+    assert "exposed communication" in done.stderr and "at most 268 of 312 TFLOP/s" in done.stderr
     (largest,) = out["sizes"]
     assert out["recommended_seqs_per_device"] == largest["seqs_per_device"] == 16
     assert largest["matmuls_per_layer"] == {"forward": 7, "backward": 14} and largest["recomputed"] == 0
@@ -428,7 +428,7 @@ def test_h100_gathers_and_scatters_within_its_node():
         pytest.param("v5e:2x2", "would exceed memory (size=134217728)", marks=pytest.mark.xdist_group("v5e")),
     ],
 )
-def test_a_kernel_that_does_not_fit_on_the_chip_is_the_plans_error(on, words):
+def test_a_kernel_too_large_for_the_chip_is_an_error_of_plan(on, words):
     said = compile_for(on, "overflow")["overflow"]
     assert said.startswith(f"--on={on}: its compiler refuses the step: ") and words in said
 

@@ -67,7 +67,7 @@ LIVE_RANGE = """  BufferLiveRange:
 """
 
 
-def test_what_is_in_memory_is_counted_once_and_without_arguments():
+def test_buffers_at_the_peak_count_once_and_without_arguments():
     """By hand: one place under two names, one that is not in use at the peak, one in a TPU's VMEM."""
     assert hlo.at_peak(ASSIGNMENT, LIVE_RANGE) == [(4096, "bf16", (8, 256)), (8192, "f32", (2, 1024))]
     assert hlo.at_peak("", "") == []
@@ -99,7 +99,7 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 
 
 @pytest.mark.parametrize(("step", "trips"), [(1, 7), (2, 4), (7, 1)])
-def test_a_loops_trips_where_the_compiler_does_not_say_them(step, trips):
+def test_the_trip_count_of_a_loop_without_a_known_one(step, trips):
     mesh = sharding.make_mesh(c.Mesh(2, 1, 1), jax.devices()[:2])
     (found,) = hlo.collectives(hlo.parse(RING.replace("STEP", str(step))), mesh)
     assert (found.kind, found.bytes, found.axes, found.trips) == ("collective-permute", 32, ("data",), trips)

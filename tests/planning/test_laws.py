@@ -69,7 +69,7 @@ def test_inference_optimal_is_a_minimum(law, size, inference_tokens):
 
 
 @each_law
-def test_inference_makes_it_smaller_and_longer(law):
+def test_with_inference_the_optimum_is_smaller_and_trains_longer(law):
     loss = law.loss(*TINYLLAMA)
     none = laws.compute_optimal_for(law, loss)
     assert laws.inference_optimal(law, loss, 0) == pytest.approx(none, rel=1e-12)
@@ -79,7 +79,7 @@ def test_inference_makes_it_smaller_and_longer(law):
 
 
 @each_law
-def test_the_solver_has_no_corner(law):
+def test_the_solver_is_accurate_over_its_whole_range(law):
     for above in (1e-9, 1e-3, 1, 1e3, 1e9):
         for inference_tokens in (0, 1e-300, 1, 1e12, 1e30):
             run = laws.inference_optimal(law, law.E + above, inference_tokens)
@@ -145,7 +145,7 @@ def test_the_authors_code():
     assert Prices().dollars(base, tokens) == pytest.approx(1_701_715, rel=1e-5)
 
 
-def test_money_by_hand():
+def test_dollars_by_hand():
     prices = Prices(1e15, 3.6, 0.5, 2e15, 7.2, 0.25, 0.1, 0.5)  # training: 2e-18 dollars a FLOP; input: 4e-18, output 1e-17
     assert prices.weight == pytest.approx((4 + 10) / 2 / 2)
     assert prices.dollars(Run(1e9, 1e12), 1e13) == pytest.approx(6e21 * 2e-18 + 1e22 * 4e-18 + 1e22 * 1e-17)
@@ -153,7 +153,7 @@ def test_money_by_hand():
 
 @each_law
 @pytest.mark.parametrize("share", [1e-3, 0.5, 1])
-def test_equal_prices_are_the_flop_form(law, share):
+def test_with_equal_prices_the_fewest_dollars_are_the_fewest_flops(law, share):
     equal = Prices(1e15, 2, 0.4, 1e15, 2, 0.4, 0.4, share)
     assert equal.weight == pytest.approx(1)
     assert laws.money_optimal(law, 2.2, 1e12, equal) == pytest.approx(laws.inference_optimal(law, 2.2, 1e12), rel=1e-9)
@@ -185,7 +185,7 @@ def test_tinyllama(law, loss, size, tokens, factor, inference):
 
 
 @each_law
-def test_undertrained_is_never_the_best(law):
+def test_an_undertrained_model_is_never_optimal(law):
     size, tokens = best = laws.compute_optimal(law, 1e22)
     even, under = laws.overtrained(law, *best), laws.overtrained(law, size * 1.1, tokens / 1.1)
     assert even.factor == pytest.approx(1) and even.inference_tokens / tokens < 1e-6
@@ -207,7 +207,7 @@ def test_tradeoff_is_a_curve_with_its_points(law):
 
 
 @each_law
-def test_what_no_model_reaches(law):
+def test_a_loss_that_no_model_reaches_is_an_error(law):
     for loss in (law.E, law.E - 0.5, 0.0, -1.0, math.nan, math.inf):
         for ask in (
             lambda loss: laws.compute_optimal_for(law, loss),
@@ -219,7 +219,7 @@ def test_what_no_model_reaches(law):
                 ask(loss)
 
 
-def test_what_is_no_number():
+def test_numbers_out_of_range_are_errors():
     for tokens in (-1.0, math.nan, math.inf):
         with pytest.raises(UserError, match=f"^{tokens:g} inference tokens: "):
             laws.inference_optimal(HOFFMANN, 2.2, tokens)

@@ -34,7 +34,7 @@ def test_a_missing_compiler_says_what_to_install(on, monkeypatch):
         ("v5e:16", "write v5e:4x4, the chips along each axis of a slice; choose"),
     ],
 )
-def test_what_was_nearly_right_is_said(on, words):
+def test_a_near_miss_is_told_what_to_write(on, words):
     with pytest.raises(UserError, match=f"--on={on}: not a known target and its size; {words}"):
         targets.machine(on)
 
@@ -46,7 +46,7 @@ def test_virtual_devices():
         targets.machine("cpu:9")
 
 
-def test_the_table_is_whole_and_in_the_units_it_says():
+def test_the_table_is_complete_and_in_its_units():
     for name, t in targets.TARGETS.items():
         assert t.source.count(";") >= 1 and t.rates.source, name
         assert 15 * 2**30 < t.memory < 151e9, name
@@ -75,7 +75,7 @@ def test_more_devices_than_there_are(on, n):
     assert int(str(error.value).split()[1].replace(",", "")) == pytest.approx(n, rel=1e-4)
 
 
-def test_what_the_environment_says_of_the_memory(monkeypatch):
+def test_the_budget_follows_the_memory_fraction_in_the_environment(monkeypatch):
     for name in xla.MEMORY_NAMES:
         monkeypatch.delenv(name, raising=False)
     a100 = targets.Machine("a100-40g:1x1", targets.TARGETS["a100-40g"], [], 1)
@@ -84,7 +84,7 @@ def test_what_the_environment_says_of_the_memory(monkeypatch):
     assert a100.budget == a100.target.memory // 2
     for wrong in ("much", "nan", "0", "-1", "1.1", "1e999"):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
-        with pytest.raises(UserError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={wrong}: must be a part of a GPU's memory"):
+        with pytest.raises(UserError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={wrong}: must be a fraction of a GPU's memory"):
             _ = a100.budget
 
 

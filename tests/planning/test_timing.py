@@ -1,4 +1,4 @@
-"""The predicted time of a step: by hand from a program's text, and against what was measured of other programs."""
+"""The predicted time of a step: by hand from a program's text, and against measurements of other programs."""
 
 import jax
 import pytest
@@ -64,14 +64,14 @@ LAYER = "jit(f)/transpose(jvp(Llama.hidden))/while/body/checkpoint/layers/bsd,df
 
 
 def two() -> tuple[jax.sharding.Mesh, targets.Machine]:
-    """Two devices of a node: 1e9 FLOP/s (half can be had), 1e6 B/s of memory, 1e3 B/s between them; 1 ms between kernels."""
+    """Two devices of a node: peak 1e9 FLOP/s (half achieved), 1e6 B/s of memory, 1e3 B/s between them; 1 ms between kernels."""
     devices = jax.devices()[:2]
     rates = targets.Rates((0.5, 0.5, 1.0), {"attention_dq": 1e-3}, 0.5, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1e-3,) * 3, "")
     target = targets.TARGETS["a100-40g"]._replace(flops=1e9, bandwidth=1e6, link=1e3, rates=rates)
     return sharding.make_mesh(c.Mesh(1, 2, 1), devices), targets.Machine("a100-40g:1x2", target, devices, 2)
 
 
-def test_what_a_program_runs_is_read_from_its_text():
+def test_kernels_are_read_from_the_text_of_a_program():
     run = timing.kernels(hlo.parse(TEXT.replace("NAME", LAYER)), two()[0], 64)
     assert [(k.kind, k.name, k.trips) for k in run] == [
         ("start", "start", 3), ("elementwise", "x", 3), ("matmuls", "y", 3), ("done", "start", 3), ("copies", "new", 3),
@@ -87,19 +87,19 @@ def test_what_a_program_runs_is_read_from_its_text():
     assert (sent.kind, sent.bytes, sent.axes) == ("all-gather", 64, ("fsdp",))
 
 
-def test_what_is_exposed_is_what_nothing_runs_beside():
-    """A gather of 64 bytes over two devices takes 32 ms; beside it run two kernels, each 16.4 ms and a gap of 1 ms."""
+def test_communication_is_exposed_where_no_kernel_overlaps_it():
+    """A gather of 64 bytes over two devices takes 32 ms; two kernels overlap it, each 16.4 ms and a gap of 1 ms."""
     mesh, machine = two()
     run = timing.kernels(hlo.parse(TEXT), mesh, 64)
     parts = timing.milliseconds(run, mesh, machine)
-    x, y = 16.388, 16.384  # by memory; the matmul needs 0.52 ms at half the peak
+    x, y = 16.388, 16.384  # memory-bound; the matmul's FLOPs need 0.52 ms at half the peak
     assert parts["matmuls"]["middle"] == pytest.approx(3 * y) and parts["elementwise"]["middle"] == pytest.approx(3 * x)
     assert parts["exposed"] == dict.fromkeys(timing.LEVELS, 0.0) and parts["gaps"]["low"] == pytest.approx(3 * 4)
     machine = machine._replace(target=machine.target._replace(link=0.5e3))  # 64 ms
     assert timing.milliseconds(run, mesh, machine)["exposed"]["middle"] == pytest.approx(3 * (64 - x - y - 2))
 
 
-def test_collectives_queue_for_the_links_and_one_without_a_start_hides_nothing():
+def test_collectives_queue_for_the_links_and_a_synchronous_one_is_exposed():
     mesh, machine = two()
     sent = hlo.Collective("all-gather", "f32", 64, ("fsdp",), 2, 1, False, "")
     work = timing.Kernel("elementwise", "work", 1, bytes=49e3)  # 50 ms with the gap; each collective takes 32
@@ -141,8 +141,8 @@ ATTENTION = """ENTRY %main (q: bf16[2,64,4,16], k: bf16[2,64,2,16]) -> bf16[2,64
         ("AllocateBuffer", "", None, None, 0),
     ],
 )
-def test_attention_kernels_are_told_apart(target, what, kind, name, matmuls):
-    """By hand: a matmul [S, S] x H for each head, of which a causal mask leaves half."""
+def test_attention_kernels_are_recognised_and_their_matmuls_counted(target, what, kind, name, matmuls):
+    """By hand: a causal mask leaves half of each head's [S, S] x H matmuls."""
     run = timing.kernels(hlo.parse(ATTENTION.replace("TARGET", target).replace("WHAT", what)), two()[0], 64)
     assert [(k.kind, k.name) for k in run] == ([(kind, name)] if kind else [])
     assert sum(k.flops for k in run) == matmuls * 2 * 2 * 4 * 64 * 64 * 16 / 2
@@ -156,7 +156,7 @@ def test_attention_kernels_are_told_apart(target, what, kind, name, matmuls):
         # two shards of the output at once: each output meets the left operand once, and padding once
         ("0bf1_i1o0->0b1f", "{size=1x2 pad=0_0x1_1 rhs_reversal=0x1}", (4, 8, 16, 1), (16, 2, 32, 1), (4, 8, 2, 32),
          2 * 4 * 8 * 16 * 2 * 32),
-        # a batch of 5 matmuls, as XLA writes it: spatial, with holes so that each meets only its own
+        # a batch of 5 matmuls as XLA writes it: a spatial axis, dilated so that each meets only its own operand
         ("0bf_0io->0bf", "{size=5 stride=4 pad=0_0 lhs_dilate=5}", (5, 8, 16), (5, 16, 32), (5, 8, 32), 2 * 5 * 8 * 16 * 32),
     ],
 )  # fmt: skip
@@ -165,20 +165,20 @@ def test_matmuls_that_tpu_compilers_write_as_convolutions(labels, window, left, 
     assert timing._convolution(attributes, left, right, out) == flops
 
 
-# -- what others measured: benchmarks/plan.md has this arithmetic -----------------------------------------------------------
+# -- measurements of others: benchmarks/plan.md explains the arithmetic ----------------------------------------------------
 
 D, V, LAYERS, S = 2048, 32_000, 22, 2048
-WEIGHTS, PARAMETERS = 1_034_420_224, 1_100_048_384  # of the matmuls; in all
-FLASH_2 = {"forward": 152.0, "backward": 145.0}  # TFLOP/s on an A100, counting 2 and 5 matmuls, with the table's error
+WEIGHTS, PARAMETERS = 1_034_420_224, 1_100_048_384  # those in matmuls; all
+FLASH_2 = {"forward": 152.0, "backward": 145.0}  # TFLOP/s on an A100, counting 2 and 5 matmuls; the table's error applies
 
 
 def predicted(
     tokens: float, micro_batches: int, moved: float, kernels: int, exposed: tuple[float, float, float]
 ) -> list[float]:
-    """Low, middle and high ms of a step of TinyLlama on an A100-40G: `tokens` of a device, bytes moved in `kernels` kernels."""
+    """Low, middle and high ms of a TinyLlama step on an A100-40G: `tokens` per device; `kernels` kernels move `moved` bytes."""
     rates = targets.TARGETS["a100-40g"].rates
     target = targets.TARGETS["a100-40g"]._replace(rates=rates._replace(attention=FLASH_2))
-    one, times = tokens * D * S, LAYERS * micro_batches  # FLOPs of one of attention's matmuls in a layer, the causal half
+    one, times = tokens * D * S, LAYERS * micro_batches  # FLOPs of one attention matmul in a layer, the causal half
     run = [
         timing.Kernel("matmuls", "", 21 * times, 6 * tokens * WEIGHTS / (21 * times)),
         timing.Kernel("attention", "forward", times, 2 * one / micro_batches),
@@ -191,18 +191,18 @@ def predicted(
 
 
 def litgpt(optimizer: float) -> float:
-    """Bytes of litgpt with Thunder, bf16 throughout, 4 x 2,048 tokens; `optimizer`: what else moves in an iteration."""
+    """Bytes of litgpt with Thunder, bf16 throughout, 4 x 2,048 tokens. `optimizer`: what it moves in an iteration."""
     arrays = (8 + 12 + 8.25) + (12 + 14.5 + 13.75)  # of [tokens, D], read or written: norms, rope and grouped heads, SwiGLU
     return 8_192 * (2 * arrays * D * LAYERS + 4 * 2 * V) + optimizer
 
 
 PEERS = {
-    # one GPU, where gradients are added up in bf16; the optimizer runs once in 128 iterations
+    # one GPU, where gradients are accumulated in bf16; the optimizer runs once in 128 iterations
     "litgpt, 1 GPU": (322.25, predicted(8_192, 1, litgpt(3 * 2 * PARAMETERS), 1_300, (0, 0, 0))),
     # ZeRO-3 on 8: buckets packed and unpacked three times, AdamW on an eighth; 25 ms of sends, from none to all exposed
     "litgpt, 8 GPUs": (333.56, predicted(8_192, 1, litgpt((6 + 7 / 8) * 2 * PARAMETERS), 1_400, (0, 12.5, 25))),
-    # TinyLlama: fp32 residual stream and weights under autocast, so casts; unfused AdamW; to gather fp32 weights between nodes
-    # takes 107 ms, twice in each of 8 micro-batches: exposed are none, those of one layer of 22, a quarter
+    # TinyLlama: fp32 residual stream and weights under autocast, hence casts; unfused AdamW. Gathering fp32 weights between
+    # nodes takes 107 ms, twice in each of 8 micro-batches; exposed are 0, one layer of 22 or a quarter of that
     "TinyLlama, 16 GPUs": (
         131_072 / 24_000 * 1e3,
         predicted(131_072, 8, 131_072 * (189 * D * LAYERS + 24 * V) + 8 * 24 * PARAMETERS, 14_000, (0, 78, 430)),
@@ -214,4 +214,4 @@ PEERS = {
 def test_what_others_measured_is_within_the_range(peer):
     measured, (low, middle, high) = PEERS[peer]
     assert low < measured < high, (low, middle, high)
-    assert abs(middle / measured - 1) < 0.09  # so far the middle is 5 to 8% too fast
+    assert abs(middle / measured - 1) < 0.09  # so far the middle is 5.7 to 8.5% below the measured time

@@ -12,13 +12,13 @@ from tinyllama_jax.base import dims
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 
-# The part of a GPU's memory that JAX reserves at its start; JAX's own default is 0.75. The remainder, 3.4 of an A100's 42.3 GB,
-# is for what XLA's allocator does not count: CUDA's context, cuDNN and cuBLAS handles, NCCL buffers. NVIDIA's JAX-Toolbox uses
+# The fraction of a GPU's memory that JAX reserves at its start; JAX's own default is 0.75. The remainder, 3.4 of an A100's 42.3
+# GB, is for memory outside XLA's allocator: CUDA's context, cuDNN and cuBLAS handles, NCCL buffers. NVIDIA's JAX-Toolbox uses
 # 0.8 or 0.9 for any model.
 MEMORY, MEMORY_NAMES = 0.92, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second: its older name
 
 
-# From JAX 0.11.1 on XLA has a mode in the place of a flag (openxla/xla, pull request 45836); XLA_FLAGS takes both names.
+# Since JAX 0.11.1 a mode replaces XLA's flag (openxla/xla, pull request 45836); XLA_FLAGS takes both names.
 PIPELINE = {"xla_gpu_enable_pipelined_all_reduce": True, "xla_gpu_pipeline_all_reduce": "COLLECTIVE_PIPELINING_MODE_ON"}
 
 
@@ -33,8 +33,8 @@ class Option(NamedTuple):
 def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
     """Returns the compiler options for the devices of `mesh`, without those that the user's own flags set.
 
-    Milliseconds: the part of a step of configs/3t.py on a100-40g:2x8 (5.7 s) in which it sends and no matmul runs, counted in
-    the compiled program; 830 without options. docs/log.md says how, and which options did not help. libtpu does the same by
+    Milliseconds: how long a step of configs/3t.py on a100-40g:2x8 (5.7 s) sends while no matmul runs, as read from the compiled
+    program; 830 without options. docs/log.md says how, and which options did not help. libtpu overlaps sends and matmuls by
     default.
     """
     if mesh.devices.flat[0].platform != "gpu":
@@ -42,20 +42,20 @@ def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
     cfg, size = config.model, lambda dtype: jnp.dtype(dtype).itemsize
     layer = sum(dims.n_elements(p, cfg) for p in dims.PARAMETERS if p.dims[0] == "L") // cfg.n_layers // mesh.shape["tensor"]
     a_layer, half = layer * size(cfg.reduce_dtype), layer * size(cfg.compute_dtype) * 11 // 20  # 176 and 48 MB of the 1.1B's
-    gradients = "a layer's gradients as one, or they wait for each other; 461 ms to 134 with fsdp 4, 639 to 118 with 2"
+    gradients = "a layer's gradients in one message, or they queue; 461 ms to 134 with fsdp 4, 639 to 118 with 2"
     chosen = [
-        Option("xla_gpu_enable_latency_hiding_scheduler", True, "sends beside matmuls; 830 ms to 789, and the next needs it"),
+        Option("xla_gpu_enable_latency_hiding_scheduler", True, "overlaps sends and matmuls; 830 ms to 789; the next needs it"),
         Option(*list(PIPELINE.items())[jax.__version_info__ >= (0, 11, 1)],
-               "sends a layer's gradients beside the next one's; 789 ms to 197"),
+               "overlaps sending a layer's gradients with the next layer's matmuls; 789 ms to 197"),
         Option("xla_gpu_all_gather_combine_threshold_bytes", half,
-               "a layer's weights as two, the second beside the first's matmuls; 197 ms to 127, 152 as one"),
+               "two messages for a layer's weights, the second overlaps the first's matmuls; 197 ms to 127, 152 with one"),
         Option("xla_gpu_reduce_scatter_combine_threshold_bytes", a_layer, gradients),
         Option("xla_gpu_all_reduce_combine_threshold_bytes", a_layer, gradients),
         Option("xla_gpu_enable_dus_accumulator_zero_init_elimination", True,
-               "what layers save for backward does not begin as zeros and copies of them; 133 ms of a step's compute"),
+               "the arrays that layers save for backward are not filled with zeros first; 133 ms less compute per step"),
     ]  # fmt: skip
     if config.train.deterministic:
-        chosen.append(Option("xla_gpu_deterministic_ops", True, "train.deterministic: only kernels whose sums have one order"))
+        chosen.append(Option("xla_gpu_deterministic_ops", True, "train.deterministic: only kernels that sum in a fixed order"))
     own = {name for flag in users_own() for name in (PIPELINE if flag in PIPELINE else (flag,))}
     return [option for option in chosen if option.name not in own]
 
@@ -71,10 +71,10 @@ def users_own() -> list[str]:
 
 
 def memory_fraction() -> float:
-    """Returns the part of a GPU's memory to reserve: the user's, or MEMORY. Raises UserError if it is not in (0, 1]."""
+    """Returns the fraction of a GPU's memory to reserve: the user's, or MEMORY. Raises UserError if it is not in (0, 1]."""
     name, text = next(((name, os.environ[name]) for name in MEMORY_NAMES if os.environ.get(name)), ("", str(MEMORY)))
     if not re.fullmatch(r"0*\.\d+|1(\.0*)?", text) or float(text) == 0:
-        raise UserError(f"{name}={text}: must be a part of a GPU's memory, above 0 and at most 1")
+        raise UserError(f"{name}={text}: must be a fraction of a GPU's memory, above 0 and at most 1")
     return float(text)
 
 

@@ -37,10 +37,10 @@ class Compiled(NamedTuple):
     memory: dict[str, int | None]  # `peak` by kind; None if the compiler refused the step
     expected: dict[str, int]  # `memory`, by arithmetic
     collectives: list[hlo.Collective]
-    asked: Counter  # "flops" of a step's matmuls on all devices, with what remat repeats; "forward" and "backward": how many a
-    # layer executes for a micro-batch
-    executed: Counter  # the same in the compiled program, where XLA may repeat more of them to save memory
-    run: list[timing.Kernel]  # what one device runs; empty if the compiler refused the step
+    asked: Counter  # as traced, remat included: "flops" of a step's matmuls on all devices; "forward" and "backward": how many
+    # matmuls a layer executes for a micro-batch
+    executed: Counter  # the same as compiled: to save memory, XLA may recompute more matmuls
+    run: list[timing.Kernel]  # the kernels of one device; empty if the compiler refused the step
     notes: list[str]  # warnings about unwanted communication
     seconds: float
 
@@ -51,7 +51,7 @@ class Compiled(NamedTuple):
 
     @property
     def recomputed(self) -> float:
-        """The FLOPs that XLA adds of its own accord, to save memory, as a part of those asked for; 0 if below 1%."""
+        """The FLOPs that XLA recomputes of its own accord to save memory, as a fraction of those traced; 0 if below 1%."""
         part = self.executed["flops"] / self.asked["flops"] - 1
         return part if part >= 0.01 else 0.0
 
@@ -63,15 +63,15 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
     """Compiles the train step for `machine`. Raises UserError, also for a kernel that the machine cannot run."""
     began = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, machine.devices)
-    device = jax.default_device(machine.devices[0])  # tokamax asks the default device what it is, and writes warnings
+    device = jax.default_device(machine.devices[0])  # tokamax looks at the default device, and writes warnings
     with jax.set_mesh(mesh), device if config.model.attention == "pallas_mosaic_gpu" else contextlib.nullcontext(), messages():
         program = build(config, mesh, NextToken(eos_id=2))  # the id does not matter: it is a constant of the program
         traced = program.train.trace(program.state, shape_of_batch(program, config.model.seq_len))
         lowered = traced.lower()
     text, buffers, peak, refusal, options = "", [], 0, "", {"xla_dump_hlo_as_text": True}
     if machine.target and machine.target.sm:
-        # In a run, XLA may use 95% of what JAX has reserved (jaxlib's py_client.cc tells it); without a device, 95% of 80% of
-        # the memory. Above this limit it computes matmuls twice, and sends while nothing is computed.
+        # In a run, XLA may use 95% of what JAX has reserved (jaxlib's py_client.cc passes it on); without a device, 95% of 80%
+        # of the memory. For a step that needs more, it recomputes matmuls and exposes more communication.
         options["xla_gpu_memory_limit_slop_factor"] = round(95 * machine.budget / (0.8 * machine.target.memory))
     with tempfile.TemporaryDirectory() as dump, messages() as written:
         try:
@@ -105,7 +105,7 @@ def compile_step(config: Config, machine: targets.Machine) -> Compiled:
 
 @contextlib.contextmanager
 def messages() -> Iterator[Callable[[], str]]:
-    """Hides what compilers write to file descriptor 2, which is mostly noise. Gives a function that returns it."""
+    """Hides what compilers write to file descriptor 2, mostly noise. Yields a function that returns this text."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         real = os.dup(2)
@@ -155,7 +155,7 @@ def measured_memory(config: Config, program: Program, buffers: list[hlo.Buffer],
 
 
 def expected_memory(config: Config, mesh: jax.sharding.Mesh, program: Program, jaxpr) -> dict[str, int]:
-    """Computes `measured_memory` by arithmetic, without the temporaries; as if `tensor` did not split activations."""
+    """Computes `measured_memory` by arithmetic, without the temporaries and as if `tensor` did not split activations."""
     params = _on_device(program.state.params)
     copies = 1 if program.shape[0] == 1 else 2  # a micro-batch's gradients, and the sum
     activations = saved_by_layers(jaxpr.jaxpr, config.model.n_layers) // sharding.batch_devices(mesh)
@@ -191,9 +191,9 @@ def saved_by_layers(jaxpr, n_layers: int) -> int:
 
 
 def asked(jaxpr, name: str = "") -> Counter:
-    """Returns the "flops" of every matmul in a jaxpr, times its loops, and how many of the layers' are "forward", "backward".
+    """Counts the matmuls of a jaxpr times their trip counts: "flops" of all; numbers of layers' "forward" and "backward" ones.
 
-    Attention kernels count the causal half. `name`: of the operation around `jaxpr`.
+    Of attention kernels, the causal half counts. `name`: that of the operation around `jaxpr`.
     """
     total = Counter()
     read = {id(v) for v in (*jaxpr.outvars, *(v for eqn in jaxpr.eqns for v in eqn.invars))}
@@ -232,7 +232,7 @@ def no_prediction(compiled: Compiled) -> str:
     if not compiled.run:
         return "the compiler refused this step"
     if compiled.config.model.compute_dtype == "float32":
-        return "in fp32 the table has none"
+        return "the table has no rates for fp32"
     unknown = {k.name for k in compiled.run if k.kind == "attention"} - target.rates.attention.keys()
     unknown |= {k.name for k in compiled.run if k.kind == "unknown"}
     return f"the table lacks the speed of {', '.join(sorted(unknown))}" if unknown else ""
@@ -245,7 +245,7 @@ def step_milliseconds(compiled: Compiled, mfu: float | None = None) -> dict[str,
 
 
 def tokens_per_second(compiled: Compiled, mfu: float | None = None) -> dict[str, float] | None:
-    """Returns the low, middle and high tokens/s of a device, as `step_milliseconds`."""
+    """Returns the low, middle and high tokens/s per device, or None, as `step_milliseconds` does."""
     if not (parts := step_milliseconds(compiled, mfu)):
         return None
     tokens = compiled.config.train.tokens_per_step / compiled.mesh.size
@@ -254,7 +254,7 @@ def tokens_per_second(compiled: Compiled, mfu: float | None = None) -> dict[str,
 
 
 def unwanted(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh) -> list[str]:
-    """Returns a line for each kind of collective that a well-sharded step would not need."""
+    """Returns a warning for each kind of large collective that a well-sharded step does not need."""
     out = Counter()
     for c in collectives:
         if c.bytes < LARGE or c.size == 1:

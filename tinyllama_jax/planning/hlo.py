@@ -20,9 +20,9 @@ class Instruction(NamedTuple):
     type: str
     op: str
     operands: list[str]
-    given: str  # what stands between the parentheses: the operands, or a constant's value
-    attributes: str  # what stands after them
-    root: bool  # whether its computation returns it
+    given: str  # the text between the parentheses: the operands, or a constant's value
+    attributes: str  # the text after the parentheses
+    root: bool  # whether its computation returns its result
 
     @property
     def op_name(self) -> str:
@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
         return name[1] if name else ""
 
     def called(self, *how: str) -> list[str]:
-        """Returns the names of the computations that it calls; `how`: only as that, such as "body"."""
+        """Returns the names of the computations that it calls; with `how`, only those called as, say, "body"."""
         if how:
             return [m[1] for part in how if (m := re.search(rf"\b{part}=%([\w.-]+)", self.attributes))]
         return re.findall(r"%([\w.-]+)", " ".join(_CALLED.findall(self.attributes)))
@@ -44,7 +44,7 @@ class Program(NamedTuple):
     entry: str  # the name of the computation that runs first
 
     def trips(self, loop: Instruction) -> int:
-        """Returns how often a loop, an instruction "while", runs its body."""
+        """Returns the trip count of a loop, an instruction "while"."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         condition, body = (self.computations[part] for part in loop.called("condition", "body"))
         return int(known[1]) if known else _trips(condition, body)
@@ -65,7 +65,7 @@ def parse(text: str) -> Program:
 
 
 def arrays(kind: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """Returns (dtype, shape, layout) of each array of a type. A layout with S(1) lies on the chip, in a TPU's VMEM."""
+    """Returns (dtype, shape, layout) of each array of a type. An array whose layout has S(1) is in a TPU's VMEM."""
     sizes = lambda dims: tuple(int(n) for n in dims.split(",") if n)
     return [(dtype, sizes(dims), layout or "") for dtype, dims, layout in _ARRAY.findall(kind) if dtype != "token"]
 
@@ -80,7 +80,7 @@ class Collective(NamedTuple):
 
     kind: str  # of KINDS; next to a matmul, TPU compilers turn gathers and reduce-scatters into rings of permutes
     dtype: str  # as in HLO: "bf16"
-    bytes: int  # of the whole array, before a scatter or after a gather; for a permute, of what one device sends
+    bytes: int  # of the whole array, before a scatter or after a gather; for a permute, of the part that one device sends
     axes: tuple[str, ...]  # the mesh axes along which the devices of a group differ
     size: int  # devices in a group
     trips: int  # how often a step runs it: the product of the loops around it
@@ -97,8 +97,8 @@ def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
                 called_by.setdefault(callee, (computation, one))
             kind = one.op.removesuffix("-start")
             if kind in KINDS:
-                # TPU compilers write the parts of one operation that runs beside others, each with its channel, shape and
-                # name. A GPU's has one line for its start and one for its end; pipelined out of a loop it keeps its channel
+                # TPU compilers write an asynchronous collective in parts, each with its channel, shape and name. GPU compilers
+                # write one line for its start and one for its end; if pipelined out of a loop it keeps its channel
                 channel = re.search(r"channel_id=\d+|$", one.attributes)[0]
                 name = one.name if one.op != kind and kind != "collective-permute" else channel or one.name
                 calls.setdefault((kind, name, one.type.split("{")[0], one.op_name), (one, computation))
@@ -121,18 +121,18 @@ def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 
 def sends(program: Program, computation: str, one: Instruction, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """Returns what a collective sends, each array by itself, when it runs once."""
+    """Returns what one run of a collective sends, array by array."""
     axes, kind = _axes(one.attributes, mesh), one.op.removesuffix("-start")
     size = math.prod(mesh.shape[a] for a in axes)
     whole = size if kind == "all-gather" else 1
-    if "all-reduce-scatter" in computation:  # how TPU compilers write a reduce-scatter: an all-reduce fused with a slice
+    if "all-reduce-scatter" in computation:  # TPU compilers write a reduce-scatter as an all-reduce fused with a slice
         kind = "reduce-scatter"
     sent = [array for name in one.operands for array in arrays(program.computations[computation][name].type)]
     return [Collective(kind, dtype, n_bytes(dtype, shape) * whole, axes, size, 1, False, "") for dtype, shape, _ in sent]
 
 
 def _trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> int:
-    """Returns the trips of a loop that counts from 0: the condition's constant over the body's increment (2 in TPU rings)."""
+    """Returns the trip count of a loop that counts from 0: the condition's limit / the body's increment (2 in TPU rings)."""
     numbers = lambda part: {i.name: int(i.given) for i in part.values() if i.op == "constant" and i.given.isdigit()}
     counters = [re.search(r"index=(\d+)", i.attributes)[1] for i in condition.values() if i.op == "get-tuple-element"]
     step = 1
@@ -145,7 +145,7 @@ def _trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> i
 
 
 def _axes(attributes: str, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    """Returns the mesh axes that differ within a group of devices. HLO numbers devices in mesh order."""
+    """Returns the mesh axes along which the devices of a group differ. HLO numbers devices in mesh order."""
     names, sizes = mesh.axis_names, mesh.devices.shape
     number = lambda text: [int(n) for n in re.findall(r"\d+", text)]
     if m := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
@@ -189,8 +189,8 @@ _VALUE = re.compile(r"\s*value: <\d+ (\S+)(?: \(phi\))? @0> \(size=(\d+),offset=
 def at_peak(assignment: str, live_range: str) -> list[Buffer]:
     """Returns the buffers that are alive at a program's peak of memory, without its arguments.
 
-    The texts are XLA's dumps (`xla_dump_to`) ...-buffer-assignment.txt and ...-live-range.txt. Because of fragmentation a
-    program needs more than the sum of these buffers and its arguments.
+    The texts are XLA's dumps (`xla_dump_to`) ...-buffer-assignment.txt and ...-live-range.txt. Because of fragmentation the
+    peak is more than the sum of these buffers and the arguments.
     """
     places, values, allocation = {}, {}, ("", None)
     for line in assignment.splitlines():
@@ -201,7 +201,7 @@ def at_peak(assignment: str, live_range: str) -> list[Buffer]:
             values[name] = allocation[0], offset
             places[name] = Buffer(int(size), dtype, tuple(int(d) for d in dims.split(",") if d))
     peak = live_range[live_range.find("(peak):") :].partition("\n")[2]
-    out = {}  # each place once: a value that a loop carries has another name inside the loop
+    out = {}  # each place counts once: inside a loop, a value that it carries has another name
     for line in peak.splitlines():
         if not (m := re.match(r"\s+(\S+?)(?:\{\})?: \d+ bytes", line)):
             break

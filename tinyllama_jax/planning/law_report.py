@@ -15,9 +15,9 @@ def law(args: argparse.Namespace, overrides: list[str]) -> int:
     """Prints what the laws predict for a budget and for a model, and draws the curve; returns the exit code."""
     for name in ("on", "sweep", "price", "mfu"):
         if getattr(args, name):
-            raise UserError(f"--{name}: is no option of --law; its prices are --train-price and so on, see --help")
+            raise UserError(f"--{name}: is not an option of --law; its prices are --train-price and so on, see --help")
     if overrides:
-        raise UserError(f"{overrides[0]}: is no option of --law")
+        raise UserError(f"{overrides[0]}: is not an option of --law")
     prices = laws.Prices(**{name: getattr(args, name) for name in vars(laws.Prices())})
     own = laws.TINYLLAMA
     if args.config:
@@ -26,7 +26,7 @@ def law(args: argparse.Namespace, overrides: list[str]) -> int:
     fit, tokens = laws.LAWS[args.fit], args.inference_tokens if args.law == "inference" else 0.0
     if tokens * prices.weight > 1e30:
         each = f"at these prices each counts for {prices.weight:.3g} of training"
-        raise UserError(f"--inference-tokens={tokens:g}: {each}, more than 1e30 in all; mend a price, or give fewer")
+        raise UserError(f"--inference-tokens={tokens:g}: {each}, more than 1e30 in all; correct a price, or give fewer tokens")
     flops, picture = args.flops or own.flops(), args.picture or Path("plan-law.png")
     best, past = laws.compute_optimal(fit, flops), laws.overtrained(fit, *own)
     curve = laws.tradeoff(fit, past.loss, tokens, own.size * 2.0 ** np.arange(-1, 6, 0.05))
@@ -44,20 +44,20 @@ def law(args: argparse.Namespace, overrides: list[str]) -> int:
     print(f"{fit.source}: E={fit.E} A={fit.A} B={fit.B} alpha={fit.alpha} beta={fit.beta}")
     print(f"the lowest loss for {flops:.3g} training FLOPs: {text(best)}, loss {fit.loss(*best):.3f}")
     print(f"this model: {text(own)}, {own.tokens / own.size:,.0f} a parameter; loss {past.loss:.3f} by the law")
-    print(f"the cheapest training to that loss: {text(past.cheapest)}; this model takes {past.factor:.2f} times as much")
+    print(f"the fewest training FLOPs for that loss: {text(past.cheapest)}; this model takes {past.factor:.2f} times as many")
     if tokens:
         print(f"the fewest FLOPs for that loss with {tokens:.3g} inference tokens: {text(curve.optimum)}")
         costs = [f"{prices.dollars(run, tokens):,.0f} USD" for run in (money, own)]
         print(f"the fewest dollars: {text(money)}, {costs[0]}; this model {costs[1]}")
     if past.inference_tokens is not None:
         dollars = past.inference_tokens / prices.weight
-        print(f"it is the best of its loss for {past.inference_tokens:.3g} inference tokens in FLOPs, {dollars:.3g} in dollars")
+        print(f"it is optimal for its loss at {past.inference_tokens:.3g} inference tokens by FLOPs, {dollars:.3g} by dollars")
     print(f"picture: {picture}")
     return 0
 
 
 def draw_law(curve: laws.Tradeoff, own: laws.Run, tokens: float, path: Path) -> None:
-    """FLOPs of training and inference against the size, at the loss of the model `own`, whose point is on the curve."""
+    """Draws FLOPs of training and inference against size, at the loss of the model `own`, a point on the curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

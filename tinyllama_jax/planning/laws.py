@@ -5,8 +5,8 @@ Hoffmann et al. 2022 (arXiv 2203.15556, "Chinchilla"), Besiroglu et al. 2024 (ar
 2401.00448v3, "Beyond Chinchilla-Optimal", and the constants in github.com/nikhilsardana/beyond-chinchilla).
 
 Among runs of the same loss, one number identifies a run: `odds` = (A/N^alpha) / (B/D^beta). Larger odds mean a smaller N and a
-larger D. 6 N D is smallest where odds x alpha/beta = 1; with T inference tokens, 6 N D + 2 N T is smallest where it is
-1 + T/(3 D). D grows with the odds, so there is one such point. It lies between the first point and 1 + T/(3 D) times it.
+larger D. 6 N D is smallest at odds = beta/alpha; call its D there D'. With T inference tokens, 6 N D + 2 N T is smallest where
+odds = (1 + T/(3 D)) beta/alpha. D grows with the odds, so exactly one run meets this, and D >= D' bounds its odds from above.
 """
 
 import math
@@ -36,7 +36,7 @@ TINYLLAMA = Run(1_100_048_384, 1_430_512 * 2_097_152)
 class Law:
     """The loss (nats a token) of N parameters after D tokens: E + A / N^alpha + B / D^beta. Hoffmann et al., equation 2."""
 
-    E: float  # the entropy of the text, which no model gets below
+    E: float  # the entropy of the text, a lower bound for any model
     A: float
     B: float
     alpha: float
@@ -67,7 +67,7 @@ LAWS = {"hoffmann": HOFFMANN, "hoffmann-rounded": HOFFMANN_ROUNDED, "besiroglu":
 class Prices:
     """The costs of training and inference. Defaults: Sardana et al., section 6, figure 6, and NVIDIA's A100 datasheet (dense).
 
-    Neither we nor the authors' code reproduce the paper's example exactly with them: see tests/planning/test_laws.py.
+    With them neither we nor the authors' code reproduce the paper's example exactly: see tests/planning/test_laws.py.
     """
 
     train_peak: float = 312e12  # FLOP/s: A100, bfloat16
@@ -75,8 +75,8 @@ class Prices:
     train_mfu: float = 0.5
     inference_peak: float = 624e12  # operations/s: A100, int8, quantised after training
     inference_price: float = 1.10  # dollars an hour: A100 of 40 GB
-    input_mfu: float = 0.5  # of tokens that are read, many at once
-    output_mfu: float = 0.01  # of tokens that are written, one after another
+    input_mfu: float = 0.5  # of prefill: tokens are read many at once
+    output_mfu: float = 0.01  # of decoding: tokens are written one after another
     input_share: float = 70 / 285  # of inference tokens; a request of LMSYS-Chat-1M reads 70 and writes 215 on average
 
     def __post_init__(self):
@@ -143,18 +143,18 @@ class Overtrained(NamedTuple):
     loss: float  # nats a token, by the law
     cheapest: Run  # the run of that loss that is cheapest to train
     factor: float  # training FLOPs over those of `cheapest`
-    inference_tokens: float | None  # for which the run itself is `inference_optimal`; None if for no number
+    inference_tokens: float | None  # the number at which the run itself is `inference_optimal`; None if there is none
 
 
 def overtrained(law: Law, size: float, tokens: float) -> Overtrained:
-    """Compares a run with the cheapest run of the same loss, and tells how much inference pays for the difference.
+    """Compares a run with the cheapest run of the same loss, and returns how much inference makes up for the difference.
 
     TinyLlama (1,100,048,384 parameters, 3e12 tokens) takes 3.7 times the training FLOPs (BESIROGLU: 6.7 times) of the cheapest
     run with the same predicted loss, 4.9B parameters on 181B tokens (4.8B on 102B). With inference it needs the fewest FLOPs
     if it serves 24e12 (43e12) tokens, and costs the least, with the default `Prices`, at 1.7e12 (3.1e12). But 2,727 tokens a
-    parameter lie far outside both fits, and fits at usual ratios promise too much of further tokens (Sardana et al., section
-    5), so the true figures are larger. The laws are for tokens seen once, another text and another tokenizer, and give no value
-    to memory or latency.
+    parameter lie far outside both fits, and fits at usual ratios overestimate what further tokens gain (Sardana et al., section
+    5), so the true figures are larger. The laws were fitted to tokens seen once, to another text and another tokenizer, and do
+    not count memory or latency.
     """
     loss = law.loss(size, tokens)
     cheapest = compute_optimal_for(law, loss)
@@ -164,7 +164,7 @@ def overtrained(law: Law, size: float, tokens: float) -> Overtrained:
 
 
 class Tradeoff(NamedTuple):
-    """A curve to draw, and its lowest point. A model with this loss lies on it, at `Run(size, tokens).flops(T)`."""
+    """A curve to draw, and its lowest point. A run with this loss lies on it, at `Run(size, tokens).flops(T)`."""
 
     sizes: np.ndarray  # parameters
     tokens: np.ndarray  # to reach the loss; inf for a model that is too small

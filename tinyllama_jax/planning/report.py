@@ -1,4 +1,4 @@
-"""What a plan says of a compiled step: as JSON, as lines and tables, as a picture."""
+"""Reports a compiled step: as JSON, as lines and tables, as a picture."""
 
 import argparse
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from tinyllama_jax.planning.timing import LEVELS
 from tinyllama_jax.run import stages
 
 NAMES = {"matmuls": "matmuls", "attention": "attention kernels", "elementwise": "elementwise and reductions",
-         "copies": "copies, casts, zeros", "exposed": "sends that nothing hides", "gaps": "gaps between kernels",
+         "copies": "copies, casts, zeros", "exposed": "exposed communication", "gaps": "gaps between kernels",
          "total": "total"}  # fmt: skip
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
 
 
 def report(compiled: Compiled, args: argparse.Namespace) -> dict:
-    """Returns all that the command reports, ready for JSON."""
+    """Returns the whole report of the command, ready for JSON."""
     config, machine, target = compiled.config, compiled.machine, compiled.machine.target
     out = {
         "config": config_lib.flat(config),
@@ -47,9 +47,9 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
 
 
 def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
-    """Predicts a step's milliseconds by class, tokens/s of a device, and days and USD of the run; None where nothing is known.
+    """Predicts a step's milliseconds by class, tokens/s per device, and days and USD of the run; None if it cannot.
 
-    Each has a low, a middle and a high value: the high rate belongs to the low times and costs.
+    Each has a low, a middle and a high value: the high tokens/s belong to the low times and costs.
     """
     config, target, n = compiled.config, compiled.machine.target, len(compiled.machine.devices)
     out = {"tokens_per_second_per_device": tokens_per_second(compiled, args.mfu), "days": None, "cost": None,
@@ -62,7 +62,7 @@ def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
 
 
 def offer(compiled: Compiled, mfu: float | None) -> dict:
-    """Returns what a plan says of one train.seqs_per_device."""
+    """Returns the report on one value of train.seqs_per_device."""
     count = lambda matmuls: {key: matmuls[key] for key in ("forward", "backward")}
     whole = compiled.machine.target is None or compiled.machine.target.sm  # TPU compilers split a matmul into a ring of them
     return {
@@ -92,9 +92,9 @@ def show(out: dict, say: Callable) -> None:
     say(_memory_table(out))
     live, peak = out["memory"]["live"], out["peak_bytes_per_device"]
     if out["memory"]["measured"]["params"] is not None and live < 0.85 * peak:
-        say(f"{gib(live)} of the peak is of known kinds; the remainder counts as temporaries")
+        say(f"only {gib(live)} of the peak are known buffers; the remainder counts as temporaries")
     if out["memory"]["measured"]["params"] is None:
-        say("the compiler stopped there, so what the step would send is unknown")
+        say("the compiler stopped there, so the traffic of the step is unknown")
     elif out["collectives"]:
         say(_wire_table(out["collectives"]))
     flops = ", ".join(f"{name} {value / 1e9:.3f}" for name, value in out["flops_per_token"].items())
@@ -127,7 +127,7 @@ def _say_prediction(predicted: dict, out: dict, say: Callable) -> None:
     target, rate = out["target"], predicted["tokens_per_second_per_device"]
     if not rate:
         if "flops" in target:
-            say(f"no rate is predicted: {predicted['no_prediction']}")
+            say(f"no time is predicted: {predicted['no_prediction']}")
         return
     table = Table("ms of a step, predicted", *LEVELS)
     parts = predicted["milliseconds"]
@@ -147,7 +147,7 @@ def _say_prediction(predicted: dict, out: dict, say: Callable) -> None:
 def _say_sizes(out: dict, say: Callable) -> None:
     from rich.table import Table
 
-    table = Table("sequences a device", "peak", "matmuls of a layer", "asked for", "recomputed", "tokens/s")
+    table = Table("sequences a device", "peak", "matmuls per layer", "as traced", "recomputed", "tokens/s")
     count = lambda matmuls: f"{matmuls['forward']:.3g} + {matmuls['backward']:.3g}" if matmuls else ""
     for row in out["sizes"]:
         rate, again = row["tokens_per_second_per_device"], f"{row['recomputed']:.1%}" if row["recomputed"] else "none"
@@ -158,9 +158,9 @@ def _say_sizes(out: dict, say: Callable) -> None:
     if not part:
         say(f"the largest train.seqs_per_device that fits: {most}")
         return
-    say(f"warning: {most} is the largest train.seqs_per_device that fits, but XLA computes matmuls again there to save memory, "
+    say(f"warning: {most} is the largest train.seqs_per_device that fits, but XLA then recomputes matmuls to save memory, "
         f"{part:.1%} of the step's FLOPs")  # fmt: skip
-    reason = "the largest at which it does not" if n != most else "as it does so with every number that fits"
+    reason = "the largest at which it does not" if n != most else "because it does so at every number that fits"
     say(f"recommended: --train.seqs_per_device={n}, {reason}")
 
 
@@ -182,7 +182,7 @@ def _wire_table(collectives: list[dict]):
     for c in collectives:
         groups.setdefault((c["kind"], c["dtype"], " x ".join(c["axes"])), []).append(c)
     sent = {key: sum(c["bytes"] * c["trips"] for c in group) for key, group in groups.items()}
-    table = Table("a step sends", "dtype", "over", "arrays", "bytes of each once", "in a step")
+    table = Table("a step sends", "dtype", "over", "arrays", "bytes, each once", "bytes in a step")
     for key in sorted(sent, key=sent.__getitem__, reverse=True):
         if sent[key] >= LARGE:
             table.add_row(*key, str(len(groups[key])), gib(sum(c["bytes"] for c in groups[key])), gib(sent[key]))

@@ -1,4 +1,4 @@
-"""Which other steps would fit a machine, found by compiling them: more sequences, the nearest change, a sweep."""
+"""Compiles other steps to see which fit a machine: more sequences, the smallest change, a sweep."""
 
 import contextlib
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def guess(compiled: Compiled, sequences: int) -> float:
 def sizes(compiled: Compiled) -> list[Compiled]:
     """Returns the step compiled with every train.seqs_per_device that is worth offering; empty if not even 1 fits.
 
-    The first is the largest that fits. If XLA computes matmuls again there to save memory, smaller ones follow, up to the first
-    at which it does not. Values that `guess` puts a tenth or more above the budget are not compiled.
+    The first is the largest that fits. If XLA recomputes matmuls there to save memory, smaller ones follow, down to the first
+    at which it does not. Values that `guess` puts more than a tenth above the budget are not compiled.
     """
     tried, out = {compiled.config.train.seqs_per_device: compiled}, []
     for n in reversed(compiled.config.fitting(sharding.batch_devices(compiled.mesh))):
@@ -45,12 +45,12 @@ def sizes(compiled: Compiled) -> list[Compiled]:
 
 
 def recommended(offered: list[Compiled]) -> Compiled:
-    """Returns the largest of `sizes` at which XLA computes nothing again, or the largest of all if it always does."""
+    """Returns the largest of `sizes` at which XLA recomputes nothing, or the largest of all if it always recomputes."""
     return offered[-1] if not offered[-1].recomputed else offered[0]
 
 
 def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
-    """Finds the smallest change that makes a step fit, by compiling: (config keys and values, the step compiled with them).
+    """Returns the smallest change with which a step fits: (config keys and values, the step compiled with them).
 
     Tried in order: fewer sequences a device, which costs little; a remat policy that keeps less; parameters sharded over all
     devices. Returns None if none of them fits.
@@ -60,7 +60,7 @@ def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
     remats = [{"model.remat": remat} for remat in REMAT[REMAT.index(config.model.remat) + 1 :]]
     for more in [{}, *remats, wider, {**wider, "model.remat": REMAT[-1]}]:
         for sequences in (config.train.seqs_per_device, 1):
-            with contextlib.suppress(UserError):  # a number that does not come out even on another mesh
+            with contextlib.suppress(UserError):  # a number of sequences that does not divide on another mesh
                 keys = more | {"train.seqs_per_device": sequences}
                 changed = cli.override(config, {key: str(value) for key, value in keys.items()})
                 if offered := sizes(compile_step(changed, machine) if more else compiled):
@@ -71,7 +71,7 @@ def nearest(compiled: Compiled) -> tuple[dict[str, object], Compiled] | None:
 
 
 def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int]]:
-    """The meshes (data, fsdp, tensor) of a sweep: the config's own, fsdp within a node, fsdp over all devices, data only."""
+    """Returns a sweep's meshes (data, fsdp, tensor): the config's own, fsdp within a node, fsdp over all devices, data only."""
     n, per_node = len(machine.devices), machine.per_node
     own = sharding.make_mesh(config.mesh, machine.devices).shape
     configured = tuple(own[axis] for axis in ("data", "fsdp", "tensor"))
@@ -79,9 +79,9 @@ def meshes(config: Config, machine: targets.Machine) -> list[tuple[int, int, int
 
 
 def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Callable[[str], None]) -> list[dict]:
-    """Compiles every mesh x remat policy x sequences a device (powers of two). Sorted: those that fit first, then the fastest.
+    """Compiles every mesh x remat policy x sequences a device (powers of two). Returns first what fits, then the fastest.
 
-    The speed compared is the middle of the prediction.
+    Speeds are compared by the middle of the prediction.
     """
     rows = []
     for data, fsdp, tensor in meshes(config, machine):
@@ -112,7 +112,7 @@ def sweep(config: Config, machine: targets.Machine, mfu: float | None, say: Call
 
 
 def whole_run(compiled: Compiled) -> Compiled:
-    """Returns `compiled` with the peak of a later stage, if only later stages accumulate gradients, which takes memory."""
+    """Returns `compiled`, with a later stage's peak if only later stages accumulate gradients, which takes more memory."""
     config = compiled.config
     more = [tokens for _, _, tokens in config.train.stages if tokens > config.train.tokens_per_step]
     if compiled.accumulation > 1 or not more:

@@ -25,18 +25,18 @@ class Sm(NamedTuple):
     clock: float  # GHz, boost
     l2: int  # bytes
     threads: int  # resident at once, each
-    shared: int  # bytes of shared memory, each; a block can have 1 KB less
+    shared: int  # bytes of shared memory, each; a block can have at most 1 KB less
 
 
 class Rates(NamedTuple):
-    """What kernels reach of a target: the slowest, the middle and the fastest that can be expected."""
+    """The achieved rates of a target: the slowest, the middle and the fastest that can be expected."""
 
-    matmul: tuple[float, float, float]  # part of the peak
-    attention: dict[str, float]  # TFLOP/s of each kernel, counting what it executes of the causal half; the middle
-    error: float  # of `attention`, as a part of it
-    memory: tuple[float, float, float]  # part of the bandwidth
-    links: tuple[float, float, float]  # part of the links' rate
-    latency: tuple[float, float, float]  # seconds that a collective takes beside its bytes
+    matmul: tuple[float, float, float]  # achieved fraction of peak
+    attention: dict[str, float]  # the middle TFLOP/s of each kernel, counting the matmuls that it executes, causal half
+    error: float  # of `attention`, as a fraction of it
+    memory: tuple[float, float, float]  # achieved fraction of the bandwidth
+    links: tuple[float, float, float]  # achieved fraction of the links' bandwidth
+    latency: tuple[float, float, float]  # seconds that a collective takes in addition to its transfer
     gap: tuple[float, float, float]  # seconds between two kernels
     source: str
 
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
     kind: str  # the beginning of `jax.Device.device_kind`
     shape: str  # an example of the part after the colon: NODESxGPUS, or a TPU slice's chips along each axis
-    memory: int  # usable by programs, as the driver or the TPU compiler reports it
+    memory: int  # what programs can use, as the driver or the TPU compiler reports it
     flops: float  # peak of dense bf16 matmuls with fp32 accumulation
     bandwidth: float  # of memory
     link: float  # one direction, all links to devices of the same node or slice together
@@ -78,7 +78,7 @@ def _gpu(matmul: tuple, ours: tuple, cudnn: tuple, error: float, source: str) ->
     return Rates(matmul, attention, error, memory, links, latency, gap, source)
 
 
-# Attention: TFLOP/s at B=8 S=2048 N=32 K=4 H=64, causal, in the order of _OURS, then of _CUDNN. Change it with the kernels.
+# Attention: TFLOP/s at B=8 S=2048 N=32 K=4 H=64, causal, in the order of _OURS, then of _CUDNN. Update with the kernels.
 _SM80 = _gpu((0.68, 0.77, 0.85), (196, 199, 206), (152, 145), 0.10,
              "matmuls: at most 268 of 312 TFLOP/s (mamf-finder), so 212 to 265 assumed; attention: modelled from the compiled "
              "kernels, cuDNN's as FlashAttention-2's (benchmarks/attention.md)")  # fmt: skip
@@ -93,7 +93,7 @@ _RTX4090 = _gpu((0.80, 0.95, 1.05), (123, 107, 107), (123, 107), 0.25,
 def _tpu(flops: float) -> Rates:
     attention = dict.fromkeys(_SPLASH, flops / 4e12)  # heads of 64 fill half of the 128 lanes
     memory, links, latency = (0.70, 0.80, 0.90), (0.60, 0.80, 0.95), (5e-6, 2e-6, 1e-6)
-    source = "nothing is measured, all rates are assumed: the range is wide, and its upper end meant as a ceiling"
+    source = "nothing is measured, all rates are assumed: the range is wide, and its upper end is meant as a ceiling"
     return Rates((0.65, 0.80, 0.95), attention, 0.60, memory, links, latency, (0, 0, 0), source)
 
 
@@ -150,14 +150,14 @@ class Machine(NamedTuple):
         """The bytes of one device that a program may use. CPU devices share this machine's memory equally."""
         if self.target is None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.devices)
-        # a run reserves this fraction of a GPU's memory; a TPU compiler may use all of it
+        # a run reserves this fraction of a GPU's memory; a TPU's compiler may use all of the TPU's
         return int(self.target.memory * (xla.memory_fraction() if self.target.sm else 1.0))
 
 
 def machine(on: str) -> Machine:
     """Returns the machine `on`: "a100-40g:2x8" (NODESxGPUS), "v5e:4x4" (a TPU slice) or "cpu:8" (virtual devices).
 
-    Programs can be compiled for its devices, but only a CPU's can run them. Raises UserError if the target is unknown, its
+    Programs can be compiled for its devices, but only CPU devices can run them. Raises UserError if the target is unknown, its
     compiler is not installed or the size does not exist. With jax's CUDA plugin but no driver, JAX_PLATFORMS=cpu must be set
     before jax is imported.
     """
@@ -223,10 +223,10 @@ def _target_config(target: Target) -> str:
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 8 }}
-    """  # cuDNN: the oldest that jax's CUDA plugin takes
+    """  # cuDNN: the oldest version that jax's CUDA plugin accepts
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bf16 FLOP/s of a device by `jax.Device.device_kind`, or None if it is not in `TARGETS`."""
+    """Returns the peak bf16 FLOP/s of a device by `jax.Device.device_kind`, or None if it is not in `TARGETS`."""
     target = of(device_kind)
     return target.flops if target else None

@@ -13,10 +13,10 @@ from tinyllama_jax.planning import hlo, targets
 
 LEVELS = ("low", "middle", "high")  # of milliseconds; the lowest time is the highest rate
 CLASSES = ("matmuls", "attention", "elementwise", "copies", "exposed", "gaps")
-# The matmuls [S, S] x H that each kernel of attention executes for a head: two forward, and at least five backward
+# How many [S, S] x H matmuls each attention kernel executes per head: two forward, at least five in all backward kernels
 ATTENTION = {"attention_forward": 2, "attention_dq": 3, "attention_dkv": 4, "splash_mha_fwd": 2, "splash_mha_dq": 3,
              "splash_mha_dkv": 4, "__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # fmt: skip
-# Instructions that run nothing on the device, or (a TPU's copies and slices that end in "-start") beside all else
+# Instructions that run no kernel, or overlap with all kernels (a TPU's copies and slices that end in "-start")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all",
         "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done"}  # fmt: skip
 MOVES = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "copy", "transpose", "convert", "slice",
@@ -27,11 +27,11 @@ SLICES = ("slice", "dynamic-slice", "gather")
 class Kernel(NamedTuple):
     """A kernel of a step on one device, or the start or end of a collective, in the order of execution."""
 
-    kind: str  # matmuls, attention, elementwise, copies; send: nothing runs beside it; start and done: of one that others hide
-    name: str  # for attention, of `ATTENTION`; for start and done, of the start
+    kind: str  # matmuls, attention, elementwise, copies; send: a synchronous collective; start, done: an asynchronous one
+    name: str  # for attention, a key of `ATTENTION`; for start and done, the start's name
     trips: int  # how often a step runs it
-    flops: float = 0.0  # of one run, as `bytes`
-    bytes: float = 0.0  # read and written in the device's memory
+    flops: float = 0.0  # of one run
+    bytes: float = 0.0  # read and written in the device's memory in one run
     sends: tuple[hlo.Collective, ...] = ()
     dots: tuple[str, ...] = ()  # JAX's names of the matmuls in it
 
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(program: hlo.Program, mesh: jax.sharding.Mesh, seq_len: int) -> list[Kernel]:
-    """Returns the kernels of a step in their order. `seq_len`: of attention, of which the causal half counts."""
+    """Returns the kernels of a step in their order. `seq_len`: S of attention, whose FLOPs count only the causal half."""
 
     def walk(computation: str, trips: int) -> Iterator[Kernel]:
         inside = program.computations.get(computation, {})
@@ -56,7 +56,7 @@ def kernels(program: hlo.Program, mesh: jax.sharding.Mesh, seq_len: int) -> list
 
 
 def _kernel(program: hlo.Program, computation: str, one: hlo.Instruction, mesh, seq_len: int) -> Kernel:
-    """Returns the kernel of an instruction that is no loop; its kind is empty if it runs nothing."""
+    """Returns the kernel of an instruction that is not a loop; its kind is empty if it runs nothing."""
     inside = program.computations[computation]
     operands = [inside[name].type for name in one.operands if name in inside]
     kind = one.op.removesuffix("-start")
@@ -92,14 +92,14 @@ def _size(kind: str) -> int:  # bytes of a type in the device's memory
 
 
 def _bytes(kind: str, operands: list[str], op: str) -> int:
-    """Returns what an instruction reads and writes. Of an array that it slices or updates only that part counts."""
+    """Returns the bytes that an instruction reads and writes. If it slices or updates an array, only that slice counts."""
     if op == "dynamic-update-slice":
         return 2 * _size(operands[1])
     return _size(kind) + (_size(kind) if op in SLICES else 0 if op == "broadcast" else sum(map(_size, operands)))
 
 
 def _fused_bytes(fused: dict[str, hlo.Instruction], operands: list[str]) -> int:
-    """Returns what a fusion reads and writes. Of an array that it slices or updates in place only that part counts."""
+    """Returns the bytes that a fusion reads and writes. If it slices or updates an array in place, only that slice counts."""
     users = defaultdict(list)
     for one in fused.values():
         for name in one.operands:
@@ -130,7 +130,7 @@ def _fused_bytes(fused: dict[str, hlo.Instruction], operands: list[str]) -> int:
 
 
 def matmuls(program: hlo.Program, computation: str, one: hlo.Instruction) -> Iterator[tuple[str, float]]:
-    """Yields (JAX's name, FLOPs) of each matmul of an instruction, in fusions too."""
+    """Yields (JAX's name, FLOPs) of each matmul of an instruction or fusion."""
     contracted = re.search(r'lhs_contracting_dim\w*"?[=:][{[]([\d,"]*)', one.attributes)  # a dot's, or a library's matmul's
     if contracted or one.op == "convolution":
         shapes = [hlo.arrays(program.computations[computation][name].type)[0][1] for name in one.operands]
@@ -146,7 +146,7 @@ def matmuls(program: hlo.Program, computation: str, one: hlo.Instruction) -> Ite
 
 
 def _convolution(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """Returns the FLOPs of a convolution, as TPU compilers write matmuls. What falls on padding is not counted."""
+    """Returns the FLOPs of a matmul that a TPU compiler writes as a convolution. Products with padding do not count."""
     labels = re.split("_|->", re.search(r"dim_labels=([\w>-]+)", attributes)[1])
     sizes = [dict(zip(names, shape, strict=True)) for names, shape in zip(labels, (left, right, out), strict=True)]
     axes = sorted(label for label in labels[0] if label.isdigit())
@@ -173,9 +173,9 @@ def executed(run: list[Kernel], devices: int) -> Counter:
 
 
 def direction(name: str) -> str:
-    """Returns "forward" or "backward" by JAX's name of a matmul; "other" if none of a layer's weights takes part in it."""
+    """Returns "forward" or "backward" by JAX's name of a matmul; "other" if it does not involve a layer's weights."""
     einsum = re.search(r"layers/+([a-z]+),([a-z]+)->([a-z]+)", name)
-    if not einsum or set(einsum[1]) & set(einsum[2]) & set(einsum[3]):  # attention's are one for each sequence
+    if not einsum or set(einsum[1]) & set(einsum[2]) & set(einsum[3]):  # attention's are batched over sequences
         return "other"
     return "backward" if "transpose(" in name else "forward"
 
@@ -184,7 +184,7 @@ def direction(name: str) -> str:
 
 
 def wire_seconds(collectives, mesh: jax.sharding.Mesh, machine: targets.Machine) -> float:
-    """Returns the seconds that a step's collectives take: as rings, one after another, at the full rate of the links."""
+    """Returns the seconds that a step's collectives take as rings, one after another, at the links' full bandwidth."""
     target, seconds = machine.target, 0.0
     node = {device: i // machine.per_node for i, device in enumerate(machine.devices)}
     for c in collectives:
@@ -196,7 +196,7 @@ def wire_seconds(collectives, mesh: jax.sharding.Mesh, machine: targets.Machine)
         first = mesh.devices[tuple(slice(None) if axis in c.axes else 0 for axis in mesh.axis_names)]
         members = Counter(node[device] for device in first.flat)
         slowest = sent / target.link
-        if len(members) > 1:  # a ring leaves each node once; all groups of a node share its way out
+        if len(members) > 1:  # a ring leaves each node once; all groups of a node share its network
             slowest = max(slowest, sent * machine.per_node / max(members.values()) / target.between)
         seconds += c.trips * slowest
     return seconds
@@ -205,7 +205,7 @@ def wire_seconds(collectives, mesh: jax.sharding.Mesh, machine: targets.Machine)
 def milliseconds(run: list[Kernel], mesh: jax.sharding.Mesh, machine: targets.Machine, mfu: float | None = None) -> dict:
     """Predicts a step's milliseconds by class (of `CLASSES`) and level (of `LEVELS`).
 
-    `mfu`: the part of the peak that matmuls reach, instead of the table's range. Raises KeyError for an attention kernel whose
+    `mfu`: the achieved fraction of peak of matmuls, instead of the table's range. Raises KeyError for an attention kernel whose
     speed the table lacks.
     """
     wires = [wire_seconds(k.sends, mesh, machine) for k in run]
@@ -214,8 +214,8 @@ def milliseconds(run: list[Kernel], mesh: jax.sharding.Mesh, machine: targets.Ma
 
 
 def _seconds(run: list[Kernel], wires: list[float], target: targets.Target, level: int, mfu: float | None) -> dict[str, float]:
-    """Plays a step through. A collective takes the links after the one before it, and what it needs beyond what runs meanwhile
-    is exposed."""
+    """Simulates a step. Collectives use the links one after another; the time for which a kernel must wait for one is exposed.
+    Times are in seconds."""
     rates, out = target.rates, dict.fromkeys(CLASSES, 0.0)
     matmul, memory = (mfu or rates.matmul[level]) * target.flops, rates.memory[level] * target.bandwidth
     clock = links = 0.0

@@ -28,8 +28,8 @@ def write(
 ) -> tuple[int, int]:
     """Writes FOLDER/PREFIX_0000000000.bin, ... of `chunk` tokens each, from consecutive arrays of any length.
 
-    `fill`: the token that pads the last file; None: the last file is not written, even if it is full, as in the original's last
-    version. Returns (files written, tokens in all, including those of a last file that is not written).
+    `fill`: the token that pads the last file. None: the last file is dropped, even if it is full, as in the original's last
+    version. Returns (files written, tokens in all, including those of a dropped file).
     """
     folder, buffer, at, files, n = Path(folder), np.empty(chunk, f"<{np.dtype(dtype).str[1:]}"), 0, 0, 0
     header = HEADER.pack(MAGIC, VERSION, WRITTEN[dtype], chunk)
@@ -49,7 +49,7 @@ def write(
 
 
 def stream(blocks: Blocks) -> Iterator[np.ndarray]:
-    """All tokens of a source in order, without padding."""
+    """Yields all tokens of a source in order, without padding."""
     for first in range(0, len(blocks), 1024):
         tokens, length = blocks.read(np.arange(first, min(first + 1024, len(blocks))))
         yield tokens[np.arange(tokens.shape[1]) < length[:, None]]
@@ -58,7 +58,7 @@ def stream(blocks: Blocks) -> Iterator[np.ndarray]:
 def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHUNK, tail: str = "fill") -> list[Path]:
     """Writes one split of a prepared data set as LITPKDS files, and its tokenizer beside them. Returns the files.
 
-    The files appear when all are written. `tail`: whether to "fill" or "drop" the last file. Raises UserError.
+    The files appear once all are written. `tail`: "fill" pads the last file with bos, "drop" drops it. Raises UserError.
     """
     blocks = Blocks(source, split)
     vocabulary = blocks.manifest["tokenizer"]
@@ -71,7 +71,7 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
     files.check_local("--output", output)
     busy = f"--output {output}: another process is writing {prefix}_*.bin there"
     with files.workplace(output / f".{prefix}.partial", busy) as place:
-        _take_back(place, output)  # files of a call that was killed while it moved them
+        _take_back(place, output)  # an earlier call may have been killed while it moved files
         if existing := _numbered(output, prefix):
             raise UserError(
                 f"{existing[0]}: exists already; choose another --prefix or --output, or delete what begins with it"
@@ -97,7 +97,7 @@ def export(source: Path, split: str, output: Path, prefix: str, chunk: int = CHU
 
 
 def _numbered(output: Path, prefix: str) -> list[Path]:
-    """The existing files with exactly this prefix."""
+    """Returns the existing files with exactly this prefix."""
     return [f for f in files_of(output / f"{prefix}_") if re.fullmatch(r"\d{10}\.bin", f.name[len(prefix) + 1 :])]
 
 

@@ -1,17 +1,17 @@
 """Writes a tokenizer as tokenizer.json and tokenizer_config.json, with which Transformers gives the ids of training.
 
 Transformers' own readers of `tokenizer.model` give other ids (no dummy prefix before a space, another order of merges). So this
-file writes a tokenizer.json itself, and `check` compares ids. How a tokenizer.json expresses SentencePiece's rules:
+module writes a tokenizer.json itself, and `check` compares ids. How a tokenizer.json expresses SentencePiece's rules:
 
 | SentencePiece                                   | tokenizer.json                                            |
 |-------------------------------------------------|-----------------------------------------------------------|
 | pairs join in order of their piece's score      | `merges`: each way to cut a piece in two, by score        |
-| unigram                                         | model: `Unigram`; pieces that no text has score `NEVER`   |
+| unigram                                         | model: `Unigram`; pieces never to choose: score `NEVER`   |
 | a normalisation rule such as nmt_nfkc           | normalizer: `Precompiled`, which knows fewer combinations |
 | `remove_extra_whitespaces`                      | normalizer: three `Replace`                               |
 | `add_dummy_prefix`, but not on an empty text    | normalizer: `Prepend` ▁                                   |
 | `escape_whitespaces`                            | normalizer: `Replace` space by ▁                          |
-| user-defined symbols                            | pre-tokenizer: `Split`; a part that is a piece stays one  |
+| user-defined symbols                            | pre-tokenizer: `Split` keeps each symbol whole            |
 | `byte_fallback`                                 | model: `byte_fallback`; decoder: `ByteFallback`           |
 
 One difference is deliberate, since users of Transformers build prompts with it: a special token written out in a text ("</s>")
@@ -74,7 +74,7 @@ class SentencePiece(NamedTuple):
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message; sentencepiece's own reader needs a newer protobuf than Beam allows."""
+    """Yields (field number, value) of a protobuf message: sentencepiece's reader needs a newer protobuf than Beam allows."""
     at = 0
 
     def varint() -> int:
@@ -144,7 +144,7 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
     by_score = Counter(piece.score for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1)
     tied = {piece.text for piece in pieces if piece.kind == NORMAL and by_score[piece.score] > 1 and model_type == BPE}
     tied -= {SPACE * n for n in range(1, len(tied) + 2)}  # Llama 2 ties the runs of spaces: see `merges`
-    # SentencePiece matches symbols before normalisation, a tokenizer.json after it: they agree if it does not change symbols
+    # SentencePiece matches symbols before normalisation, a tokenizer.json after it: the same if it leaves symbols unchanged
     symbols = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     plain = re.compile("[!-~]+" if normalizer.get(2) else f"[^{SPACE}]+" if normalizer.get(4, 1) else ".+", re.DOTALL)
     odd = [text for text in symbols if not plain.fullmatch(text) or (b"cf" in normalizer.get(1, b"") and text != text.lower())]
@@ -163,11 +163,11 @@ def _refuse(path: str | Path, pieces: list[Piece], trainer: dict, normalizer: di
 
 
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Each way to cut a piece into two pieces, best score first; at equal scores the longest piece and left part first.
+    """Returns all cuts of a piece into two pieces, best score first; at equal scores the longest piece and left part first.
 
     At equal scores SentencePiece joins the leftmost pair in the text. In a run of spaces, whose pieces share one score in
     Llama 2, the first piece then grows space by space to the longest one; "longest piece first" has the same effect. Among the
-    cuts of one piece so has "longest left part first": joining from the left gives "aaa" as "aa" + "a".
+    cuts of one piece, "longest left part first" also has it: joining from the left gives "aaa" as "aa" + "a".
     """
     rank = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     cuts = [
@@ -180,7 +180,7 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def tokenizer_json(model: SentencePiece, add_bos: bool) -> dict:
-    """The contents of tokenizer.json. `add_bos`: each text begins with bos, unless the caller turns that off."""
+    """Returns the contents of tokenizer.json. `add_bos`: each text begins with bos, unless the caller turns that off."""
     strip = model.add_dummy_prefix or model.remove_extra_whitespaces
     decoders = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     symbols = sorted((p.text for p in model.pieces if p.kind == USER_DEFINED), key=len, reverse=True)
@@ -212,7 +212,7 @@ def _normalizers(model: SentencePiece) -> list[dict]:
     if model.remove_extra_whitespaces:
         regexes = {r"\A +": "", " +": " ", rf"[ {SPACE}]+\z": ""}
         normalizers += [_replace({"Regex": regex}, content) for regex, content in regexes.items()]
-    if model.add_dummy_prefix:  # `late`: before the normalised text; else before the raw text, if not empty
+    if model.add_dummy_prefix:  # `late`: prepended after normalisation; else to the raw text, if not empty
         late = model.remove_extra_whitespaces or prefix == SPACE
         normalizers.insert(len(normalizers) if late else 0, {"type": "Prepend", "prepend": SPACE if late else prefix})
     return [*normalizers, _replace({"String": " "}, SPACE)]
@@ -229,7 +229,7 @@ def _bpe(model: SentencePiece, symbols: bool) -> dict:
         "byte_fallback": model.byte_fallback,
         "ignore_merges": symbols,  # no merge makes a user-defined symbol
         "vocab": {piece.text: id_ for id_, piece in enumerate(model.pieces)},
-        # "left right" and not [left, right], which releases before 2024 cannot read; no piece holds a space
+        # "left right", because releases before 2024 cannot read [left, right]; no piece contains a space
         "merges": [f"{left} {right}" for left, right in merges(model.pieces)],
     }
 
@@ -257,13 +257,13 @@ def _bos_template(bos: str, id_: int) -> dict:
 
 
 def added_tokens(model: SentencePiece) -> dict[int, dict]:
-    """Id -> description, for the control pieces and the unknown piece."""
+    """Returns id -> description of the control pieces and the unknown piece."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {id_: {"content": piece.text, **flags} for id_, piece in enumerate(model.pieces) if piece.kind in (UNKNOWN, CONTROL)}
 
 
 def tokenizer_config(model: SentencePiece, add_bos: bool, seq_len: int) -> dict:
-    """The contents of tokenizer_config.json: the class, the special tokens, and the longest text (`seq_len`)."""
+    """Returns the contents of tokenizer_config.json: the class, the special tokens, and the longest text (`seq_len`)."""
     named = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id, "pad_token": model.pad_id}
     return {
         "tokenizer_class": AS_WRITTEN,
@@ -333,14 +333,14 @@ def _write_json(path: Path, content: dict) -> None:
 def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, add_bos: bool) -> bool:
     """Loads a folder with Transformers and compares ids; returns False if Transformers is not installed.
 
-    `encode`: gives the ids of training, without bos. An id of -1: there is no such token. Raises UserError if ids differ.
+    `encode`: gives the ids of training, without bos. `bos` or `eos` of -1: no such token. Raises UserError if ids differ.
     """
     try:
         import transformers
     except ImportError:
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one release warns about others
+        warnings.simplefilter("ignore")  # some releases warn about other releases
         try:
             loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # Transformers raises many types

@@ -1,10 +1,10 @@
 """Flash attention for NVIDIA GPUs of compute capability 8.0 and later, in Pallas' Triton language.
 
 FlashAttention-2 (Dao 2023, arXiv:2307.08691): a block of queries visits one block of keys after another and keeps a running
-maximum and sum, so that scores exist only on the chip. Backward computes the scores again from q, k and each row's logsumexp.
-It is two kernels, one for dq and one for dk and dv: without atomic additions, the same input gives the same bits.
+maximum and sum, so that scores exist only on the chip. Backward recomputes the scores from q, k and each row's logsumexp. It
+has two kernels, one for dq and one for dk and dv. They need no atomic additions, so the same input gives the same bits.
 
-JAX 0.11 deprecates this language; docs/log.md has its successor and the date.
+JAX 0.11 deprecates this language; docs/log.md says when and how to replace this file.
 """
 
 import math
@@ -20,14 +20,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# A hidden pair's score. Finite, because -inf - -inf is NaN where a whole row of a block is hidden. A power of two, because the
-# rounding error of another number's product with the scale is left over by the FMA in `_exp2`, and is huge.
+# A hidden pair's score. Finite, because -inf - -inf is NaN where a whole row of a block is hidden. A power of two, so that its
+# product with the scale is exact: the FMA in `_exp2` would keep that product's rounding error, which is huge.
 HIDDEN = -(2.0**100)
 LOG2_E = math.log2(math.e)  # scores are multiplied by it, because a GPU has exp2, not exp
 
 
 class Tuning(NamedTuple):
-    """A kernel's block sizes: rows that a program keeps, rows that its loop loads; and Triton's warps and stages."""
+    """A kernel's tile sizes, in rows that a program keeps and rows that its loop loads, and Triton's warps and stages."""
 
     own: int
     other: int
@@ -35,8 +35,8 @@ class Tuning(NamedTuple):
     stages: int
 
 
-# By the widest head of each, chosen by what the loops execute as compiled for sm_80 (benchmarks/attention.md). dkv spills up to
-# 108 bytes, none of them in a loop. The blocks fit into an RTX 3090's 99 KB of shared memory.
+# By the widest H of each, chosen by the instructions that the loops execute on sm_80 (benchmarks/attention.md). dkv spills up
+# to 108 bytes, none of them in a loop. The tiles fit into an RTX 3090's 99 KB of shared memory.
 TUNINGS = {
     64: {"forward": Tuning(128, 64, 4, 3), "dq": Tuning(128, 32, 4, 3), "dkv": Tuning(128, 32, 4, 4)},
     128: {"forward": Tuning(128, 64, 8, 2), "dq": Tuning(64, 64, 4, 2), "dkv": Tuning(64, 64, 4, 2)},
@@ -47,7 +47,7 @@ LARGEST = 128  # a multiple of every block size
 def _cut(kernel: str, S: int, H: int, documents: bool) -> Tuning:
     cut = TUNINGS[min(width for width in TUNINGS if H <= width)][kernel]
     if kernel == "dkv" and documents:
-        cut = cut._replace(stages=2)  # with 4, ptxas spills 204 bytes, some in a loop; with 2, 100 and none
+        cut = cut._replace(stages=2)  # with 4, ptxas spills 204 bytes, some in a loop; with 2, 100 bytes, none in a loop
     return cut._replace(own=min(cut.own, S), other=min(cut.other, S))
 
 
@@ -58,7 +58,7 @@ def flash(
     S, H = q_BSNH.shape[1], q_BSNH.shape[3]
     rows = min(LARGEST, max(16, pl.next_power_of_2(S)))  # tensor cores take 16 rows or more
     width = max(16, pl.next_power_of_2(H))
-    # padding keys come after all queries, which do not see them; columns of zeros do not change a product
+    # padding keys come after all queries, so the causal mask hides them; columns of zeros do not change a product
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -S % rows), (0, 0), (0, width - H)))
     if ids_BS is not None:
         ids_BS = jnp.pad(ids_BS.astype(jnp.int32), ((0, 0), (0, -S % rows)), mode="edge")
@@ -77,7 +77,7 @@ def _forward(q_BSNH, k_BSKH, v_BSKH, ids_BS, scale, interpret):
     outputs = _call(_forward_kernel, "forward", (q_BSNH, k_BSKH, v_BSKH), (N, B, S // cut.own), cut, [own, every, every],
                     [own, own_row], (q_BSNH, jax.ShapeDtypeStruct((B, N, S), jnp.float32)), ids_BS,
                     2 * S * S * H * N * B, scale, interpret)  # fmt: skip
-    out_BSNH, lse_BNS = (checkpoint_name(x, "attention") for x in outputs)  # with both saved, backward runs no forward
+    out_BSNH, lse_BNS = (checkpoint_name(x, "attention") for x in outputs)  # if saved, backward does not rerun forward
     return out_BSNH, (q_BSNH, k_BSKH, v_BSKH, ids_BS, out_BSNH, lse_BNS)
 
 
@@ -106,7 +106,7 @@ _flash.defvjp(_forward, _backward)
 
 
 def _by_queries(cut: Tuning, S: int, H: int, group: int) -> tuple[pl.BlockSpec, ...]:
-    """Block specs of program (n, b, i): its block of queries (last block first), a number per query, its head's keys."""
+    """Returns block specs of program (n, b, i): its queries (last block first), a number per query, all keys of its head."""
     block = lambda i: S // cut.own - 1 - i
     return (
         pl.BlockSpec((None, cut.own, None, H), lambda n, b, i: (b, block(i), n, 0)),
@@ -118,7 +118,7 @@ def _by_queries(cut: Tuning, S: int, H: int, group: int) -> tuple[pl.BlockSpec, 
 def _call(kernel, name, arrays, grid, cut, in_specs, out_specs, outputs, ids_BS, flops, scale, interpret) -> list[jax.Array]:
     """Runs `kernel` on `arrays` and the segments (or None, None).
 
-    Blocks of rows are the slowest axis of `grid`: programs that run at one time are equally long, and no multiprocessor idles.
+    Blocks of rows are the slowest axis of `grid`: concurrent programs have equally many blocks to visit, so no SM idles.
     """
     segments, specs = (None, None), [None, None]
     if ids_BS is not None:
@@ -140,8 +140,8 @@ def _call(kernel, name, arrays, grid, cut, in_specs, out_specs, outputs, ids_BS,
 def _end(ids_BS: jax.Array, own: int, other: int, last: bool) -> jax.Array:
     """Returns, for each block of `own` rows, the first block of `other` rows that may share a segment with it: [B, S / own].
 
-    With `last`, the one after the last such block. By the range of ids in a block: exact for consecutive documents, and never
-    too narrow.
+    With `last`, the one after the last such block. Blocks meet if their ranges of ids do: exact for consecutive documents;
+    otherwise it may be too many blocks, never too few.
     """
     low, high = ([f(ids_BS.reshape(len(ids_BS), -1, n), -1) for n in (own, other)] for f in (jnp.min, jnp.max))
     meet_BIJ = (low[0][:, :, None] <= high[1][:, None, :]) & (low[1][:, None, :] <= high[0][:, :, None])
@@ -160,13 +160,13 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def _scores(a_OH: jax.Array, b_TH: jax.Array, hidden_OT: jax.Array | None) -> jax.Array:
-    """Returns the products of rows without the scale, which `_exp2` multiplies by."""
+    """Returns the scores before scaling; `_exp2` applies the scale."""
     scores_OT = _dot(a_OH, b_TH, (1, 1))
     return scores_OT if hidden_OT is None else jnp.where(hidden_OT, HIDDEN, scores_OT)
 
 
 def _exp2(x: jax.Array, scale: float, minus: jax.Array, interpret: bool) -> jax.Array:
-    """Returns 2 ** (scale * x - minus) in a GPU's two instructions; multiplication, subtraction and XLA's exp2 are six.
+    """Returns 2 ** (scale * x - minus) in two GPU instructions; a multiplication, a subtraction and XLA's exp2 take six.
 
     ex2.approx: relative error 2**-22, 0 for a denormal result (PTX ISA). From scale * x = 2**31 on `minus` is too coarse: inf.
     """
@@ -179,7 +179,7 @@ def _exp2(x: jax.Array, scale: float, minus: jax.Array, interpret: bool) -> jax.
 
 
 def _hidden(query, key, diagonal: bool, ids: tuple | None) -> jax.Array | None:
-    """Returns which pairs are hidden, from positions and segments that broadcast; None if no pair is."""
+    """Returns which pairs are hidden, by positions and segments that broadcast; None if no pair is."""
     out = query < key if diagonal else None
     if ids is None:
         return out
@@ -187,7 +187,7 @@ def _hidden(query, key, diagonal: bool, ids: tuple | None) -> jax.Array | None:
 
 
 def _over_keys(k_ref, v_ref, ids_ref, end_ref, cut: Tuning, block: Callable, carry):
-    """Runs `block(carry, k_TH, v_TH, hidden_OT)` over the blocks of keys that a program's queries may see: to the diagonal."""
+    """Runs `block(carry, k_TH, v_TH, hidden_OT)` over the blocks of keys that a program's queries may see, to the diagonal."""
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # the longest programs first
     own = i * cut.own + jnp.arange(cut.own)
     ids_O = None if ids_ref is None else plgpu.load(ids_ref.at[pl.ds(i * cut.own, cut.own)])
@@ -224,7 +224,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, ids_ref, end_ref, out_ref, lse_ref, *, 
 
 def _dq_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_ref, end_ref, dq_ref, *, cut, scale, exp2):
     q_OH, do_OH, lse_O, delta_O = (plgpu.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
-    minus_delta_O = -delta_O  # added, not subtracted: the product then starts from it
+    minus_delta_O = -delta_O  # added, not subtracted, so that the tensor core accumulates onto it
 
     def block(dq_OH, k_TH, v_TH, hidden_OT):
         p_OT = exp2(_scores(q_OH, k_TH, hidden_OT), scale * LOG2_E, lse_O[:, None])
