@@ -33,7 +33,7 @@ class Option(NamedTuple):
 def options(config: Config, mesh: jax.sharding.Mesh) -> list[Option]:
     """Returns the compiler options for the devices of `mesh`, without those that the user's own flags set.
 
-    Milliseconds: how long a step of configs/3t.py on a100-40g:2x8 (5.7 s) sends while no matmul runs, as read from the compiled
+    Milliseconds: how long a step of configs/3t.py on a100-40g:2x8 sends while no matmul runs, as read from the compiled
     program; 830 without options. docs/log.md says how, and which options did not help. libtpu overlaps sends and matmuls by
     default.
     """
