@@ -5,6 +5,7 @@ PY     := $(VENV)/bin/python
 # no bytecode in advance: half of the processor time of an install, mostly for modules that nothing here imports
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP    := $(PY) $(INSTALL)
+PYTEST := 'pytest>=8.3,<9.2' pytest-xdist  # see pyproject.toml
 # a newer Python, if one runs (a shim on the path may not): the numeric core is tested on it too, with the newest JAX
 NEWER  := $(shell for p in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); \
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
@@ -84,11 +85,11 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py
 $(VENV)-plan/.base: requirements.txt pyproject.toml
 	@test -d $(VENV)-plan || $(PYTHON) -m venv $(VENV)-plan
 	@echo "installing the compilers for other machines into $(VENV)-plan"
-	@$(VENV)-plan/bin/python $(INSTALL) --editable '.[plan]' pytest pytest-xdist nvidia-cuda-nvdisasm
+	@$(VENV)-plan/bin/python $(INSTALL) --editable '.[plan]' $(PYTEST) nvidia-cuda-nvdisasm
 	@touch $@
 
 $(VENV)-newer/.base: requirements.txt
 	@test -d $(VENV)-newer || $(NEWER) -m venv $(VENV)-newer
 	@echo "installing into $(VENV)-newer with $(NEWER)"
-	@$(VENV)-newer/bin/python $(INSTALL) -r requirements.txt pytest pytest-xdist
+	@$(VENV)-newer/bin/python $(INSTALL) -r requirements.txt $(PYTEST)
 	@touch $@
