@@ -200,9 +200,10 @@ def test_each_implementation_is_checked_without_being_timed(monkeypatch):
 def test_bench_gpu_names_the_part_that_fails_and_runs_the_others(tmp_path, monkeypatch):
     """Each part's lines are kept as they come; one is killed when its time is up; plan stands beside what was measured."""
     row = {"row": "jax", "seqs": 2, "ok": True, "peak_bytes": 3 << 30, "tokens_per_second": 300.0}
+    checked = {"device": {"kind": "NVIDIA H200", "platform": "gpu"}, "rows": [{"ok": True}, {"ok": None}]}
     write = "import json, pathlib; pathlib.Path({!r}).write_text(json.dumps({!r})); print('a line of {}')"
     scripts = {
-        "check": write.format(str(tmp_path / "check.json"), {"device": {"kind": "NVIDIA H200", "platform": "gpu"}}, "check"),
+        "check": write.format(str(tmp_path / "check.json"), checked, "check"),
         "kernels": "import time; print('before it hangs', flush=True); time.sleep(600)",
         "step": write.format(str(tmp_path / "step.json"), {"rows": [row]}, "step"),
         "trace": "import sys; sys.exit('no profiler')",

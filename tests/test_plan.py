@@ -1,5 +1,6 @@
 """The plan's arithmetic, by hand and against programs compiled here for virtual devices; the command as a user runs it."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,8 +13,8 @@ import jax
 import pytest
 
 from tinyllama_jax import plan
+from tinyllama_jax.base import cli, dims, sharding
 from tinyllama_jax.base import config as c
-from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.planning import compiled, hlo, laws, report, search, targets, timing
 
@@ -76,6 +77,19 @@ def test_matmuls_of_a_layer_are_counted(none, full):
         assert found.recomputed == 0
     again = none._replace(executed=none.asked + none.asked)
     assert again.recomputed == pytest.approx(1)
+
+
+def test_a_step_that_does_not_fit_has_no_predicted_time(none):
+    out = report.prediction(none._replace(peak=2**60), argparse.Namespace(mfu=None, price=None))
+    assert out["no_prediction"] == "the step does not fit a device's memory"
+    assert {value for key, value in out.items() if key != "no_prediction"} == {None}
+
+
+def test_a_step_whose_attention_has_other_rates_is_named():
+    config = cli.read(str(ROOT / "configs/3t.py"))
+    assert report._caveats(config) == []
+    for key, value in {"data.document_mask": "true", "model.seq_len": "4096", "model.n_heads": "16"}.items():
+        assert len(report._caveats(cli.override(config, {key: value}))) == 1, key
 
 
 def test_memory_by_kind_is_what_the_program_holds(none, full):

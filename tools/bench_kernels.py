@@ -386,7 +386,8 @@ def main() -> None:
         take(row)
     report["whole"] = True
     common.save(args.json, report)
-    print(f"{sum(r['ok'] is False for r in report['rows'])} rows are wrong. {args.json} has all")
+    wrong, right, left = (sum(row["ok"] is ok for row in report["rows"]) for ok in (False, True, None))
+    print(f"{wrong} rows are wrong, {right} are right, {left} were left out. {args.json} has all")
     print("\n".join(compared(report["rows"])))
 
 

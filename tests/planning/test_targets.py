@@ -91,6 +91,7 @@ def test_the_budget_follows_the_memory_fraction_in_the_environment(monkeypatch):
 def test_a_device_is_known_by_the_longest_name():
     assert targets.of("TPU v5 lite").flops == 197e12
     assert targets.of("TPU v5").flops == 459e12
-    assert targets.of("NVIDIA A100-SXM4-40GB").flops == 312e12
+    assert targets.of("NVIDIA A100-SXM4-40GB") is targets.of("NVIDIA A100-PCIE-40GB") is targets.TARGETS["a100-40g"]
+    assert targets.of("NVIDIA A100-SXM4-80GB") is targets.of("NVIDIA A100 80GB PCIe") is targets.TARGETS["a100-80g"]
     assert targets.of("NVIDIA H100 80GB HBM3").flops == 989e12
     assert targets.of("cpu") is None

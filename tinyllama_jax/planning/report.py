@@ -15,6 +15,7 @@ from tinyllama_jax.run import stages
 NAMES = {"matmuls": "matmuls", "attention": "attention kernels", "elementwise": "elementwise and reductions",
          "copies": "copies, casts, zeros", "exposed": "exposed communication", "gaps": "gaps between kernels",
          "total": "total"}  # fmt: skip
+PREDICTED = ("tokens_per_second_per_device", "days", "cost", "milliseconds")
 ORIGINAL = {"tokens_per_second_per_gpu": 24_000, "a100_hours_per_300b_tokens": 3_456, "days": 90, "usd": 140_000}
 
 
@@ -38,12 +39,17 @@ def report(compiled: Compiled, args: argparse.Namespace) -> dict:
         "stages": stages.stages(config),
         "memory": {"measured": compiled.memory, "expected": compiled.expected, "live": compiled.live},
         "attention": compiled.attention,
-        "notes": compiled.notes,
+        "notes": [*compiled.notes, *_caveats(config)],
         "compile_seconds": compiled.seconds,
     }
     if dims.n_parameters(config.model) == laws.TINYLLAMA.size:
         out["original"] = ORIGINAL
     return out
+
+
+def _caveats(config: config_lib.Config) -> list[str]:
+    known = (config.model.d_head, config.model.seq_len, config.data.document_mask) == (64, 2_048, False)
+    return [] if known else ["attention's rates are for heads of 64, 2,048 tokens and no document mask; this step has others"]
 
 
 def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
@@ -52,6 +58,8 @@ def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
     Each has a low, a middle and a high value: the high tokens/s belong to the low times and costs.
     """
     config, target, n = compiled.config, compiled.machine.target, len(compiled.machine.devices)
+    if not compiled.fits:
+        return dict.fromkeys(PREDICTED) | {"no_prediction": "the step does not fit a device's memory"}
     out = {"tokens_per_second_per_device": tokens_per_second(compiled, args.mfu), "days": None, "cost": None,
            "milliseconds": step_milliseconds(compiled, args.mfu), "no_prediction": no_prediction(compiled)}  # fmt: skip
     if rates := out["tokens_per_second_per_device"]:

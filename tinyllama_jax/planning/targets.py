@@ -132,9 +132,11 @@ TARGETS = {
 
 
 def of(device_kind: str) -> Target | None:
-    """Returns the target of a device by its kind, or None if the table lacks it (a CPU, say)."""
+    """Returns the target of a device by its kind, and by its memory if the kind names it; None if the table lacks it."""
     known = [target for target in TARGETS.values() if device_kind.startswith(target.kind)]
-    return max(known, key=lambda target: len(target.kind), default=None)
+    size = re.search(r"(\d+) ?GB", device_kind)
+    nearness = lambda target: -abs(int(size[1]) * 1e9 - target.memory) if size else 0
+    return max(known, key=lambda target: (len(target.kind), nearness(target)), default=None)
 
 
 class Machine(NamedTuple):
