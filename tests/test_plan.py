@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tinyllama_jax import plan
 from tinyllama_jax.base import cli, dims, sharding
@@ -38,10 +39,15 @@ def step_of(**how):
 @pytest.fixture(scope="module", autouse=True)
 def no_cache():
     """As the command has it: a program from the cache leaves no record of its memory."""
+
+    def use(cache):
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # else a process that has used the cache continues to
+
     before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    use(False)
     yield
-    jax.config.update("jax_enable_compilation_cache", before)
+    use(before)
 
 
 @pytest.fixture(scope="module")
