@@ -12,6 +12,7 @@ import jmp
 from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.base import rope as rope_lib
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.kernels import attention as attention_kernels
 
@@ -127,11 +128,11 @@ def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps) * scale_D.astype(jnp.float32)
 
 
-def rope_table(positions_S: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [S, H/2] in fp32: a bf16 table is off by up to 1/256 (transformers PR 29285)."""
-    frequency = 1.0 / model.rope_theta ** (jnp.arange(0, model.d_head, 2, dtype=jnp.float32) / model.d_head)
-    angle_SP = (positions_S.astype(jnp.float32) / model.rope_scaling)[..., None] * frequency
-    return jnp.cos(angle_SP), jnp.sin(angle_SP)
+def rope_table(positions: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [..., S, H/2] of positions [..., S], in fp32: a bf16 table is off by up to 1/256 (transformers PR 29285)."""
+    frequency_P, scale = rope_lib.frequencies(model)
+    angle = positions.astype(jnp.float32)[..., None] * frequency_P
+    return scale * jnp.cos(angle), scale * jnp.sin(angle)
 
 
 def rope(x_BSNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
