@@ -28,7 +28,7 @@ class Weights(NamedTuple):
     """A model's parameters. The training layout [L, ...] would have every layer copied out of the stack at each token."""
 
     embed_VD: jax.Array
-    layers: tuple[dict[str, jax.Array], ...]  # "q", "attention_norm", ... -> array
+    layers: tuple[dict[str, jax.Array], ...]  # "q", "attention_norm", ... -> array; a matrix as [in, out], heads joined
     final_norm_D: jax.Array
     head_DV: jax.Array
 
@@ -112,7 +112,11 @@ def place(arrays: Iterator[tuple[dims.Parameter, int | None, np.ndarray]], model
         array = array[tuple(slice(dims.sizes(model)[letter]) for letter in letters)]
         # norms stay fp32: they are small, and the model multiplies by them in fp32
         array = np.asarray(array, np.float32 if p.kind == "norm" else jnp.dtype(model.compute_dtype), order="C")
-        where = NamedSharding(mesh, PartitionSpec(*(sharding.PARAMETER_AXES.get(letter) for letter in letters)))
+        axes = [sharding.PARAMETER_AXES.get(letter) for letter in letters]
+        if p.fan_in:  # with heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token
+            array, n = array.reshape(math.prod(array.shape[: len(p.fan_in)]), -1), len(p.fan_in)
+            axes = [axes[0], axes[n]]
+        where = NamedSharding(mesh, PartitionSpec(*axes))
         (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = jax.device_put(array, where)
     return Weights(whole["embed"], tuple(layers), whole["final_norm"], whole["lm_head"])
 
