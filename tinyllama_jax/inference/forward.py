@@ -10,6 +10,7 @@ from jax import lax
 from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.core import model as model_lib
+from tinyllama_jax.inference.quantize import lookup, matmul
 from tinyllama_jax.inference.weights import Weights
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # k and v of each layer, [B, K, T, H] in the compute dtype
@@ -61,16 +62,6 @@ def forward(
 def logits(weights: Weights, x_BSD: jax.Array) -> jax.Array:
     """Logits [B, S, V] in fp32 of the output of `forward`."""
     return matmul(x_BSD, weights.head_DV, jnp.float32)
-
-
-def matmul(x_BSI: jax.Array, kernel_IO: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x times the kernel, [B, S, O] in `dtype`, by default x's."""
-    return jnp.einsum("bsi,io->bso", x_BSI, kernel_IO.astype(x_BSI.dtype), preferred_element_type=dtype)
-
-
-def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str) -> jax.Array:
-    """`table_VD[tokens_BS]` in `dtype`."""
-    return table_VD[tokens_BS].astype(dtype)
 
 
 def _put(cache_BKTH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
