@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
