@@ -143,7 +143,10 @@ def test_frequencies_are_those_of_transformers(kind, transformers):
 
     tables = {
         "linear": [{}],
-        "llama3": [{"low_freq_factor": 1.0, "high_freq_factor": 4.0, LENGTH: 8192}],
+        "llama3": [
+            {"low_freq_factor": 1.0, "high_freq_factor": 4.0, LENGTH: 8192},
+            {"low_freq_factor": 1.5, "high_freq_factor": 4.7, LENGTH: 37},
+        ],
         "yarn": [
             {LENGTH: 2048},
             {LENGTH: 33, "truncate": False},
