@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     if args.show_prompt:
         _note(f"prompt: {prompt}")
     sampling = options.sampling(args)
-    _note(f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}")
+    _note(
+        f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
+    )
     how = options.described(sampling)
     for sample in range(args.samples):
         request = Request(prompt, args.max_new_tokens, sampling, args.seed, sample, options.stop_ids(args, tokenizer))

@@ -4,29 +4,23 @@ import collections
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.inference import device
 from tinyllama_jax.inference import sampling as sampling_lib
-from tinyllama_jax.inference.forward import Cache, forward, init_cache, logits, longer
+from tinyllama_jax.inference.device import CHUNK, MARGIN, STOPS, TOP, Chunk, Rows, State
 from tinyllama_jax.inference.sampling import Sampling, Settings
-from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft, Proposal, distributions, look_up, propose, verified
-from tinyllama_jax.inference.weights import Loaded, Weights
+from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft
+from tinyllama_jax.inference.weights import Loaded
 
-CHUNK = 16  # the most tokens of a row between two looks of the host
 PATIENCE = 0.2  # seconds: on a slow device a chunk has fewer tokens, so that text flows
 PREFILL = (16, 32, 64, 128, 256, 512)  # prompts are computed in pieces of these lengths, the last one padded
 SHORTEST = 256  # positions of the cache at first; it doubles when a row needs more
-MARGIN = MOST_TOKENS + 1  # positions at the end of the cache that belong to no request: rows with nothing to compute write there
-TOP = 20  # most likely tokens that can be reported beside each token
-STOPS = 16  # ids that can end a request
 
 
 @dataclass(eq=False)
@@ -35,7 +29,7 @@ class Request:
 
     prompt: list[int]  # ids, bos included
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     sample: int = 0  # several answers to one prompt and seed differ in it
     stop_ids: tuple[int, ...] = ()  # the answer ends after one of these, which is part of `tokens`
@@ -50,128 +44,6 @@ class Request:
     finish: str | None = None  # "stop": a stop id; "length": max_new_tokens; "context": it is full; "cancelled"
     rounds: int = 0  # passes of the model for `tokens`; fewer than these with a draft
     cached: int = 0  # tokens of the prompt whose keys and values an earlier request had left in the slot
-
-
-class Rows(NamedTuple):
-    """One row a slot, rebuilt on the host before each chunk: [B] or [B, ...]."""
-
-    token: np.ndarray  # the newest token, whose key and value are not in the cache yet
-    position: np.ndarray  # its position
-    left: np.ndarray  # tokens still to come; 0: nothing is computed for this row
-    stop_ids: np.ndarray  # [B, STOPS], -1 where there is none
-    key: np.ndarray  # [B, 2], of the random numbers
-    settings: Settings
-    history: np.ndarray | None  # [B, T], the tokens at each position, for prompt lookup
-
-
-class State(NamedTuple):
-    """What a chunk takes over from the one before, on the device; donated."""
-
-    cache: Cache
-    draft_cache: Cache | None
-    seen_BV: jax.Array  # whether a token is in the prompt or the answer, for the repetition penalty
-
-
-class Chunk(NamedTuple):
-    """What a chunk has computed, [B, C] and [B, C, TOP]; entries after `n` tokens of a row mean nothing."""
-
-    n: jax.Array
-    tokens: jax.Array
-    logprobs: jax.Array
-    top_tokens: jax.Array
-    top_logprobs: jax.Array
-    rounds: jax.Array  # [B], passes of the target
-
-
-# -- on the device -----------------------------------------------------------------------------------------------------
-
-
-def _scored(logits_XV: jax.Array, token_X: jax.Array, want_top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities [X] of the tokens, and the TOP most likely tokens with theirs."""
-    X, n = len(token_X), min(TOP, logits_XV.shape[1])
-    total_X = jax.nn.logsumexp(logits_XV, axis=1)
-    none = lambda x: (jnp.zeros((X, n), jnp.float32), jnp.zeros((X, n), jnp.int32))
-    values_XT, tokens_XT = lax.cond(want_top, lambda x: tuple(lax.top_k(x, n)), none, logits_XV)
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, TOP - n)))
-    own_X = jnp.take_along_axis(logits_XV, token_X[:, None], axis=1)[:, 0]
-    return own_X - total_X, pad(tokens_XT), pad(values_XT - total_X[:, None])
-
-
-@partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="state")
-def _decode(
-    weights: Weights, draft_weights, state: State, rows: Rows, n, want_top, model: Model, draft: Draft
-) -> tuple[State, Chunk]:
-    """At least `n` tokens for every row that has so many left; a round of a draft can add up to K more."""
-    B, K = len(rows.token), draft.tokens
-    C = CHUNK + K + (K + 1)  # what a row can have, and room for what a row that has enough writes after it
-    idle = state.cache[0][0].shape[2] - MARGIN
-    empty = lambda dtype, *shape: jnp.zeros((B, C, *shape), dtype)
-    zeros = jnp.zeros(B, jnp.int32)
-    out = Chunk(zeros, empty(jnp.int32), empty(jnp.float32), empty(jnp.int32, TOP), empty(jnp.float32, TOP), zeros)
-    working = lambda left, out: (left > 0) & (out.n < n)
-
-    def body(carry):
-        token, position, left, history, (cache, draft_cache, seen_BV), out = carry
-        active = working(left, out)
-        proposal = Proposal(jnp.zeros((B, 0), jnp.int32), zeros, None)
-        if K and draft.model is None:
-            proposal = look_up(history, position, K)
-        elif K:
-            proposal, draft_cache = propose(
-                draft_weights, draft_cache, token, position, active, seen_BV, rows.key, rows.settings, draft
-            )
-        tokens_BS = jnp.concatenate([token[:, None], proposal.tokens_BK], axis=1)
-        at_BS = jnp.where(active, position, idle)[:, None] + jnp.arange(K + 1)
-        x_BSD, cache = forward(weights, tokens_BS, at_BS, cache, model)
-        logits_BSV = logits(weights, x_BSD)
-        allowed_BSV = distributions(logits_BSV, tokens_BS, seen_BV, rows.settings)
-        new_BS, n_new = verified(allowed_BSV, proposal, rows.key, position, rows.settings)
-        is_stop_BS = jnp.any(new_BS[:, :, None] == rows.stop_ids[:, None], axis=2)
-        before_BS = jnp.cumsum(is_stop_BS, axis=1) - is_stop_BS  # stop ids before a token: it does not count then
-        counts_BS = (jnp.arange(K + 1) < jnp.minimum(n_new, left)[:, None]) & (before_BS == 0) & active[:, None]
-        n_new = jnp.sum(counts_BS, axis=1, dtype=jnp.int32)
-        scores = _scored(logits_BSV.reshape(B * (K + 1), -1), new_BS.ravel(), want_top)
-        put = jax.vmap(lambda buffer, new, at: lax.dynamic_update_slice_in_dim(buffer, new, at, 0))
-        values = (new_BS, *(a.reshape(B, K + 1, *a.shape[1:]) for a in scores))
-        written = [put(buffer, new, out.n) for buffer, new in zip(out[1:5], values, strict=True)]
-        out = Chunk(out.n + n_new, *written, out.rounds + active)
-        if history is not None:
-            at = jnp.where(counts_BS, position[:, None] + 1 + jnp.arange(K + 1), history.shape[1])
-            history = history.at[jnp.arange(B)[:, None], at].set(new_BS, mode="drop")
-        seen_BV = seen_BV.at[jnp.arange(B)[:, None], new_BS].max(counts_BS)
-        last = jnp.take_along_axis(new_BS, jnp.maximum(n_new - 1, 0)[:, None], axis=1)[:, 0]
-        left = jnp.where(jnp.any(is_stop_BS & counts_BS, axis=1), 0, left - n_new)
-        return jnp.where(active, last, token), position + n_new, left, history, State(cache, draft_cache, seen_BV), out
-
-    carry = (rows.token, rows.position, rows.left, rows.history, state, out)
-    *_, state, out = lax.while_loop(lambda carry: jnp.any(working(carry[2], carry[-1])), body, carry)
-    return state, out
-
-
-@partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache")
-def _prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, model: Model, score: bool):
-    """The cache with `tokens_S` at the positions from `start` of a slot. Padding at their end is overwritten before it is read.
-
-    `score`: also the log-probability [S] of each token that follows one of them, with the most likely tokens; tokens_S then
-    has one token more.
-    """
-    S = len(tokens_S) - score
-    row = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, 1), cache)
-    x_1SD, row = forward(weights, tokens_S[None, :S], (start + jnp.arange(S))[None], row, model)
-    cache = jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, slot, 0), cache, row)
-    return cache, _scored(logits(weights, x_1SD)[0], tokens_S[1:], want_top) if score else None
-
-
-@partial(jax.jit, donate_argnums=0)
-def _seen(seen_BV, slot, row_V):
-    return seen_BV.at[slot].set(row_V)
-
-
-_new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2))
-_longer = jax.jit(longer, static_argnums=1)  # not donated: no buffer of the old size fits the new one
-
-
-# -- on the host -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -218,7 +90,7 @@ class Engine:
         self._admitted = 0
         self._seconds = 0.0  # what a token took in the last chunk
         with jax.set_mesh(self._mesh):
-            new = lambda model: model and _new_cache(model, n, min(SHORTEST, self.context + MARGIN))
+            new = lambda model: model and device.new_cache(model, n, min(SHORTEST, self.context + MARGIN))
             seen_BV = jnp.zeros((n, self._model.vocab_size), bool)
             self._state = State(new(self._model), new(self._draft.model), seen_BV)
 
@@ -302,7 +174,7 @@ class Engine:
                 request.prompt_top.append([])
             row_V = np.zeros(self._model.vocab_size, bool)
             row_V[request.prompt] = True
-            self._state = self._state._replace(seen_BV=_seen(self._state.seen_BV, slot.index, row_V))
+            self._state = self._state._replace(seen_BV=device.with_seen(self._state.seen_BV, slot.index, row_V))
 
     def _prefill(self, slot: _Slot) -> None:
         """Computes one piece of a prompt, all of it but the last token."""
@@ -315,11 +187,11 @@ class Engine:
         tokens[: n + score] = request.prompt[start : start + n + score]
         self._grow(start + size)
         want_top, state = request.top_logprobs > 0, self._state
-        cache, scored = _prefill(self._weights, state.cache, slot.index, tokens, start, want_top, self._model, score)
+        cache, scored = device.prefill(self._weights, state.cache, slot.index, tokens, start, want_top, self._model, score)
         self._state = state._replace(cache=cache)
         if self._draft.model:
             piece = (slot.index, tokens[:size], start, False)
-            cache, _ = _prefill(self._draft_weights, state.draft_cache, *piece, self._draft.model, False)
+            cache, _ = device.prefill(self._draft_weights, state.draft_cache, *piece, self._draft.model, False)
             self._state = self._state._replace(draft_cache=cache)
         slot.held += request.prompt[start : start + n]
         if score:
@@ -337,7 +209,7 @@ class Engine:
         began = time.perf_counter()
         rows, want_top = self._rows(slots), any(slot.request.top_logprobs > 0 for slot in slots)
         arguments = (self._weights, self._draft_weights, self._state, rows, n, want_top, self._model, self._draft)
-        self._state, out = _decode(*arguments)
+        self._state, out = device.decode(*arguments)
         out = jax.device_get(out)
         self._seconds = (time.perf_counter() - began) / max(out.n.max(), 1)
         for slot in slots:
@@ -387,7 +259,7 @@ class Engine:
         while room < length:
             room = min(2 * room, self.context + MARGIN)
         if room > before:
-            caches = (c and _longer(c, room) for c in self._state[:2])
+            caches = (c and device.longer_cache(c, room) for c in self._state[:2])
             self._state = State(*caches, self._state.seen_BV)
 
 
@@ -404,6 +276,8 @@ def check(request: Request, model: Model) -> None:
         )
     if not all(0 <= token < model.vocab_size for token in request.prompt):
         raise UserError(f"the prompt has a token outside the vocabulary of {model.vocab_size:,}")
+    if not (0 <= request.seed < 2**32 and 0 <= request.sample < 2**32):
+        raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
     if len(request.stop_ids) > STOPS:
         raise UserError(f"{len(request.stop_ids)} ids are to end the answer; at most {STOPS} can")
     if request.top_logprobs > TOP:

@@ -17,12 +17,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a run folder, a Hugging Face folder or a GGUF file")
     parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
     parser.add_argument(
-        "--weights", choices=weights.KINDS, default="auto", help="their form in memory; auto: fp32 on a CPU, bf16 elsewhere (auto)"
+        "--weights",
+        choices=weights.KINDS,
+        default="auto",
+        help="their form in memory; auto: fp32 on a CPU, bf16 elsewhere (auto)",
     )
     parser.add_argument(
         "--draft", metavar="DIR|ngram", help="a smaller checkpoint with the same vocabulary, or prompt lookup (no speculation)"
     )
-    parser.add_argument("--draft-tokens", type=int, metavar="K", help="tokens that the draft proposes at a time (4; 8 for ngram)")
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="tokens that the draft proposes at a time (4; 8 for ngram)"
+    )
 
 
 def load(args: argparse.Namespace, slots: int = 1) -> tuple[Loaded, Engine]:
@@ -76,7 +81,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1, and less than 2^31")
     if args.temperature == 0:
         raise UserError("--temperature 0.0: must lie between 0.001 and 1,000; for the most likely token say --greedy")
-    sampling_lib.check(Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-"))
+    sampling_lib.check(
+        Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-")
+    )
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: must lie in [0, 2^31)")
 

@@ -95,9 +95,7 @@ def propose(
     return Proposal(tokens_BK[:, :K], jnp.full(B, K), p_BKV[:, :K]), cache
 
 
-def verified(
-    logits_BSV: jax.Array, proposal: Proposal, key_B2, position_B, settings: Settings
-) -> tuple[jax.Array, jax.Array]:
+def verified(logits_BSV: jax.Array, proposal: Proposal, key_B2, position_B, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """(tokens [B, K + 1], how many of them count [B]): the accepted proposals and one more, distributed as the target's own.
 
     `logits_BSV`: the target's `distributions` after the newest token and after each proposed one. A proposal x is accepted with
@@ -118,7 +116,9 @@ def verified(
         q_BV = q_BKV[rows, jnp.minimum(accepted_B, K - 1)] * rejected_B[:, None]
         excess_BV = jnp.maximum(p_BSV[rows, accepted_B] - q_BV, 0)
         # rounding can leave nothing where p and q are equal: then nothing was to be rejected, and p is as good
-        difference_BV = jnp.where(jnp.sum(excess_BV, axis=1, keepdims=True) > 0, jnp.log(excess_BV), logits_BSV[rows, accepted_B])
+        difference_BV = jnp.where(
+            jnp.sum(excess_BV, axis=1, keepdims=True) > 0, jnp.log(excess_BV), logits_BSV[rows, accepted_B]
+        )
         final_BV = jnp.where(rejected_B[:, None], difference_BV, logits_BSV[rows, accepted_B])
     last_B = draw(final_BV, key_B2, position_B + accepted_B, settings)
     tokens_BS = jnp.concatenate([proposal.tokens_BK, jnp.zeros((B, 1), jnp.int32)], axis=1)

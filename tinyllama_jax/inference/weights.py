@@ -48,8 +48,8 @@ class Loaded(NamedTuple):
 def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
     """Reads a run folder (its newest step, or `step`), or a Hugging Face folder. `option`: what names it in an error.
 
-    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is
-    needed. Raises UserError.
+    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the
+    vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is needed. Raises UserError.
     """
     files.check_local(option, path)
     path = Path(path)
