@@ -15,7 +15,8 @@ from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft, Proposal, di
 from tinyllama_jax.inference.weights import Weights
 
 CHUNK = 16  # the most tokens of a row between two looks of the host
-MARGIN = (
+# positions at the end of the cache that belong to no request: rows with nothing to compute write there
+MARGIN = MOST_TOKENS + 1
 TOP = 20  # most likely tokens that can be reported beside each token
 STOPS = 16  # ids that can end a request
 
