@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.inference.forward import Cache, forward, init_cache, logits, longer
@@ -111,7 +112,7 @@ def decode(
 
     carry = (rows.token, rows.position, rows.left, rows.history, state, out)
     *_, state, out = lax.while_loop(lambda carry: jnp.any(working(carry[2], carry[-1])), body, carry)
-    return state, out
+    return state, lax.with_sharding_constraint(out, PartitionSpec())  # each process reads all of it
 
 
 @partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache")

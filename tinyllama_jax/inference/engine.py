@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.inference import device
@@ -82,7 +83,7 @@ class Engine:
             raise UserError(f"--draft-tokens {draft_tokens}: must lie between 1 and {MOST_TOKENS}")
         self._weights, self._model, self._mesh = loaded.weights, loaded.model, loaded.mesh
         self._draft, self._draft_weights = Draft(draft_tokens, draft and draft.model), draft and draft.weights
-        copies = loaded.mesh.shape["data"]
+        copies = sharding.batch_devices(loaded.mesh)
         n = -(-slots // copies) * copies
         self._slots = [_Slot(i) for i in range(n)]
         self._queue: collections.deque[Request] = collections.deque()
@@ -205,6 +206,7 @@ class Engine:
         slots = [slot for slot in self._slots if slot.decoding]
         first = any(not slot.request.tokens for slot in slots)  # a first token is given at once
         n = 1 if first else int(np.clip(PATIENCE / self._seconds if self._seconds else 1, 1, CHUNK))
+        n = CHUNK if jax.process_count() > 1 else n  # all processes run the same program, whatever their clocks say
         self._grow(max(min(slot.size + n + self._draft.tokens, self.context) for slot in slots) + MARGIN)
         began = time.perf_counter()
         rows, want_top = self._rows(slots), any(slot.request.top_logprobs > 0 for slot in slots)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tinyllama_jax.base import sharding
+
 GROUP = 32  # inputs that share a scale in 4 bits
 # inputs converted at a time on a CPU. XLA would convert a whole matrix first, or one number at a time within the product: with
 # 2,048 x 5,632 weights that took 14 to 25 times as long
@@ -88,7 +90,7 @@ def _halves(kernel: Int4, dtype: jnp.dtype) -> list[jax.Array]:
 def lookup(table: jax.Array | Int8 | Int4, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding, [B, S, D]. A table in 8 or 4 bits is kept as the matrix [D, V]."""
     if isinstance(table, jax.Array):
-        return table[tokens_BS].astype(dtype)
+        return sharding.constrain(table, "VD")[tokens_BS].astype(dtype)
     columns = type(table)(*(a[..., tokens_BS.ravel()] for a in table))
     w_DX = columns.q_IO * columns.scale_O if isinstance(table, Int8) else jnp.concatenate(_halves(columns, jnp.float32), axis=1)
     return w_DX.reshape(-1, tokens_BS.size).T.reshape(*tokens_BS.shape, -1).astype(dtype)

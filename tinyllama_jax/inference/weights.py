@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tinyllama_jax.base import dims, files, sharding
 from tinyllama_jax.base.config import Mesh, Model
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.core import model as model_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.hub import llama
@@ -118,8 +117,7 @@ def place(
         array = array[tuple(slice(sizes[letter]) for letter in letters)]
         axes = [sharding.PARAMETER_AXES.get(letter) for letter in letters]
         if p.fan_in:  # with heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token
-            n = len(p.fan_in)
-            array, axes = array.reshape(math.prod(array.shape[:n]), -1), [axes[0], axes[n]]
+            array, axes = array.reshape(dims.matrix(p, model)), [axes[0], axes[len(p.fan_in)]]
         if p.kind != "norm" and weights in ("int8", "int4"):
             name, values = p.name, array if p.fan_in else array.T
             placed = _small(weights, values, axes if p.fan_in else axes[::-1], mesh, name)
@@ -146,8 +144,3 @@ def _small(weights: str, array_IO: np.ndarray, axes: list[str | None], mesh: jax
         return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*fits)))
 
     return type(small)(*map(put, small, specs))
-
-
-def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
-    """The weights of a trainer's parameters, which stay as they are; both then take memory."""
-    return place(_unstacked(model_lib.unflatten(model_lib.flatten(params))), model, mesh)
