@@ -349,6 +349,8 @@ def _convert(args: argparse.Namespace) -> str:
 def main(argv: list[str]) -> int:
     """Runs one conversion; returns the exit code."""
     args = _parser().parse_args(argv)
+    if args.kind is not None and argv[0] != args.kind:
+        raise UserError(f"{argv[0]}: options come after {args.kind}, whose own they are; see {args.kind} --help")
     if args.kind is None:
         print(_convert(args))
     elif args.kind == "to-torch":

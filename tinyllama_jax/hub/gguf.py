@@ -175,7 +175,8 @@ class Stored:
         self.name, self.shape, self.kind, self.raw, self.model = name, shape, kind, raw, None
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
-        array = _package().quants.dequantize(self.raw.reshape(*self.shape[:-1], -1), self.kind).reshape(self.shape)
+        with np.errstate(all="ignore"):  # a damaged scale; NaN and infinity are refused later, by name
+            array = _package().quants.dequantize(self.raw.reshape(*self.shape[:-1], -1), self.kind).reshape(self.shape)
         return _rows(array, self.name, self.model, interleave=False) if self.model else array
 
 
