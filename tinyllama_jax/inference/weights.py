@@ -1,8 +1,11 @@
 """Weights for inference: one array a layer, on the devices, from a run folder, a Hugging Face folder or a GGUF file."""
 
+import atexit
 import dataclasses
 import functools
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +19,9 @@ from tinyllama_jax.base import dims, files, sharding
 from tinyllama_jax.base.config import Mesh, Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.export import gguf_tokenizer
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.hub import llama
+from tinyllama_jax.hub import gguf, llama
 from tinyllama_jax.inference.quantize import GROUP, Int4, Int8, int4, int8
 from tinyllama_jax.run import checkpoint
 
@@ -40,35 +44,46 @@ class Loaded(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     begin_with_bos: bool
-    folder: Path
+    folder: Path  # with the tokenizer's files, chat template included
     mesh: jax.sharding.Mesh
 
 
 def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
-    """Reads a run folder (its newest step, or `step`), or a Hugging Face folder. `option`: what names it in an error.
+    """Reads a run folder (its newest step, or `step`), a Hugging Face folder or a GGUF file.
 
-    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the
-    vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is needed. Raises UserError.
+    `option`: what names it in an error. `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere
+    the model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is needed. Raises UserError.
     """
     files.check_local(option, path)
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{option} {path}: no such folder; give a run folder or a Hugging Face folder")
+    path, folder = Path(path), Path(path)
+    if not path.exists():
+        raise UserError(f"{option} {path}: no such file or folder; give a run folder, a Hugging Face folder or a GGUF file")
     if (path / "checkpoints").is_dir():
         params, config, _ = checkpoint.load_params(path, step)
         model, tokenizer, arrays = config.model, tokenizer_lib.load(path / "tokenizer"), _unstacked(params)
     elif step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
+    elif path.suffix == ".gguf" and path.is_file():
+        whole, folder = gguf.read(path), _scratch()
+        model, tokenizer = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
+        arrays = llama.arrays(whole.tensors, model, str(path))
     else:
+        if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
+            raise UserError(f"{option} {path}: name the GGUF file in it, such as {inside[0]}")
         (tensors, model), tokenizer = llama.open_folder(path), tokenizer_lib.load(path)
         arrays = llama.arrays(tensors, model, str(path))
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model only {model.vocab_size:,}")
     model = for_inference(dataclasses.replace(model, vocab_size=tokenizer.vocab_size), weights)
-    mesh = make_mesh(model)
-    return Loaded(
-        place(arrays, model, mesh, weights), model, tokenizer, tokenizer_lib.documents_begin_with_bos(path), path, mesh
-    )
+    mesh, begin_with_bos = make_mesh(model), tokenizer_lib.documents_begin_with_bos(folder)
+    return Loaded(place(arrays, model, mesh, weights), model, tokenizer, begin_with_bos, folder, mesh)
+
+
+def _scratch() -> Path:
+    """A folder for a GGUF's tokenizer, removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="tinyllama_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def for_inference(model: Model, weights: str = "auto") -> Model:
