@@ -21,7 +21,7 @@ FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "pla
 COMMANDS = ("train", "generate", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files dims mixture_weights values config cli schedule sharding",
+    "base": "errors files dims mixture_weights values rope config cli schedule sharding",
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy",
     "core": "xla model optim losses step program",
     "hub": "tensor_files llama litgpt",

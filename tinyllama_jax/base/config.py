@@ -8,7 +8,7 @@ import math
 import typing
 from dataclasses import dataclass, field
 
-from tinyllama_jax.base import mixture_weights
+from tinyllama_jax.base import mixture_weights, rope
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import check_local
 from tinyllama_jax.base.mixture_weights import Weight, exact, knots_of, weight_at
@@ -45,8 +45,10 @@ class Model(_Section):
     d_ff: int
     vocab_size: int  # rows of the embedding; at least the tokenizer's size
     seq_len: int  # S: positions of a training sequence; data blocks hold S + 1 tokens
+    head_dim: int = 0  # H, the width of one head; 0: d_model / n_heads
     rope_theta: float = 10_000.0
-    rope_scaling: float = 1.0  # linear position interpolation: positions are divided by it (4 in the original's 8k code model)
+    rope_scaling: float = 1.0  # how many times longer RoPE makes the context (4 in the original's 8k code model)
+    rope_type: str = "linear"  # how: linear (positions are divided), ntk, llama3,KEY=NUMBER,... or yarn,KEY=NUMBER,...
     norm_eps: float = 1e-5
     init: str = "tinyllama"  # or "torch_default": see dims.init_std
     precision: str = "params=float32,compute=bfloat16,output=float32"  # a jmp policy
@@ -58,14 +60,15 @@ class Model(_Section):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}")
-        check(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"gives heads of odd width {self.d_head}; RoPE needs pairs")
+        whole = self.head_dim or self.d_model % self.n_heads == 0
+        check(whole, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}; or set model.head_dim")
         divides = self.n_heads % self.n_kv_heads == 0
         check(divides, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
         layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
         parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
         remedy = f"makes {parameters:.3g} parameters; at most {PARAMETERS:.0e}"
         check(parameters <= PARAMETERS, "model.d_model", self.d_model, remedy)
+        object.__setattr__(self, "rope_type", rope.checked(self))  # its shortest form, so that equal models compare equal
         check_one_of("model.init", self.init, ("tinyllama", "torch_default"))
         check_one_of("model.residual", self.residual, ("auto", "float32", "bfloat16", "float16"))
         check_one_of("model.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
@@ -81,7 +84,7 @@ class Model(_Section):
     @property
     def d_head(self) -> int:
         """H, the width of one attention head."""
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
 
     @property
     def compute_dtype(self) -> str:
@@ -325,7 +328,7 @@ class Config(_Section):
             remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"
             check(tokens % self.model.seq_len == 0, f"train.{key}", getattr(self.train, key), remedy)
         model, most = self.model, max(tokens for _, _, tokens in self.train.stages)
-        wide = max(model.seq_len * model.n_heads, model.n_layers * max(model.d_model, model.d_ff))
+        wide = max(model.seq_len * model.n_heads, model.n_layers * max(model.d_model, model.d_ff, model.n_heads * model.d_head))
         check(most * wide <= 2**55, "train.tokens_per_step", most, f"with {wide:,} numbers a token arrays exceed 2^55 numbers")
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps

@@ -74,12 +74,12 @@ def n_parameters(model) -> int:
 def flops_per_token(model) -> dict[str, float]:
     """FLOPs of forward and backward per token under the four conventions for MFU, which are often quoted without their name.
 
-    6 N for the matmuls and 12 L D S for attention's two; N with or without the embedding lookup (no multiplication),
+    6 N for the matmuls and 12 L N H S for attention's two; N with or without the embedding lookup (no multiplication),
     attention with or without the half that the causal mask removes. 7.708, 7.314, 7.154 and 6.760 GFLOP for the 1.1B.
     """
     everything = n_parameters(model)
     matmul = sum(n_elements(p, model) for p in PARAMETERS if p.fan_in)
-    attention = 12 * model.n_layers * model.d_model * model.seq_len
+    attention = 12 * model.n_layers * model.n_heads * model.d_head * model.seq_len
     return {
         "palm": 6 * everything + attention,  # TinyLlama's and lit-gpt's estimator, llm-foundry
         "matmul": 6 * matmul + attention,  # nanoGPT, nanochat; what TinyLlama's 56% is close to

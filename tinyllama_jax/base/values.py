@@ -13,6 +13,7 @@ LIMITS = {
     for limits, keys in {
         (1, 2**10): "model.n_layers model.n_heads model.n_kv_heads",
         (1, 2**20): "model.d_model model.d_ff model.seq_len model.loss_chunk train.seqs_per_device",
+        (0, 2**16): "model.head_dim",
         (1, 2**24): "model.vocab_size",
         (1, 2**30): "train.tokens_per_step",
         (1, 2**31 - 1): "train.steps train.give_up checkpoint.every checkpoint.keep log.every log.eval_every",

@@ -1,6 +1,7 @@
-"""Llama 2 as a Flax module, and pure functions around it: init, hidden, logits, decode."""
+"""Llama 2 as a Flax module, and pure functions around it: init, hidden, logits. `layer` also serves inference."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jmp
 from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.base import dims, sharding
+from tinyllama_jax.base import rope as rope_lib
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.kernels import attention as attention_kernels
 
@@ -21,13 +23,6 @@ REMAT_POLICIES = {
     "save_matmuls": jax.checkpoint_policies.save_only_these_names(*_MATMULS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-class Cache(NamedTuple):
-    """The keys and values of earlier positions, for decoding."""
-
-    k_LBTKH: jax.Array
-    v_LBTKH: jax.Array
 
 
 def _initializer(parameter: dims.Parameter, model: Model):
@@ -133,29 +128,57 @@ def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps) * scale_D.astype(jnp.float32)
 
 
-def rope_table(positions_S: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [S, H/2] in fp32: a bf16 table is off by up to 1/256 (transformers PR 29285)."""
-    frequency = 1.0 / model.rope_theta ** (jnp.arange(0, model.d_head, 2, dtype=jnp.float32) / model.d_head)
-    angle_SP = (positions_S.astype(jnp.float32) / model.rope_scaling)[:, None] * frequency
-    return jnp.cos(angle_SP), jnp.sin(angle_SP)
+def rope_table(positions: jax.Array, model: Model) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [..., S, H/2] of positions [..., S], in fp32: a bf16 table is off by up to 1/256 (transformers PR 29285)."""
+    frequency_P, scale = rope_lib.frequencies(model)
+    angle = positions.astype(jnp.float32)[..., None] * frequency_P
+    return scale * jnp.cos(angle), scale * jnp.sin(angle)
 
 
 def rope(x_BSNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of each head (the half-split layout, as in Hugging Face), in fp32."""
-    cos, sin = (t[None, :, None, :] for t in table)
+    cos, sin = (t[..., :, None, :] for t in table)
     first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)
 
 
+class Parts(NamedTuple):
+    """What a layer computes with: training and inference differ in these four alone."""
+
+    weight: Callable[[str], jax.Array]  # name -> a norm's scale
+    project: Callable[[str, str, jax.Array], jax.Array]  # (name, einsum, x) -> x times the matrix of that name
+    down: Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) -> SwiGLU's second half
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) -> the attention output [B, S, N, H]
+
+
+def layer(x_BSD: jax.Array, table: tuple[jax.Array, jax.Array], parts: Parts, model: Model) -> jax.Array:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). `table`: from `rope_table`."""
+    policy, project = jmp.get_policy(model.precision), parts.project
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        return policy.cast_to_compute(rms_norm(x, parts.weight(name), model.norm_eps))
+
+    h_BSD = norm("attention_norm", x_BSD)
+    q_BSNH = rope(sharding.constrain(project("q", "bsd,dnh->bsnh", h_BSD), "BSNH"), table)
+    k_BSKH = rope(sharding.constrain(project("k", "bsd,dkh->bskh", h_BSD), "BSKH"), table)
+    v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
+    out_BSD = project("o", "bsnh,nhd->bsd", parts.attend(q_BSNH, k_BSKH, v_BSKH))
+    x_BSD = checkpoint_name(sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), "residual")
+
+    h_BSD = norm("mlp_norm", x_BSD)
+    gate_BSF = sharding.constrain(project("gate", "bsd,df->bsf", h_BSD), "BSF")
+    up_BSF = sharding.constrain(project("up", "bsd,df->bsf", h_BSD), "BSF")
+    return sharding.constrain(x_BSD + parts.down(gate_BSF, up_BSF).astype(x_BSD.dtype), "BSD")
+
+
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """`layer` in training: its parameters, and what backward saves of it."""
 
     model: Model
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, cache: Cache | None, start: jax.Array | int, ids_BS: jax.Array | None, table: tuple):
+    def __call__(self, x_BSD: jax.Array, ids_BS: jax.Array | None, table: tuple[jax.Array, jax.Array]):
         model = self.model
-        policy = jmp.get_policy(model.precision)
 
         def weight(name: str) -> jax.Array:
             kind = "scale" if name.endswith("norm") else "kernel"
@@ -166,36 +189,19 @@ class Block(nn.Module):
             # saved without H as a dimension of its own: TPUs pad the last dimension to 128, twice the memory for H = 64
             return checkpoint_name(y.reshape(*y.shape[:2], -1), name).reshape(y.shape)
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return policy.cast_to_compute(rms_norm(x, weight(name), model.norm_eps))
+        def attend(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+            impl = model.attention
+            if impl == "auto":  # outside `program.build`, which chooses for its mesh
+                shape = {"seq_len": q_BSNH.shape[1], "head_dim": model.d_head, "segments": ids_BS is not None}
+                impl = attention_kernels.choose(impl, model.compute_dtype, **shape)[0]
+            arrays = [a for a in (q_BSNH, k_BSKH, v_BSKH, ids_BS) if a is not None]
+            run = partial(attention_kernels.attention, impl=impl)
+            if impl in attention_kernels.KERNELS:
+                run = sharding.per_device(run, ("BSNH", "BSKH", "BSKH", "BS")[: len(arrays)], "BSNH")
+            return run(*arrays)
 
-        h_BSD = norm("attention_norm", x_BSD)
-        q_BSNH = rope(sharding.constrain(project("q", "bsd,dnh->bsnh", h_BSD), "BSNH"), table)
-        k_BSKH = rope(sharding.constrain(project("k", "bsd,dkh->bskh", h_BSD), "BSKH"), table)
-        v_BSKH = sharding.constrain(project("v", "bsd,dkh->bskh", h_BSD), "BSKH")
-        impl = model.attention
-        if impl == "auto":  # outside `program.build`, which chooses for its mesh
-            shape = {"seq_len": q_BSNH.shape[1], "head_dim": model.d_head, "segments": ids_BS is not None}
-            impl = attention_kernels.choose(impl, model.compute_dtype, **shape)[0]
-        if cache is not None:  # decoding: the new keys and values join the earlier ones
-            k_BSKH, v_BSKH = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-                for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True)
-            )
-            cache, impl = Cache(k_BSKH, v_BSKH), "reference" if impl == "reference" else "xla"
-        arrays = [a for a in (q_BSNH, k_BSKH, v_BSKH, ids_BS) if a is not None]
-        attend = partial(attention_kernels.attention, impl=impl, start=start)
-        if impl in attention_kernels.KERNELS:
-            attend = sharding.per_device(attend, ("BSNH", "BSKH", "BSKH", "BS")[: len(arrays)], "BSNH")
-        a_BSNH = attend(*arrays)
-        out_BSD = project("o", "bsnh,nhd->bsd", a_BSNH)
-        x_BSD = checkpoint_name(sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), "residual")
-
-        h_BSD = norm("mlp_norm", x_BSD)
-        gate_BSF = sharding.constrain(project("gate", "bsd,df->bsf", h_BSD), "BSF")
-        up_BSF = sharding.constrain(project("up", "bsd,df->bsf", h_BSD), "BSF")
-        out_BSD = down(model.reduce_dtype, gate_BSF, up_BSF, weight("down"))
-        return sharding.constrain(x_BSD + out_BSD.astype(x_BSD.dtype), "BSD"), cache
+        parts = Parts(weight, project, lambda gate, up: down(model.reduce_dtype, gate, up, weight("down")), attend)
+        return layer(x_BSD, table, parts, model), None
 
 
 class Llama(nn.Module):
@@ -213,35 +219,28 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=model.n_layers,
         )(model)
         self.final_norm = Weight("final_norm/scale", model)
         self.lm_head = Weight("lm_head/kernel", model)
 
-    def hidden(
-        self,
-        tokens_BS: jax.Array,
-        cache: Cache | None = None,
-        start: jax.Array | int = 0,
-        segment_ids_BS: jax.Array | None = None,
-    ):
-        """The head's input [B, S, D] in the compute dtype, and the cache with these positions added."""
+    def hidden(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array | None = None) -> jax.Array:
+        """The head's input [B, S, D] in the compute dtype."""
         policy = jmp.get_policy(self.model.precision)
         # in the residual stream's dtype: a table gathered in bf16 would round an fp32 stream by 0.2%
         x_BSD = lookup(self.embed(), tokens_BS, self.model.residual_dtype, self.model.reduce_dtype)
         x_BSD = sharding.constrain(x_BSD, "BSD")
-        table = rope_table(start + jnp.arange(tokens_BS.shape[1]), self.model)
-        x_BSD, cache = self.layers(x_BSD, cache, start, segment_ids_BS, table)
-        return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps)), cache
+        table = rope_table(jnp.arange(tokens_BS.shape[1]), self.model)
+        x_BSD, _ = self.layers(x_BSD, segment_ids_BS, table)
+        return policy.cast_to_compute(rms_norm(x_BSD, self.final_norm(), self.model.norm_eps))
 
-    def __call__(self, tokens_BS: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
-        """Logits [B, S, V] in the policy's output dtype, and the cache."""
+    def __call__(self, tokens_BS: jax.Array) -> jax.Array:
+        """Logits [B, S, V] in the policy's output dtype."""
         policy = jmp.get_policy(self.model.precision)
-        x_BSD, cache = self.hidden(tokens_BS, cache, start)
         kernel_DV = policy.cast_to_compute(self.lm_head())
-        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, kernel_DV, preferred_element_type=jnp.float32)
-        return policy.cast_to_output(logits_BSV), cache
+        logits_BSV = jnp.einsum("bsd,dv->bsv", self.hidden(tokens_BS), kernel_DV, preferred_element_type=jnp.float32)
+        return policy.cast_to_output(logits_BSV)
 
 
 # -- pure functions over a plain dict of parameters --------------------------------------------------------------------
@@ -255,23 +254,12 @@ def init(key: jax.Array, model: Model) -> dict:
 
 def hidden(params: dict, tokens_BS: jax.Array, model: Model, segment_ids_BS: jax.Array | None = None) -> jax.Array:
     """The head's input [B, S, D] in the compute dtype. With segments, a token sees only its own segment."""
-    return Llama(model).apply({"params": params}, tokens_BS, segment_ids_BS=segment_ids_BS, method="hidden")[0]
+    return Llama(model).apply({"params": params}, tokens_BS, segment_ids_BS, method="hidden")
 
 
 def logits(params: dict, tokens_BS: jax.Array, model: Model) -> jax.Array:
     """Logits [B, S, V] in fp32."""
-    return Llama(model).apply({"params": params}, tokens_BS)[0]
-
-
-def init_cache(model: Model, batch: int, length: int) -> Cache:
-    """Returns an empty cache for `length` positions, in the compute dtype."""
-    shape = (model.n_layers, batch, length, model.n_kv_heads, model.d_head)
-    return Cache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
-
-
-def decode(params: dict, tokens_BS: jax.Array, cache: Cache, start: jax.Array, model: Model) -> tuple[jax.Array, Cache]:
-    """Logits [B, S, V] of tokens at positions `start` .. `start` + S - 1, given the earlier ones' cache; and the new cache."""
-    return Llama(model).apply({"params": params}, tokens_BS, cache, start)
+    return Llama(model).apply({"params": params}, tokens_BS)
 
 
 def flatten(params: dict) -> dict[str, jax.Array]:

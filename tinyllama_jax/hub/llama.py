@@ -73,20 +73,29 @@ def to_hf(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
         yield name, array.reshape(-1, _hf_shape(p, model)[0]).T if p.fan_in else array
 
 
-def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_non_finite: bool = False) -> dict:
-    """Inverse of `to_hf`: nested dict of fp32 arrays. Each tensor is read once.
+def arrays(
+    tensors: Tensors, model: Model, origin: str = "checkpoint", allow_non_finite: bool = False
+) -> Iterator[tuple[dims.Parameter, int | None, np.ndarray]]:
+    """(parameter, layer, array of that layer in this package's shape) of every tensor, each read once; views where possible.
 
     Raises UserError naming the first tensor that is unknown, missing or of another shape, or that holds NaN or infinity unless
     `allow_non_finite`. Rotary tables of old checkpoints are ignored.
     """
     tensor_files.check(tensors, shapes(model), origin)  # before a tensor is read, or memory of the model's size is allocated
-    flat = {p.name: np.empty(dims.shape(p, model), np.float32) for p in dims.PARAMETERS}
     for name, p, layer in _tensors(model):
         tensor = np.asarray(tensors[name])
         if not allow_non_finite:
             tensor_files.check_finite(name, tensor, origin)
-        ours = (tensor.T if p.fan_in else tensor).reshape(_layer_shape(p, model))
-        flat[p.name][... if layer is None else layer] = ours
+        yield p, layer, (tensor.T if p.fan_in else tensor).reshape(_layer_shape(p, model))
+
+
+def from_hf(tensors: Tensors, model: Model, origin: str = "checkpoint", allow_non_finite: bool = False) -> dict:
+    """Inverse of `to_hf`: nested dict of fp32 arrays. Raises UserError as `arrays` does."""
+    flat: dict[str, np.ndarray] = {}
+    for p, layer, array in arrays(tensors, model, origin, allow_non_finite):
+        if p.name not in flat:
+            flat[p.name] = np.empty(dims.shape(p, model), np.float32)
+        flat[p.name][... if layer is None else layer] = array
     params: dict = {}
     for name, array in flat.items():
         *parents, last = name.split("/")
@@ -252,8 +261,8 @@ def load_model(path: str | Path) -> Model:
     return from_hf_config(_read_config(Path(path)), str(path))
 
 
-def load_folder(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model]:
-    """(parameters as fp32 numpy arrays in a nested dict, model) of a Hugging Face folder, or of a file beside its config.json.
+def open_folder(path: str | Path) -> tuple[Tensors, Model]:
+    """(tensors, model) of a Hugging Face folder, or of a file beside its config.json; a tensor is read when it is asked for.
 
     Tied embeddings become two equal tables. Raises UserError.
     """
@@ -261,6 +270,12 @@ def load_folder(path: str | Path, allow_non_finite: bool = False) -> tuple[dict,
     model, tensors = load_model(path), tensor_files.read(path)
     if _read_config(path).get("tie_word_embeddings"):
         tensors = _untie(tensors, model, str(path))
+    return tensors, model
+
+
+def load_folder(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model]:
+    """(parameters as fp32 numpy arrays in a nested dict, model) of what `open_folder` opens. Raises UserError."""
+    tensors, model = open_folder(path)
     return from_hf(tensors, model, str(path), allow_non_finite), model
 
 

@@ -40,7 +40,8 @@ PACKAGES = (
 )  # fmt: skip
 FIXED = (  # a run cannot change these, or its config would no longer describe its past
     "model.n_layers", "model.d_model", "model.n_heads", "model.n_kv_heads", "model.d_ff", "model.vocab_size", "model.seq_len",
-    "model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.precision", "train.tokens_per_step", "train.seed",
+    "model.head_dim", "model.rope_theta", "model.rope_scaling", "model.rope_type", "model.norm_eps", "model.precision",
+    "train.tokens_per_step", "train.seed",
 )  # fmt: skip
 FREE = (  # a change of these is not reported: it changes neither the batches nor, except for rounding, the losses
     "workdir", "data.sources", "data.workers", "data.verify", "data.eval_blocks", "train.spike", "train.give_up", "train.wait",
@@ -220,9 +221,10 @@ def check_same_model(model: Model, origin_model: Model, origin: str) -> list[str
     notes, names = [], [key.removeprefix("model.") for key in FIXED if key.startswith("model.")]
     for name in names:
         own, other = getattr(model, name), getattr(origin_model, name)
-        if name in ("seq_len", "precision") or own == other:
+        same = own == other or (name == "head_dim" and model.d_head == origin_model.d_head)
+        if name in ("seq_len", "precision") or same:
             continue
-        if name not in ("rope_theta", "rope_scaling", "norm_eps"):
+        if name not in ("rope_theta", "rope_scaling", "rope_type", "norm_eps"):
             raise UserError(f"--model.{name}={own}: {origin} is of a model with {name}={other}")
         notes.append(f"{origin} was trained with model.{name}={other}; here it is {own}")
     return notes

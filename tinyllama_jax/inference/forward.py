@@ -1,0 +1,88 @@
+"""The forward pass of inference: tokens at any positions of each row, with a cache of the keys and values before them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import jmp
+
+from tinyllama_jax.base import sharding
+from tinyllama_jax.base.config import Model
+from tinyllama_jax.core import model as model_lib
+from tinyllama_jax.inference.weights import Weights
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # k and v of each layer, [B, K, T, H] in the compute dtype
+
+
+def init_cache(model: Model, rows: int, length: int) -> Cache:
+    """An empty cache of `length` positions for each row."""
+    shape = (rows, model.n_kv_heads, length, model.d_head)
+    new = lambda: sharding.constrain(jnp.zeros(shape, model.compute_dtype), "BKTH")
+    return tuple((new(), new()) for _ in range(model.n_layers))
+
+
+def longer(cache: Cache, length: int) -> Cache:
+    """The cache with room for `length` positions."""
+    grow = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, length - a.shape[2]), (0, 0)))
+    return jax.tree.map(lambda a: sharding.constrain(grow(a), "BKTH"), cache)
+
+
+def forward(
+    weights: Weights, tokens_BS: jax.Array, positions_BS: jax.Array, cache: Cache, model: Model
+) -> tuple[jax.Array, Cache]:
+    """The head's input [B, S, D] for tokens at `positions_BS`, and the cache with their keys and values.
+
+    A token sees the positions up to its own. One at the position T, the cache's length, or beyond is padding: it is not added.
+    The layers are written out, not scanned: a scan would copy each layer's weights out of a stack.
+    """
+    policy = jmp.get_policy(model.precision)
+    x_BSD = sharding.constrain(lookup(weights.embed_VD, tokens_BS, model.residual_dtype), "BSD")
+    table, after = model_lib.rope_table(positions_BS, model), []
+    for layer, (k_BKTH, v_BKTH) in zip(weights.layers, cache, strict=True):
+
+        def attend(q_BSNH, k_BSKH, v_BSKH, old=(k_BKTH, v_BKTH)):
+            new = tuple(_put(c, x, positions_BS) for c, x in zip(old, (k_BSKH, v_BSKH), strict=True))
+            after.append(new)
+            return over_cache(q_BSNH, *new, positions_BS)
+
+        def project(name, einsum, x, layer=layer):
+            return matmul(einsum, x, layer[name])
+
+        def down(gate_BSF, up_BSF, layer=layer):
+            return matmul("bsf,fd->bsd", jax.nn.silu(gate_BSF) * up_BSF, layer["down"])
+
+        x_BSD = model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
+    return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps)), tuple(after)
+
+
+def logits(weights: Weights, x_BSD: jax.Array) -> jax.Array:
+    """Logits [B, S, V] in fp32 of the output of `forward`."""
+    return matmul("bsd,dv->bsv", x_BSD, weights.head_DV, jnp.float32)
+
+
+def matmul(einsum: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`jnp.einsum(einsum, x, kernel)` in `dtype`, by default x's."""
+    return jnp.einsum(einsum, x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str) -> jax.Array:
+    """`table_VD[tokens_BS]` in `dtype`."""
+    return table_VD[tokens_BS].astype(dtype)
+
+
+def _put(cache_BKTH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    """The cache with `new_BSKH` at `positions_BS`; those outside it are dropped."""
+    put = lambda cache_KTH, new_SKH, at_S: cache_KTH.at[:, at_S].set(jnp.moveaxis(new_SKH, 0, 1), mode="drop")
+    return sharding.constrain(jax.vmap(put)(cache_BKTH, new_BSKH.astype(cache_BKTH.dtype), positions_BS), "BKTH")
+
+
+def over_cache(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    """Attention [B, S, N, H] of queries at `positions_BS` over the cache; the scores in fp32 as in training."""
+    B, S, N, H = q_BSNH.shape
+    q_BSKGH = q_BSNH.reshape(B, S, k_BKTH.shape[1], -1, H)
+    scores_BKGST = jnp.einsum("bskgh,bkth->bkgst", q_BSKGH, k_BKTH, preferred_element_type=jnp.float32)
+    visible_BST = jnp.arange(k_BKTH.shape[2]) <= positions_BS[:, :, None]
+    scores_BKGST = jnp.where(visible_BST[:, None, None], scores_BKGST * jnp.float32(1 / math.sqrt(H)), -jnp.inf)
+    weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSNH.dtype)
+    out_BSKGH = jnp.einsum("bkgst,bkth->bskgh", weights_BKGST, v_BKTH, preferred_element_type=jnp.float32)
+    return out_BSKGH.reshape(B, S, N, H).astype(q_BSNH.dtype)

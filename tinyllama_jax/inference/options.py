@@ -1,0 +1,69 @@
+"""The options that `generate` and `chat` share."""
+
+import argparse
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.inference import sampling as sampling_lib
+from tinyllama_jax.inference.sampling import Sampling
+from tinyllama_jax.inference.weights import KINDS
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The options that name a checkpoint and say how it is computed."""
+    parser.add_argument("--checkpoint", required=True, help="a run folder, a Hugging Face folder or a GGUF file")
+    parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
+    parser.add_argument("--weights", choices=KINDS, default="auto", help="fp32 on a CPU, the model's dtype elsewhere (auto)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The options of how tokens are drawn, and of where an answer ends."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, help=f"tokens to write at most ({max_new_tokens})")
+    add("--temperature", type=float, default=0.8, help="below 1: likely tokens become likelier (0.8)")
+    add("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all (0)")
+    add("--top-p", type=float, default=1.0, help="draw from the most likely tokens that together reach this probability (1.0)")
+    add("--min-p", type=float, default=0.0, help="draw from tokens at least this likely, relative to the most likely (0.0)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens seen before become less likely (1.0)")
+    add("--greedy", action="store_true", help="always take the most likely token; temperature, top-k, top-p, min-p are ignored")
+    add("--seed", type=int, default=0, help="seed of the sampling (0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times (none)")
+    add("--show-prompt", action="store_true", help="print the token ids that go into the model")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for a value out of bounds, or a text that is not UTF-8."""
+    for name in ("prompt", "stop", "system"):
+        for text in [value] if isinstance(value := getattr(args, name, None), str) else value or ():
+            if any("\ud800" <= character <= "\udfff" for character in text):  # Python's sign for bytes that are not UTF-8
+                raise UserError(f"--{name} {text!a}: is not UTF-8")
+    if any(not text for text in args.stop):
+        raise UserError('--stop "": is empty, and would end every text at once')
+    if not 1 <= args.max_new_tokens < 2**31:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1, and less than 2^31")
+    if args.temperature == 0:
+        raise UserError("--temperature 0.0: must lie between 0.001 and 1,000; for the most likely token say --greedy")
+    sampling_lib.check(Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-"))
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed {args.seed}: must lie in [0, 2^31)")
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The sampling that `args` ask for."""
+    if args.greedy:
+        return Sampling(0.0, repetition_penalty=args.repetition_penalty)
+    return Sampling(*(getattr(args, field) for field in Sampling._fields))
+
+
+def described(sampling: Sampling) -> str:
+    """`sampling` in a line."""
+    penalty = f", repetition penalty {sampling.repetition_penalty:g}" if sampling.repetition_penalty != 1 else ""
+    if sampling.temperature == 0:
+        return f"greedy{penalty}"
+    min_p = f", min-p {sampling.min_p:g}" if sampling.min_p else ""
+    return f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}{min_p}{penalty}"
+
+
+def stop_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's eos."""
+    return (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
