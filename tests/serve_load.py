@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "inference")]
 
-import serving
-from serving import ask, connect, head, until
+import serving  # noqa: E402
+from serving import ask, connect, head, until  # noqa: E402
 
-WORDS = "def return if for in x y z = ( ) : 1 2 import json None True the of a".split()
+WORDS = "def return if for in x y z = ( ) : 1 2 import json None True the of a".split()  # noqa: SIM905
 
 
 def prompts(n: int, seed: int) -> list[str]:

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import jax
 
@@ -112,7 +111,9 @@ def _note(text: str) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tinyllama_jax.serve", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.serve", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     options.add_checkpoint(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, so that others can use it (127.0.0.1)")
@@ -122,7 +123,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--max-tokens", type=int, default=0, help="tokens of an answer at most; 0: what the context holds (0)")
     add("--name", help="the model's name in the protocol (the folder's name)")
     add("--template", help=f"the chat template: {', '.join(chat.TEMPLATES)}, or a .jinja file (the checkpoint's own)")
-    add("--allow-host", action="append", default=[], metavar="NAME", help="answer to this name too; several times for more (none)")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this name too; several times for more (none)",
+    )
     add(
         "--allow-origin",
         action="append",

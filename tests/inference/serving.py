@@ -26,9 +26,7 @@ from tinyllama_jax.inference import listen, server, weights
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
 
-MODEL = c.Model(
-    2, 24, 6, 2, 40, 420, 512, precision="params=float32,compute=float32,output=float32", residual="float32"
-)
+MODEL = c.Model(2, 24, 6, 2, 40, 420, 512, precision="params=float32,compute=float32,output=float32", residual="float32")
 
 
 def tiny_params(model: c.Model) -> dict:
@@ -110,7 +108,10 @@ def connect(port: int) -> socket.socket:
 def head(path: str, body: bytes = b"", method: str = "", **headers: str) -> bytes:
     """A request as bytes."""
     fields = {"Host": "localhost", "Content-Length": str(len(body)), **{k.replace("_", "-"): v for k, v in headers.items()}}
-    lines = [f"{method or ('POST' if body else 'GET')} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items() if v is not None)]
+    lines = [
+        f"{method or ('POST' if body else 'GET')} {path} HTTP/1.1",
+        *(f"{k}: {v}" for k, v in fields.items() if v is not None),
+    ]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 

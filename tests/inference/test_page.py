@@ -1,6 +1,7 @@
 """The page at /, in a real Chromium: type, stream, stop, send again, edit, regenerate, a phone's width, the keyboard alone."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -148,24 +149,29 @@ def test_the_keyboard_is_enough(page, running):
     assert turns(page) == [] and outline == "solid"
 
 
-@pytest.mark.parametrize("page", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 1280, "height": 720}}], ids=str, indirect=True)
+def light(color):
+    """The relative luminance of a CSS color, as WCAG 2.2 defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return sum(v * weight for v, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+@pytest.mark.parametrize(
+    "page", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 1280, "height": 720}}], ids=str, indirect=True
+)
 def test_it_fits_and_can_be_read(page, running):
     send(page, "w" * 120 + " " + "two words " * 15)
     finished(page)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth && document.documentElement.scrollHeight <= innerHeight")
+    assert page.evaluate(
+        "document.documentElement.scrollWidth <= innerWidth && document.documentElement.scrollHeight <= innerHeight"
+    )
     for element in page.locator("button:visible, #text").all():
         box = element.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= page.viewport_size["width"] and box["height"] >= 30
-    contrast = """() => {
-        const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
-            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-        const pair = (front, back) => { const a = light(front) + 0.05, b = light(back) + 0.05; return Math.max(a, b) / Math.min(a, b); };
-        const of = (query, name) => getComputedStyle(document.querySelector(query))[name];
-        const back = of("body", "backgroundColor");
-        return [pair(of("body", "color"), back), pair(of("h2", "color"), back), pair(of("#send", "color"), of("#send", "backgroundColor")),
-                light(back)];
-    }"""
-    *ratios, back = page.evaluate(contrast)
+    color = lambda query, name="color": page.evaluate(f"getComputedStyle(document.querySelector('{query}')).{name}")
+    back, button = light(color("body", "backgroundColor")), light(color("#send", "backgroundColor"))
+    pairs = [(color("body"), back), (color("h2"), back), (color("#status"), back), (color("#send"), button)]
+    ratios = [(max(light(front), behind) + 0.05) / (min(light(front), behind) + 0.05) for front, behind in pairs]
     assert min(ratios) >= 4.5  # WCAG 2.2, 1.4.3
     dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert (back < 0.1) == dark

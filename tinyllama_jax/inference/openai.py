@@ -1,7 +1,6 @@
 """OpenAI's protocol: what a request asks for, the parts of an answer, and errors, as its clients expect them."""
 
 import difflib
-import json
 import re
 import secrets
 from typing import Annotated, NamedTuple
@@ -18,11 +17,11 @@ from tinyllama_jax.inference.sampling import Sampling
 from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.inference.weights import Loaded
 
-# Fields of OpenAI's that do not change an answer
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-IGNORED |= {"parallel_tool_calls"}  # without tools
-# Fields that would change it, with the values that ask for nothing
+IGNORED = ("any",)  # stands for any value of a field that does not change an answer
+# Fields of OpenAI's that are not supported, with the values that ask for nothing
 NEUTRAL = {
+    **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), IGNORED),
+    **dict.fromkeys(("prompt_cache_retention", "parallel_tool_calls"), IGNORED),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -34,10 +33,12 @@ NEUTRAL = {
     "function_call": ("none", "auto"),
     "best_of": (1,),
     "suffix": ("",),
-    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), (None,)),
 }
-NEUTRAL_OF_MESSAGE = {"name": (), "refusal": ("",), "annotations": ([],), "audio": (), "function_call": (), "tool_calls": ([],)}
+NEUTRAL_OF_MESSAGE = {"name": IGNORED, "refusal": ("",), "annotations": ([],), "tool_calls": ([],)}
+NEUTRAL_OF_MESSAGE |= dict.fromkeys(("audio", "function_call"), (None,))
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+PROMPTS = 1_024  # of a request, at most
 TOP = 20  # tokens listed beside each token, at most
 
 
@@ -147,27 +148,29 @@ class Query(NamedTuple):
         ]
 
 
-def _typed(value: object, kind: type, where: str = "") -> msgspec.Struct:
-    """`value` as `kind`. Raises ApiError with the path of the field that does not fit; null is an absent field."""
+def _wrong(param: str, what: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, f"{shown(param)}: {what}", shown(param), code)
+
+
+def _typed(value: dict, kind: type, where: str = "") -> msgspec.Struct:
+    """`value` as `kind`. Raises ApiError with the path of the field that does not fit. A field that is null is absent."""
     value = {name: field for name, field in value.items() if field is not None}
     neutral = NEUTRAL_OF_MESSAGE if kind is Message else NEUTRAL
-    for name in value.keys() & (IGNORED | neutral.keys()) - set(kind.__struct_fields__):
-        if name not in IGNORED and value[name] not in neutral[name] and name != "name":
-            raise ApiError(400, f"{where}{name}: is not supported; leave it out", where + name, "unsupported_parameter")
+    for name in value.keys() & neutral.keys() - set(kind.__struct_fields__):
+        if value[name] not in neutral[name] and neutral[name] is not IGNORED:
+            raise _wrong(where + name, "is not supported; leave it out", "unsupported_parameter")
         del value[name]
     try:
         return files.typed(value, kind)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what, _, path = str(error).replace(" | null`", "`").partition(" - at `$")
-        path = (where + path.rstrip("`").removeprefix(".")).strip(".")
+        path = (where + path.strip("`.")).rstrip(".")
         if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
             near = difflib.get_close_matches(unknown[1], kind.__struct_fields__, 1)
             path, what = where + unknown[1], "is not a field of this request" + (f"; did you mean {near[0]}?" if near else "")
         elif missing := re.fullmatch(r"Object missing required field `(.*)`", what):
             path, what = where + missing[1], "is missing"
-        elif path in value and isinstance(value[path], (int, float, str)):
-            what += f", not {shown(json.dumps(value[path]))}" if what.startswith("Expected") and "got" not in what else ""
-        raise ApiError(400, f"{shown(path)}: {what[:1].lower()}{what[1:]}", shown(path), "invalid_value") from None
+        raise _wrong(path, what[:1].lower() + what[1:]) from None
 
 
 def parse(body: bytes, kind: type[Common], loaded: Loaded, template: chat.Template | None) -> Query:
@@ -181,7 +184,7 @@ def parse(body: bytes, kind: type[Common], loaded: Loaded, template: chat.Templa
         prompts, bos = [_encode_chat(fields.messages, loaded, template)], False
         most, top = min(fields.max_tokens, fields.max_completion_tokens), fields.top_logprobs if fields.logprobs else -1
         if fields.top_logprobs and not fields.logprobs:
-            raise ApiError(400, "top_logprobs: needs logprobs: true", "top_logprobs", "invalid_value")
+            raise _wrong("top_logprobs", "needs logprobs: true")
     else:
         prompts, bos = _encode_prompts(fields.prompt, loaded)
         most, top = fields.max_tokens, -1 if fields.logprobs is None else fields.logprobs
@@ -195,9 +198,7 @@ def parse(body: bytes, kind: type[Common], loaded: Loaded, template: chat.Templa
         n=fields.n,
         max_tokens=most,
         # 0: only the most likely token, as a probability too small for a second one
-        sampling=Sampling(
-            fields.temperature, fields.top_k, max(fields.top_p, 1e-6), fields.min_p, fields.repetition_penalty
-        ),
+        sampling=Sampling(fields.temperature, fields.top_k, max(fields.top_p, 1e-6), fields.min_p, fields.repetition_penalty),
         seed=secrets.randbits(31) if fields.seed is None else fields.seed % 2**31,
         stop=stop + (chat.stop_texts(template, loaded.tokenizer) if is_chat else ()),
         stop_ids=tuple({*(chat.stop_ids(template, loaded.tokenizer) if is_chat else ()), *((eos,) if eos >= 0 else ())}),
@@ -215,11 +216,10 @@ def _encode_chat(messages: list[dict], loaded: Loaded, template: chat.Template |
     for i, fields in enumerate(messages):
         message = _typed(fields, Message, f"messages[{i}].")
         if message.role not in ROLES:
-            raise ApiError(400, f"messages[{i}].role: must be one of {', '.join(ROLES)}", f"messages[{i}].role", "invalid_value")
+            raise _wrong(f"messages[{i}].role", f"must be one of {', '.join(ROLES)}")
         parts = [Part("text", message.content)] if isinstance(message.content, str) else message.content
         if other := [part.type for part in parts if part.type != "text"]:
-            where = f"messages[{i}].content"
-            raise ApiError(400, f"{where}: {shown(other[0])!r} is not supported, only text", where, "unsupported_parameter")
+            raise _wrong(f"messages[{i}].content", f"{shown(other[0])!r} is not supported, only text", "unsupported_parameter")
         out.append({"role": ROLES[message.role], "content": "".join(part.text for part in parts)})
     return chat.encode(template, loaded.tokenizer, out, begin_with_bos=loaded.begin_with_bos)
 
@@ -228,13 +228,13 @@ def _encode_prompts(prompt: str | list, loaded: Loaded) -> tuple[list[list[int]]
     """(ids of each prompt, whether bos was put before them). Ids are taken as they are."""
     tokenizer = loaded.tokenizer
     if isinstance(prompt, list) and len({type(part) for part in prompt}) > 1:
-        what = "prompt: must be a text, texts, token ids or lists of token ids, not a mixture"
-        raise ApiError(400, what, "prompt", "invalid_value")
+        raise _wrong("prompt", "must be a text, texts, token ids or lists of token ids, not a mixture")
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if len(prompts) > PROMPTS:
+        raise _wrong("prompt", f"has {len(prompts):,} prompts, and the most is {PROMPTS:,}")
     if isinstance(prompts[0], list):
         if (largest := max(max(ids) for ids in prompts)) >= tokenizer.vocab_size:
-            what = f"prompt: the token id {largest} is outside the vocabulary of {tokenizer.vocab_size:,} tokens"
-            raise ApiError(400, what, "prompt", "invalid_value")
+            raise _wrong("prompt", f"the token id {largest} is outside the vocabulary of {tokenizer.vocab_size:,} tokens")
         return prompts, False
     ids = [first_tokens(tokenizer, loaded.begin_with_bos, text) for text in prompts]
     return ids, loaded.begin_with_bos and tokenizer.bos_id >= 0

@@ -150,7 +150,7 @@ class Answer:
 
 
 class Service:
-    """What all requests share: the model, the worker with the engine, and the requests that are open. Lives in the event loop."""
+    """What all requests share: the model, the worker with the engine, and the open requests. Lives in the event loop."""
 
     def __init__(self, loaded: Loaded, options: Options):
         self.loaded, self.options, self.worker = loaded, options, None
@@ -341,7 +341,8 @@ def _error(request: Request, error: Exception) -> Response:
 def page() -> Response:
     """The page at /. Its policy lets it run its own script alone, and connect to this server alone."""
     text = (resources.files(__package__) / "page.html").read_text()
-    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = "default-src 'none'; connect-src 'self'; img-src data:"
+    policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     for name in ("script", "style"):
         inner = re.search(f"<{name}>(.*?)</{name}>", text, re.DOTALL)[1]
         policy += f"; {name}-src 'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"

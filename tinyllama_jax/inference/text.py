@@ -22,7 +22,7 @@ class Text:
     RECENT = 64  # tokens kept of a text: each new one is decoded after them, since its text may depend on them
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
-        """`stop`: strings that end the text; they are not part of it. `before`: tokens that it continues, not part of it either.
+        """`stop`: strings that end the text; not part of it. `before`: tokens that it continues, not part of it either.
 
         Without those before it, SentencePiece leaves out the space in front of a text's first word.
         """
