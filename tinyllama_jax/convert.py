@@ -8,19 +8,23 @@ python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DI
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from tinyllama_jax.base import cli, dims, files
+from tinyllama_jax.base import cli, dims, files, schedule
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.base.mixture_weights import weight_at
+from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import litpkds
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
-from tinyllama_jax.hub import litgpt, llama, tensor_files
+from tinyllama_jax.hub import card, litgpt, llama, tensor_files
 from tinyllama_jax.run import checkpoint
 from tinyllama_jax.run import folder as run_folder
 
@@ -55,9 +59,31 @@ def export(
         llama.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (generation := run / "tokenizer/generation_config.json").is_file():
             shutil.copyfile(generation, folder / generation.name)
-        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
+        template = _template(run, ours, folder) if tokenizer else None
+        talk = template and partial(chat.encode, template, ours, begin_with_bos=False)
+        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos, talk):
             print(f"{output}: not checked whether Transformers reads this tokenizer as training did: it is not installed")
+        tokens = schedule.in_steps(config).tokens_after(step)
+        readme = card.text(config, step, tokens, _sources(run, tokens), template is not None, add_bos)
+        files.write(folder / "README.md", readme)
     return step
+
+
+def _template(run: Path, tokenizer: tokenizer_lib.Tokenizer, folder: Path) -> chat.Template | None:
+    """The chat template that the run's tokenizer brings; what ends its answers goes into `folder`'s generation_config.json."""
+    if "default" not in chat.own_sources(tokenizer.folder):
+        return None
+    template, path = chat.of_folder(run, tokenizer), folder / "generation_config.json"
+    stop, generation = list(chat.stop_ids(template, tokenizer)), files.read_json(path, dict)
+    if len(stop) > 1 and not isinstance(generation.get("eos_token_id"), list):
+        files.write(path, json.dumps(generation | {"eos_token_id": stop}, indent=2) + "\n")
+    return template
+
+
+def _sources(run: Path, tokens: int) -> list[tuple[str, float]] | None:
+    """(name of the folder, weight after `tokens`) of each source that a run was trained on; None for an import."""
+    sources = run_folder.read_sources(run)
+    return sources and [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
 
 
 def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -> tokenizer_lib.Tokenizer:

@@ -1,0 +1,76 @@
+"""The model card of an exported folder: README.md with metadata as huggingface.co reads it."""
+
+from collections.abc import Sequence
+
+from tinyllama_jax.base import dims
+from tinyllama_jax.base.config import Config
+
+
+def text(config: Config, step: int, tokens: int, sources: Sequence[tuple[str, float]] | None, template: bool, bos: bool) -> str:
+    """The card of a run after `step`, which is `tokens` tokens.
+
+    `sources`: name and weight of each data source; None: the run was not trained here, so its config tells nothing of its
+    training. `template`: whether the folder has a chat template. `bos`: whether each text began with bos.
+    """
+    model = config.model
+    tags = ["llama", "jax", *(["conversational"] if template else [])]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+# license: FILL IN, such as apache-2.0; without this line nobody may use the model
+tags: [{", ".join(tags)}]
+---
+
+# A Llama of {dims.n_parameters(model):,} parameters
+
+{_use(template)}
+
+## Architecture
+
+| | |
+|---|---|
+| layers x width | {model.n_layers} x {model.d_model:,} |
+| query heads, key-value heads, width of a head | {model.n_heads}, {model.n_kv_heads}, {model.d_head} |
+| hidden width of an MLP (SwiGLU) | {model.d_ff:,} |
+| vocabulary | {model.vocab_size:,} |
+| context, in tokens | {model.seq_len:,} |
+| RoPE | theta {model.rope_theta:g}{f", context stretched {model.rope_scaling:g} times" if model.rope_scaling != 1 else ""} |
+| each text begins with bos | {"yes" if bos else "no"} |
+
+## Training
+
+{_training(config, step, tokens, sources)}
+
+## License
+
+FILL IN: the licence of the weights, here and in the metadata above.
+"""
+
+
+def _use(template: bool) -> str:
+    given = '[{"role": "user", "content": "Hello!"}]' if template else '"Once upon a time"'
+    kind = (
+        "The chat template is in the tokenizer." if template else "A base model without a chat template: it continues a text."
+    )
+    return f"""```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="THIS_FOLDER")
+print(generate({given}, max_new_tokens=64)[0]["generated_text"])
+```
+
+{kind}"""
+
+
+def _training(config: Config, step: int, tokens: int, sources: Sequence[tuple[str, float]] | None) -> str:
+    if sources is None:
+        return "These weights were imported; what they were trained on is not known here. FILL IN."
+    optim, rows = config.optim, [f"- `{name}`: weight {weight:g}" for name, weight in sources]
+    start = " They began as the weights of another run: FILL IN which." if config.init.from_ else ""
+    return f"""Trained with tinyllama_jax for {step:,} steps on {tokens:,} tokens.{start}
+AdamW: peak learning rate {optim.peak_lr:g}, {optim.warmup_steps:,} steps of warm-up, weight decay {optim.weight_decay:g}.
+Computed in {config.model.compute_dtype}, with weights in float32.
+
+Data, with the weight of each source in the mixture at the end:
+
+""" + "\n".join(rows)
