@@ -24,8 +24,8 @@ ORDER = {
     "base": "errors files dims mixture_weights values rope config cli schedule sharding",
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy",
     "core": "xla model optim losses step program",
-    "hub": "tensor_files llama litgpt",
-    "data": "tokenizer blocks litpkds shuffle mixture feed export.tokenizer export.litpkds "
+    "hub": "tensor_files llama gguf_header gguf_keys gguf litgpt",
+    "data": "tokenizer blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer export.litpkds "
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
@@ -44,6 +44,7 @@ HOME = {
     "pycld2": {"data.prepare.clean"},
     "fasttext": {"data.prepare.clean"},
     "safetensors": {"hub.tensor_files"},
+    "gguf": {"hub.gguf"},
     "jmp": {"core.losses", "core.model", "core.step"},
     "msgspec": {"base.files", "data.blocks"},
     "chex": {"core.step"},

@@ -152,6 +152,16 @@ def test_what_ends_an_answer_is_inside_the_mask(name, sp):
     assert all(any(end.endswith(stop) for stop in stops) for end in ENDS[name])
 
 
+@pytest.mark.parametrize(
+    "source", [*(t.source for t in TEMPLATES.values()), " \n {% generation %}\n x \n{%+ endgeneration %} \n y"]
+)
+def test_marks_can_be_left_out_for_programs_that_do_not_know_them(source, sp):
+    plain = chat.without_marks(source)
+    assert "generation %" not in plain and "generation -" not in plain and not chat.marks_answers(Template("x", plain, ()))
+    talk = [*TALK, {"role": "assistant", "content": " A2\n"}]
+    assert chat.render(Template("x", plain, ()), sp, talk, False) == chat.render(Template("x", source, ()), sp, talk, False)
+
+
 def test_a_template_without_marks_has_no_mask(sp):
     with pytest.raises(UserError, match="does not mark the answers; add the tag {% generation %}"):
         chat.encode_with_mask(Template("x", "{{ messages[0].content }}", ()), sp, TALK, begin_with_bos=False)

@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 
 from tinyllama_jax.base import dims
-from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.config import Config, Model
+
+UNKNOWN = "What these weights were trained on is not known here. FILL IN."
 
 
-def text(config: Config, step: int, tokens: int, sources: Sequence[tuple[str, float]] | None, template: bool, bos: bool) -> str:
-    """The card of a run after `step`, which is `tokens` tokens.
+def text(model: Model, template: bool, bos: bool, history: str) -> str:
+    """The card of a model.
 
-    `sources`: name and weight of each data source; None: the run was not trained here, so its config tells nothing of its
-    training. `template`: whether the folder has a chat template. `bos`: whether each text began with bos.
+    `template`: whether its folder has a chat template. `bos`: whether each text began with bos. `history`: a paragraph on its
+    training, from `training`, or UNKNOWN.
     """
-    model = config.model
     tags = ["llama", "jax", *(["conversational"] if template else [])]
+    stretched = f", context stretched {model.rope_scaling:g} times ({model.rope_type})" if model.rope_scaling != 1 else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -34,12 +36,12 @@ tags: [{", ".join(tags)}]
 | hidden width of an MLP (SwiGLU) | {model.d_ff:,} |
 | vocabulary | {model.vocab_size:,} |
 | context, in tokens | {model.seq_len:,} |
-| RoPE | theta {model.rope_theta:g}{f", context stretched {model.rope_scaling:g} times" if model.rope_scaling != 1 else ""} |
+| RoPE | theta {model.rope_theta:g}{stretched} |
 | each text begins with bos | {"yes" if bos else "no"} |
 
 ## Training
 
-{_training(config, step, tokens, sources)}
+{history}
 
 ## License
 
@@ -62,11 +64,10 @@ print(generate({given}, max_new_tokens=64)[0]["generated_text"])
 {kind}"""
 
 
-def _training(config: Config, step: int, tokens: int, sources: Sequence[tuple[str, float]] | None) -> str:
-    if sources is None:
-        return "These weights were imported; what they were trained on is not known here. FILL IN."
+def training(config: Config, step: int, tokens: int, sources: Sequence[tuple[str, float]]) -> str:
+    """What a run was trained on up to `step`, which is `tokens` tokens. `sources`: name and weight of each data source."""
     optim, rows = config.optim, [f"- `{name}`: weight {weight:g}" for name, weight in sources]
-    start = " They began as the weights of another run: FILL IN which." if config.init.from_ else ""
+    start = " The weights at the start were another run's: FILL IN which." if config.init.from_ else ""
     return f"""Trained with tinyllama_jax for {step:,} steps on {tokens:,} tokens.{start}
 AdamW: peak learning rate {optim.peak_lr:g}, {optim.warmup_steps:,} steps of warm-up, weight decay {optim.weight_decay:g}.
 Computed in {config.model.compute_dtype}, with weights in float32.

@@ -113,8 +113,11 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def read(path: str | Path) -> SentencePiece:
-    """Reads a SentencePiece `.model`. Raises UserError if it is not one, or if a tokenizer.json cannot express it."""
+def read(path: str | Path, refuse: Callable | None = None) -> SentencePiece:
+    """Reads a SentencePiece `.model`. Raises UserError if it is not one, or if a tokenizer.json cannot express it.
+
+    `refuse`: checks another form, instead of a tokenizer.json, with the arguments of `_refuse`.
+    """
     pieces, parts = [], {}
     try:
         for field, value in _fields(Path(path).read_bytes()):
@@ -127,7 +130,7 @@ def read(path: str | Path) -> SentencePiece:
         raise UserError(f"{path}: is not a SentencePiece model") from None
     if not pieces:
         raise UserError(f"{path}: is not a SentencePiece model: it has no pieces")
-    _refuse(path, pieces, trainer, normalizer, denormalizer)
+    (refuse or _refuse)(path, pieces, trainer, normalizer, denormalizer)
     return SentencePiece(
         pieces,
         bos_id=_signed(trainer.get(41, 1)),
