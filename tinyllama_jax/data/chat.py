@@ -227,9 +227,8 @@ def marks_answers(template: Template) -> bool:
 
 def without_marks(source: str) -> str:
     """The same template for programs that do not know the tag `{% generation %}`, such as llama.cpp."""
-    return re.sub(
-        r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", source
-    )  # a comment takes white space as a tag does
+    # a comment removes the white space around it as a tag does
+    return re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", source)
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
