@@ -15,6 +15,8 @@ class LlamaCpp:
         params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_threads_http = 1
         params.warmup, params.verbosity = False, -1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to fp16
         self._server = xllamacpp.Server(params)
 
     def _post(self, path: str, body: dict) -> dict:

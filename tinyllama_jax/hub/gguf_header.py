@@ -34,7 +34,7 @@ class Header(NamedTuple):
 def parse(data: np.ndarray) -> Header:
     """The header of a file whose bytes are `data`. Raises ValueError."""
     cursor = _Cursor(data)
-    if cursor.take(4).tobytes() != b"GGUF":
+    if cursor.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     if (version := cursor.number("<u4")) not in (2, 3):
         raise ValueError(f"it is of version {version}, or big-endian; only 2 and 3 are read")
@@ -59,16 +59,16 @@ class _Cursor:
     """Reads values one after the other. Raises ValueError at the end of the data, before any memory is allocated."""
 
     def __init__(self, data: np.ndarray):
-        self.data, self.at = data, 0
+        self.data, self.at = memoryview(data), 0
 
-    def take(self, n: int) -> np.ndarray:
-        if n > self.data.size - self.at:
-            raise ValueError(f"it ends after {self.data.size:,} bytes, within its header")
+    def take(self, n: int) -> memoryview:
+        if n > len(self.data) - self.at:
+            raise ValueError(f"it ends after {len(self.data):,} bytes, within its header")
         self.at += n
         return self.data[self.at - n : self.at]
 
     def numbers(self, dtype: str, n: int) -> np.ndarray:
-        return np.frombuffer(self.take(n * np.dtype(dtype).itemsize).tobytes(), dtype)
+        return np.frombuffer(bytes(self.take(n * np.dtype(dtype).itemsize)), dtype)
 
     def number(self, dtype: str) -> int | float | bool:
         (value,) = self.numbers(dtype, 1)
@@ -80,7 +80,7 @@ class _Cursor:
         return n
 
     def text(self) -> str:
-        return self.take(self.number("<u8")).tobytes().decode()
+        return str(self.take(int.from_bytes(self.take(8), "little")), "utf-8")
 
     def value(self) -> object:
         kind = self.number("<u4")
