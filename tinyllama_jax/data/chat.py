@@ -4,6 +4,7 @@ A template is Jinja source. `TEMPLATES` holds those of TinyLlama's chat models; 
 `{% generation %}` marks what the assistant writes, the end of its answer included: fine-tuning trains on that part alone.
 """
 
+import bisect
 import functools
 import json
 import re
@@ -113,7 +114,7 @@ class _Generation(ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's `namespace`, without names that reach into Python: templates come from strangers."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, /, *args, **kwargs):
         super().__init__()
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
@@ -222,6 +223,12 @@ def encode_with_mask(
 def marks_answers(template: Template) -> bool:
     """Whether the template has the tag `{% generation %}`."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.source) is not None
+
+
+def without_marks(source: str) -> str:
+    """The same template for programs that do not know the tag `{% generation %}`, such as llama.cpp."""
+    # a comment removes the white space around it as a tag does
+    return re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", source)
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -350,9 +357,10 @@ def fit(messages: Sequence[Message], count: typing.Callable[[list[Message]], int
     that is still too long.
     """
     system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    starts = [i for i, message in enumerate(messages) if message["role"] == "user" and i > system]
-    for cut, start in enumerate([system, *starts]):
-        left = [*messages[:system], *messages[start:]]
-        if (n := count(left)) <= limit:
-            return left, cut
-    raise UserError(f"the last message has {n:,} tokens with what must stand before it, and there is room for {limit:,}")
+    starts = [system, *(i for i, message in enumerate(messages) if message["role"] == "user" and i > system)]
+    left = lambda cut: [*messages[:system], *messages[starts[cut] :]]
+    cut = bisect.bisect_left(range(len(starts) - 1), True, key=lambda cut: count(left(cut)) <= limit)
+    if (n := count(left(cut))) > limit:
+        what = f"the last message and what must stand before it have {n:,} tokens, and there is room for {limit:,}"
+        raise UserError(f"{what}; shorten the message or the system message")
+    return left(cut), cut

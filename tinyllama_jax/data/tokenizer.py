@@ -347,7 +347,9 @@ class HuggingFaceTokenizer(Tokenizer):
             if token is not None and self._hf.token_to_id(token) is None:
                 raise UserError(f"{path.parent}: {name} is {token!r}, which {path.name} does not have; name one that it has")
         self.names = [named.tokens.get(name) for name in ("bos_token", "eos_token")]
-        self.vocab_size = max(self._hf.get_vocab().values()) + 1
+        if not (vocabulary := self._hf.get_vocab()):
+            raise UserError(f"{path}: is empty: it has no tokens")
+        self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self.names)
         # a hash of everything that ids, bos and eos depend on: not of the post-processor, which an export may change
         parts = json.loads(self._content)

@@ -23,6 +23,7 @@ CHUNK = 16  # the most tokens of a row between two looks of the host
 PATIENCE = 0.2  # seconds: on a slow device a chunk has fewer tokens, so that text flows
 PREFILL = (16, 32, 64, 128, 256, 512)  # prompts are computed in pieces of these lengths, the last one padded
 SHORTEST = 256  # positions of the cache at first; it doubles when a row needs more
+MARGIN = 16  # positions at the end of the cache that belong to no request: rows with nothing to compute write there
 TOP = 20  # most likely tokens that can be reported beside each token
 STOPS = 16  # ids that can end a request
 
@@ -89,17 +90,16 @@ def _scored(logits_BV: jax.Array, token_B: jax.Array, want_top: jax.Array) -> tu
 @partial(jax.jit, static_argnames="model", donate_argnames=("cache", "seen_BV"))
 def _decode(weights: Weights, cache: Cache, seen_BV, rows: Rows, n, want_top, model: Model) -> tuple[Cache, jax.Array, Chunk]:
     """At most `n` tokens for every row that has some left."""
-    B, T = len(rows.token), cache[0][0].shape[2]
+    B, idle = len(rows.token), cache[0][0].shape[2] - MARGIN
     empty = lambda dtype, *shape: jnp.zeros((B, CHUNK, *shape), dtype)
     out = Chunk(jnp.zeros(B, jnp.int32), empty(jnp.int32), empty(jnp.float32), empty(jnp.int32, TOP), empty(jnp.float32, TOP))
-    keys = jax.random.wrap_key_data(rows.key)
 
     def body(carry):
         i, token, position, left, cache, seen_BV, out = carry
         active = left > 0
-        x_BSD, cache = forward(weights, token[:, None], jnp.where(active, position, T)[:, None], cache, model)
+        x_BSD, cache = forward(weights, token[:, None], jnp.where(active, position, idle)[:, None], cache, model)
         logits_BV = logits(weights, x_BSD)[:, 0]
-        drawn = draw(filtered(logits_BV, seen_BV, rows.settings), jax.vmap(jax.random.fold_in)(keys, position), rows.settings)
+        drawn = draw(filtered(logits_BV, seen_BV, rows.settings), rows.key, position, rows.settings)
         logprob, top = _scored(logits_BV, drawn, want_top)
         put = lambda buffer, new: lax.dynamic_update_index_in_dim(buffer, new, i, 1)
         out = Chunk(out.n + active, *map(put, out[1:], (drawn, logprob, *top)))
@@ -113,17 +113,15 @@ def _decode(weights: Weights, cache: Cache, seen_BV, rows: Rows, n, want_top, mo
 
 
 @partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache")
-def _prefill(weights: Weights, cache: Cache, slot, tokens_S, start, length, want_top, model: Model, score: bool):
-    """The cache with the first `length` of `tokens_S` at position `start` of a slot.
+def _prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, model: Model, score: bool):
+    """The cache with `tokens_S` at the positions from `start` of a slot. Padding at their end is overwritten before it is read.
 
     `score`: also the log-probability [S] of each token that follows one of them, with the most likely tokens; tokens_S then
     has one token more.
     """
-    T = cache[0][0].shape[2]
     S = len(tokens_S) - score
-    positions_1S = jnp.where(jnp.arange(S) < length, start + jnp.arange(S), T)[None]
     row = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, 1), cache)
-    x_1SD, row = forward(weights, tokens_S[None, :S], positions_1S, row, model)
+    x_1SD, row = forward(weights, tokens_S[None, :S], (start + jnp.arange(S))[None], row, model)
     cache = jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, slot, 0), cache, row)
     return cache, _scored(logits(weights, x_1SD)[0], tokens_S[1:], want_top) if score else None
 
@@ -178,7 +176,7 @@ class Engine:
         self._admitted = 0
         self._seconds = 0.0  # what a token took in the last chunk
         with jax.set_mesh(self._mesh):
-            self._cache = _new_cache(self._model, n, min(SHORTEST, self._model.seq_len))
+            self._cache = _new_cache(self._model, n, min(SHORTEST, self._model.seq_len + MARGIN))
             self._seen_BV = jnp.zeros((n, self._model.vocab_size), bool)
 
     @property
@@ -262,12 +260,13 @@ class Engine:
         """Computes one piece of a prompt, all of it but the last token."""
         request, start, score = slot.request, len(slot.held), slot.request.score_prompt
         left = len(request.prompt) - 1 - start
-        size = next((n for n in PREFILL if n >= left), PREFILL[-1])
+        fitting = [n for n in PREFILL if start + n <= self.context + MARGIN]
+        size = next((n for n in fitting if n >= left), fitting[-1])
         n = min(size, left)
         tokens = np.zeros(size + score, np.int32)
         tokens[: n + score] = request.prompt[start : start + n + score]
-        self._grow(start + n)
-        arguments = (self._weights, self._cache, slot.index, tokens, start, n, request.top_logprobs > 0, self._model, score)
+        self._grow(start + size)
+        arguments = (self._weights, self._cache, slot.index, tokens, start, request.top_logprobs > 0, self._model, score)
         self._cache, scored = _prefill(*arguments)
         slot.held += request.prompt[start : start + n]
         if score:
@@ -281,7 +280,7 @@ class Engine:
         slots = [slot for slot in self._slots if slot.decoding]
         first = any(not slot.request.tokens for slot in slots)  # a first token is given at once
         n = 1 if first else int(np.clip(PATIENCE / self._seconds if self._seconds else 1, 1, CHUNK))
-        self._grow(max(min(slot.size + n, self.context) for slot in slots))
+        self._grow(max(min(slot.size + n, self.context) for slot in slots) + MARGIN)
         began = time.perf_counter()
         rows, want_top = self._rows(slots), any(slot.request.top_logprobs > 0 for slot in slots)
         self._cache, self._seen_BV, out = _decode(self._weights, self._cache, self._seen_BV, rows, n, want_top, self._model)
@@ -324,11 +323,11 @@ class Engine:
         return rows
 
     def _grow(self, length: int) -> None:
-        """Makes room for `length` positions in every slot."""
-        room = self._cache[0][0].shape[2]
+        """Makes every slot's cache at least `length` positions long."""
+        room = before = self._cache[0][0].shape[2]
         while room < length:
-            room = min(2 * room, self._model.seq_len)
-        if room > self._cache[0][0].shape[2]:
+            room = min(2 * room, self.context + MARGIN)
+        if room > before:
             self._cache = _longer(self._cache, room)
 
 

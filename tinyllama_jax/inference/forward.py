@@ -5,10 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 import jmp
+from jax import lax
 
-from tinyllama_jax.base import sharding
+from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.core import model as model_lib
+from tinyllama_jax.inference.quantize import lookup, matmul
 from tinyllama_jax.inference.weights import Weights
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # k and v of each layer, [B, K, T, H] in the compute dtype
@@ -35,7 +37,8 @@ def forward(
     A token sees the positions up to its own. One at the position T, the cache's length, or beyond is padding: it is not added.
     The layers are written out, not scanned: a scan would copy each layer's weights out of a stack.
     """
-    policy = jmp.get_policy(model.precision)
+    policy, (B, S) = jmp.get_policy(model.precision), tokens_BS.shape
+    sizes = dims.sizes(model) | {"B": B, "S": S}
     x_BSD = sharding.constrain(lookup(weights.embed_VD, tokens_BS, model.residual_dtype), "BSD")
     table, after = model_lib.rope_table(positions_BS, model), []
     for layer, (k_BKTH, v_BKTH) in zip(weights.layers, cache, strict=True):
@@ -46,10 +49,11 @@ def forward(
             return over_cache(q_BSNH, *new, positions_BS)
 
         def project(name, einsum, x, layer=layer):
-            return matmul(einsum, x, layer[name])
+            y = matmul(x.reshape(B, S, -1), layer[name])
+            return y.reshape(*(sizes[letter] for letter in einsum.partition("->")[2].upper()))
 
         def down(gate_BSF, up_BSF, layer=layer):
-            return matmul("bsf,fd->bsd", jax.nn.silu(gate_BSF) * up_BSF, layer["down"])
+            return matmul(jax.nn.silu(gate_BSF) * up_BSF, layer["down"])
 
         x_BSD = model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
     return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps)), tuple(after)
@@ -57,23 +61,22 @@ def forward(
 
 def logits(weights: Weights, x_BSD: jax.Array) -> jax.Array:
     """Logits [B, S, V] in fp32 of the output of `forward`."""
-    return matmul("bsd,dv->bsv", x_BSD, weights.head_DV, jnp.float32)
-
-
-def matmul(einsum: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """`jnp.einsum(einsum, x, kernel)` in `dtype`, by default x's."""
-    return jnp.einsum(einsum, x, kernel.astype(x.dtype), preferred_element_type=dtype)
-
-
-def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: str) -> jax.Array:
-    """`table_VD[tokens_BS]` in `dtype`."""
-    return table_VD[tokens_BS].astype(dtype)
+    return matmul(x_BSD, weights.head_DV, jnp.float32)
 
 
 def _put(cache_BKTH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """The cache with `new_BSKH` at `positions_BS`; those outside it are dropped."""
-    put = lambda cache_KTH, new_SKH, at_S: cache_KTH.at[:, at_S].set(jnp.moveaxis(new_SKH, 0, 1), mode="drop")
-    return sharding.constrain(jax.vmap(put)(cache_BKTH, new_BSKH.astype(cache_BKTH.dtype), positions_BS), "BKTH")
+    """The cache with `new_BSKH` at `positions_BS`, which follow each other from the first one of a row."""
+    new_BKSH, start_B = jnp.moveaxis(new_BSKH, 1, 2).astype(cache_BKTH.dtype), positions_BS[:, 0]
+    if jax.default_backend() == "cpu":  # where a scatter would copy the whole cache
+        put = lambda b, cache: lax.dynamic_update_slice(
+            cache, lax.dynamic_slice_in_dim(new_BKSH, b, 1), (b, 0, start_B[b], 0)
+        )
+        cache_BKTH = lax.fori_loop(0, len(start_B), put, cache_BKTH)
+    else:
+        cache_BKTH = jax.vmap(lambda cache, new, at: lax.dynamic_update_slice(cache, new, (0, at, 0)))(
+            cache_BKTH, new_BKSH, start_B
+        )
+    return sharding.constrain(cache_BKTH, "BKTH")
 
 
 def over_cache(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, positions_BS: jax.Array) -> jax.Array:

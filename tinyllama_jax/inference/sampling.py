@@ -77,8 +77,12 @@ def _most_likely(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -
     return jax.vmap(lambda row_V, order_V: jnp.zeros_like(row_V).at[order_V].set(row_V))(sorted_BV, order_BV)
 
 
-def draw(logits_BV: jax.Array, keys_B: jax.Array, settings: Settings) -> jax.Array:
-    """A token [B] of each row of `filtered` logits. `keys_B`: random keys."""
-    sample = lambda: jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+def draw(logits_BV: jax.Array, key_B2: jax.Array, position_B: jax.Array, settings: Settings) -> jax.Array:
+    """A token [B] of each row of `filtered` logits; the random numbers depend on the row's key and position alone."""
+
+    def sample(key_2: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key_2), position), logits_V)
+
     greedy = lambda: jnp.argmax(logits_BV, axis=1)
-    return lax.cond(jnp.all(settings.temperature_B == 0), greedy, sample).astype(jnp.int32)
+    drawn = lambda: jax.vmap(sample)(key_B2, position_B, logits_BV)
+    return lax.cond(jnp.all(settings.temperature_B == 0), greedy, drawn).astype(jnp.int32)

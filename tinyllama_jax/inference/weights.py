@@ -19,18 +19,19 @@ from tinyllama_jax.core import model as model_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.hub import llama
+from tinyllama_jax.inference.quantize import GROUP, Int4, Int8, int4, int8
 from tinyllama_jax.run import checkpoint
 
-KINDS = ("auto", "float32", "bfloat16")
+KINDS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
 class Weights(NamedTuple):
     """A model's parameters. The training layout [L, ...] would have every layer copied out of the stack at each token."""
 
-    embed_VD: jax.Array
-    layers: tuple[dict[str, jax.Array], ...]  # "q", "attention_norm", ... -> array
+    embed_VD: jax.Array | Int8 | Int4
+    layers: tuple[dict[str, jax.Array | Int8 | Int4], ...]  # "q", "attention_norm", ...; a matrix as [in, out], heads joined
     final_norm_D: jax.Array
-    head_DV: jax.Array
+    head_DV: jax.Array | Int8 | Int4
 
 
 class Loaded(NamedTuple):
@@ -47,8 +48,7 @@ class Loaded(NamedTuple):
 def load(path: str | Path, step: int | None = None, weights: str = "auto") -> Loaded:
     """Reads a run folder (its newest step, or `step`), or a Hugging Face folder.
 
-    `weights`: one of KINDS. auto: fp32 on a CPU, since XLA's bf16 is many times slower on it; elsewhere the model's compute
-    dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is
+    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is
     needed. Raises UserError.
     """
     files.check_local("--checkpoint", path)
@@ -68,15 +68,16 @@ def load(path: str | Path, step: int | None = None, weights: str = "auto") -> Lo
     model = for_inference(dataclasses.replace(model, vocab_size=tokenizer.vocab_size), weights)
     mesh = make_mesh(model)
     return Loaded(
-        place(arrays, model, mesh), model, tokenizer, tokenizer_lib.documents_begin_with_bos(path), path, mesh
+        place(arrays, model, mesh, weights), model, tokenizer, tokenizer_lib.documents_begin_with_bos(path), path, mesh
     )
 
 
 def for_inference(model: Model, weights: str = "auto") -> Model:
-    """`model` with the dtype in which `weights` are computed on this device."""
-    compute = weights
-    if weights == "auto":
-        compute = "float32" if jax.default_backend() == "cpu" else model.compute_dtype
+    """`model` with the dtype in which it is computed on this device with `weights`: fp32 on a CPU, which has no other units."""
+    if jax.default_backend() == "cpu":
+        compute = "float32"
+    else:
+        compute = weights if weights in ("float32", "bfloat16") else model.compute_dtype
     return dataclasses.replace(
         model,
         precision=f"params=float32,compute={compute},output=float32",
@@ -104,17 +105,47 @@ def _unstacked(params: dict) -> Iterator[tuple[dims.Parameter, int | None, np.nd
             yield p, None, array
 
 
-def place(arrays: Iterator[tuple[dims.Parameter, int | None, np.ndarray]], model: Model, mesh: jax.sharding.Mesh) -> Weights:
-    """Puts each array on the devices, without its padding."""
-    layers, whole = [{} for _ in range(model.n_layers)], {}
+def place(
+    arrays: Iterator[tuple[dims.Parameter, int | None, np.ndarray]],
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    weights: str = "auto",
+) -> Weights:
+    """Puts each array on the devices, without its padding, as `weights` of KINDS. Raises UserError."""
+    layers, whole, sizes = [{} for _ in range(model.n_layers)], {}, dims.sizes(model)
     for p, layer, array in arrays:
         letters = p.dims.removeprefix("L")
-        array = array[tuple(slice(dims.sizes(model)[letter]) for letter in letters)]
-        # norms stay fp32: they are small, and the model multiplies by them in fp32
-        array = np.asarray(array, np.float32 if p.kind == "norm" else jnp.dtype(model.compute_dtype), order="C")
-        where = NamedSharding(mesh, PartitionSpec(*(sharding.PARAMETER_AXES.get(letter) for letter in letters)))
-        (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = jax.device_put(array, where)
+        array = array[tuple(slice(sizes[letter]) for letter in letters)]
+        axes = [sharding.PARAMETER_AXES.get(letter) for letter in letters]
+        if p.fan_in:  # with heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token
+            n = len(p.fan_in)
+            array, axes = array.reshape(math.prod(array.shape[:n]), -1), [axes[0], axes[n]]
+        if p.kind != "norm" and weights in ("int8", "int4"):
+            name, values = p.name, array if p.fan_in else array.T
+            placed = _small(weights, values, axes if p.fan_in else axes[::-1], mesh, name)
+        else:
+            # norms stay fp32: they are small, and the model multiplies by them in fp32
+            stored = "float32" if p.kind == "norm" else weights if weights == "bfloat16" else model.compute_dtype
+            array = np.asarray(array, jnp.dtype(stored), order="C")
+            placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+        (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = placed
     return Weights(whole["embed"], tuple(layers), whole["final_norm"], whole["lm_head"])
+
+
+def _small(weights: str, array_IO: np.ndarray, axes: list[str | None], mesh: jax.sharding.Mesh, name: str) -> Int8 | Int4:
+    """A matrix in 8 or 4 bits on the devices; it is rounded on the first one."""
+    if weights == "int4" and len(array_IO) % GROUP:
+        raise UserError(
+            f"--weights int4: {name} has {len(array_IO)} inputs, which are not whole groups of {GROUP}; use --weights int8"
+        )
+    small = (int8 if weights == "int8" else int4)(np.asarray(array_IO, np.float32))
+    specs = Int8((axes[0], axes[1]), (axes[1],)) if weights == "int8" else Int4((axes[0], None, axes[1]), (axes[0], axes[1]))
+
+    def put(a: jax.Array, spec: tuple[str | None, ...]) -> jax.Array:
+        fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, a.shape, strict=True)]
+        return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*fits)))
+
+    return type(small)(*map(put, small, specs))
 
 
 def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
