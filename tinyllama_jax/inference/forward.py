@@ -68,9 +68,7 @@ def _put(cache_BKTH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) ->
     """The cache with `new_BSKH` at `positions_BS`, which follow each other from the first one of a row."""
     new_BKSH, start_B = jnp.moveaxis(new_BSKH, 1, 2).astype(cache_BKTH.dtype), positions_BS[:, 0]
     if jax.default_backend() == "cpu":  # where a scatter would copy the whole cache
-        put = lambda b, cache: lax.dynamic_update_slice(
-            cache, lax.dynamic_slice_in_dim(new_BKSH, b, 1), (b, 0, start_B[b], 0)
-        )
+        put = lambda b, cache: lax.dynamic_update_slice(cache, lax.dynamic_slice_in_dim(new_BKSH, b, 1), (b, 0, start_B[b], 0))
         cache_BKTH = lax.fori_loop(0, len(start_B), put, cache_BKTH)
     else:
         cache_BKTH = jax.vmap(lambda cache, new, at: lax.dynamic_update_slice(cache, new, (0, at, 0)))(

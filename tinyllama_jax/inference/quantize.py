@@ -53,20 +53,20 @@ def int4(w_IO: jax.Array) -> Int4:
 
 def matmul(x_BSI: jax.Array, kernel: jax.Array | Int8 | Int4, dtype: jnp.dtype | None = None) -> jax.Array:
     """x times the matrix, [B, S, O] in `dtype`, by default x's."""
-    dtype, I = dtype or x_BSI.dtype, x_BSI.shape[2]
+    dtype, inputs = dtype or x_BSI.dtype, x_BSI.shape[2]
     if isinstance(kernel, Int8):  # whole numbers up to 127 are exact in bf16; the scales come after the sum
         return (matmul(x_BSI, kernel.q_IO, jnp.float32) * kernel.scale_O).astype(dtype)
-    n = next((n for n in BLOCKS if I % n == 0), None)
+    n = next((n for n in BLOCKS if inputs % n == 0), None)
     converted = isinstance(kernel, Int4) or kernel.dtype != x_BSI.dtype
     if n is None or not converted or jax.default_backend() != "cpu":
         return _product(x_BSI, kernel, dtype)
 
     def add(i: jax.Array, y_BSO: jax.Array) -> jax.Array:  # of n inputs: their converted weights stay in the processor's cache
-        part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * (len(a) * n // I), len(a) * n // I), kernel)
+        part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * (len(a) * n // inputs), len(a) * n // inputs), kernel)
         return y_BSO + _product(lax.dynamic_slice_in_dim(x_BSI, i * n, n, 2), part, jnp.float32)
 
-    O = jax.tree.leaves(kernel)[0].shape[-1]
-    return lax.fori_loop(0, I // n, add, jnp.zeros((*x_BSI.shape[:2], O), jnp.float32)).astype(dtype)
+    zeros_BSO = jnp.zeros((*x_BSI.shape[:2], jax.tree.leaves(kernel)[0].shape[-1]), jnp.float32)
+    return lax.fori_loop(0, inputs // n, add, zeros_BSO).astype(dtype)
 
 
 def _product(x_BSI: jax.Array, kernel: jax.Array | Int4, dtype: jnp.dtype) -> jax.Array:

@@ -58,7 +58,7 @@ class Text:
         return new
 
     def _forget(self) -> None:
-        """Drops all but the last tokens if their text has been returned, so that a long text takes no longer than a short one."""
+        """Drops all but the last tokens if their text has been returned, so that each token takes as long as the first."""
         recent = self._tokens[-self.RECENT :]
         if len(self._tokens) >= 2 * self.RECENT and self._tokenizer.decode(self._tokens) == self._given:
             text = self._tokenizer.decode(recent)

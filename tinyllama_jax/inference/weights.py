@@ -45,16 +45,16 @@ class Loaded(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def load(path: str | Path, step: int | None = None, weights: str = "auto") -> Loaded:
-    """Reads a run folder (its newest step, or `step`), or a Hugging Face folder.
+def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
+    """Reads a run folder (its newest step, or `step`), or a Hugging Face folder. `option`: what names it in an error.
 
-    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is
-    needed. Raises UserError.
+    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the
+    vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is needed. Raises UserError.
     """
-    files.check_local("--checkpoint", path)
+    files.check_local(option, path)
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face folder")
+        raise UserError(f"{option} {path}: no such folder; give a run folder or a Hugging Face folder")
     if (path / "checkpoints").is_dir():
         params, config, _ = checkpoint.load_params(path, step)
         model, tokenizer, arrays = config.model, tokenizer_lib.load(path / "tokenizer"), _unstacked(params)
