@@ -30,7 +30,7 @@ ORDER = {
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
-    "inference": "weights sampling text options forward engine openai answers worker server listen",
+    "inference": "quantize weights forward sampling speculative device engine text options openai answers worker server listen",
 }
 HOME = {
     "flax": {"core.model"},
@@ -47,7 +47,7 @@ HOME = {
     "safetensors": {"hub.tensor_files"},
     "jinja2": {"data.chat"},
     "gguf": {"hub.gguf"},
-    "jmp": {"core.losses", "core.model", "core.step"},
+    "jmp": {"core.losses", "core.model", "core.step", "inference.forward"},
     "msgspec": {"base.files", "data.blocks", "inference.openai"},
     "starlette": {"inference.server"},
     "uvicorn": {"inference.listen"},

@@ -16,8 +16,8 @@ import jax
 from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError, close_stream, run_main
 from tinyllama_jax.data import chat
-from tinyllama_jax.inference import options, weights
-from tinyllama_jax.inference.engine import Engine
+from tinyllama_jax.inference import options
+from tinyllama_jax.inference.weights import Loaded
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"serve needs {missing}, which is not installed: pip install '.[serve]'") from None
     with _listener(args.host, args.port) as listener:  # before the weights are read, which takes longer
         with contextlib.redirect_stdout(sys.stderr):
-            loaded = weights.load(args.checkpoint, args.step, args.weights)
+            loaded, engine = options.load(args, args.slots)
         choose = chat.choose if args.template else lambda folder, tokenizer, _: chat.of_folder(folder, tokenizer)
         how = server.Options(
             name=args.name or loaded.folder.resolve().name,
@@ -43,13 +43,13 @@ def main(argv: list[str]) -> int:
             hosts=tuple(host.lower() for host in (args.host, *args.allow_host)),
             origins=tuple(args.allow_origin),
         )
-        running = listen.Server(server.Service(loaded, how), Engine(loaded, args.slots))
+        running = listen.Server(server.Service(loaded, how), engine)
         listener.listen(128)
         _introduce(how, loaded, args.host, listener.getsockname()[1])
         return _run(running, listener)
 
 
-def _introduce(how, loaded: weights.Loaded, host: str, port: int) -> None:
+def _introduce(how, loaded: Loaded, host: str, port: int) -> None:
     model, template = loaded.model, how.template
     _note(f"{how.name}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}")
     _note(f"template {template.name}: {template.why}" if template else "no chat template: a base model, which continues a text")
