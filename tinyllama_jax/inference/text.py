@@ -21,11 +21,16 @@ class Text:
 
     RECENT = 64  # tokens kept of a text: each new one is decoded after them, since its text may depend on them
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        """`stop`: strings that end the text; they are not part of it."""
-        self._tokenizer, self._stop, self.stopped = tokenizer, [s for s in stop if s], False
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        """`stop`: strings that end the text; not part of it. `before`: tokens that it continues, not part of it either.
+
+        Without those before it, SentencePiece leaves out the space in front of a text's first word.
+        """
+        self._tokenizer, self._stop, self.stopped = tokenizer, [], False
         self._tokens: list[int] = []
         self._given = ""  # what `add` has returned of their text
+        self.add(before[-self.RECENT :])
+        self._stop = [s for s in stop if s]
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
         """The text that `tokens` complete; all the remaining text if they are the `last`. "" once `stopped`.
