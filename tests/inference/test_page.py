@@ -1,26 +1,17 @@
 """The page at /, in a real Chromium: type, stream, stop, send again, edit, regenerate, a phone's width, the keyboard alone."""
 
-import os
 import re
-import shutil
 
 import pytest
 import serving
+from browser import chromium
 from test_server import HELLO, Gated, chat_ids, text_of
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed; as root on Debian: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    with playwright.sync_playwright() as p:
-        one = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
+    with chromium() as one:
         yield one
-        one.close()
 
 
 @pytest.fixture(scope="module")
