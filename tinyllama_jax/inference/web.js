@@ -4,15 +4,18 @@
 
 let wllama = null;
 let kept = null;    // what has been loaded, for the next time and without a connection
+let crashed = null; // a promise that is rejected if the program dies
 let ratio = 0.4;    // tokens a character, measured with each answer
+
+const MEMORY = /memory|alloc|out of bounds|\(abort\)/i;
 
 class Plain extends Error {}    // its message is for the user as it is
 
 // Errors of WebAssembly and of wllama, in plain words.
 function plain(error) {
-  const what = String(error && error.message || error), size = megabytes(EXPORT.parts.reduce((sum, path) => sum + EXPORT.files[path], 0));
-  if (error instanceof Plain) return what;
-  if (/memory|alloc|out of bounds|\(abort\)|bad_alloc/i.test(what)) {
+  const what = String(error && error.message || error).slice(0, 200), size = megabytes(EXPORT.parts.reduce((sum, path) => sum + EXPORT.files[path], 0));
+  if (error instanceof Plain) return error.message;
+  if (MEMORY.test(what)) {
     return `This device has too little free memory for the model of ${size}. Close other tabs and apps and reload, or take a smaller model. (${what})`;
   }
   if (error instanceof WebAssembly.CompileError || /compile|wasm|exception handling|SIMD/i.test(what)) {
@@ -93,13 +96,19 @@ async function load() {
   const address = URL.createObjectURL(blobs.shift());
   const worker = needs.compat && { code: await (await get("wllama/compat.js", "", () => {})).text() };
   say("Starting the model ...");
-  let crash;
-  const crashed = new Promise((_, reject) => { crash = reject; });
-  const logger = { debug() {}, log() {}, warn() {}, error: what => what instanceof ErrorEvent && crash(new Error(what.message)) };
+  let crash, log = "";
+  crashed = new Promise((_, reject) => { crash = reject; });
+  crashed.catch(() => {});    // also when nobody waits
+  const error = what => { what instanceof ErrorEvent ? crash(new Error(what.message)) : log += what + " "; };
+  const logger = { debug() {}, log() {}, warn() {}, error };
   wllama = make(Wllama, address, worker ? { wasm: address, worker } : null, logger);
   const options = { n_ctx: EXPORT.context, n_parallel: 1, n_threads: 1, n_gpu_layers: 0 };
   if (EXPORT.chat) Object.assign(options, { chat_template: EXPORT.template, jinja: true });
   await Promise.race([wllama.loadModel(blobs, options), crashed]);
+  if (wllama.getLoadedContextInfo().success) return;    // wllama 3.13 reports a failure nowhere else
+  if (MEMORY.test(log)) throw new Error(log);
+  if (kept) for (const path of EXPORT.parts) await kept.delete(new URL(path, location.href).href);
+  throw new Plain(`The model's files are damaged. Reload the page to load them again; if that does not help, upload them again. (${log.slice(0, 200)})`);
 }
 
 // Leaves out the oldest question and its answer; false if there is no older one.
@@ -107,6 +116,21 @@ function drop(messages) {
   const first = messages.findIndex(message => message.role !== "system"), next = messages.findIndex((message, i) => i > first && message.role === "user");
   if (next > 0) messages.splice(first, next - first);
   return next > 0;
+}
+
+// What wllama writes; its own iterator leaves an error behind that nobody catches when the user stops it.
+async function* written(call, request) {
+  const events = [];
+  let over = false, failure = null, wake = () => {};
+  wllama[call]({ ...request, onData: event => { events.push(event); wake(); } })
+    .catch(error => { failure = error; })
+    .finally(() => { over = true; wake(); });
+  for (;;) {
+    while (events.length) yield events.shift();
+    if (failure) throw failure;
+    if (over) return;
+    await Promise.race([new Promise(go => { wake = go; }), crashed]);
+  }
 }
 
 async function* ask(asked, signal) {
@@ -117,7 +141,7 @@ async function* ask(asked, signal) {
   for (;;) {
     try {
       if (messages && messages.length < before) yield { choices: [], note: `The oldest ${before - messages.length} messages no longer fit and were left out. ` };
-      for await (const event of await wllama[call]({ ...asked, stop: EXPORT.stop, abortSignal: signal })) {
+      for await (const event of written(call, { ...asked, stop: EXPORT.stop, abortSignal: signal })) {
         if (event.usage && messages) ratio = event.usage.prompt_tokens / characters();
         yield event;
       }
