@@ -140,6 +140,8 @@ def place(
             # norms stay fp32: they are small, and the model multiplies by them in fp32
             stored = "float32" if p.kind == "norm" else weights if weights == "bfloat16" else model.compute_dtype
             array = np.asarray(array, jnp.dtype(stored), order="C")
+            if stored == "bfloat16" and model.compute_dtype == "float32":
+                array = array.view(np.uint16)  # see quantize.numbers
             placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
         (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = placed
     return Weights(whole["embed"], tuple(layers), whole["final_norm"], whole["lm_head"])
