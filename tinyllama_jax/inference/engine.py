@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.inference import sampling as sampling_lib
@@ -26,6 +28,8 @@ SHORTEST = 256  # positions of the cache at first; it doubles when a row needs m
 MARGIN = 16  # positions at the end of the cache that belong to no request: rows with nothing to compute write there
 TOP = 20  # most likely tokens that can be reported beside each token
 STOPS = 16  # ids that can end a request
+# of the cache [B, K, T, H] and the tokens seen [B, V]; left to XLA it would change, and every program be compiled twice
+_ROWS = PartitionSpec(sharding.BATCH, "tensor")
 
 
 @dataclass(eq=False)
@@ -34,7 +38,7 @@ class Request:
 
     prompt: list[int]  # ids, bos included
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     sample: int = 0  # several answers to one prompt and seed differ in it
     stop_ids: tuple[int, ...] = ()  # the answer ends after one of these, which is part of `tokens`
@@ -80,14 +84,12 @@ def _scored(logits_BV: jax.Array, token_B: jax.Array, want_top: jax.Array) -> tu
     total_B = jax.nn.logsumexp(logits_BV, axis=1)
     none = lambda x: (jnp.zeros((len(x), n), jnp.float32), jnp.zeros((len(x), n), jnp.int32))
     values_BT, tokens_BT = lax.cond(want_top, lambda x: tuple(lax.top_k(x, n)), none, logits_BV)
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, TOP - n)))
-    return jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - total_B, (
-        pad(tokens_BT),
-        pad(values_BT - total_B[:, None]),
-    )
+    pad = partial(jnp.pad, pad_width=((0, 0), (0, TOP - n)))
+    top = pad(tokens_BT), pad(values_BT - total_B[:, None], constant_values=-jnp.inf)  # `_pairs` leaves these out
+    return jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - total_B, top
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames=("cache", "seen_BV"))
+@partial(jax.jit, static_argnames="model", donate_argnames=("cache", "seen_BV"), out_shardings=(_ROWS, _ROWS, None))
 def _decode(weights: Weights, cache: Cache, seen_BV, rows: Rows, n, want_top, model: Model) -> tuple[Cache, jax.Array, Chunk]:
     """At most `n` tokens for every row that has some left."""
     B, idle = len(rows.token), cache[0][0].shape[2] - MARGIN
@@ -112,7 +114,7 @@ def _decode(weights: Weights, cache: Cache, seen_BV, rows: Rows, n, want_top, mo
     return cache, seen_BV, out
 
 
-@partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache", out_shardings=(_ROWS, None))
 def _prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, model: Model, score: bool):
     """The cache with `tokens_S` at the positions from `start` of a slot. Padding at their end is overwritten before it is read.
 
@@ -126,13 +128,14 @@ def _prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, mo
     return cache, _scored(logits(weights, x_1SD)[0], tokens_S[1:], want_top) if score else None
 
 
-@partial(jax.jit, donate_argnames="seen_BV")
+@partial(jax.jit, donate_argnames="seen_BV", out_shardings=_ROWS)
 def _seen(seen_BV, slot, row_V):
     return seen_BV.at[slot].set(row_V)
 
 
-_new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2))
-_longer = jax.jit(longer, static_argnums=1)  # not donated: no buffer of the old size fits the new one
+_new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2), out_shardings=_ROWS)
+_none_seen = jax.jit(lambda *shape: jnp.zeros(shape, bool), static_argnums=(0, 1), out_shardings=_ROWS)
+_longer = jax.jit(longer, static_argnums=1, out_shardings=_ROWS)  # not donated: no buffer of the old size fits the new one
 
 
 # -- on the host -------------------------------------------------------------------------------------------------------
@@ -161,8 +164,8 @@ class _Slot:
 class Engine:
     """Runs requests. Not thread-safe: one thread calls everything.
 
-    The number of programs compiled is bounded by the lengths in PREFILL and the lengths of the cache (SHORTEST, doubled up to
-    the context): one decoding program a length of the cache, and two prefill programs a pair.
+    The number of programs compiled is bounded by the lengths of the cache (SHORTEST, doubled up to the context) and the lengths
+    in PREFILL: for each length of the cache one that decodes, and two (with scores and without) for each length of a piece.
     """
 
     def __init__(self, loaded: Loaded, slots: int = 1):
@@ -177,7 +180,7 @@ class Engine:
         self._seconds = 0.0  # what a token took in the last chunk
         with jax.set_mesh(self._mesh):
             self._cache = _new_cache(self._model, n, min(SHORTEST, self._model.seq_len + MARGIN))
-            self._seen_BV = jnp.zeros((n, self._model.vocab_size), bool)
+            self._seen_BV = _none_seen(n, self._model.vocab_size)
 
     @property
     def context(self) -> int:
@@ -190,8 +193,10 @@ class Engine:
         return bool(self._queue) or any(slot.request for slot in self._slots)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises UserError if it cannot be run."""
+        """Queues a request. Raises UserError if it cannot be run, and ValueError if it has been run before."""
         check(request, self._model)
+        if request.finish or request.tokens:
+            raise ValueError("this request has been run; make another")
         self._queue.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -265,7 +270,7 @@ class Engine:
         n = min(size, left)
         tokens = np.zeros(size + score, np.int32)
         tokens[: n + score] = request.prompt[start : start + n + score]
-        self._grow(start + size)
+        self._grow(max(start + size, start + n + MARGIN))  # rows without work write to the margin while others decode
         arguments = (self._weights, self._cache, slot.index, tokens, start, request.top_logprobs > 0, self._model, score)
         self._cache, scored = _prefill(*arguments)
         slot.held += request.prompt[start : start + n]
@@ -335,6 +340,10 @@ def check(request: Request, model: Model) -> None:
     """Raises UserError if `request` cannot be run."""
     if not request.prompt:
         raise UserError("the prompt has no tokens; begin with the tokenizer's bos or eos")
+    if request.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens {request.max_new_tokens}: must be 0 or more")
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
     # a request without new tokens may fill the context: only its prompt is scored
     most = model.seq_len - (request.max_new_tokens > 0)
     if len(request.prompt) > most:
