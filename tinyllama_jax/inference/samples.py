@@ -22,20 +22,20 @@ def continued(config: Config, params: dict, step: int) -> str:
     """`log.sample` and what the model makes of it, drawn at temperature 0.8; `step` is the seed. All processes call this."""
     run = Path(config.workdir)
     tokenizer = tokenizer_lib.load(run / "tokenizer")
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size, attention="auto")
+    model = dataclasses.replace(config.model, attention="auto")
     begin_with_bos = tokenizer_lib.documents_begin_with_bos(run)
     loaded = Loaded(_unstacked(params, model), model, tokenizer, begin_with_bos, run, jax.sharding.get_mesh())
     prompt = first_tokens(tokenizer, begin_with_bos, config.log.sample)
     request = Request(prompt, TOKENS, Sampling(0.8), seed=step, stop_ids=(tokenizer.eos_id,) * (tokenizer.eos_id >= 0))
     for _ in Engine(loaded).stream(request):
         pass
-    return tokenizer.decode(request.prompt + request.tokens)
+    return tokenizer.decode([id_ for id_ in request.prompt + request.tokens if id_ < tokenizer.vocab_size])  # not padding rows
 
 
 @partial(jax.jit, static_argnames="model")
 def _unstacked(params: dict, model: Model) -> Weights:
     """The weights in the compute dtype, one array a layer, sharded as the parameters are."""
-    layers, whole, sizes = [{} for _ in range(model.n_layers)], {}, dims.sizes(model)
+    layers, whole = [{} for _ in range(model.n_layers)], {}
     for p in dims.PARAMETERS:
         *parents, last = p.name.split("/")
         array = params
@@ -43,7 +43,6 @@ def _unstacked(params: dict, model: Model) -> Weights:
             array = array[name]
         layered, letters = p.dims.startswith("L"), p.dims.removeprefix("L")
         for layer, each in enumerate(array) if layered else [(None, array)]:
-            each = each[tuple(slice(sizes[letter]) for letter in letters)]
             each = each.astype(jnp.float32 if p.kind == "norm" else model.compute_dtype)
             axes = [sharding.PARAMETER_AXES.get(letter) for letter in letters]
             if n := len(p.fan_in):
