@@ -267,7 +267,17 @@ def test_smollm2_answers_as_in_llama_cpp(smollm2, tmp_path):
         assert theirs.greedy(ids, 8) == answer, prompt
         assert "France" not in prompt or tokenizer.decode(answer).startswith(" Paris.")
     ours_again, published_again = (gguf.read(path).metadata for path in (f16, published))
-    same = ("model", "pre", "tokens", "merges", "bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token")
+    same = (
+        "model",
+        "pre",
+        "tokens",
+        "merges",
+        "bos_token_id",
+        "eos_token_id",
+        "unknown_token_id",
+        "padding_token_id",
+        "add_bos_token",
+    )
     for key in (*(f"tokenizer.ggml.{name}" for name in same), "tokenizer.chat_template"):
         assert ours_again[key] == published_again[key], key
     kinds = "tokenizer.ggml.token_type"

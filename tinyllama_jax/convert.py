@@ -128,6 +128,7 @@ def export_gguf(
         raise UserError(f"--output {output}: name a file that ends in .gguf, or add --shard-size for a folder of files")
     if shard_bytes is not None and output.suffix == ".gguf":
         raise UserError(f"--output {output}: with --shard-size it is a folder of files; leave out .gguf")
+    gguf.package()  # before anything is read
     with tempfile.TemporaryDirectory() as scratch, _new(output, is_file=shard_bytes is None) as place:
         opened = _open(source, step, Path(scratch))
         if not allow_non_finite:
