@@ -226,6 +226,8 @@ def test_what_is_there_and_what_is_not_finite_is_refused(run, tmp_path):
         convert.export_gguf(tmp_path / "it.gguf", tmp_path / "other.gguf")
     with pytest.raises(UserError, match=r"name the GGUF file in it, such as .*it.gguf"):
         convert.export_gguf(tmp_path, tmp_path / "other.gguf")
+    with pytest.raises(UserError, match=r"name the GGUF file in it, such as .*it.gguf"):
+        convert.import_checkpoint(tmp_path, tmp_path / "other")
     with pytest.raises(UserError, match=r"--step 3: .*it.gguf is not a run folder, so it has no steps"):
         convert.export_gguf(tmp_path / "it.gguf", tmp_path / "other.gguf", step=3)
     params = random_params(WIDE)
