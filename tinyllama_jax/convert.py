@@ -167,7 +167,7 @@ def export_gguf(
             tokenizer_lib.load(opened.tokenizer),
             opened.model.vocab_size,
             tokenizer_lib.documents_begin_with_bos(opened.settings),
-            chat.without_marks(chat.own_sources(opened.tokenizer).get("default", "")),
+            chat.own_sources(opened.tokenizer).get("default"),
         )
         tied = np.array_equal(opened.params["embed"]["embedding"], opened.params["lm_head"]["kernel"].T)
         path = place / f"{output.name}.gguf" if shard_bytes else place
