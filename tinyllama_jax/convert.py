@@ -133,6 +133,7 @@ def _history(run: Path, step: int) -> str:
     config, sources = checkpoint.load_config(run), run_folder.read_sources(run)
     if sources is None:  # an import
         return card.UNKNOWN
+    config_lib.Data({source["path"]: source["weight"] for source in sources})  # refuses weights that no run can have
     tokens = schedule.in_steps(config).tokens_after(step)
     weights = [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
     return card.training(config, step, tokens, weights)
