@@ -123,6 +123,9 @@ TARGETS = [
     Target("import", "--checkpoint hf --output out", "hf", f"{HF} hf/*.safetensors", weights),
     Target("import", "--checkpoint sharded --output out", "sharded", "sharded/*", weights),
     Target("import", f"--checkpoint lit.pth --output out {LIT}", "", "lit.pth tok.model", weights),
+    Target("import", "--checkpoint it.gguf --output out", "", "it.gguf", weights),
+    Target("import", "--checkpoint parts/parts-00001-of-00002.gguf --output out", "parts", "parts/*", weights, (2,), 0.5),
+    Target("convert", "--checkpoint hf --format gguf --output out.gguf", "hf", HF, digest("out.gguf"), (2,), 0.5),
     Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", RUN, printed, (2,), 0.5),
     Target("generate", "--checkpoint hf --prompt x --max-new-tokens 2 --greedy", "hf", f"{HF} hf/*.safetensors", printed),
     # nobody says anything, so this is what it reads before the first message
@@ -172,6 +175,8 @@ def make_stage(stage: Path) -> None:
     convert.export("run", "hf")
     shutil.copytree("hf", "talk")
     Path("talk/chat_template.jinja").write_text(templates.TEMPLATES["zephyr"].source)
+    convert.export_gguf("run", "it.gguf", "q8_0")
+    convert.export_gguf("run", "parts", "f16", shard_bytes=170_000)
     tensors = safetensors.numpy.load_file("hf/model.safetensors")
     shutil.copytree("hf", "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
     names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}

@@ -198,6 +198,11 @@ def test_mistakes_are_one_line(words, says, run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_before_a_name_are_not_forgotten():
+    with pytest.raises(UserError, match="--quantize: options come after to-torch, whose own they are"):
+        main("--quantize", "q4_0", "to-torch", "--checkpoint", "run", "--output", "hf")
+
+
 def test_what_is_there_and_what_is_not_finite_is_refused(run, tmp_path):
     (tmp_path / "it.gguf").write_text("precious")
     with pytest.raises(UserError, match=r"--output .*it.gguf: exists already; name a new file, or remove it"):

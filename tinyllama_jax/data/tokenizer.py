@@ -195,6 +195,10 @@ class Tokenizer:
         """The text of `ids`; control tokens give no text. Raises IndexError for an id outside the vocabulary."""
         raise NotImplementedError
 
+    def pieces(self) -> list[str | None]:
+        """The token of each id; None where there is none."""
+        raise NotImplementedError
+
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
         """Cuts the document "".join(texts) into parts whose ids, concatenated, are those of the whole document.
 
@@ -266,6 +270,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[str | None]:
+        return self._sp.id_to_piece(list(range(self.vocab_size)))
 
     def difference(self, named: Naming) -> str | None:
         """How the tokens, bos or eos of the JSON files beside the model differ from the model's; None if they agree."""
@@ -367,3 +374,6 @@ class HuggingFaceTokenizer(Tokenizer):
         if any(not 0 <= i < self.vocab_size for i in ids):
             raise IndexError(f"ids must lie in [0, {self.vocab_size})")
         return self._hf.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[str | None]:
+        return [self._hf.id_to_token(i) for i in range(self.vocab_size)]
