@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
 FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4}
-COMMANDS = ("train", "generate", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
+COMMANDS = ("train", "generate", "chat", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
     "base": "errors files dims mixture_weights values rope config cli schedule sharding",
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy",
     "core": "xla model optim losses step program",
-    "hub": "tensor_files llama gguf_header gguf_keys gguf litgpt",
-    "data": "tokenizer blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer export.litpkds "
+    "hub": "tensor_files card llama gguf_header gguf_keys gguf litgpt",
+    "data": "tokenizer control chat blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer export.litpkds "
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
@@ -44,6 +44,7 @@ HOME = {
     "pycld2": {"data.prepare.clean"},
     "fasttext": {"data.prepare.clean"},
     "safetensors": {"hub.tensor_files"},
+    "jinja2": {"data.chat"},
     "gguf": {"hub.gguf"},
     "jmp": {"core.losses", "core.model", "core.step"},
     "msgspec": {"base.files", "data.blocks"},

@@ -10,23 +10,27 @@ python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DI
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.base import cli, dims, files
+from tinyllama_jax.base import cli, dims, files, schedule
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.base.mixture_weights import weight_at
+from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import gguf_tokenizer, litpkds
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
-from tinyllama_jax.hub import gguf, litgpt, llama, tensor_files
+from tinyllama_jax.hub import card, gguf, litgpt, llama, tensor_files
 from tinyllama_jax.run import checkpoint
 from tinyllama_jax.run import folder as run_folder
 
@@ -109,9 +113,35 @@ def export(
         llama.save_folder(opened.params, model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (generation := source / "generation_config.json").is_file():
             shutil.copyfile(generation, folder / generation.name)
-        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
+        template = _template(run, ours, folder) if tokenizer else None
+        talk = template and partial(chat.encode, template, ours, begin_with_bos=False)
+        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos, talk):
             print(f"{output}: not checked whether Transformers reads this tokenizer as training did: it is not installed")
+        history = card.UNKNOWN if opened.step is None else _history(run, opened.step)
+        files.write(folder / "README.md", card.text(model, template is not None, add_bos, history))
     return opened.step
+
+
+def _template(run: Path, tokenizer: tokenizer_lib.Tokenizer, folder: Path) -> chat.Template | None:
+    """The chat template that the run's tokenizer brings; what ends its answers goes into `folder`'s generation_config.json."""
+    if "default" not in chat.own_sources(tokenizer.folder):
+        return None
+    template, path = chat.of_folder(run, tokenizer), folder / "generation_config.json"
+    stop, generation = list(chat.stop_ids(template, tokenizer)), files.read_json(path, dict)
+    if len(stop) > 1 and not isinstance(generation.get("eos_token_id"), list):
+        files.write(path, json.dumps(generation | {"eos_token_id": stop}, indent=2) + "\n")
+    return template
+
+
+def _history(run: Path, step: int) -> str:
+    """What the card says about the training of a run up to `step`."""
+    config, sources = checkpoint.load_config(run), run_folder.read_sources(run)
+    if sources is None:  # an import
+        return card.UNKNOWN
+    config_lib.Data({source["path"]: source["weight"] for source in sources})  # refuses weights that no run can have
+    tokens = schedule.in_steps(config).tokens_after(step)
+    weights = [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
+    return card.training(config, step, tokens, weights)
 
 
 def export_gguf(
@@ -144,7 +174,7 @@ def export_gguf(
             tokenizer_lib.load(opened.tokenizer),
             opened.model.vocab_size,
             tokenizer_lib.documents_begin_with_bos(opened.settings),
-            gguf_tokenizer.chat_template(opened.tokenizer),
+            chat.own_sources(opened.tokenizer).get("default"),
         )
         tied = np.array_equal(opened.params["embed"]["embedding"], opened.params["lm_head"]["kernel"].T)
         path = place / f"{output.name}.gguf" if shard_bytes else place

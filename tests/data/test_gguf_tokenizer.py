@@ -12,7 +12,7 @@ from test_export_tokenizer import KINDS, LLAMA2, corpus, train
 from test_hf import GQA, random_params
 
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data import tokenizer
+from tinyllama_jax.data import chat, tokenizer
 from tinyllama_jax.data.export import gguf_tokenizer
 from tinyllama_jax.data.export import tokenizer as exporter
 from tinyllama_jax.hub import gguf, llama
@@ -153,7 +153,7 @@ def test_byte_level_bpe_gives_the_same_ids(pre, byte_level, tmp_path):
     if pre in SPLITS:
         content["pre_tokenizer"] = SPLITS[pre]
     ours = folder_of(content, tmp_path / "hf", pad_token="<|endoftext|>", chat_template=[{"name": "default", "template": "x"}])
-    metadata = gguf_tokenizer.to_gguf(ours, 610, pre == "llama-bpe", gguf_tokenizer.chat_template(tmp_path / "hf"))
+    metadata = gguf_tokenizer.to_gguf(ours, 610, pre == "llama-bpe", chat.own_sources(tmp_path / "hf")["default"])
     assert metadata["tokenizer.ggml.pre"] == pre and metadata["tokenizer.ggml.padding_token_id"] == 0
     assert metadata["tokenizer.chat_template"] == "x"
     assert_same_ids(ours, metadata, tmp_path)

@@ -188,18 +188,6 @@ def _byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def chat_template(folder: Path) -> str | None:
-    """The chat template in a tokenizer's folder: chat_template.jinja, or the one that tokenizer_config.json names."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    template = read_json(config, dict).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):  # several, by name
-        by_name = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
-
-
 # -- metadata to files --------------------------------------------------------------------------------------------------
 
 
