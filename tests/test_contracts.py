@@ -115,7 +115,8 @@ def test_the_lowest_files_need_no_jax(name):
 
 @pytest.mark.parametrize("module", ["train", "generate", "serve", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
-    code = f"import sys, tinyllama_jax.{module}; print(*{{'apache_beam', 'matplotlib', 'datasketch', 'starlette', 'uvicorn'}} & sys.modules.keys())"
+    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn"}
+    code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == ""

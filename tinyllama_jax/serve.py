@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             loaded, engine = options.load(args, args.slots)
         choose = chat.choose if args.template else lambda folder, tokenizer, _: chat.of_folder(folder, tokenizer)
         how = server.Options(
-            name=args.name or loaded.folder.resolve().name,
+            name=args.name or loaded.folder.resolve().name.removesuffix(".gguf"),
             template=choose(loaded.folder, loaded.tokenizer, args.template),
             slots=args.slots,
             queue=args.queue,

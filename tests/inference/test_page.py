@@ -2,20 +2,19 @@
 
 import os
 import re
-import shutil
 
+import install_browser
 import pytest
 import serving
 from test_server import HELLO, Gated, chat_ids, text_of
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
 
 @pytest.fixture(scope="module")
 def browser():
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = install_browser.find()
     if path is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed; as root on Debian: apt-get install chromium")
+        names = ", ".join(install_browser.NAMES)
+        pytest.skip(f"no browser: none of {names} is installed; as root on Debian: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
     with playwright.sync_playwright() as p:
         one = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
@@ -184,3 +183,17 @@ def test_an_error_is_shown_and_nothing_is_lost(page, running):
     page.get_by_role("button", name="Edit this message").click()
     send(page, HELLO[0]["content"])
     assert finished(page) == ["hello", expected(running, "hello")]
+
+
+def test_a_base_model_continues_a_text(browser, running, monkeypatch):
+    monkeypatch.setattr(running.service, "options", running.service.options._replace(template=None))
+    with browser.new_page() as page:
+        page.goto(running.url)
+        page.get_by_text("it continues your text").wait_for()
+        page.get_by_text("Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Tokens of an answer").fill("20")
+        assert not page.get_by_label("System message").is_visible()
+        send(page, "def f(")
+        prompt = [1, *running.loaded.tokenizer.encode("def f(")]
+        assert finished(page) == ["def f(", text_of(running.loaded, prompt, running.alone(prompt, 20, stop_ids=(2,)))]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import jax
@@ -226,6 +227,14 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(client):
         assert "".join(parts) == expected
 
 
+def test_an_answer_that_has_ended_does_not_run_on_beside_others(client, running):
+    whole = client.completions.create(model="tiny", prompt=["def f(x", "import"], temperature=0, max_tokens=60)
+    stop = next(c for i, c in enumerate(whole.choices[0].text) if i > 3 and c not in whole.choices[1].text)
+    both = client.completions.create(model="tiny", prompt=["def f(x", "import"], temperature=0, max_tokens=60, stop=stop)
+    assert both.choices[1] == whole.choices[1] and both.choices[0].text == whole.choices[0].text.partition(stop)[0]
+    assert running.engine.requests[-2].finish == "cancelled"
+
+
 def test_errors_as_the_client_knows_them(client):
     with pytest.raises(client_library.NotFoundError, match="'gpt-9' is not served; the model here is 'tiny'") as error:
         client.chat.completions.create(model="gpt-9", messages=HELLO)
@@ -338,6 +347,14 @@ def test_odd_json_is_refused(running, body):
 def test_fields_that_ask_for_nothing_new_are_taken(running, more):
     status, _, answer = ask(running.port, CHAT, {"messages": HELLO, "max_completion_tokens": 2} | more)
     assert status == 200, answer
+
+
+def test_the_page_is_part_of_the_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            assert list((ROOT / package.replace(".", "/")).glob(pattern)) == [Path(server.__file__).with_name("page.html")]
+    assert settings["project"]["optional-dependencies"]["serve"]
 
 
 def test_a_model_without_a_template_has_no_chat(loaded):
