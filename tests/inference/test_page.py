@@ -9,6 +9,9 @@ import serving
 from test_server import HELLO, Gated, chat_ids, text_of
 
 
+pytestmark = pytest.mark.xdist_group("page")  # one server and one browser for all tests
+
+
 @pytest.fixture(scope="module")
 def browser():
     path = install_browser.find()

@@ -29,6 +29,7 @@ from tinyllama_jax.inference import answers, listen, openai, server
 from tinyllama_jax.inference import engine as engine_lib
 from tinyllama_jax.inference.engine import CHUNK
 
+pytestmark = pytest.mark.xdist_group("server")  # one for all tests
 ROOT = Path(__file__).parents[2]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -171,8 +172,9 @@ def test_log_probabilities_of_a_chat(client, loaded):
 
 def reference(loaded, ids):
     """Log-probability of each token after the first, under the trainer's model, and whether it is the most likely."""
-    logits = model_lib.logits(serving.tiny_params(MODEL), jnp.asarray([ids]), MODEL)[0, :-1]
-    p = np.asarray(jax.nn.log_softmax(logits))
+    padded = jnp.asarray([ids + [0] * (MODEL.seq_len - len(ids))])  # one program for all lengths
+    logits = jax.jit(model_lib.logits, static_argnums=2)(serving.tiny_params(MODEL), padded, MODEL)
+    p = np.asarray(jax.nn.log_softmax(logits[0, : len(ids) - 1]))
     at = np.arange(len(ids) - 1), np.asarray(ids[1:])
     return p[at], p.argmax(1) == at[1]
 
