@@ -422,6 +422,13 @@ def test_any_split_into_chunks_gives_the_same_text_and_no_part_of_a_stop_string(
         assert choice.n_tokens <= len(tokens) and (ends or choice.n_tokens == len(tokens))
 
 
+def test_tokens_of_the_same_text_share_the_likeliest(loaded):
+    query = openai.parse(b'{"prompt": "x", "logprobs": 3}', openai.Completion, loaded, None)
+    top = [("\ufffd", -1.0), ("b", -2.0), ("\ufffd", -3.0)]
+    form = answers.choice(query, 0, answers.Piece("\ufffd", (answers.Token("\ufffd", 0, -3.0, top),)))
+    assert form["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0, "b": -2.0}]  # lm-eval: the token was not the likeliest
+
+
 # -- clients that go away ----------------------------------------------------------------------------------------------
 
 
