@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_convert import config_for
+from test_convert import SOURCE, config_for
 from test_export_tokenizer import KINDS, LLAMA2, train
 from test_gguf_tokenizer import TEXTS
 from test_hf import GQA, assert_same, random_params
@@ -18,6 +18,7 @@ from test_hf import GQA, assert_same, random_params
 from tinyllama_jax import convert, generate
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
+from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.hub import gguf, llama
 from tinyllama_jax.run import checkpoint
@@ -43,8 +44,20 @@ def run(tmp_path_factory) -> Path:
     (folder / "tokenizer").mkdir()
     train(folder / "tokenizer/tokenizer.model", **KINDS["demo"])
     (folder / "tokenizer/chat_template.jinja").write_text("{{ messages[0].content }}")
-    (folder / "data.json").write_text(json.dumps([{"path": "somewhere", "bos": True}]))
+    (folder / "data.json").write_text(json.dumps([SOURCE]))
     return folder
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_llama_cpp_gives_a_chat_the_same_ids(name, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/tokenizer/chat_template.jinja").write_text(chat.TEMPLATES[name].source)
+    convert.export_gguf(tmp_path / "run", tmp_path / "it.gguf")
+    turns = (("system", "S"), ("user", "Hi 😀\n x"), ("assistant", "A"), ("user", "B"))
+    talk = [{"role": role, "content": content} for role, content in turns]
+    tokenizer = tokenizer_lib.load(tmp_path / "run/tokenizer")
+    want = chat.encode(chat.TEMPLATES[name], tokenizer, talk, begin_with_bos=True)
+    assert llama_cpp.LlamaCpp(tmp_path / "it.gguf").encode_chat(talk) == want and want.count(1) == 1
 
 
 def main(*words) -> int:
@@ -183,6 +196,11 @@ def test_mistakes_are_one_line(words, says, run, tmp_path):
         main("--checkpoint", run, *words.format(tmp=tmp_path, run=run).split())
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_before_a_name_are_not_forgotten():
+    with pytest.raises(UserError, match="--quantize: options come after to-torch, whose own they are"):
+        main("--quantize", "q4_0", "to-torch", "--checkpoint", "run", "--output", "hf")
 
 
 def test_what_is_there_and_what_is_not_finite_is_refused(run, tmp_path):

@@ -133,6 +133,7 @@ def _history(run: Path, step: int) -> str:
     config, sources = checkpoint.load_config(run), run_folder.read_sources(run)
     if sources is None:  # an import
         return card.UNKNOWN
+    config_lib.Data({source["path"]: source["weight"] for source in sources})  # refuses weights that no run can have
     tokens = schedule.in_steps(config).tokens_after(step)
     weights = [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
     return card.training(config, step, tokens, weights)
@@ -167,7 +168,7 @@ def export_gguf(
             tokenizer_lib.load(opened.tokenizer),
             opened.model.vocab_size,
             tokenizer_lib.documents_begin_with_bos(opened.settings),
-            chat.without_marks(chat.own_sources(opened.tokenizer).get("default", "")),
+            chat.own_sources(opened.tokenizer).get("default"),
         )
         tied = np.array_equal(opened.params["embed"]["embedding"], opened.params["lm_head"]["kernel"].T)
         path = place / f"{output.name}.gguf" if shard_bytes else place
@@ -306,7 +307,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=list(llama.DTYPES), help="hf: of the written weights (float32)")
     parser.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
-    kinds = parser.add_subparsers(dest="kind", metavar="to-torch|from-torch|to-litpkds")
+    _add_named(parser.add_subparsers(dest="kind", metavar="to-torch|from-torch|to-litpkds"))
+    return parser
+
+
+def _add_named(kinds: argparse._SubParsersAction) -> None:
+    """The commands that have a name."""
     add = lambda name, text: kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
     to_torch = add("to-torch", "write a run as a Hugging Face folder")
     to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or a GGUF file")
@@ -347,7 +353,6 @@ def _parser() -> argparse.ArgumentParser:
     to_litpkds.add_argument(
         "--tail", choices=("fill", "drop"), default="fill", help="the last file: fill it up with bos, or drop it (fill)"
     )
-    return parser
 
 
 def _convert(args: argparse.Namespace) -> str:
@@ -374,6 +379,8 @@ def _convert(args: argparse.Namespace) -> str:
 def main(argv: list[str]) -> int:
     """Runs one conversion; returns the exit code."""
     args = _parser().parse_args(argv)
+    if args.kind is not None and argv[0] != args.kind:
+        raise UserError(f"{argv[0]}: options come after {args.kind}, whose own they are; see {args.kind} --help")
     if args.kind is None:
         print(_convert(args))
     elif args.kind == "to-torch":

@@ -54,12 +54,14 @@ def _print(tokens: Iterator[list[int]], request: Request, loaded: Loaded, stop: 
         if text.stopped:
             break
     print(text.add([], last=True), flush=True)
+    tokens.close()
     n = len(request.tokens)
     why = {
         "stop": "end of text",
         "length": "stopped: --max-new-tokens",
         "context": f"stopped: the context of {loaded.model.seq_len:,} tokens is full",
-    }.get(request.finish, "end of text: a stop string")
+    }
+    why = "end of text: a stop string" if text.stopped else why[request.finish]
     rate = f", then {(n - 1) / (time.perf_counter() - first):,.1f} tokens/s" if n > 1 else ""
     return f"{why}; {n:,} tokens: the first after {first - started:.2f} s{rate}"
 

@@ -173,6 +173,12 @@ def test_a_tokenizer_json_that_llama_cpp_cannot_do_is_refused(change, says, byte
         gguf_tokenizer.to_gguf(folder_of(byte_level | change, tmp_path), 600, add_bos=False)
 
 
+def test_ignore_merges_must_be_as_in_llama_cpp(byte_level, tmp_path):
+    content = byte_level | {"model": byte_level["model"] | {"ignore_merges": True}}
+    with pytest.raises(UserError, match="ignore_merges is True, and for gpt-2 llama.cpp takes False; ids would differ"):
+        gguf_tokenizer.to_gguf(folder_of(content, tmp_path), 600, add_bos=False)
+
+
 def test_an_empty_tokenizer_is_refused(byte_level, tmp_path):
     model = byte_level["model"] | {"vocab": {}, "merges": []}
     ours = folder_of(byte_level | {"model": model}, tmp_path)  # as Transformers 5 writes one for a missing vocabulary

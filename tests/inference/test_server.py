@@ -404,14 +404,14 @@ def test_any_split_into_chunks_gives_the_same_text_and_no_part_of_a_stop_string(
         tokens = loaded.tokenizer.encode(text)
         cuts = sorted(rng.sample(range(1, len(tokens)), rng.randint(0, min(6, len(tokens) - 1))))
         stop = rng.choice([None, "END", ["😀👩", "END"], ["ND", "turn"], "no such"])
-        top, echo = rng.choice([None, 0, 1]), rng.random() < 0.3
-        query = {"stop": stop, "echo": False} | ({} if top is None else {"logprobs": top})
+        top = rng.choice([None, 0, 1])
+        query = {"stop": stop} | ({} if top is None else {"logprobs": top})
         parts, choice = pieces(loaded, [1, *loaded.tokenizer.encode("x =")], tokens, cuts, **query)
         shown = "".join(p.text for p in parts)
         whole = answers.Text(loaded.tokenizer, (), [1, *loaded.tokenizer.encode("x =")]).add(tokens, last=True)
         stops = [stop] if isinstance(stop, str) else stop or []
-        ends = [whole.index(s) for s in stops if s in whole]
-        assert shown == whole[: min(ends, default=len(whole))], (text, stop, cuts, echo)
+        ends = [(whole.index(s) + len(s), whole.index(s)) for s in stops if s in whole]
+        assert shown == whole[: min(ends)[1] if ends else None], (text, stop, cuts)  # that which is complete first
         assert choice.finish == ("stop" if ends else "length") and parts[-1].finish == choice.finish
         listed = [t for p in parts for t in p.tokens]
         if top is not None:

@@ -15,25 +15,22 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.kernels.attention import KERNELS, attention, choose, plain, triton
 
 QUERY_BLOCK = 8
-CASES = {  # name: (B, S, T, N, K, H, start, documents)
-    "one block": (2, 8, 8, 4, 4, 6, 0, ""),
-    "whole blocks": (2, 24, 24, 6, 2, 4, 0, ""),
-    "one query head a key head (K = N)": (2, 16, 16, 3, 3, 4, 0, ""),
-    "one key head (K = 1)": (1, 17, 17, 4, 1, 8, 0, ""),
-    "a last block of one": (2, 25, 25, 4, 2, 2, 0, ""),
-    "a single token": (1, 1, 1, 2, 1, 8, 0, ""),
-    "two documents": (2, 24, 24, 4, 2, 4, 0, "two"),
-    "documents of one token": (1, 20, 20, 2, 2, 4, 0, "one token"),
-    "no whole block for a kernel": (1, 200, 200, 4, 2, 64, 0, "many"),
-    "as trained, fewer heads": (2, 256, 256, 8, 4, 64, 0, ""),
-    "32 heads on 1": (1, 128, 128, 32, 1, 64, 0, "many"),
-    "32 heads on 32": (1, 128, 128, 32, 32, 16, 0, ""),
-    "wide heads": (1, 384, 384, 2, 1, 128, 0, "many"),
-    "a document begins a block": (1, 384, 384, 2, 1, 64, 0, "blocks"),
-    "ids in no order": (2, 256, 256, 2, 1, 64, 0, "shuffled"),
-    "one token after eleven": (2, 1, 20, 4, 2, 4, 11, ""),
-    "a chunk after five": (1, 19, 30, 4, 1, 4, 5, ""),
-    "the end of a full cache": (1, 3, 12, 2, 2, 4, 9, ""),
+CASES = {  # name: (B, S, N, K, H, documents)
+    "one block": (2, 8, 4, 4, 6, ""),
+    "whole blocks": (2, 24, 6, 2, 4, ""),
+    "one query head a key head (K = N)": (2, 16, 3, 3, 4, ""),
+    "one key head (K = 1)": (1, 17, 4, 1, 8, ""),
+    "a last block of one": (2, 25, 4, 2, 2, ""),
+    "a single token": (1, 1, 2, 1, 8, ""),
+    "two documents": (2, 24, 4, 2, 4, "two"),
+    "documents of one token": (1, 20, 2, 2, 4, "one token"),
+    "no whole block for a kernel": (1, 200, 4, 2, 64, "many"),
+    "as trained, fewer heads": (2, 256, 8, 4, 64, ""),
+    "32 heads on 1": (1, 128, 32, 1, 64, "many"),
+    "32 heads on 32": (1, 128, 32, 32, 16, ""),
+    "wide heads": (1, 384, 2, 1, 128, "many"),
+    "a document begins a block": (1, 384, 2, 1, 64, "blocks"),
+    "ids in no order": (2, 256, 2, 1, 64, "shuffled"),
 }
 DOCUMENTS = {
     "two": lambda B, S: np.arange(S) >= np.arange(5, 5 + 3 * B, 3)[:, None],
@@ -46,8 +43,7 @@ DOCUMENTS = {
 
 def runs(impl, case):
     """Whether an implementation is for a case, in interpret mode: "cudnn" and "pallas_mosaic_gpu" have none."""
-    S, start = CASES[case][1], CASES[case][6]
-    return impl in ("reference", "xla") or (start == 0 and (impl == "pallas_triton" or S % 128 == 0))
+    return impl in ("reference", "xla", "pallas_triton") or CASES[case][1] % 128 == 0
 
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_triton", "pallas_tpu")
@@ -60,21 +56,21 @@ def small_blocks(monkeypatch):
 
 
 def inputs(case, dtype=np.float32, scale=1.0):
-    B, S, T, N, K, H, start, documents = CASES[case]
+    B, S, N, K, H, documents = CASES[case]
     rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=shape) * scale for shape in ((B, S, N, H), (B, T, K, H), (B, T, K, H), (B, S, N, H))]
+    arrays = [rng.normal(size=shape) * scale for shape in ((B, S, N, H), (B, S, K, H), (B, S, K, H), (B, S, N, H))]
     ids = jnp.asarray(DOCUMENTS[documents](B, S), jnp.int32) if documents else None
-    return [jnp.asarray(a, dtype) for a in arrays], start, ids
+    return [jnp.asarray(a, dtype) for a in arrays], ids
 
 
-def float64(q, k, v, cotangent, start, ids=None):
+def float64(q, k, v, cotangent, ids=None):
     """Output and the gradients of q, k, v, from the textbook formulas, one head at a time."""
     q, k, v, cotangent = (np.asarray(a, np.float64) for a in (q, k, v, cotangent))
     B, S, N, H = q.shape
-    T, K = k.shape[1:3]
+    K = k.shape[2]
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b in range(B):
-        hidden = np.arange(T)[None, :] > start + np.arange(S)[:, None]
+        hidden = np.arange(S)[None, :] > np.arange(S)[:, None]
         if ids is not None:
             hidden |= np.asarray(ids)[b, :, None] != np.asarray(ids)[b, None, :]
         for n in range(N):
@@ -91,9 +87,9 @@ def float64(q, k, v, cotangent, start, ids=None):
     return out, dq, dk, dv
 
 
-@partial(jax.jit, static_argnames=("impl", "start"))
-def ours(impl, q, k, v, cotangent, start, ids=None):
-    run = lambda q, k, v: attention(q, k, v, ids, impl=impl, start=start, interpret=impl in KERNELS)
+@partial(jax.jit, static_argnames="impl")
+def ours(impl, q, k, v, cotangent, ids=None):
+    run = lambda q, k, v: attention(q, k, v, ids, impl=impl, interpret=impl in KERNELS)
     with jax.numpy_dtype_promotion("strict"):
         out, vjp = jax.vjp(run, q, k, v)
     return out, *vjp(cotangent)
@@ -108,21 +104,21 @@ def agree(got, want, tolerance):
 
 @pytest.mark.parametrize(("case", "impl"), MATRIX)
 def test_fp32(case, impl):
-    arrays, start, ids = inputs(case)
-    agree(ours(impl, *arrays, start, ids), float64(*arrays, start, ids), 1e-5)
+    arrays, ids = inputs(case)
+    agree(ours(impl, *arrays, ids), float64(*arrays, ids), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("case", "impl"),
-    [m for m in MATRIX if m[0] in ("a last block of one", "a chunk after five", "no whole block for a kernel", "wide heads")],
+    [m for m in MATRIX if m[0] in ("a last block of one", "no whole block for a kernel", "wide heads")],
 )
 def test_half_precision(case, impl, dtype):
     """Rounding errors of S terms add up as a random walk: the bound grows with the root of S."""
-    arrays, start, ids = inputs(case, dtype)
-    got = ours(impl, *arrays, start, ids)
+    arrays, ids = inputs(case, dtype)
+    got = ours(impl, *arrays, ids)
     assert {a.dtype for a in got} == {jnp.dtype(dtype)}
-    agree(got, float64(*arrays, start, ids), float(jnp.finfo(dtype).eps) * max(1, CASES[case][2] ** 0.5 / 4))
+    agree(got, float64(*arrays, ids), float(jnp.finfo(dtype).eps) * max(1, CASES[case][1] ** 0.5 / 4))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -132,10 +128,10 @@ def test_documents_in_one_block_do_not_see_each_other(impl):
     ids = jnp.asarray(np.searchsorted(ends, np.arange(S), side="right")[None], jnp.int32)
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(1, S, n, 64)), jnp.float32) for n in (2, 1, 1, 2)]
-    before = ours(impl, *arrays, 0, ids)
+    before = ours(impl, *arrays, ids)
     for first, end in itertools.pairwise(ends):
         inside = (np.arange(S) >= first) & (np.arange(S) < end)
-        after = ours(impl, *(a.at[:, first:end].add(1.5) for a in arrays), 0, ids)
+        after = ours(impl, *(a.at[:, first:end].add(1.5) for a in arrays), ids)
         for name, a, b in zip(("output", "dq", "dk", "dv"), before, after, strict=True):
             np.testing.assert_array_equal(a[:, ~inside], b[:, ~inside], err_msg=name)
             if end - first > 1 or name in ("output", "dv"):  # of a single key the weight is 1, whatever q and k are
@@ -145,10 +141,10 @@ def test_documents_in_one_block_do_not_see_each_other(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS[:2])
 def test_scores_of_bf16_inputs_are_fp32(impl):
     """Products of 400 and 401 (scores 200 and 200.5) differ in fp32; in bf16 both are 400: weights 0.378 and 0.622, or 1/2."""
-    q = jnp.full((1, 1, 1, 4), 1.0, jnp.bfloat16)
+    q = jnp.full((1, 2, 1, 4), 1.0, jnp.bfloat16)
     k = jnp.asarray([[100.0, 100, 100, 100], [100, 100, 100, 101]], jnp.bfloat16)[None, :, None]
     v = jnp.asarray([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, :, None]
-    out = attention(q, k, v, impl=impl, start=1)
+    out = attention(q, k, v, impl=impl)[:, 1]
     np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + np.exp(-0.5)), atol=4e-3)
 
 
@@ -159,13 +155,6 @@ def test_scores_of_bf16_inputs_are_fp32_in_a_kernel(impl):
     v = jnp.zeros((1, 128, 1, 4), jnp.bfloat16).at[:, 1].set(1)
     out = attention(q, k, v, impl=impl, interpret=True)
     np.testing.assert_allclose(np.asarray(out[:, 1:], np.float32), 1 / (1 + np.exp(-0.5)), atol=4e-3)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS[:2])
-def test_a_traced_start_gives_the_same_output(impl):
-    (q, k, v, _), start, _ = inputs("a chunk after five")
-    jitted = jax.jit(lambda start: attention(q, k, v, impl=impl, start=start))
-    np.testing.assert_allclose(jitted(jnp.int32(start)), attention(q, k, v, impl=impl, start=start), atol=1e-6, rtol=0)
 
 
 def test_the_triton_kernel_visits_no_block_of_another_document():
@@ -260,18 +249,16 @@ def test_the_triton_kernel_with_its_assembly(case, monkeypatch):
         return jax.pure_callback(run, jax.ShapeDtypeStruct(x.shape, x.dtype), x, jnp.broadcast_to(minus, x.shape))
 
     monkeypatch.setattr(triton, "_exp2", exp2)
-    arrays, start, ids = inputs(case)
-    agree(ours.__wrapped__("pallas_triton", *arrays, start, ids), float64(*arrays, start, ids), 1e-5)
+    arrays, ids = inputs(case)
+    agree(ours.__wrapped__("pallas_triton", *arrays, ids), float64(*arrays, ids), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
 def test_the_triton_kernel_accumulates_in_fp32(dtype):
     """Every matmul, forward and backward, by its dtype: a CPU keeps more bits than it is told to, so values do not show it."""
-    arrays, _, ids = inputs("no whole block for a kernel", dtype)
+    arrays, ids = inputs("no whole block for a kernel", dtype)
     f = partial(ours, "pallas_triton")
-    products = [
-        e for e in equations(jax.make_jaxpr(lambda *a: f(*a, 0, ids))(*arrays).jaxpr) if e.primitive.name == "dot_general"
-    ]
+    products = [e for e in equations(jax.make_jaxpr(lambda *a: f(*a, ids))(*arrays).jaxpr) if e.primitive.name == "dot_general"]
     assert len(products) == 2 * 2 + 2 * 3 + 2 * 4 + 1  # on the diagonal and off it, and the rows' sums of out dout
     assert {e.outvars[0].aval.dtype for e in products} == {jnp.dtype(jnp.float32)}
 
@@ -292,11 +279,11 @@ def products(f, *arrays):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", ["a last block of one", "two documents", "a chunk after five"])
+@pytest.mark.parametrize("case", ["a last block of one", "two documents", "a single token"])
 def test_xla_multiplies_in_half_precision_and_accumulates_in_fp32_also_backward(case, dtype):
     """fp32 operands, as autodiff would have them, are off a GPU's half-precision units."""
-    arrays, start, ids = inputs(case, dtype)
-    found = products(lambda *a: ours("xla", *a, start, ids), *arrays)
+    arrays, ids = inputs(case, dtype)
+    found = products(lambda *a: ours("xla", *a, ids), *arrays)
     pieces = -(-CASES[case][1] // QUERY_BLOCK)
     assert len(found) == 7 * pieces  # scores and output; scores, dv, the weights' gradient, dq, dk
     name = jnp.dtype(dtype).name
@@ -311,18 +298,13 @@ def test_xla_skips_keys_that_no_query_of_a_piece_sees(blocks, share):
     count = lambda impl, *of: sum(n for _, n in products(lambda *a: ours(impl, *a, *of), *arrays))
     every_pair = 2 * 4 * S * S * 4  # B N S T H
     assert count("xla", 0) == 7 * every_pair * share
-    q, k, v, _ = arrays
-    traced = products(lambda start: attention(q, k, v, impl="xla", start=start), jnp.int32(0))
-    assert sum(n for _, n in traced) == 2 * every_pair  # with a traced start no keys can be skipped
 
 
-@pytest.mark.parametrize("impl", KERNELS)
-def test_a_kernel_refuses_a_cache(impl):
+@pytest.mark.parametrize("impl", ["reference", "xla", *KERNELS])
+def test_more_keys_than_queries_are_refused(impl):
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 8, 1, 8))
-    with pytest.raises(ValueError, match="it is for S = T and start = 0"):
+    with pytest.raises(ValueError, match="4 queries and 8 keys"):
         attention(q, k, k, impl=impl)
-    with pytest.raises(ValueError, match="it is for S = T and start = 0"):
-        attention(q, k[:, :4], k[:, :4], impl=impl, start=4)
 
 
 def equations(jaxpr):
@@ -342,7 +324,7 @@ def kernels(jaxpr):
 
 @pytest.mark.parametrize("impl", ["pallas_triton", "pallas_tpu"])
 def test_backward_does_not_rerun_forward_if_attention_is_saved(impl):
-    arrays, _, _ = inputs("as trained, fewer heads", jnp.bfloat16)
+    arrays, _ = inputs("as trained, fewer heads", jnp.bfloat16)
     for policy, runs in (
         (jax.checkpoint_policies.save_only_these_names("attention"), 3),  # forward, dq, dk and dv
         (jax.checkpoint_policies.nothing_saveable, 4),
@@ -360,11 +342,9 @@ def sizes(jaxpr):
 
 
 def test_xla_never_holds_all_scores():
-    (q, *_), _, _ = arrays, start, _ = inputs("whole blocks")
+    (q, *_), _ = arrays, _ = inputs("whole blocks")
     B, S, N, _ = q.shape
-    largest = {
-        impl: max(sizes(jax.make_jaxpr(partial(ours, impl, start=start))(*arrays).jaxpr)) for impl in ("reference", "xla")
-    }
+    largest = {impl: max(sizes(jax.make_jaxpr(partial(ours, impl))(*arrays).jaxpr)) for impl in ("reference", "xla")}
     # `reference` holds all scores, so the check can see them
     assert largest == {"reference": B * N * S * S, "xla": B * N * QUERY_BLOCK * S}
 

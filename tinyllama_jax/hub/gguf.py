@@ -76,7 +76,7 @@ def _rows(array: np.ndarray, name: str, model: Model, interleave: bool) -> np.nd
 
 def _names(model: Model) -> dict[str, str]:
     """Hugging Face's name -> GGUF's."""
-    return {ours.format(i): theirs.format(i) for ours, theirs in NAMES.items() for i in range(model.n_layers)}
+    return {hf.format(i): name.format(i) for hf, name in NAMES.items() for i in range(model.n_layers)}
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,8 @@ class Stored:
         self.name, self.shape, self.kind, self.raw, self.model = name, shape, kind, raw, None
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
-        array = _package().quants.dequantize(self.raw.reshape(*self.shape[:-1], -1), self.kind).reshape(self.shape)
+        with np.errstate(all="ignore"):  # a damaged scale; NaN and infinity are refused later, by name
+            array = _package().quants.dequantize(self.raw.reshape(*self.shape[:-1], -1), self.kind).reshape(self.shape)
         return _rows(array, self.name, self.model, interleave=False) if self.model else array
 
 
@@ -211,7 +212,7 @@ def read(path: str | Path) -> Gguf:
     rows = tensors["token_embd.weight"].shape[0]
     config = gguf_keys.config(metadata, rows, None if factors is None else np.asarray(factors), str(path))
     model = llama.from_hf_config(config, str(path))
-    known = {theirs: ours for ours, theirs in _names(model).items()}
+    known = {name: hf for hf, name in _names(model).items()}
     named = {known.get(name, name): tensor for name, tensor in tensors.items()}
     if tied := HEAD not in named:
         named[HEAD] = named[EMBEDDING]

@@ -88,7 +88,7 @@ def config(metadata: Mapping[str, object], vocab_size: int, factors: np.ndarray 
             raise UserError(f"{origin}: its metadata lack llama.{key}")
     if get("expert_count", 0) != 0:
         raise UserError(f"{origin}: is a mixture of {get('expert_count')} experts, which this model does not compute")
-    described = {ours: get(theirs) for ours, theirs in (_KEYS | _OPTIONAL).items() if get(theirs) is not None}
+    described = {hf: get(key) for hf, key in (_KEYS | _OPTIONAL).items() if get(key) is not None}
     described |= {key: f"an array of {len(v)}" for key, v in described.items() if isinstance(v, (list, np.ndarray))}
     described |= {"model_type": "llama", "vocab_size": vocab_size}
     try:

@@ -15,30 +15,26 @@ LANES = 128  # the lanes of a TPU's vector unit
 
 def attention(
     q_BSNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
     segment_ids_BS: jax.Array | None = None,
     *,
     impl: str,
-    start: jax.Array | int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns the attention output [B, S, N, H] in q's dtype.
 
-    Query i is at position `start` + i and sees keys 0 .. `start` + i. Query head n uses key head n // (N / K). With
-    `segment_ids_BS` (int32) a query sees only keys of its own segment. `impl`: "reference", "xla" or one of KERNELS. Kernels
-    and segments need start = 0 and S = T. `interpret` runs "pallas_triton" and "pallas_tpu" on any device, slowly. Backward
-    saves q, k, v and values named "attention". Kernels have neither forward-mode nor second derivatives. A NaN can reach
-    other documents: 0 x NaN is NaN.
+    Query i sees keys 0 .. i. Query head n uses key head n // (N / K). With `segment_ids_BS` (int32) a query sees only keys of
+    its own segment. `impl`: "reference", "xla" or one of KERNELS. `interpret` runs "pallas_triton" and "pallas_tpu" on any
+    device, slowly. Backward saves q, k, v and values named "attention". Kernels have neither forward-mode nor second
+    derivatives. A NaN can reach other documents: 0 x NaN is NaN. Raises ValueError unless there are as many keys as queries.
     """
+    if q_BSNH.shape[1] != k_BSKH.shape[1]:
+        raise ValueError(f"{q_BSNH.shape[1]} queries and {k_BSKH.shape[1]} keys: attention over a cache is inference's own")
+    arrays = q_BSNH, k_BSKH, v_BSKH, segment_ids_BS
     if impl in ("reference", "xla"):
         f = plain.reference if impl == "reference" else plain.in_query_blocks
-        return checkpoint_name(f(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, start), "attention")
-    arrays = q_BSNH, k_BTKH, v_BTKH, segment_ids_BS
-    if q_BSNH.shape[1] != k_BTKH.shape[1] or (isinstance(start, int) and start):
-        raise ValueError(
-            f"{impl}: S = {q_BSNH.shape[1]}, T = {k_BTKH.shape[1]}, start = {start}; it is for S = T and start = 0"
-        )
+        return checkpoint_name(f(*arrays), "attention")
     if impl == "pallas_triton":
         from tinyllama_jax.kernels.attention import triton  # imported here: later versions of JAX drop this language
 

@@ -11,12 +11,10 @@ QUERY_BLOCK = 256  # queries in a block of "xla": its scores take B x N x 256 x 
 PIECES = 8  # the most groups of blocks; a group reads the keys up to its last query and is compiled separately
 
 
-def reference(
-    q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
-) -> jax.Array:
+def reference(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None = None) -> jax.Array:
     """The definition: softmax(q k' / sqrt(H) + mask) v, in fp32."""
-    q_BSKGH, k_BTKH, v_BTKH = (x.astype(jnp.float32) for x in (_grouped(q_BSNH, k_BTKH), k_BTKH, v_BTKH))
-    weights_BKGST = _weights(q_BSKGH, k_BTKH, ids_BS, ids_BS, jnp.int32(start))
+    q_BSKGH, k_BTKH, v_BTKH = (x.astype(jnp.float32) for x in (_grouped(q_BSNH, k_BSKH), k_BSKH, v_BSKH))
+    weights_BKGST = _weights(q_BSKGH, k_BTKH, ids_BS, ids_BS, jnp.int32(0))
     return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH).reshape(q_BSNH.shape).astype(q_BSNH.dtype)
 
 
@@ -36,30 +34,27 @@ def _weights(q_BSKGH, k_BTKH, q_ids_BS: jax.Array | None, k_ids_BT: jax.Array | 
     return jax.nn.softmax(jnp.where(visible_BST[:, None, None], scores_BKGST, jnp.float32(-jnp.inf)), axis=-1)
 
 
-def in_query_blocks(
-    q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array | None = None, start: jax.Array | int = 0
-) -> jax.Array:
+def in_query_blocks(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array | None = None) -> jax.Array:
     """Computes `reference` a block of queries at a time. Matmuls take the inputs' dtype and accumulate in fp32.
 
-    If `start` is a Python int, a piece skips the keys after its last query: with S = T and n pieces, 1/2 + 1/(2n) of the work
-    remains.
+    A piece skips the keys after its last query: with n pieces, 1/2 + 1/(2n) of the work remains.
     """
-    pieces = partial(_in_pieces, ids_BS=ids_BS, start=start)
-    return jax.checkpoint(pieces, prevent_cse=False)(q_BSNH, k_BTKH, v_BTKH)  # backward saves only q, k and v
+    pieces = partial(_in_pieces, ids_BS=ids_BS)
+    return jax.checkpoint(pieces, prevent_cse=False)(q_BSNH, k_BSKH, v_BSKH)  # backward saves only q, k and v
 
 
-def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS, start):
-    S, T = q_BSNH.shape[1], k_BTKH.shape[1]
-    n, known = -(-S // QUERY_BLOCK), isinstance(start, int)
+def _in_pieces(q_BSNH, k_BTKH, v_BTKH, ids_BS):
+    S = q_BSNH.shape[1]
+    n = -(-S // QUERY_BLOCK)
     k_f32, v_f32 = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)  # so that their gradients are summed in fp32
-    size, pieces, first, out = -(-S // n), min(n, PIECES) if known else 1, 0, []
+    size, pieces, first, out = -(-S // n), min(n, PIECES), 0, []
     # pads the last block with copies of the last query; jnp.pad's "edge" would send activations between devices
     padded = lambda x: jnp.concatenate([x, jnp.repeat(x[:, -1:], n * size - S, axis=1)], axis=1)
     cut = lambda x: jnp.stack(jnp.split(padded(x), n, axis=1))
     q = cut(_grouped(q_BSNH, k_BTKH))  # blocks, B, S of a block, K, G, H
-    q_ids, at = None if ids_BS is None else cut(ids_BS), start + size * jnp.arange(n, dtype=jnp.int32)
+    q_ids, at = None if ids_BS is None else cut(ids_BS), size * jnp.arange(n, dtype=jnp.int32)
     for last in (n * (j + 1) // pieces for j in range(pieces)):
-        sees = min(start + last * size, T) if known else T
+        sees = min(last * size, S)
         block = lambda of, sees=sees: _attend(of[0], k_f32, v_f32, of[1], ids_BS, of[2], sees)
         out.append(lax.map(block, jax.tree.map(lambda x, part=slice(first, last): x[part], (q, q_ids, at))))
         first = last
