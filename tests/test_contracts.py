@@ -17,8 +17,8 @@ from tinyllama_jax.base import config as c
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
-FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4}
-COMMANDS = ("train", "generate", "chat", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
+FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4, "inference": 5}
+COMMANDS = ("train", "generate", "chat", "serve", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
     "base": "errors files dims mixture_weights values rope config cli schedule sharding",
@@ -30,6 +30,7 @@ ORDER = {
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
+    "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker server listen",
 }
 HOME = {
     "flax": {"core.model"},
@@ -46,8 +47,10 @@ HOME = {
     "safetensors": {"hub.tensor_files"},
     "jinja2": {"data.chat"},
     "gguf": {"hub.gguf"},
-    "jmp": {"core.losses", "core.model", "core.step"},
-    "msgspec": {"base.files", "data.blocks"},
+    "jmp": {"core.losses", "core.model", "core.step", "inference.forward"},
+    "msgspec": {"base.files", "data.blocks", "inference.openai"},
+    "starlette": {"inference.server"},
+    "uvicorn": {"inference.listen"},
     "chex": {"core.step"},
     "tensorboard": {"run.metrics"},
     "matplotlib": {"report", "planning.report", "planning.law_report", "data.audit.report"},
@@ -110,9 +113,10 @@ def test_the_lowest_files_need_no_jax(name):
     assert not {m.split(".")[0] for m in imports(ROOT / "tinyllama_jax/base" / f"{name}.py")} & {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["train", "generate", "replay", "convert"])
+@pytest.mark.parametrize("module", ["train", "generate", "serve", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
-    code = f"import sys, tinyllama_jax.{module}; print(*{{'apache_beam', 'matplotlib', 'datasketch'}} & sys.modules.keys())"
+    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn"}
+    code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == ""
