@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("base/", "kernels/", "core/", "data/", "hub/", "run/", "planning/", "")
+ORDER = ("base/", "kernels/", "core/", "data/", "hub/", "run/", "planning/", "inference/", "")
 
 
 def rows() -> dict[str, str]:

@@ -17,7 +17,7 @@ from tinyllama_jax.base import config as c
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
-FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4}
+FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4, "inference": 5}
 COMMANDS = ("train", "generate", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
@@ -30,6 +30,7 @@ ORDER = {
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
+    "inference": "quantize weights forward sampling text options engine",
 }
 HOME = {
     "flax": {"core.model"},
@@ -44,7 +45,7 @@ HOME = {
     "pycld2": {"data.prepare.clean"},
     "fasttext": {"data.prepare.clean"},
     "safetensors": {"hub.tensor_files"},
-    "jmp": {"core.losses", "core.model", "core.step"},
+    "jmp": {"core.losses", "core.model", "core.step", "inference.forward"},
     "msgspec": {"base.files", "data.blocks"},
     "chex": {"core.step"},
     "tensorboard": {"run.metrics"},

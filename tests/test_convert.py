@@ -28,8 +28,10 @@ from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model, optim
 from tinyllama_jax.core.program import build
+from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.hub import litgpt, llama, tensor_files
+from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -310,15 +312,19 @@ def test_an_exported_tokenizer_begins_texts_as_the_data_did(run, tmp_path, their
     if data is not None:
         (tmp_path / "imported/data.json").write_text(json.dumps([{"path": "somewhere", "bos": data}]))
     convert.export(tmp_path / "imported", tmp_path / "out")
-    ours = generate.tokenizer_lib.load(tmp_path / "imported/tokenizer")
+    ours = tokenizer_lib.load(tmp_path / "imported/tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     first = [1] if (theirs if data is None else data) else []
     for text in ("def f(x):", " \n\n  x", "", "▁ 👩‍👩‍👧"):
         assert tokenizer(text)["input_ids"] == first + ours.encode(text)
         if text:
-            assert generate.first_tokens(tmp_path / "imported", ours, text) == first + ours.encode(text)
-            out = generate.tokenizer_lib.load(tmp_path / "out")
-            assert generate.first_tokens(tmp_path / "out", out, text) == first + ours.encode(text)
+            assert first_tokens(
+                ours, tokenizer_lib.documents_begin_with_bos(tmp_path / "imported"), text
+            ) == first + ours.encode(text)
+            out = tokenizer_lib.load(tmp_path / "out")
+            assert first_tokens(out, tokenizer_lib.documents_begin_with_bos(tmp_path / "out"), text) == first + ours.encode(
+                text
+            )
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["add_bos_token"] is bool(first)
     assert out.sha256 == ours.sha256  # so that data prepared with the one go on from weights with the other
     for name in ("chat_template.jinja", "generation_config.json"):

@@ -43,7 +43,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1, and less than 2^31")
     if args.temperature == 0:
         raise UserError("--temperature 0.0: must lie between 0.001 and 1,000; for the most likely token say --greedy")
-    sampling_lib.check(Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-"))
+    sampling_lib.check(
+        Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-")
+    )
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: must lie in [0, 2^31)")
 
