@@ -497,3 +497,47 @@ def test_keys_are_written_at_their_positions_alone():
     for a in jax.tree.leaves(after):
         written = np.flatnonzero(np.abs(a).sum((1, 3)))  # [B, T]
         assert written.tolist() == [3, 4, 24 + 22, 24 + 23]
+
+
+@pytest.mark.parametrize(
+    "cfg", [TINY, dataclasses.replace(TINY, n_kv_heads=6), dataclasses.replace(TINY, n_kv_heads=1, rope_scaling=4.0)], ids=str
+)
+def test_decoding_with_a_cache_is_the_whole_forward_pass(cfg):
+    on, params, tokens = loaded(cfg), some_params(cfg), jnp.asarray([ids(20, 1), ids(20, 2)])
+
+    @jax.jit
+    def decode(tokens, cache, start):
+        positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, cache = forward.forward(on.weights, tokens, positions, cache, cfg)
+        return forward.logits(on.weights, x), cache
+
+    with jax.set_mesh(on.mesh):
+        cache, parts, start = forward.init_cache(cfg, 2, 23), [], 0
+        for n in (7, 1, 1, 1, 7, 1, 1, 1):  # a prompt, single tokens, more text at once
+            part, cache = decode(tokens[:, start : start + n], cache, jnp.int32(start))
+            parts, start = [*parts, part], start + n
+    whole = model.logits(params, tokens, cfg)
+    assert jnp.abs(whole).max() > 3
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("residual", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
+def test_dtypes(compute, residual):
+    cfg = dataclasses.replace(TINY, precision=FP32.replace("compute=float32", f"compute={compute}"), residual=residual)
+    on, tokens = loaded(cfg), jnp.ones((2, 3), jnp.int32)
+
+    def decode(cache):
+        x, after = forward.forward(on.weights, tokens, tokens, cache, cfg)
+        return x, forward.logits(on.weights, x), after
+
+    with jax.set_mesh(on.mesh), jax.numpy_dtype_promotion("strict"):
+        cache = forward.init_cache(cfg, 2, 30)
+        x, logits, after = jax.eval_shape(decode, cache)
+    assert (x.dtype, logits.dtype) == (compute, jnp.float32)
+    assert {a.dtype for a in jax.tree.leaves((cache, after))} == {jnp.dtype(compute)}
+    assert {name: a.dtype == jnp.float32 for name, a in on.weights.layers[0].items() if name.endswith("norm")} == {
+        "attention_norm": True,
+        "mlp_norm": True,
+    }
+    assert on.weights.layers[0]["q"].dtype == on.weights.embed_VD.dtype == compute
