@@ -30,7 +30,8 @@ ORDER = {
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
-    "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker server listen",
+    "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker server "
+    "listen",
 }
 HOME = {
     "flax": {"core.model"},
