@@ -315,16 +315,13 @@ def test_an_exported_tokenizer_begins_texts_as_the_data_did(run, tmp_path, their
     ours = tokenizer_lib.load(tmp_path / "imported/tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     first = [1] if (theirs if data is None else data) else []
+    tokens = lambda own, folder, text: first_tokens(own, tokenizer_lib.documents_begin_with_bos(tmp_path / folder), text)
     for text in ("def f(x):", " \n\n  x", "", "▁ 👩‍👩‍👧"):
         assert tokenizer(text)["input_ids"] == first + ours.encode(text)
         if text:
-            assert first_tokens(
-                ours, tokenizer_lib.documents_begin_with_bos(tmp_path / "imported"), text
-            ) == first + ours.encode(text)
+            assert tokens(ours, "imported", text) == first + ours.encode(text)
             out = tokenizer_lib.load(tmp_path / "out")
-            assert first_tokens(out, tokenizer_lib.documents_begin_with_bos(tmp_path / "out"), text) == first + ours.encode(
-                text
-            )
+            assert tokens(out, "out", text) == first + ours.encode(text)
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["add_bos_token"] is bool(first)
     assert out.sha256 == ours.sha256  # so that data prepared with the one go on from weights with the other
     for name in ("chat_template.jinja", "generation_config.json"):
