@@ -130,18 +130,15 @@ def test_prompts_begin_as_the_data_did(folders, bos, tmp_path):
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_loaded_folder_knows_how_prompts_begin(folders, bos, tmp_path):
-    for kind, file in (("run", "data.json"), ("hf", "tokenizer_config.json")):
-        shutil.copytree(folders[kind], tmp_path / kind)
-        path = tmp_path / kind / file
-        settings = (
-            json.loads(path.read_text()) | {"add_bos_token": bos} if kind == "hf" else [{"path": "a", "weight": 1, "bos": bos}]
-        )
-        path.write_text(json.dumps(settings))
-        if kind == "hf":  # whose post-processor would overrule it
-            whole = json.loads((tmp_path / "hf/tokenizer.json").read_text())
-            (tmp_path / "hf/tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
-            continue
-        assert weights.load(tmp_path / kind).begin_with_bos is bos
+    shutil.copytree(folders["run"], tmp_path / "run")
+    (tmp_path / "run/data.json").write_text(json.dumps([{"path": "a", "weight": 1, "bos": bos}]))
+    assert weights.load(tmp_path / "run").begin_with_bos is bos
+    shutil.copytree(folders["hf"], tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) | {"add_bos_token": bos}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(folders["run"] / "tokenizer/tokenizer.model", tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").unlink()  # whose post-processor would overrule it
+    assert weights.load(tmp_path / "hf").begin_with_bos is bos
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from models import FP32, GREEDY, TINY, ids, loaded, run, some_params
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
-from tinyllama_jax.inference import engine as engine_lib
 from tinyllama_jax.inference import device, forward
+from tinyllama_jax.inference import engine as engine_lib
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
 
