@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import jax
 
@@ -33,10 +34,10 @@ def main(argv: list[str]) -> int:
     with _listener(args.host, args.port) as listener:  # before the weights are read, which takes longer
         with contextlib.redirect_stdout(sys.stderr):
             loaded, engine = options.load(args, args.slots)
-        choose = chat.choose if args.template else lambda folder, tokenizer, _: chat.of_folder(folder, tokenizer)
+        path = Path(args.checkpoint)
         how = server.Options(
-            name=args.name or loaded.folder.resolve().name.removesuffix(".gguf"),
-            template=choose(loaded.folder, loaded.tokenizer, args.template),
+            name=args.name or path.resolve().name.removesuffix(".gguf"),
+            template=_template(path, loaded, args.template),
             slots=args.slots,
             queue=args.queue,
             max_tokens=args.max_tokens or loaded.model.seq_len,
@@ -47,6 +48,11 @@ def main(argv: list[str]) -> int:
         listener.listen(128)
         _introduce(how, loaded, args.host, listener.getsockname()[1])
         return _run(running, listener)
+
+
+def _template(path: Path, loaded: Loaded, name: str | None) -> chat.Template | None:
+    """The checkpoint's own if there is no name; a base model has none."""
+    return chat.choose(path, loaded.tokenizer, name) if name else chat.of_folder(path, loaded.tokenizer)
 
 
 def _introduce(how, loaded: Loaded, host: str, port: int) -> None:

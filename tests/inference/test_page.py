@@ -8,7 +8,6 @@ import pytest
 import serving
 from test_server import HELLO, Gated, chat_ids, text_of
 
-
 pytestmark = pytest.mark.xdist_group("page")  # one server and one browser for all tests
 
 
