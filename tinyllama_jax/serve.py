@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
             queue=args.queue,
             max_tokens=args.max_tokens or loaded.model.seq_len,
             hosts=tuple(host.lower() for host in (args.host, *args.allow_host)),
-            origins=tuple(args.allow_origin),
+            origins=tuple(origin.lower() for origin in args.allow_origin),
         )
         running = listen.Server(server.Service(loaded, how), engine)
         listener.listen(128)
@@ -147,6 +147,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name, low, high in (("port", 0, 65_535), ("slots", 1, 1_024), ("queue", 0, 100_000), ("max_tokens", 0, 2**31 - 1)):
         if not low <= (value := getattr(args, name)) <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must lie between {low:,} and {high:,}")
+    for name in args.allow_host:
+        if not name or set(":/*") & set(name):
+            raise UserError(f"--allow-host {name}: must be a name alone, without scheme, port and *, such as chat.example.com")
     for origin in args.allow_origin:
         if origin not in ("*", "null") and (origin.count("/") != 2 or "://" not in origin):
             raise UserError(f"--allow-origin {origin}: must be a scheme and a host without a path, such as https://example.com")
