@@ -1,12 +1,16 @@
-"""Small models with random weights: for the engine, and the same for Transformers."""
+"""Small models with random weights, for the engine and for Transformers, and a tokenizer of 420 pieces."""
 
 import dataclasses
 import functools
+import inspect
+import io
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sentencepiece
 
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base import dims, rope, sharding
@@ -87,3 +91,21 @@ def transformers_greedy(llama_model, prompt: list[int], n: int) -> list[int]:
     tokens = torch.tensor([prompt])
     options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": n, "eos_token_id": None}
     return llama_model.generate(tokens, **options)[0, len(prompt) :].tolist()
+
+
+def train_tokenizer(path: Path, **options) -> Path:
+    """The demo's kind of SentencePiece model, from a source of Python's library."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(inspect.getsource(json.decoder).splitlines()),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        **{"add_dummy_prefix": False, "minloglevel": 2, **options},
+    )
+    path.write_bytes(written.getvalue())
+    return path

@@ -211,7 +211,7 @@ def test_a_base_model_needs_a_template(hi, tmp_path, capsys, monkeypatch):
         ("--template", "no.jinja", "No such file"),
         ("--top-p", "0", "--top-p 0.0"),
         ("--system", "\udcff", "--system .* is not UTF-8"),
-        ("--checkpoint", str(tmp_path / "nowhere"), "no such folder"),
+        ("--checkpoint", str(tmp_path / "nowhere"), "no such file or folder"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             chat.main(["--checkpoint", str(hi), option, value])

@@ -59,11 +59,16 @@ def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
         params, model, metadata = gguf.load(path, allow_non_finite=True)
         gguf_tokenizer.from_gguf(metadata, scratch, str(path))
         return _Opened(params, model, scratch, scratch, str(path), None)
-    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
-        raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
+    _check_not_around_gguf(path)
     params, model = llama.load_folder(path, allow_non_finite=True)
     folder = path.parent if path.is_file() else path
     return _Opened(params, model, folder, folder, str(path), None)
+
+
+def _check_not_around_gguf(path: Path) -> None:
+    """Raises UserError for a folder whose only weights are GGUF files."""
+    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
+        raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
 
 
 def _run(path: Path, step: int | None) -> _Opened:
@@ -158,6 +163,7 @@ def export_gguf(
         raise UserError(f"--output {output}: name a file that ends in .gguf, or add --shard-size for a folder of files")
     if shard_bytes is not None and output.suffix == ".gguf":
         raise UserError(f"--output {output}: with --shard-size it is a folder of files; leave out .gguf")
+    gguf.package()  # before anything is read
     with tempfile.TemporaryDirectory() as scratch, _new(output, is_file=shard_bytes is None) as place:
         opened = _open(source, step, Path(scratch))
         if not allow_non_finite:
@@ -220,6 +226,7 @@ def import_checkpoint(
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
+    _check_not_around_gguf(source)
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
     is_gguf = source.suffix == ".gguf" and not source.is_dir()

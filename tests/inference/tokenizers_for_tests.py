@@ -1,12 +1,11 @@
 """One tokenizer of each kind: of 420 pieces, trained on a source of Python's library, or on bytes alone."""
 
 import inspect
-import io
 import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
+from models import train_tokenizer
 
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
@@ -14,31 +13,13 @@ from tinyllama_jax.data.export import tokenizer as export_tokenizer
 TOKENIZERS = ("SentencePiece", "SentencePiece as Llama's", "Hugging Face", "byte-level BPE")
 
 
-def train(path: Path, **options) -> Path:
-    """The demo's kind of SentencePiece model."""
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(inspect.getsource(json.decoder).splitlines()),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        **{"add_dummy_prefix": False, "minloglevel": 2, **options},
-    )
-    path.write_bytes(written.getvalue())
-    return path
-
-
 def make(kind: str, folder: Path) -> tokenizer_lib.Tokenizer:
     """A tokenizer of one of TOKENIZERS."""
     if kind.startswith("SentencePiece"):  # Llama's puts a space before each text
-        return tokenizer_lib.load(train(folder / "tokenizer.model", add_dummy_prefix=kind.endswith("Llama's")))
+        return tokenizer_lib.load(train_tokenizer(folder / "tokenizer.model", add_dummy_prefix=kind.endswith("Llama's")))
     tokenizers = pytest.importorskip("tokenizers")
     if kind == "Hugging Face":
-        export_tokenizer.write(train(folder / "tokenizer.model"), folder, add_bos=False, seq_len=64)
+        export_tokenizer.write(train_tokenizer(folder / "tokenizer.model"), folder, add_bos=False, seq_len=64)
         (folder / "tokenizer.model").unlink()
         return tokenizer_lib.load(folder)
     whole = tokenizers.Tokenizer(tokenizers.models.BPE())  # SmolLM2's kind

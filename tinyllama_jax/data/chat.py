@@ -285,7 +285,7 @@ def of_folder(folder: Path, tokenizer: Tokenizer) -> Template | None:
     """
     sources = own_sources(tokenizer.folder)
     if "default" in sources:
-        return _own(f"of {tokenizer.folder}", sources["default"], tokenizer, "its own chat_template")
+        return _own(f"of {folder}", sources["default"], tokenizer, "its own chat_template")
     if sources:
         raise UserError(f"{folder}: has the chat templates {', '.join(sources)}, and none for all; say which: --template NAME")
     for pattern, name in PUBLISHED.items():
