@@ -539,6 +539,25 @@ def test_a_full_queue_is_refused_until_there_is_room(running):
         c.close()
 
 
+def test_metrics_count(running):
+    def read_all():
+        lines = ask(running.port, "/metrics")[2].decode().splitlines()
+        return {name: int(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    before = read_all()
+    usage = ask(running.port, TEXT, {"prompt": "x", "max_tokens": 5, "temperature": 0})[2]["usage"]
+    ask(running.port, TEXT, {"prompt": "x", "n": 0})
+    after = read_all()
+    new = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert new.pop("serve_cached_tokens_total", 0) == usage["prompt_tokens_details"]["cached_tokens"]
+    assert new == {
+        'serve_responses_total{status="200"}': 2,  # the first look at the metrics is the other
+        'serve_responses_total{status="400"}': 1,
+        "serve_prompt_tokens_total": usage["prompt_tokens"],
+        "serve_completion_tokens_total": usage["completion_tokens"],
+    }
+
+
 def test_a_large_body_is_refused(running):
     large = server.BODY + 1
     with contextlib.closing(connect(running.port)) as connection:  # refused before it is sent
@@ -772,6 +791,7 @@ def test_without_the_extra_it_says_what_to_install(folder):
         (["--max-tokens", "-1"], "--max-tokens -1: must lie between"),
         (["--host", "no such host"], "--host no such host --port 8000: .*; choose another address"),
         (["--host", "203.0.113.1", "--port", "0"], "--host 203.0.113.1 --port 0: .*; choose another address"),
+        (["--allow-host", "example.com:80"], "--allow-host example.com:80: must be a name alone"),
         (["--allow-origin", "example.com"], "--allow-origin example.com: must be a scheme and a host"),
         (["--allow-origin", "https://example.com/"], "--allow-origin https://example.com/: must be a scheme and a host"),
         (["--template", "nobody", "--port", "0"], "--template nobody: is none of"),
