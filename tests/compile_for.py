@@ -2,9 +2,9 @@
 
 A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for;
 "3t:SEQUENCES,REMAT" (with data=2) or "3t:SEQUENCES,REMAT,ATTENTION,DATA": configs/3t.py; "beside": what its layers send while
-they compute; "decoding:ROWS": the engine's decoding program; or "attention:IMPL": that alone, forward and backward, at the 1.1B's shape, with documents and without, and with
-heads of 128. A process of its own, since
-compilers keep what they know of one GPU for the next.
+they compute; "decoding:ROWS": the engine's decoding program; or "attention:IMPL": that alone, forward and backward, at the
+1.1B's shape, with documents and without, and with heads of 128. A process of its own, since compilers keep what they know of
+one GPU for the next.
 """
 
 import dataclasses
