@@ -62,7 +62,7 @@ def test_greedy_is_transformers_greedy_on_chat_prompts(folder, monkeypatch):
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
     prompts = [tokenizer(ask(text), add_special_tokens=False)["input_ids"] for text in PROMPTS]
-    assert [loaded.tokenizer.encode(ask(text)) for text in PROMPTS] == prompts
+    assert [loaded.tokenizer.encode(text) for text in PROMPTS] == [tokenizer(text)["input_ids"] for text in PROMPTS]
     for request in models.run(Engine(loaded, 3), *(Request(prompt, N, models.GREEDY) for prompt in prompts)):
         assert request.tokens == models.transformers_greedy(reference, request.prompt, N)
     assert "Paris" in tokenizer.decode(models.run(Engine(loaded), Request(prompts[0], N, models.GREEDY))[0].tokens)
