@@ -69,7 +69,7 @@ def make_case(seed: int, number: int, stage: Path, targets: list[Target], clean:
     folder = stage.parent / f"case-{number}-{'clean' if clean else seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in {"tiny.py", "text.jsonl", "tok.model", "lit.pth", *target.folders.split()}:
+    for name in {"tiny.py", "text.jsonl", "tok.model", "lit.pth", "it.gguf", *target.folders.split()}:
         copy = shutil.copytree if (stage / name).is_dir() else shutil.copy
         copy(stage / name, folder / name)
     os.mkfifo(folder / "fifo")

@@ -28,14 +28,17 @@ from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model, optim
 from tinyllama_jax.core.program import build
+from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.hub import litgpt, llama, tensor_files
+from tinyllama_jax.inference import engine, sampling, weights
 from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(GQA, vocab_size=1_003)  # three rows more than the tokenizer has pieces
+SOURCE = {"path": "/data/somewhere", "weight": 1.0, "manifest_sha256": "0" * 64, "bos": True, "sha256": None}
 
 
 def config_for(cfg: config_lib.Model, workdir: Path) -> Config:
@@ -74,7 +77,7 @@ def test_the_command_exports_the_newest_step_and_another(run, tmp_path):
     done = command("convert_to_torch.py", "--checkpoint", run, "--output", tmp_path / "hf")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'hf'}: step 12 of {run} in float32\n"
-    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
     assert sorted(path.name for path in tmp_path.joinpath("hf").iterdir()) == sorted([*names, "tokenizer_config.json"])
     assert_same(llama.load_folder(tmp_path / "hf")[0], random_params(SMALL, seed=12))
     assert convert.export(run, tmp_path / "old", step=7) == 7
@@ -114,11 +117,78 @@ def test_transformers_loads_it_without_a_warning(run, tmp_path, dtype):
     assert (language_model.generation_config.bos_token_id, language_model.config.eos_token_id) == (1, 2)
 
 
+def test_the_card_is_one_that_hugging_face_reads(run, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="the reader of model cards")
+    shutil.copytree(run, tmp_path / "run")
+    sources = [SOURCE, SOURCE | {"path": "/home/me/code", "weight": ((0, 0.5), (48, 2.5))}]
+    for kind in ("imported", "trained"):
+        if kind == "trained":
+            (tmp_path / "run/data.json").write_text(json.dumps(sources))
+            (tmp_path / "run/tokenizer/chat_template.jinja").write_text(chat.TEMPLATES["zephyr"].source)
+        convert.export(tmp_path / "run", tmp_path / kind)
+        card = hub.ModelCard.load(tmp_path / kind / "README.md", ignore_metadata_errors=False)
+        tags = ["llama", "jax", *(["conversational"] if kind == "trained" else [])]
+        assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        assert hub.repocard.metadata_load(tmp_path / kind / "README.md") == card.data.to_dict()
+        assert "FILL IN: the licence" in card.text and "\n# license: FILL IN" in (tmp_path / kind / "README.md").read_text()
+        assert f"# A Llama of {dims.n_parameters(SMALL):,} parameters" in card.text and "| vocabulary | 1,003 |" in card.text
+    facts = f"for 12 steps on {12 * 2 * SMALL.seq_len:,} tokens"
+    assert facts in card.text and "- `somewhere`: weight 1\n- `code`: weight 2.5\n" in card.text and "/home/me" not in card.text
+    assert "| each text begins with bos | yes |" in card.text and '"role": "user"' in card.text
+    imported = (tmp_path / "imported/README.md").read_text()
+    assert facts not in imported and "were trained on is not known here" in imported and "Once upon" in imported
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_the_chat_template_goes_with_it(name, run, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="the reader of chat templates")
+    shutil.copytree(run, tmp_path / "run")
+    symbols = {"control_symbols": ["<|im_start|>", "<|im_end|>"]} if name == "chatml" else {}
+    train(tmp_path / "run/tokenizer/tokenizer.model", **KINDS["prefix"], **symbols)
+    (tmp_path / "run/tokenizer/chat_template.jinja").write_text(chat.TEMPLATES[name].source)
+    convert.export(tmp_path / "run", tmp_path / "hf")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = tokenizer_lib.load(tmp_path / "run/tokenizer")
+    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+    got = loaded.apply_chat_template(talk, return_assistant_tokens_mask=True)
+    ids, mask = chat.encode_with_mask(chat.TEMPLATES[name], ours, talk, begin_with_bos=False)
+    assert (got["input_ids"], got["assistant_masks"]) == (ids, list(map(int, mask))) and 0 < sum(mask) < len(mask)
+    eos = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
+    assert eos == ([2, loaded.convert_tokens_to_ids("<|im_end|>")] if name == "chatml" else 2)
+    monkeypatch.setattr(chat, "encode", lambda *_, **__: [7])
+    with pytest.raises(
+        UserError, match=r"Transformers .* gives the chat .* the ids .* and here it has \[7\]; --tokenizer none"
+    ):
+        convert.export(tmp_path / "run", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("template", [None, "zephyr"])
+def test_the_pipeline_of_transformers_takes_it(template, run, tmp_path):
+    pytest.importorskip("torch", reason="Transformers' models need it")
+    transformers = pytest.importorskip("transformers", reason="the reader of what is exported")
+    shutil.copytree(run, tmp_path / "run")
+    if template:
+        (tmp_path / "run/tokenizer/chat_template.jinja").write_text(chat.TEMPLATES[template].source)
+    convert.export(tmp_path / "run", tmp_path / "hf")
+    generator = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
+    loaded = weights.load(tmp_path / "run")
+    if template:
+        talk = [{"role": "user", "content": "Hi there"}]
+        prompt = chat.encode(chat.TEMPLATES[template], loaded.tokenizer, talk, begin_with_bos=False)
+    else:
+        talk, prompt = "def f(", loaded.tokenizer.encode("def f(")
+    request = engine.Request(prompt, 9, sampling.Sampling(0.0), stop_ids=(2,))
+    ours = [token for new in engine.Engine(loaded).stream(request) for token in new]
+    (answer,) = generator(talk, max_new_tokens=9, do_sample=False, return_full_text=False)
+    assert answer["generated_text"] == loaded.tokenizer.decode(ours) and len(ours) == 9
+
+
 @pytest.mark.parametrize("bos", [False, True, None])
 def test_the_tokenizer_puts_bos_in_front_if_the_data_had_it(run, tmp_path, bos):
     manifest = run / "data.json"
     if bos is not None:
-        manifest.write_text(json.dumps([{"path": "somewhere", "bos": bos}]))
+        manifest.write_text(json.dumps([SOURCE | {"bos": bos}]))
     try:
         convert.export(run, tmp_path / "hf")
     finally:
@@ -310,18 +380,17 @@ def test_an_exported_tokenizer_begins_texts_as_the_data_did(run, tmp_path, their
     theirs_as(tmp_path / "hf", theirs)
     convert.import_checkpoint(tmp_path / "hf", tmp_path / "imported")
     if data is not None:
-        (tmp_path / "imported/data.json").write_text(json.dumps([{"path": "somewhere", "bos": data}]))
+        (tmp_path / "imported/data.json").write_text(json.dumps([SOURCE | {"bos": data}]))
     convert.export(tmp_path / "imported", tmp_path / "out")
-    ours = tokenizer_lib.load(tmp_path / "imported/tokenizer")
+    ours, bos_of = tokenizer_lib.load(tmp_path / "imported/tokenizer"), tokenizer_lib.documents_begin_with_bos
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     first = [1] if (theirs if data is None else data) else []
-    tokens = lambda own, folder, text: first_tokens(own, tokenizer_lib.documents_begin_with_bos(tmp_path / folder), text)
     for text in ("def f(x):", " \n\n  x", "", "▁ 👩‍👩‍👧"):
         assert tokenizer(text)["input_ids"] == first + ours.encode(text)
         if text:
-            assert tokens(ours, "imported", text) == first + ours.encode(text)
+            assert first_tokens(ours, bos_of(tmp_path / "imported"), text) == first + ours.encode(text)
             out = tokenizer_lib.load(tmp_path / "out")
-            assert tokens(out, "out", text) == first + ours.encode(text)
+            assert first_tokens(out, bos_of(tmp_path / "out"), text) == first + ours.encode(text)
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["add_bos_token"] is bool(first)
     assert out.sha256 == ours.sha256  # so that data prepared with the one go on from weights with the other
     for name in ("chat_template.jinja", "generation_config.json"):

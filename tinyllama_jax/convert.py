@@ -1,28 +1,84 @@
 """Converts weights and data to and from other programs' formats.
 
-python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR            a run -> a Hugging Face folder
-python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN          Hugging Face or lit-gpt -> a run folder
+python -m tinyllama_jax.convert --checkpoint RUN --format gguf --output FILE       a run, Hugging Face or GGUF -> GGUF
+python -m tinyllama_jax.convert --checkpoint RUN --format hf --output DIR          a run or GGUF -> a Hugging Face folder
+python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR             the same
+python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN           Hugging Face, lit-gpt or GGUF -> a run folder
 python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR  prepared data -> the original's packed files
 """
 
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from tinyllama_jax.base import cli, dims, files
+import numpy as np
+
+from tinyllama_jax.base import cli, dims, files, schedule
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.base.mixture_weights import weight_at
+from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.export import litpkds
+from tinyllama_jax.data.export import gguf_tokenizer, litpkds
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
-from tinyllama_jax.hub import litgpt, llama, tensor_files
+from tinyllama_jax.hub import card, gguf, litgpt, llama, tensor_files
 from tinyllama_jax.run import checkpoint
 from tinyllama_jax.run import folder as run_folder
+
+
+class _Opened(NamedTuple):
+    """A checkpoint: its weights, where its tokenizer is, and the folder that says whether a text begins with bos."""
+
+    params: dict
+    model: Model
+    tokenizer: Path
+    settings: Path
+    name: str  # for error messages
+    step: int | None  # None: not of a run
+
+
+def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
+    """Opens a run folder, a Hugging Face folder or a GGUF file, whose tokenizer is written into `scratch`.
+
+    The weights are not checked for NaN and infinity. Raises UserError.
+    """
+    if (path / "checkpoints").is_dir():
+        return _run(path, step)
+    if step is not None:
+        raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
+    if path.suffix == ".gguf" and not path.is_dir():
+        params, model, metadata = gguf.load(path, allow_non_finite=True)
+        gguf_tokenizer.from_gguf(metadata, scratch, str(path))
+        return _Opened(params, model, scratch, scratch, str(path), None)
+    _check_not_around_gguf(path)
+    params, model = llama.load_folder(path, allow_non_finite=True)
+    folder = path.parent if path.is_file() else path
+    return _Opened(params, model, folder, folder, str(path), None)
+
+
+def _check_not_around_gguf(path: Path) -> None:
+    """Raises UserError for a folder whose only weights are GGUF files."""
+    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
+        raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
+
+
+def _run(path: Path, step: int | None) -> _Opened:
+    params, config, step = checkpoint.load_params(path, step)
+    return _Opened(params, config.model, path / "tokenizer", path, f"{path}, step {step:,}", step)
+
+
+def _check_finite(opened: _Opened) -> None:
+    for name, tensor in llama.to_hf(opened.params, opened.model):
+        tensor_files.check_finite(name, tensor, opened.name)
 
 
 def export(
@@ -32,8 +88,10 @@ def export(
     dtype: str = "float32",
     tokenizer: bool = True,
     allow_non_finite: bool = False,
-) -> int:
+) -> int | None:
     """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` from a run's newest (or given) step; returns the step.
+
+    `run` may also be a GGUF file, which has no step.
 
     float32, the dtype of the weights, loses nothing. `output` must be absent or empty. It appears when it is complete and
     Transformers gives the ids of training with its tokenizer. `tokenizer=False` copies the run's tokenizer unchanged and
@@ -43,21 +101,87 @@ def export(
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and llama.describes(run):
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; name a run folder, as `train` makes")
-    with _new_folder(output) as folder:
-        params, config, step = checkpoint.load_params(run, step)
-        for name, tensor in () if allow_non_finite else llama.to_hf(params, config.model):
-            tensor_files.check_finite(name, tensor, f"{run}, step {step:,}")
-        add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(run)
-        ours = (
-            _export_tokenizer(run / "tokenizer", folder, add_bos, config.model.seq_len) if tokenizer else _copy_of(run, folder)
-        )
+    with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
+        is_gguf = run.suffix == ".gguf" and run.is_file()
+        opened = _open(run, step, Path(scratch)) if is_gguf else _run(run, step)
+        if not allow_non_finite:
+            _check_finite(opened)
+        source, model = opened.tokenizer, opened.model
+        add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(opened.settings)
+        ours = _export_tokenizer(source, folder, add_bos, model.seq_len) if tokenizer else _copy_of(source, folder)
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
-        llama.save_folder(params, config.model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
-        if (generation := run / "tokenizer/generation_config.json").is_file():
+        llama.save_folder(opened.params, model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
+        if (generation := source / "generation_config.json").is_file():
             shutil.copyfile(generation, folder / generation.name)
-        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos):
+        template = _template(run, ours, folder) if tokenizer else None
+        talk = template and partial(chat.encode, template, ours, begin_with_bos=False)
+        if tokenizer and not export_tokenizer.check(folder, ours.encode, bos, eos, add_bos, talk):
             print(f"{output}: not checked whether Transformers reads this tokenizer as training did: it is not installed")
-    return step
+        history = card.UNKNOWN if opened.step is None else _history(run, opened.step)
+        files.write(folder / "README.md", card.text(model, template is not None, add_bos, history))
+    return opened.step
+
+
+def _template(run: Path, tokenizer: tokenizer_lib.Tokenizer, folder: Path) -> chat.Template | None:
+    """The chat template that the run's tokenizer brings; what ends its answers goes into `folder`'s generation_config.json."""
+    if "default" not in chat.own_sources(tokenizer.folder):
+        return None
+    template, path = chat.of_folder(run, tokenizer), folder / "generation_config.json"
+    stop, generation = list(chat.stop_ids(template, tokenizer)), files.read_json(path, dict)
+    if len(stop) > 1 and not isinstance(generation.get("eos_token_id"), list):
+        files.write(path, json.dumps(generation | {"eos_token_id": stop}, indent=2) + "\n")
+    return template
+
+
+def _history(run: Path, step: int) -> str:
+    """What the card says about the training of a run up to `step`."""
+    config, sources = checkpoint.load_config(run), run_folder.read_sources(run)
+    if sources is None:  # an import
+        return card.UNKNOWN
+    config_lib.Data({source["path"]: source["weight"] for source in sources})  # refuses weights that no run can have
+    tokens = schedule.in_steps(config).tokens_after(step)
+    weights = [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
+    return card.training(config, step, tokens, weights)
+
+
+def export_gguf(
+    source: str | Path,
+    output: str | Path,
+    quantize: str = "f16",
+    step: int | None = None,
+    shard_bytes: int | None = None,
+    allow_non_finite: bool = False,
+) -> list[Path]:
+    """Writes a run, a Hugging Face folder or a GGUF as GGUF, with its tokenizer and chat template; returns the files.
+
+    `output`: a new file NAME.gguf; with `shard_bytes` a new folder NAME of files of at most this size. It appears when it is
+    complete. Rows of the vocabulary without a token are left out, and so is a head that equals the embedding. Raises UserError.
+    """
+    files.check_local("--checkpoint", source)
+    source, output = Path(source), Path(output)
+    if shard_bytes is None and output.suffix != ".gguf":
+        raise UserError(f"--output {output}: name a file that ends in .gguf, or add --shard-size for a folder of files")
+    if shard_bytes is not None and output.suffix == ".gguf":
+        raise UserError(f"--output {output}: with --shard-size it is a folder of files; leave out .gguf")
+    gguf.package()  # before anything is read
+    with tempfile.TemporaryDirectory() as scratch, _new(output, is_file=shard_bytes is None) as place:
+        opened = _open(source, step, Path(scratch))
+        if not allow_non_finite:
+            _check_finite(opened)
+        if not any((opened.tokenizer / f"tokenizer.{end}").is_file() for end in ("model", "json")):
+            raise UserError(f"{opened.tokenizer}: holds neither tokenizer.model nor tokenizer.json, and a GGUF needs one")
+        vocabulary = gguf_tokenizer.to_gguf(
+            tokenizer_lib.load(opened.tokenizer),
+            opened.model.vocab_size,
+            tokenizer_lib.documents_begin_with_bos(opened.settings),
+            chat.own_sources(opened.tokenizer).get("default"),
+        )
+        tied = np.array_equal(opened.params["embed"]["embedding"], opened.params["lm_head"]["kernel"].T)
+        path = place / f"{output.name}.gguf" if shard_bytes else place
+        name = Path(os.path.abspath(source)).name.removesuffix(".gguf")
+        tensors = llama.to_hf(opened.params, opened.model)
+        made = gguf.write(path, tensors, opened.model, vocabulary, quantize, name, tied, shard_bytes)
+    return [output / path.name for path in made] if shard_bytes else [output]
 
 
 def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -> tokenizer_lib.Tokenizer:
@@ -73,12 +197,12 @@ def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -
     return ours
 
 
-def _copy_of(run: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
+def _copy_of(source: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
     """Copies a run's tokenizer unchanged; returns it, for the ids of bos and eos, if it can be read."""
-    if (run / "tokenizer").is_dir():
-        shutil.copytree(run / "tokenizer", folder, dirs_exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
     try:
-        return tokenizer_lib.load(run / "tokenizer")
+        return tokenizer_lib.load(source)
     except UserError as error:
         print(f"no bos and eos in the model's config.json: {error}")
         return None
@@ -91,7 +215,7 @@ def import_checkpoint(
     tokenizer: str | None = None,
     allow_non_finite: bool = False,
 ) -> str:
-    """Writes a run folder from a Hugging Face folder (or one file of it), or a lit-gpt .pth; returns a line about it.
+    """Writes a run folder from a Hugging Face folder (or one file of it), a GGUF or a lit-gpt .pth; returns a line about it.
 
     `config_file`: the config to resume the run with. A .pth needs it, since it does not describe its model. Without it the run
     has no data or schedule of its own, and serves `--init.from` and `generate`. `tokenizer`: a file or folder, if none is
@@ -102,11 +226,14 @@ def import_checkpoint(
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
+    _check_not_around_gguf(source)
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
-    if not tokenizer and source.exists() and not any((beside / f"tokenizer.{end}").is_file() for end in ("model", "json")):
+    is_gguf = source.suffix == ".gguf" and not source.is_dir()
+    has_own = is_gguf or any((beside / f"tokenizer.{end}").is_file() for end in ("model", "json"))
+    if source.exists() and not (tokenizer or has_own):
         raise UserError(f"{beside}: holds no tokenizer; add --tokenizer FILE_OR_FOLDER: a run folder keeps its own")
-    moments, step = None, 0
+    moments, step, metadata = None, 0, None
     if source.is_file() and source.suffix == ".pth":
         if given is None:
             raise UserError(
@@ -115,11 +242,17 @@ def import_checkpoint(
         config = given
         params, moments, step = litgpt.read(source, given.model, allow_non_finite)
     else:
-        params, model = llama.load_folder(source, allow_non_finite)
+        if is_gguf:
+            params, model, metadata = gguf.load(source, allow_non_finite)
+        else:
+            params, model = llama.load_folder(source, allow_non_finite)
         if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or _unscheduled(model)
-    with _new_folder(output) as folder:
+    with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
+        if metadata and not tokenizer:
+            gguf_tokenizer.from_gguf(metadata, Path(scratch), str(source))
+            tokenizer = scratch
         checkpoint.save_import(folder, dataclasses.replace(config, workdir=str(output)), params, moments, step)
         tokenizer_lib.load(tokenizer or beside).save(folder / "tokenizer")
     what = f"{dims.n_parameters(config.model):,} weights" + (f" and AdamW's moments after step {step:,}" if moments else "")
@@ -139,18 +272,19 @@ def _unscheduled(model: Model) -> Config:
 
 
 @contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
+def _new(output: Path, is_file: bool = False) -> Iterator[Path]:
+    """A folder (or file) to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
     files.check_local("--output", output)
     output = Path(os.path.abspath(output))
-    usable = output.is_dir() and not output.is_symlink() and not files.listed(output) and output != Path.cwd()
+    usable = not is_file and output.is_dir() and not output.is_symlink() and not files.listed(output) and output != Path.cwd()
     if os.path.lexists(output) and not usable:
-        raise UserError(f"--output {output}: exists already; name a new folder, or remove it")
+        raise UserError(f"--output {output}: exists already; name a new {'file' if is_file else 'folder'}, or remove it")
     busy = f"--output {output}: another process is writing it"
     with files.workplace(output.with_name(f".{output.name}.partial"), busy) as place:
         folder = place / "whole"
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        folder.mkdir()
+        if not is_file:
+            folder.mkdir()
         yield folder
         for name in os.listdir(output) if output.is_dir() else ():  # files of a file manager: see `files.listed`
             os.replace(output / name, folder / name)
@@ -165,10 +299,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    kinds = parser.add_subparsers(required=True, dest="kind", metavar="to-torch|from-torch|to-litpkds")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file")
+    parser.add_argument("--format", choices=["gguf", "hf"], help="what to write: GGUF for llama.cpp, or a Hugging Face folder")
+    parser.add_argument("--output", metavar="PATH", help="the file NAME.gguf to make; with --shard-size or hf, the folder")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
+    parser.add_argument("--quantize", choices=list(gguf.TYPES), help="gguf: the type of the written matrices (f16)")
+    parser.add_argument(
+        "--shard-size",
+        type=float,
+        nargs="?",
+        const=250.0,
+        metavar="MB",
+        help="gguf: write a folder of files of at most so many megabytes (one file; without a number 250, as browsers need)",
+    )
+    parser.add_argument("--dtype", choices=list(llama.DTYPES), help="hf: of the written weights (float32)")
+    parser.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
+    _add_named(parser.add_subparsers(dest="kind", metavar="to-torch|from-torch|to-litpkds"))
+    return parser
+
+
+def _add_named(kinds: argparse._SubParsersAction) -> None:
+    """The commands that have a name."""
     add = lambda name, text: kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
     to_torch = add("to-torch", "write a run as a Hugging Face folder")
-    to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder")
+    to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or a GGUF file")
     to_torch.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
     to_torch.add_argument(
         "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
@@ -184,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     from_torch = add("from-torch", "write published weights as a run folder")
     from_torch.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a Hugging Face folder, a file of one, or a lit-gpt .pth"
+        "--checkpoint", required=True, metavar="PATH", help="a Hugging Face folder, a file of one, a GGUF, or a lit-gpt .pth"
     )
     from_torch.add_argument("--output", required=True, metavar="RUN", help="the run folder to make")
     from_torch.add_argument(
@@ -206,16 +360,40 @@ def _parser() -> argparse.ArgumentParser:
     to_litpkds.add_argument(
         "--tail", choices=("fill", "drop"), default="fill", help="the last file: fill it up with bos, or drop it (fill)"
     )
-    return parser
+
+
+def _convert(args: argparse.Namespace) -> str:
+    """The command without a name: `--format` says what to write. Returns a line about it."""
+    for option in ("checkpoint", "format", "output"):
+        if getattr(args, option) is None:
+            raise UserError(f"--{option} is missing; the command needs --checkpoint PATH --format gguf|hf --output PATH")
+    others = {"gguf": ("dtype",), "hf": ("quantize", "shard_size")}[args.format]
+    for option in (name for name in others if getattr(args, name) is not None):
+        raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: has no meaning with --format {args.format}")
+    if args.format == "hf":
+        dtype = args.dtype or "float32"
+        step = export(args.checkpoint, args.output, args.step, dtype, allow_non_finite=args.allow_non_finite)
+        return f"{args.output}: {'' if step is None else f'step {step:,} of '}{args.checkpoint} in {dtype}"
+    if args.shard_size is not None and not 1 <= args.shard_size <= 1e6:
+        raise UserError(f"--shard-size {args.shard_size:g}: must lie between 1 and 1,000,000 megabytes")
+    shard_bytes = None if args.shard_size is None else int(args.shard_size * 1e6)
+    quantize = args.quantize or "f16"
+    made = export_gguf(args.checkpoint, args.output, quantize, args.step, shard_bytes, args.allow_non_finite)
+    size = sum(path.stat().st_size for path in made)
+    return f"{args.output}: {args.checkpoint} in {quantize}, {size:,} bytes in {len(made)} file{'s' * (len(made) > 1)}"
 
 
 def main(argv: list[str]) -> int:
     """Runs one conversion; returns the exit code."""
     args = _parser().parse_args(argv)
-    if args.kind == "to-torch":
+    if args.kind is not None and argv[0] != args.kind:
+        raise UserError(f"{argv[0]}: options come after {args.kind}, whose own they are; see {args.kind} --help")
+    if args.kind is None:
+        print(_convert(args))
+    elif args.kind == "to-torch":
         checked = args.tokenizer == "checked"
         step = export(args.checkpoint, args.output, args.step, args.dtype, checked, args.allow_non_finite)
-        print(f"{args.output}: step {step:,} of {args.checkpoint} in {args.dtype}")
+        print(f"{args.output}: {'' if step is None else f'step {step:,} of '}{args.checkpoint} in {args.dtype}")
     elif args.kind == "from-torch":
         print(import_checkpoint(args.checkpoint, args.output, args.config, args.tokenizer, args.allow_non_finite))
     else:

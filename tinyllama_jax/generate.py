@@ -13,8 +13,8 @@ import jax
 
 from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.inference import options, weights
-from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference import options
+from tinyllama_jax.inference.engine import Request
 from tinyllama_jax.inference.text import Text, first_tokens
 from tinyllama_jax.inference.weights import Loaded
 
@@ -23,12 +23,12 @@ def main(argv: list[str]) -> int:
     """Prints samples; returns the exit code."""
     args = _arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = weights.load(args.checkpoint, args.step, args.weights)
+        loaded, engine = options.load(args)
     model, tokenizer = loaded.model, loaded.tokenizer
     prompt = first_tokens(tokenizer, loaded.begin_with_bos, args.prompt)
     if args.show_prompt:
         _note(f"prompt: {prompt}")
-    engine, sampling = Engine(loaded), options.sampling(args)
+    sampling = options.sampling(args)
     _note(
         f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
     )
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             _note(f"{how}, seed {args.seed}; prompt of {len(prompt):,} tokens, context of {model.seq_len:,}")
         if args.samples > 1:
             print(f"--- sample {sample + 1} of {args.samples} ---", flush=True)
-        _note(_print(tokens, request, loaded, args.stop))
+        _note(f"[{_print(tokens, request, loaded, args.stop)}{options.drafted(request, engine)}]")
     return 0
 
 
@@ -63,7 +63,7 @@ def _print(tokens: Iterator[list[int]], request: Request, loaded: Loaded, stop: 
     }
     why = "end of text: a stop string" if text.stopped else why[request.finish]
     rate = f", then {(n - 1) / (time.perf_counter() - first):,.1f} tokens/s" if n > 1 else ""
-    return f"[{why}; {n:,} tokens: the first after {first - started:.2f} s{rate}]"
+    return f"{why}; {n:,} tokens: the first after {first - started:.2f} s{rate}"
 
 
 def _note(text: str) -> None:

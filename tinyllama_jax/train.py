@@ -22,6 +22,7 @@ from tinyllama_jax.core.losses import Batch, NextToken
 from tinyllama_jax.core.program import Program, StepCompiler, build, on_devices
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.inference import samples
 from tinyllama_jax.planning import targets
 from tinyllama_jax.run import cluster, initialize
 from tinyllama_jax.run import folder as run_folder
@@ -109,11 +110,14 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
 
 
 def validate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int, log: Log) -> None:
-    """Measures the held-out loss of `params` and records it."""
+    """Measures the held-out loss of `params` and records it; lets them continue `log.sample`."""
     log.record_pending(always=True)
     with log.timed("elsewhere"):
         scores = evaluate(program, config, params, held_out, step)
     log.validation(step, scores)
+    if config.log.sample:
+        with log.timed("elsewhere"):
+            log.say(f"step {step:,}: {samples.continued(config, params, step)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ TINY = c.Model(3, 24, 6, 2, 40, 53, 20, precision=FP32, residual="float32")  # H
 SHAPES = {
     "GQA": TINY,
     "GQA, reference": dataclasses.replace(TINY, attention="reference"),
-    "MHA": dataclasses.replace(TINY, n_kv_heads=6),
+    "MHA, wide heads": dataclasses.replace(TINY, n_kv_heads=6, head_dim=10),
     "MQA, longer RoPE": dataclasses.replace(TINY, n_kv_heads=1, rope_scaling=4.0),
 }
 

@@ -21,7 +21,21 @@ TINY = c.Model(2, 24, 6, 2, 40, 53, 20, precision=FP32, residual="float32", loss
 CASES = {
     "GQA": TINY,
     "MHA, RoPE stretched by 4": dataclasses.replace(TINY, n_kv_heads=6, rope_scaling=4.0, rope_theta=500.0),
-    "MQA, one layer, odd sizes": c.Model(1, 30, 3, 1, 37, 101, 17, precision=FP32, residual="float32", norm_eps=1e-3),
+    "MQA, one layer, odd sizes, yarn": c.Model(
+        1,
+        30,
+        3,
+        1,
+        37,
+        101,
+        17,
+        head_dim=14,
+        rope_scaling=4.0,
+        rope_type="yarn,original_max_position_embeddings=5",
+        precision=FP32,
+        residual="float32",
+        norm_eps=1e-3,
+    ),
 }
 
 
@@ -102,7 +116,7 @@ def alike(got, want, tolerance):
 
 def reference(torch, transformers, cfg, params):
     """`LlamaForCausalLM` with our weights."""
-    rope = {"rope_type": "linear", "factor": cfg.rope_scaling} if cfg.rope_scaling != 1 else {"rope_type": "default"}
+    rope = hf.to_hf_config(cfg, None, None, "float32")["rope_scaling"] or {"rope_type": "default"}
     config = transformers.LlamaConfig(
         vocab_size=cfg.vocab_size,
         hidden_size=cfg.d_model,
@@ -110,6 +124,7 @@ def reference(torch, transformers, cfg, params):
         num_hidden_layers=cfg.n_layers,
         num_attention_heads=cfg.n_heads,
         num_key_value_heads=cfg.n_kv_heads,
+        head_dim=cfg.d_head,
         max_position_embeddings=cfg.seq_len,
         rms_norm_eps=cfg.norm_eps,
         rope_parameters={"rope_theta": cfg.rope_theta, **rope},
@@ -223,7 +238,8 @@ def test_a_hundred_updates_are_those_of_torch_adamw(decay, torch):
 
 # -- itself in other layouts -------------------------------------------------------------------------------------------
 
-EVEN = dataclasses.replace(TINY, d_model=32, n_heads=4, d_ff=48, vocab_size=56, seq_len=16)  # divides among 8 devices
+# divides among 8 devices; heads of another width than D / N
+EVEN = dataclasses.replace(TINY, d_model=32, n_heads=4, head_dim=12, d_ff=48, vocab_size=56, seq_len=16)
 LAYOUTS = {  # name: (devices, data, fsdp, tensor, sequences a device), and the (A, B) that come of it
     "1 x 8": ((1, 1, 1, 1, 8), (1, 8)),
     "8 x 1": ((1, 1, 1, 1, 1), (8, 1)),

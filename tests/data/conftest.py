@@ -41,8 +41,8 @@ ODD = [
 ]
 
 
-def train(kind: str) -> bytes:
-    """A model of 700 pieces."""
+def train(kind: str, **more) -> bytes:
+    """A model of 700 pieces, with the options `more`."""
     text = "".join(generated.module(seed, 25_000) for seed in range(6)).split("\n")
     if kind == "no piece for a space":
         text = [word for line in text for word in line.split()]
@@ -55,7 +55,7 @@ def train(kind: str) -> bytes:
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
     }
-    options = {**defaults, **KINDS[kind]}
+    options = {**defaults, **KINDS[kind], **more}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, minloglevel=2, num_threads=1, **options
     )

@@ -12,8 +12,8 @@ from models import FP32, GREEDY, TINY, ids, loaded, run, some_params
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
+from tinyllama_jax.inference import device, forward
 from tinyllama_jax.inference import engine as engine_lib
-from tinyllama_jax.inference import forward
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
 
@@ -365,7 +365,7 @@ def test_a_stream_gives_all_tokens_once_and_can_be_left(eight):
     request = Request(ids(8), 70, Sampling(1.1), seed=3)
     parts = list(eight.stream(request))
     assert [token for part in parts for token in part] == want.tokens
-    assert len(parts[0]) == 1 and all(1 <= len(part) <= engine_lib.CHUNK for part in parts) and len(parts) >= 5
+    assert len(parts[0]) == 1 and all(1 <= len(part) <= device.CHUNK for part in parts) and len(parts) >= 5
     left = Request(ids(9), 70, GREEDY)
     for _ in eight.stream(left):
         break
@@ -389,7 +389,7 @@ def test_step_returns_what_has_news(eight):
 def test_the_number_of_programs_is_bounded():
     """By the lengths of the cache and of the pieces of prompts, whatever is asked for."""
     cfg = c.Model(1, 8, 2, 1, 8, 53, 800, precision=FP32, residual="float32", norm_eps=2e-5)  # no other test's program
-    before = [f._cache_size() for f in (engine_lib._decode, engine_lib._prefill, engine_lib._longer)]
+    before = [f._cache_size() for f in (device.decode, device.prefill, device.longer_cache)]
     engine, rng = Engine(loaded(cfg), 3), np.random.default_rng(0)
     sizes = [1, 2, 15, 16, 17, 18, 33, 34, 65, 130, 255, 256, 257, 258, 300, 511, 512, 513, 514, 600, 798, 799]
     for round_ in range(2):
@@ -400,7 +400,7 @@ def test_the_number_of_programs_is_bounded():
             for i, n in enumerate(sizes)
         ]
         run(engine, *requests)
-        made = [f._cache_size() for f in (engine_lib._decode, engine_lib._prefill, engine_lib._longer)]
+        made = [f._cache_size() for f in (device.decode, device.prefill, device.longer_cache)]
         decode, prefill, longer = (b - a for a, b in zip(before, made, strict=True))
         lengths = 3  # 256, 512 and 816
         assert decode <= lengths and longer <= lengths - 1 and prefill <= 2 * lengths * len(engine_lib.PREFILL)
@@ -409,15 +409,15 @@ def test_the_number_of_programs_is_bounded():
 def test_no_head_is_computed_for_a_prompt_that_is_not_scored():
     engine = Engine(loaded(), 2)
     for score in (False, True):
-        arguments = (engine._weights, engine._cache, 0, np.zeros(64 + score, np.int32), 0, False, TINY, score)
+        arguments = (engine._weights, engine._state.cache, 0, np.zeros(64 + score, np.int32), 0, False, TINY, score)
         with jax.set_mesh(engine._mesh):
-            text = engine_lib._prefill.lower(*arguments).compile().as_text()
+            text = device.prefill.lower(*arguments).compile().as_text()
         assert "64,40]" in text and ("64,53]" in text) == score  # the MLP is, the logits are not
 
 
 def test_the_cache_starts_short_and_grows():
     engine = Engine(loaded(LONG), 2)
-    length = lambda: engine._cache[0][0].shape[2]
+    length = lambda: engine._state.cache[0][0].shape[2]
     assert length() == 256
     run(engine, Request(ids(5), 100, GREEDY))
     assert length() == 256
@@ -425,7 +425,7 @@ def test_the_cache_starts_short_and_grows():
     assert length() == 512
     run(engine, Request(ids(5), 795, GREEDY))
     assert length() == 816
-    assert {a.dtype for a in jax.tree.leaves(engine._cache)} == {jnp.dtype("float32")}
+    assert {a.dtype for a in jax.tree.leaves(engine._state.cache)} == {jnp.dtype("float32")}
 
 
 # -- on many devices ---------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_on_a_mesh_as_on_one_device(on_one_device, axes):
     for a, split in (
         (engine._weights.layers[0]["q"], (24, 24 // 2)),
         (engine._weights.head_DV, (24, 54 // 2)),
-        (engine._cache[0][0], (len(engine._slots) // data, 2 // 2, 144, 4)),
+        (engine._state.cache[0][0], (len(engine._slots) // data, 2 // 2, 144, 4)),
     ):
         assert a.sharding.shard_shape(a.shape) == split
     for got, want in zip(requests, on_one_device, strict=True):
@@ -471,7 +471,7 @@ def test_bf16_gives_the_same_tokens_again_and_parts_from_other_batches_only_at_n
     first, again = (run(Engine(on, 8), *ask()) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert a.tokens == b.tokens and a.logprobs == b.logprobs  # bit for bit
-    assert {a.dtype for a in jax.tree.leaves(Engine(on, 1)._cache)} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in jax.tree.leaves(Engine(on, 1)._state.cache)} == {jnp.dtype("bfloat16")}
     exact = run(Engine(loaded(), 8), *ask())
     for other in (run(Engine(on, 1), *ask()), exact):
         parted = 0

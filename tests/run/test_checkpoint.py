@@ -603,6 +603,12 @@ def test_another_model_is_named(config):
     assert run_folder.check_same_model(longer, config.model, "X") == [
         "X was trained with model.rope_scaling=1.0; here it is 4.0"
     ]
+    stretched = dataclasses.replace(longer, rope_type="ntk")
+    assert run_folder.check_same_model(stretched, longer, "X") == ["X was trained with model.rope_type=linear; here it is ntk"]
+    same, wide = (dataclasses.replace(config.model, head_dim=factor * config.model.d_head) for factor in (1, 2))
+    assert not run_folder.check_same_model(same, config.model, "X")
+    with pytest.raises(UserError, match=r"--model.head_dim=\d+: X is of a model with head_dim=0"):
+        run_folder.check_same_model(wide, config.model, "X")
 
 
 def test_the_folder_of_init_from_is_not_the_run(config, tokenizer):

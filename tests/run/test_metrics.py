@@ -1,5 +1,6 @@
 """FLOPs a token, the metrics file across a restart, TensorBoard events."""
 
+import dataclasses
 import json
 import math
 import time
@@ -23,6 +24,9 @@ def test_flops_per_token_of_the_four_conventions():
     assert flops["matmul"] == 6 * 1_034_420_224 + 1_107_296_256 == 7_313_817_600
     assert flops["palm_causal"] == 7_153_938_432
     assert flops["matmul_causal"] == 6_760_169_472
+    narrow = dataclasses.replace(TINYLLAMA, head_dim=32)  # half the attention, and half of q k v o: 22 x 4.72 M weights
+    less = 6 * 22 * (2 * 2048 * 1024 + 2 * 2048 * 128)
+    assert dims.flops_per_token(narrow)["matmul"] == flops["matmul"] - less - 1_107_296_256 // 2
 
 
 def lines(path):

@@ -17,7 +17,6 @@ from tinyllama_jax.base.values import LIMITS, check, check_one_of, checked
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
-PARAMETERS = 10**13
 TOKENS = 2**53  # 9.0e15, at most: every whole number up to this one is exact in a float
 
 
@@ -66,8 +65,7 @@ class Model(_Section):
         check(divides, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
         layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
         parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
-        remedy = f"makes {parameters:.3g} parameters; at most {PARAMETERS:.0e}"
-        check(parameters <= PARAMETERS, "model.d_model", self.d_model, remedy)
+        check(parameters <= 1e13, "model.d_model", self.d_model, f"makes {parameters:.3g} parameters; at most 1e+13")
         object.__setattr__(self, "rope_type", rope.checked(self))  # its shortest form, so that equal models compare equal
         check_one_of("model.init", self.init, ("tinyllama", "torch_default"))
         check_one_of("model.residual", self.residual, ("auto", "float32", "bfloat16", "float16"))
@@ -285,6 +283,7 @@ class Log(_Section):
 
     every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 1_000  # steps between validations; the last step is always validated
+    sample: str = ""  # a text that the model continues after each validation; empty: none
     wandb: str = ""  # Weights & Biases project; empty: off
 
 
@@ -301,8 +300,8 @@ class Init(_Section):
         super().__post_init__()
         check_local("--init.from", self.from_)
         check_one_of("init.state", self.state, ("weights", "moments", "all"))
-        unused = (self.step, self.state) == (0, "weights")
-        check(bool(self.from_) or unused, "init.from", "", "is needed with --init.step and --init.state")
+        alone = not self.from_ and (self.step, self.state) != (0, "weights")
+        check(not alone, "init.from", "", "is needed with --init.step and --init.state")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,14 @@ def shape(parameter: Parameter, model) -> tuple[int, ...]:
     return tuple(size[letter] for letter in parameter.dims)
 
 
+def matrix(parameter: Parameter, model) -> tuple[int, int]:
+    """(inputs, outputs) of one layer's matrix, heads joined."""
+    size = sizes(model)
+    letters = parameter.dims.removeprefix("L")
+    n = len(parameter.fan_in)
+    return math.prod(size[x] for x in letters[:n]), math.prod(size[x] for x in letters[n:])
+
+
 def n_elements(parameter: Parameter, model) -> int:
     """Number of elements of one tensor, layers included."""
     return math.prod(shape(parameter, model))

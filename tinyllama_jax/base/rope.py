@@ -29,8 +29,9 @@ def parse(text: str) -> tuple[str, dict]:
     check(kind != "dynamic", KEY, text, remedy)
     check_one_of(KEY, kind, tuple(TYPES))
     pairs = [part.partition("=")[::2] for part in parts]
+    names = f"{', '.join(TYPES[kind]) or 'none'}; the factor is --model.rope_scaling"
     for name, _ in pairs:
-        check(name in TYPES[kind], KEY, text, f"{kind} has no number {name!r}, only {', '.join(TYPES[kind]) or 'its name'}")
+        check(name in TYPES[kind], KEY, text, f"{kind} has no number {name!r}, only {names}")
         check([key for key, _ in pairs].count(name) == 1, KEY, text, f"names {name} twice")
     numbers = TYPES[kind] | {name: _number(name, value, text) for name, value in pairs}
     missing = [name for name, number in numbers.items() if number is ...]

@@ -91,10 +91,17 @@ def state_sharding(path: str, shape: tuple[int, ...], table: dict[str, NamedShar
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x`, whose dimensions are `letters`, with the sharding of an activation on the current mesh (`jax.set_mesh`), if any."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x`, whose dimensions are `letters`, with the sharding of an activation on the current mesh (`jax.set_mesh`), if any.
+
+    A dimension that its axes do not divide is not split: a single row of inference, for one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters)))
+    axes = [ACTIVATION_AXES.get(letter, ()) for letter in letters]
+    n = lambda over: math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
+    fits = [over if over and size % n(over) == 0 else None for over, size in zip(axes, x.shape, strict=True)]
+    return lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
 
 def per_device(f: Callable, inputs: tuple[str, ...], output: str) -> Callable:

@@ -33,9 +33,8 @@ class Added(Token):
     id: Count
 
 
-class Named(typing.TypedDict, total=False):
-    bos_token: str | Token | None
-    eos_token: str | Token | None
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+Named = typing.TypedDict("Named", dict.fromkeys(NAMES, "str | Token | None"), total=False)
 
 
 class Config(Named, total=False):
@@ -70,6 +69,7 @@ class Naming(typing.NamedTuple):
     ids: dict[str, int] | None  # every token of tokenizer.json; None if there is no such file
     listed: list[tuple[str, str, int]]  # (file, token, id) of the tokens that the other files list
     tokens: dict[str, str | None]  # bos_token and eos_token, if a file names them
+    special: dict[str, str]  # each of `NAMES` that a file names
     begin_with_bos: bool  # whether each text begins with bos
 
 
@@ -99,7 +99,8 @@ def naming(folder: Path, main: str = "tokenizer.json") -> Naming:
         tokens = {name: t for name, t in (("bos_token", "<s>"), ("eos_token", "</s>")) if t in ids or not whole} | tokens
     bos = tokens.get("bos_token")
     begin = bool(bos) and puts_in_front(whole.get("post_processor"), bos)
-    return Naming(ids if whole else None, listed, tokens, begin if whole else bool(config.get("add_bos_token", llama)))
+    special = {name: text(named[name]) for name in NAMES if named.get(name)} | {name: t for name, t in tokens.items() if t}
+    return Naming(ids if whole else None, listed, tokens, special, begin if whole else bool(config.get("add_bos_token", llama)))
 
 
 def puts_in_front(processor: dict | None, token: str) -> bool:
@@ -165,7 +166,8 @@ def documents_begin_with_bos(folder: Path) -> bool:
 class Tokenizer:
     """Base class of the two kinds. Can be pickled. An id of -1 means that the tokenizer has no such token.
 
-    path: the file it was read from      sha256: hash of everything that ids depend on      vocab_size: largest id + 1
+    path: the file it was read from      folder: with its other files, or None      vocab_size: largest id + 1
+    sha256: hash of everything that ids depend on
     """
 
     vocab_size: int
@@ -175,7 +177,7 @@ class Tokenizer:
     def __init__(self, path: Path, folder: Path | None = None):
         with open_regular(path) as f:
             self._content = f.read()
-        self.path, self._folder = path, folder
+        self.path, self.folder = path, folder
         self.sha256 = hashlib.sha256(self._content).hexdigest()
 
     def __getstate__(self) -> dict:
@@ -191,6 +193,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control tokens give no text. Raises IndexError for an id outside the vocabulary."""
+        raise NotImplementedError
+
+    def pieces(self) -> list[str | None]:
+        """The token of each id; None where there is none."""
         raise NotImplementedError
 
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
@@ -220,9 +226,9 @@ class Tokenizer:
 
     def files(self) -> dict[str, Path]:
         """Name in a new folder -> file to copy: what `load` needs to read the same tokenizer, and what users need."""
-        globs = ("tokenizer.model", "tokenizer.json", *NAMING, *BESIDE) if self._folder else ()
-        paths = [path for glob in globs for path in self._folder.glob(glob) if path.is_file()]
-        return {str(path.relative_to(self._folder)): path for path in paths} | {self.name: self.path}
+        globs = ("tokenizer.model", "tokenizer.json", *NAMING, *BESIDE) if self.folder else ()
+        paths = [path for glob in globs for path in self.folder.glob(glob) if path.is_file()]
+        return {str(path.relative_to(self.folder)): path for path in paths} | {self.name: self.path}
 
     def save(self, folder: str | Path) -> None:
         """Writes a new folder for `load`, which appears when it is complete. Raises UserError if it exists."""
@@ -264,6 +270,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[str | None]:
+        return self._sp.id_to_piece(list(range(self.vocab_size)))
 
     def difference(self, named: Naming) -> str | None:
         """How the tokens, bos or eos of the JSON files beside the model differ from the model's; None if they agree."""
@@ -345,7 +354,9 @@ class HuggingFaceTokenizer(Tokenizer):
             if token is not None and self._hf.token_to_id(token) is None:
                 raise UserError(f"{path.parent}: {name} is {token!r}, which {path.name} does not have; name one that it has")
         self.names = [named.tokens.get(name) for name in ("bos_token", "eos_token")]
-        self.vocab_size = max(self._hf.get_vocab().values()) + 1
+        if not (vocabulary := self._hf.get_vocab()):
+            raise UserError(f"{path}: is empty: it has no tokens")
+        self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = (-1 if token is None else self._hf.token_to_id(token) for token in self.names)
         # a hash of everything that ids, bos and eos depend on: not of the post-processor, which an export may change
         parts = json.loads(self._content)
@@ -363,3 +374,6 @@ class HuggingFaceTokenizer(Tokenizer):
         if any(not 0 <= i < self.vocab_size for i in ids):
             raise IndexError(f"ids must lie in [0, {self.vocab_size})")
         return self._hf.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[str | None]:
+        return [self._hf.id_to_token(i) for i in range(self.vocab_size)]

@@ -4,6 +4,7 @@ Hugging Face has one tensor per layer, and a matrix as [out, in]. This package h
 RoPE is half-split in both, so no row moves. Everything else follows from `dims.PARAMETERS`.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.base import dims, files
+from tinyllama_jax.base import dims, files, rope
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.values import LIMITS
 from tinyllama_jax.hub import tensor_files
 from tinyllama_jax.hub.tensor_files import DTYPES, Tensors
 
@@ -117,11 +119,26 @@ _COMPUTED = {
 }
 
 
+def _positions(model: Model) -> int:
+    """The model's max_position_embeddings."""
+    kind, numbers = rope.parse(model.rope_type)
+    if kind == "yarn":  # Transformers 4 takes the factor from this ratio (5 from `factor`)
+        return max(round(numbers[rope.LENGTH] * model.rope_scaling), 1)
+    # before linear scaling: readers multiply it by the factor, and must not exceed the trained length
+    return max(int(model.seq_len / model.rope_scaling), 1) if kind == "linear" else model.seq_len
+
+
 def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> dict:
-    """The contents of config.json, in the keys that both Transformers 4 and 5 read."""
-    # `before`: the length before linear scaling; readers multiply it by the factor, and must not exceed the trained length
-    scaled, before = model.rope_scaling != 1, max(int(model.seq_len / model.rope_scaling), 1)
-    inexact = {} if round(before * model.rope_scaling) == model.seq_len else {"seq_len": model.seq_len}
+    """The contents of config.json, in the keys that both Transformers 4 and 5 read. NTK scaling is its changed rope_theta."""
+    before, (kind, numbers) = _positions(model), rope.parse(model.rope_type)
+    length = round(before * model.rope_scaling) if kind == "linear" else before
+    inexact = {} if length == model.seq_len else {"seq_len": model.seq_len}
+    scaling = None
+    if kind == "linear" and model.rope_scaling != 1:
+        scaling = {"type": kind, "factor": model.rope_scaling}  # "type" is the only name that Transformers before 4.43 read
+    elif kind in ("llama3", "yarn"):
+        given = {name: number for name, number in numbers.items() if number is not None and number is not True}
+        scaling = {"rope_type": kind, "factor": model.rope_scaling, **given}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -136,8 +153,8 @@ def to_hf_config(model: Model, bos: int | None, eos: int | None, dtype: str) -> 
         "max_position_embeddings": before,
         **inexact,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": {"type": "linear", "factor": model.rope_scaling} if scaled else None,
+        "rope_theta": rope.theta(model),
+        "rope_scaling": scaling,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
@@ -157,9 +174,10 @@ _KEYS = (
     "max_position_embeddings",
 )
 _NUMBERS = dict.fromkeys(_KEYS, files.Size) | dict.fromkeys(("rms_norm_eps", "rope_theta"), files.Positive)
-_NUMBERS |= dict.fromkeys(("num_key_value_heads", "head_dim"), files.Size | None) | {"seq_len": object}
+_NUMBERS |= dict.fromkeys(("num_key_value_heads", "head_dim", rope.LENGTH), files.Size | None) | {"seq_len": object}
 _ROPE = dict.fromkeys(("type", "rope_type"), str) | dict.fromkeys(("factor", "rope_theta"), files.Positive)
-_Rope = typing.TypedDict("_Rope", _ROPE | {"partial_rotary_factor": float | None}, total=False)
+_ROPE |= dict.fromkeys(("partial_rotary_factor", *rope.TYPES["llama3"], *rope.TYPES["yarn"]), float | None)
+_Rope = typing.TypedDict("_Rope", _ROPE | {rope.LENGTH: files.Size | None, "truncate": bool}, total=False)
 _Described = typing.TypedDict(
     "_Described", _NUMBERS | dict.fromkeys(("rope_scaling", "rope_parameters"), _Rope | None), total=False
 )
@@ -176,34 +194,44 @@ def from_hf_config(config: dict, origin: str = "config.json") -> Model:
             )
     try:
         described = files.typed(config, _Described)
-        rope, raw_rope = (c.get("rope_scaling") or c.get("rope_parameters") or {} for c in (described, config))
-        kind, whole = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor") in (1, None)
-        if kind not in ("default", "linear") or not whole or any(isinstance(value, dict) for value in raw_rope.values()):
+        table, raw = (c.get("rope_scaling") or c.get("rope_parameters") or {} for c in (described, config))
+        kind, whole = table.get("rope_type", table.get("type", "default")), table.get("partial_rotary_factor") in (1, None)
+        if kind == "ntk" or not whole or any(isinstance(value, dict) for value in raw.values()):
             raise UserError(
-                f"RoPE is {json.dumps(raw_rope):.200}; only the types 'default' and 'linear' are computed, on whole heads"
+                f"RoPE is {json.dumps(raw):.200}; only linear, llama3 and yarn scaling of one table for all layers, "
+                "on whole heads, are computed"
             )
-        heads, width = described["num_attention_heads"], described["hidden_size"]
-        if described.get("head_dim") and described["head_dim"] * heads != width:
-            raise UserError(
-                f"head_dim is {described['head_dim']}, but only hidden_size / heads = {width} / {heads} is computed"
-            )
+        heads, width, before = (described[key] for key in ("num_attention_heads", "hidden_size", "max_position_embeddings"))
         if described["num_hidden_layers"] > MOST_LAYERS:
             raise UserError(f"num_hidden_layers is {described['num_hidden_layers']:,}, and {MOST_LAYERS:,} are the most")
-        scaling = rope["factor"] if kind == "linear" else 1.0
-        before, length = described["max_position_embeddings"], described.get("seq_len")
-        exact = isinstance(length, int) and max(int(length / scaling), 1) == before  # written by `to_hf_config`
-        return Model(
+        scaling = table["factor"] if kind in rope.TYPES else 1.0
+        if kind == "default" or (kind in rope.TYPES and scaling == 1 and table.get("attention_factor") is None):
+            kind = "linear"
+        # to Transformers, 0 and null are a number that is not given
+        numbers = {name: number for name, number in table.items() if number or name in ("truncate", "attention_factor")}
+        numbers[rope.LENGTH] = described.get(rope.LENGTH) or table.get(rope.LENGTH) or before
+        # of yarn, too, some folders give the length before scaling
+        stretched = kind == "linear" or (kind == "yarn" and numbers[rope.LENGTH] == before)
+        head_dim = described.get("head_dim") or 0
+        model = Model(
             n_layers=described["num_hidden_layers"],
             d_model=width,
             n_heads=heads,
             n_kv_heads=described.get("num_key_value_heads") or heads,  # absent before grouped-query attention
             d_ff=described["intermediate_size"],
             vocab_size=described["vocab_size"],
-            seq_len=length if exact else round(before * scaling),
-            rope_theta=rope.get("rope_theta", described.get("rope_theta", 10_000.0)),
+            seq_len=round(before * scaling) if stretched else before,
+            head_dim=0 if head_dim * heads == width else head_dim,
+            rope_theta=table.get("rope_theta", described.get("rope_theta", 10_000.0)),
             rope_scaling=scaling,
+            rope_type=rope.text_of(kind, numbers),
             norm_eps=described["rms_norm_eps"],
         )
+        length = described.get("seq_len")
+        if type(length) is int and 1 <= length <= LIMITS["model.seq_len"][1]:
+            known = dataclasses.replace(model, seq_len=length)
+            return known if _positions(known) == before else model  # written by `to_hf_config`
+        return model
     except KeyError as error:
         raise UserError(f"{origin}: does not say {error}") from None
     except (UserError, ValueError) as error:

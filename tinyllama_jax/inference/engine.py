@@ -4,32 +4,23 @@ import collections
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec
 
 from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.inference import device
 from tinyllama_jax.inference import sampling as sampling_lib
-from tinyllama_jax.inference.forward import Cache, forward, init_cache, logits, longer
-from tinyllama_jax.inference.sampling import Sampling, Settings, draw, filtered
-from tinyllama_jax.inference.weights import Loaded, Weights
+from tinyllama_jax.inference.device import CHUNK, MARGIN, STOPS, TOP, Chunk, Rows, State
+from tinyllama_jax.inference.sampling import Sampling, Settings
+from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft
+from tinyllama_jax.inference.weights import Loaded
 
-CHUNK = 16  # the most tokens of a row between two looks of the host
 PATIENCE = 0.2  # seconds: on a slow device a chunk has fewer tokens, so that text flows
 PREFILL = (16, 32, 64, 128, 256, 512)  # prompts are computed in pieces of these lengths, the last one padded
 SHORTEST = 256  # positions of the cache at first; it doubles when a row needs more
-MARGIN = 16  # positions at the end of the cache that belong to no request: rows with nothing to compute write there
-TOP = 20  # most likely tokens that can be reported beside each token
-STOPS = 16  # ids that can end a request
-# of the cache [B, K, T, H] and the tokens seen [B, V]; left to XLA it would change, and every program be compiled twice
-_ROWS = PartitionSpec(sharding.BATCH, "tensor")
 
 
 @dataclass(eq=False)
@@ -51,94 +42,8 @@ class Request:
     prompt_logprobs: list[float | None] = field(default_factory=list)  # the first token has none
     prompt_top: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None  # "stop": a stop id; "length": max_new_tokens; "context": it is full; "cancelled"
+    rounds: int = 0  # passes of the model for `tokens`; fewer than these with a draft
     cached: int = 0  # tokens of the prompt whose keys and values an earlier request had left in the slot
-
-
-class Rows(NamedTuple):
-    """One row a slot, rebuilt on the host before each chunk: [B] or [B, ...]."""
-
-    token: np.ndarray  # the newest token, whose key and value are not in the cache yet
-    position: np.ndarray  # its position
-    left: np.ndarray  # tokens still to come; 0: nothing is computed for this row
-    stop_ids: np.ndarray  # [B, STOPS], -1 where there is none
-    key: np.ndarray  # [B, 2], of the random numbers
-    settings: Settings
-
-
-class Chunk(NamedTuple):
-    """What a chunk has computed, [B, CHUNK] and [B, CHUNK, TOP]; entries after `n` tokens of a row mean nothing."""
-
-    n: jax.Array
-    tokens: jax.Array
-    logprobs: jax.Array
-    top_tokens: jax.Array
-    top_logprobs: jax.Array
-
-
-# -- on the device -----------------------------------------------------------------------------------------------------
-
-
-def _scored(logits_BV: jax.Array, token_B: jax.Array, want_top: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Log-probabilities [B] of the tokens, and the TOP most likely tokens with theirs."""
-    n = min(TOP, logits_BV.shape[1])
-    total_B = jax.nn.logsumexp(logits_BV, axis=1)
-    none = lambda x: (jnp.zeros((len(x), n), jnp.float32), jnp.zeros((len(x), n), jnp.int32))
-    values_BT, tokens_BT = lax.cond(want_top, lambda x: tuple(lax.top_k(x, n)), none, logits_BV)
-    pad = partial(jnp.pad, pad_width=((0, 0), (0, TOP - n)))
-    top = pad(tokens_BT), pad(values_BT - total_B[:, None], constant_values=-jnp.inf)  # `_pairs` leaves these out
-    return jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - total_B, top
-
-
-@partial(jax.jit, static_argnames="model", donate_argnames=("cache", "seen_BV"), out_shardings=(_ROWS, _ROWS, None))
-def _decode(weights: Weights, cache: Cache, seen_BV, rows: Rows, n, want_top, model: Model) -> tuple[Cache, jax.Array, Chunk]:
-    """At most `n` tokens for every row that has some left."""
-    B, idle = len(rows.token), cache[0][0].shape[2] - MARGIN
-    empty = lambda dtype, *shape: jnp.zeros((B, CHUNK, *shape), dtype)
-    out = Chunk(jnp.zeros(B, jnp.int32), empty(jnp.int32), empty(jnp.float32), empty(jnp.int32, TOP), empty(jnp.float32, TOP))
-
-    def body(carry):
-        i, token, position, left, cache, seen_BV, out = carry
-        active = left > 0
-        x_BSD, cache = forward(weights, token[:, None], jnp.where(active, position, idle)[:, None], cache, model)
-        logits_BV = logits(weights, x_BSD)[:, 0]
-        drawn = draw(filtered(logits_BV, seen_BV, rows.settings), rows.key, position, rows.settings)
-        logprob, top = _scored(logits_BV, drawn, want_top)
-        put = lambda buffer, new: lax.dynamic_update_index_in_dim(buffer, new, i, 1)
-        out = Chunk(out.n + active, *map(put, out[1:], (drawn, logprob, *top)))
-        seen_BV = seen_BV.at[jnp.arange(B), drawn].max(active)
-        ended = jnp.any(drawn[:, None] == rows.stop_ids, axis=1)
-        return i + 1, drawn, position + 1, jnp.where(ended, 0, jnp.maximum(left - 1, 0)), cache, seen_BV, out
-
-    carry = (jnp.int32(0), rows.token, rows.position, rows.left, cache, seen_BV, out)
-    *_, cache, seen_BV, out = lax.while_loop(lambda c: (c[0] < n) & jnp.any(c[3] > 0), body, carry)
-    return cache, seen_BV, out
-
-
-@partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache", out_shardings=(_ROWS, None))
-def _prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, model: Model, score: bool):
-    """The cache with `tokens_S` at the positions from `start` of a slot. Padding at their end is overwritten before it is read.
-
-    `score`: also the log-probability [S] of each token that follows one of them, with the most likely tokens; tokens_S then
-    has one token more.
-    """
-    S = len(tokens_S) - score
-    row = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, 1), cache)
-    x_1SD, row = forward(weights, tokens_S[None, :S], (start + jnp.arange(S))[None], row, model)
-    cache = jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, slot, 0), cache, row)
-    return cache, _scored(logits(weights, x_1SD)[0], tokens_S[1:], want_top) if score else None
-
-
-@partial(jax.jit, donate_argnames="seen_BV", out_shardings=_ROWS)
-def _seen(seen_BV, slot, row_V):
-    return seen_BV.at[slot].set(row_V)
-
-
-_new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2), out_shardings=_ROWS)
-_none_seen = jax.jit(lambda *shape: jnp.zeros(shape, bool), static_argnums=(0, 1), out_shardings=_ROWS)
-_longer = jax.jit(longer, static_argnums=1, out_shardings=_ROWS)  # not donated: no buffer of the old size fits the new one
-
-
-# -- on the host -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -168,10 +73,16 @@ class Engine:
     in PREFILL: for each length of the cache one that decodes, and two (with scores and without) for each length of a piece.
     """
 
-    def __init__(self, loaded: Loaded, slots: int = 1):
-        """`slots`: how many requests run at a time; rounded up to what the mesh's copies share evenly."""
+    def __init__(self, loaded: Loaded, slots: int = 1, draft: Loaded | None = None, draft_tokens: int = 0):
+        """`slots`: how many requests run at a time; rounded up to what the mesh's copies share evenly.
+
+        `draft_tokens`: proposed in a round, by the model `draft` or by prompt lookup without one; 0: no speculation.
+        """
+        if not 0 <= draft_tokens <= MOST_TOKENS:
+            raise UserError(f"--draft-tokens {draft_tokens}: must lie between 1 and {MOST_TOKENS}")
         self._weights, self._model, self._mesh = loaded.weights, loaded.model, loaded.mesh
-        copies = loaded.mesh.shape["data"]
+        self._draft, self._draft_weights = Draft(draft_tokens, draft and draft.model), draft and draft.weights
+        copies = sharding.batch_devices(loaded.mesh)
         n = -(-slots // copies) * copies
         self._slots = [_Slot(i) for i in range(n)]
         self._queue: collections.deque[Request] = collections.deque()
@@ -179,13 +90,19 @@ class Engine:
         self._admitted = 0
         self._seconds = 0.0  # what a token took in the last chunk
         with jax.set_mesh(self._mesh):
-            self._cache = _new_cache(self._model, n, min(SHORTEST, self._model.seq_len + MARGIN))
-            self._seen_BV = _none_seen(n, self._model.vocab_size)
+            new = lambda model: model and device.new_cache(model, n, min(SHORTEST, self.context + MARGIN))
+            seen_BV = device.none_seen(n, self._model.vocab_size)
+            self._state = State(new(self._model), new(self._draft.model), seen_BV)
 
     @property
     def context(self) -> int:
         """The most tokens of a prompt and its answer."""
         return self._model.seq_len
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens the draft proposes in a round; 0 without one."""
+        return self._draft.tokens
 
     @property
     def busy(self) -> bool:
@@ -194,9 +111,9 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises UserError if it cannot be run, and ValueError if it has been run before."""
-        check(request, self._model)
         if request.finish or request.tokens:
             raise ValueError("this request has been run; make another")
+        check(request, self._model)
         self._queue.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -259,7 +176,7 @@ class Engine:
                 request.prompt_top.append([])
             row_V = np.zeros(self._model.vocab_size, bool)
             row_V[request.prompt] = True
-            self._seen_BV = _seen(self._seen_BV, slot.index, row_V)
+            self._state = self._state._replace(seen_BV=device.with_seen(self._state.seen_BV, slot.index, row_V))
 
     def _prefill(self, slot: _Slot) -> None:
         """Computes one piece of a prompt, all of it but the last token."""
@@ -271,11 +188,16 @@ class Engine:
         tokens = np.zeros(size + score, np.int32)
         tokens[: n + score] = request.prompt[start : start + n + score]
         self._grow(max(start + size, start + n + MARGIN))  # rows without work write to the margin while others decode
-        arguments = (self._weights, self._cache, slot.index, tokens, start, request.top_logprobs > 0, self._model, score)
-        self._cache, scored = _prefill(*arguments)
+        want_top, state = request.top_logprobs > 0, self._state
+        cache, scored = device.prefill(self._weights, state.cache, slot.index, tokens, start, want_top, self._model, score)
+        self._state = state._replace(cache=cache)
+        if self._draft.model:
+            piece = (slot.index, tokens[:size], start, False)
+            cache, _ = device.prefill(self._draft_weights, state.draft_cache, *piece, self._draft.model, False)
+            self._state = self._state._replace(draft_cache=cache)
         slot.held += request.prompt[start : start + n]
         if score:
-            logprobs, (top_tokens, top_logprobs) = jax.device_get(scored)
+            logprobs, top_tokens, top_logprobs = jax.device_get(scored)
             for i in range(n):
                 request.prompt_logprobs.append(float(logprobs[i]))
                 request.prompt_top.append(_pairs(request, top_tokens[i], top_logprobs[i]))
@@ -285,10 +207,12 @@ class Engine:
         slots = [slot for slot in self._slots if slot.decoding]
         first = any(not slot.request.tokens for slot in slots)  # a first token is given at once
         n = 1 if first else int(np.clip(PATIENCE / self._seconds if self._seconds else 1, 1, CHUNK))
-        self._grow(max(min(slot.size + n, self.context) for slot in slots) + MARGIN)
+        n = CHUNK if jax.process_count() > 1 else n  # all processes run the same program, whatever their clocks say
+        self._grow(max(min(slot.size + n + self._draft.tokens, self.context) for slot in slots) + MARGIN)
         began = time.perf_counter()
         rows, want_top = self._rows(slots), any(slot.request.top_logprobs > 0 for slot in slots)
-        self._cache, self._seen_BV, out = _decode(self._weights, self._cache, self._seen_BV, rows, n, want_top, self._model)
+        arguments = (self._weights, self._draft_weights, self._state, rows, n, want_top, self._model, self._draft)
+        self._state, out = device.decode(*arguments)
         out = jax.device_get(out)
         self._seconds = (time.perf_counter() - began) / max(out.n.max(), 1)
         for slot in slots:
@@ -303,6 +227,7 @@ class Engine:
             request.logprobs.append(float(out.logprobs[row, i]))
             request.top.append(_pairs(request, out.top_tokens[row, i], out.top_logprobs[row, i]))
         slot.held += request.tokens[len(request.tokens) - int(out.n[row]) : -1]
+        request.rounds += int(out.rounds[row])
         self._changed.append(request)
         if request.tokens[-1] in request.stop_ids:
             self._end(request, "stop")
@@ -316,34 +241,35 @@ class Engine:
         zeros = lambda dtype=np.int32, *shape: np.zeros((B, *shape), dtype)
         settings = Settings(*(np.full(B, value, type(value)) for value in Sampling(temperature=0.0)))
         settings = Settings(*(a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in settings))
-        rows = Rows(zeros(), zeros(), zeros(), np.full((B, STOPS), -1, np.int32), zeros(np.uint32, 2), settings)
+        lookup = self._draft.tokens and not self._draft.model
+        history = zeros(np.int32, self._state.cache[0][0].shape[2]) if lookup else None
+        rows = Rows(zeros(), zeros(), zeros(), np.full((B, STOPS), -1, np.int32), zeros(np.uint32, 2), settings, history)
         for slot in slots:
             request, b = slot.request, slot.index
             rows.token[b], rows.position[b] = (request.tokens or request.prompt)[-1], slot.size - 1
             rows.left[b] = min(request.max_new_tokens - len(request.tokens), self.context - slot.size)
             rows.stop_ids[b, : len(request.stop_ids)] = request.stop_ids
             rows.key[b] = request.seed, request.sample
+            if history is not None:
+                history[b, : slot.size] = request.prompt + request.tokens
             for array, value in zip(settings, request.sampling, strict=True):
                 array[b] = value
         return rows
 
     def _grow(self, length: int) -> None:
         """Makes every slot's cache at least `length` positions long."""
-        room = before = self._cache[0][0].shape[2]
+        room = before = self._state.cache[0][0].shape[2]
         while room < length:
             room = min(2 * room, self.context + MARGIN)
         if room > before:
-            self._cache = _longer(self._cache, room)
+            caches = (c and device.longer_cache(c, room) for c in self._state[:2])
+            self._state = State(*caches, self._state.seen_BV)
 
 
 def check(request: Request, model: Model) -> None:
     """Raises UserError if `request` cannot be run."""
     if not request.prompt:
         raise UserError("the prompt has no tokens; begin with the tokenizer's bos or eos")
-    if request.max_new_tokens < 0:
-        raise UserError(f"max_new_tokens {request.max_new_tokens}: must be 0 or more")
-    if not 0 <= request.seed < 2**32:
-        raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
     # a request without new tokens may fill the context: only its prompt is scored
     most = model.seq_len - (request.max_new_tokens > 0)
     if len(request.prompt) > most:
@@ -353,6 +279,10 @@ def check(request: Request, model: Model) -> None:
         )
     if not all(0 <= token < model.vocab_size for token in request.prompt):
         raise UserError(f"the prompt has a token outside the vocabulary of {model.vocab_size:,}")
+    if request.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens {request.max_new_tokens}: must be 0 or more")
+    if not (0 <= request.seed < 2**32 and 0 <= request.sample < 2**32):
+        raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
     if len(request.stop_ids) > STOPS:
         raise UserError(f"{len(request.stop_ids)} ids are to end the answer; at most {STOPS} can")
     if request.top_logprobs > TOP:

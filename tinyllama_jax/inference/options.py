@@ -5,15 +5,53 @@ import argparse
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.inference import sampling as sampling_lib
+from tinyllama_jax.inference import weights
+from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
-from tinyllama_jax.inference.weights import KINDS
+from tinyllama_jax.inference.speculative import MOST_TOKENS, check_vocabulary
+from tinyllama_jax.inference.weights import Loaded
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The options that name a checkpoint and say how it is computed."""
     parser.add_argument("--checkpoint", required=True, help="a run folder, a Hugging Face folder or a GGUF file")
     parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
-    parser.add_argument("--weights", choices=KINDS, default="auto", help="fp32 on a CPU, the model's dtype elsewhere (auto)")
+    parser.add_argument(
+        "--weights",
+        choices=weights.KINDS,
+        default="auto",
+        help="their form in memory; auto: fp32 on a CPU, bf16 elsewhere (auto)",
+    )
+    parser.add_argument(
+        "--draft", metavar="DIR|ngram", help="a smaller checkpoint with the same vocabulary, or prompt lookup (no speculation)"
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="tokens that the draft proposes at a time (4; 8 for ngram)"
+    )
+
+
+def load(args: argparse.Namespace, slots: int = 1) -> tuple[Loaded, Engine]:
+    """The checkpoint that `args` name, and an engine for it. Raises UserError."""
+    loaded, draft = weights.load(args.checkpoint, args.step, args.weights), None
+    if args.draft is None:
+        if args.draft_tokens is not None:
+            raise UserError(f"--draft-tokens {args.draft_tokens}: needs --draft, a checkpoint or ngram")
+        return loaded, Engine(loaded, slots)
+    if args.draft != "ngram":
+        draft = weights.load(args.draft, weights=args.weights, option="--draft")
+        check_vocabulary(loaded.tokenizer, draft.tokenizer, args.draft)
+    tokens = (4 if draft else 8) if args.draft_tokens is None else args.draft_tokens
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UserError(f"--draft-tokens {tokens}: must lie between 1 and {MOST_TOKENS}")
+    return loaded, Engine(loaded, slots, draft, tokens)
+
+
+def drafted(request: Request, engine: Engine) -> str:
+    """How many tokens a pass of the model gave, if there is a draft."""
+    if not engine.draft_tokens or not request.rounds:
+        return ""
+    accepted = (len(request.tokens) - request.rounds) / (request.rounds * engine.draft_tokens)
+    return f", {len(request.tokens) / request.rounds:.2f} tokens a pass ({max(accepted, 0):.0%} of the draft's accepted)"
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

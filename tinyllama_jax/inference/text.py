@@ -19,12 +19,17 @@ def first_tokens(tokenizer: Tokenizer, begin_with_bos: bool, prompt: str) -> lis
 class Text:
     """Decodes a growing list of tokens into parts that no later token changes. Ends before a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        """`stop`: strings that end the text; they are not part of it."""
-        self._tokenizer, self._stop, self.stopped = tokenizer, [s for s in stop if s], False
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        """`stop`: strings that end the text; not part of it. `before`: tokens that it continues, not part of it either.
+
+        Without those before it, SentencePiece leaves out the space in front of a text's first word.
+        """
+        self._tokenizer, self._stop, self.stopped = tokenizer, [], False
         self._tokens: list[int] = []  # the newest ones: `_n` that have been decoded, then those that wait
         self._n = 0
         self._held = ""  # decoded, and perhaps the beginning of a stop string
+        self.add(before[-16:])
+        self._stop = [s for s in stop if s]
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
         """The text that `tokens` complete; all the remaining text if they are the `last`. "" once `stopped`.

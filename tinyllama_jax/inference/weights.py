@@ -1,8 +1,11 @@
 """Weights for inference: one array a layer, on the devices, from a run folder, a Hugging Face folder or a GGUF file."""
 
+import atexit
 import dataclasses
 import functools
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,15 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax.base import dims, files, sharding
 from tinyllama_jax.base.config import Mesh, Model
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.core import model as model_lib
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.export import gguf_tokenizer
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.hub import llama
+from tinyllama_jax.hub import gguf, llama
 from tinyllama_jax.inference.quantize import GROUP, Int4, Int8, int4, int8
 from tinyllama_jax.run import checkpoint
 
@@ -41,35 +45,47 @@ class Loaded(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     begin_with_bos: bool
-    folder: Path
+    folder: Path  # with the tokenizer's files, chat template included
     mesh: jax.sharding.Mesh
 
 
-def load(path: str | Path, step: int | None = None, weights: str = "auto") -> Loaded:
-    """Reads a run folder (its newest step, or `step`), or a Hugging Face folder.
+def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
+    """Reads a run folder (its newest step, or `step`), a Hugging Face folder or a GGUF file.
 
-    `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere the model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is
-    needed. Raises UserError.
+    `option`: what names it in an error. `weights`: one of KINDS, their form in memory; auto: fp32 on a CPU, elsewhere the
+    model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one
+    parameter is needed. Raises UserError.
     """
-    files.check_local("--checkpoint", path)
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face folder")
+    files.check_local(option, path)
+    path, folder = Path(path), Path(path)
+    if not path.exists():
+        raise UserError(f"{option} {path}: no such file or folder; give a run folder, a Hugging Face folder or a GGUF file")
     if (path / "checkpoints").is_dir():
         params, config, _ = checkpoint.load_params(path, step)
         model, tokenizer, arrays = config.model, tokenizer_lib.load(path / "tokenizer"), _unstacked(params)
     elif step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
+    elif path.suffix == ".gguf" and path.is_file():
+        whole, folder = gguf.read(path), _scratch()
+        model, tokenizer = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
+        arrays = llama.arrays(whole.tensors, model, str(path))
     else:
+        if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
+            raise UserError(f"{option} {path}: name the GGUF file in it, such as {inside[0]}")
         (tensors, model), tokenizer = llama.open_folder(path), tokenizer_lib.load(path)
         arrays = llama.arrays(tensors, model, str(path))
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model only {model.vocab_size:,}")
     model = for_inference(dataclasses.replace(model, vocab_size=tokenizer.vocab_size), weights)
-    mesh = make_mesh(model)
-    return Loaded(
-        place(arrays, model, mesh, weights), model, tokenizer, tokenizer_lib.documents_begin_with_bos(path), path, mesh
-    )
+    mesh, begin_with_bos = make_mesh(model), tokenizer_lib.documents_begin_with_bos(folder)
+    return Loaded(place(arrays, model, mesh, weights), model, tokenizer, begin_with_bos, folder, mesh)
+
+
+def _scratch() -> Path:
+    """A folder for a GGUF's tokenizer, removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="tinyllama_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def for_inference(model: Model, weights: str = "auto") -> Model:
@@ -112,23 +128,51 @@ def place(
     weights: str = "auto",
 ) -> Weights:
     """Puts each array on the devices, without its padding, as `weights` of KINDS. Raises UserError."""
-    layers, whole, sizes = [{} for _ in range(model.n_layers)], {}, dims.sizes(model)
-    for p, layer, array in arrays:
-        letters = p.dims.removeprefix("L")
-        array = array[tuple(slice(sizes[letter]) for letter in letters)]
-        axes = [sharding.PARAMETER_AXES.get(letter) for letter in letters]
-        if p.fan_in:  # with heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token
-            n = len(p.fan_in)
-            array, axes = array.reshape(math.prod(array.shape[:n]), -1), [axes[0], axes[n]]
+
+    def put(p: dims.Parameter, array: np.ndarray) -> jax.Array | Int8 | Int4:
+        array = array[tuple(slice(dims.sizes(model)[letter]) for letter in p.dims.removeprefix("L"))]
+        array, axes = _matrix(p, array, model)
         if p.kind != "norm" and weights in ("int8", "int4"):
-            name, values = p.name, array if p.fan_in else array.T
-            placed = _small(weights, values, axes if p.fan_in else axes[::-1], mesh, name)
-        else:
-            # norms stay fp32: they are small, and the model multiplies by them in fp32
-            stored = "float32" if p.kind == "norm" else weights if weights == "bfloat16" else model.compute_dtype
-            array = np.asarray(array, jnp.dtype(stored), order="C")
-            placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-        (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = placed
+            return _small(weights, *((array, axes) if p.fan_in else (array.T, axes[::-1])), mesh, p.name)
+        # norms stay fp32: they are small, and the model multiplies by them in fp32
+        stored = "float32" if p.kind == "norm" else weights if weights == "bfloat16" else model.compute_dtype
+        array = np.asarray(array, jnp.dtype(stored), order="C")
+        if stored == "bfloat16" and model.compute_dtype == "float32":
+            array = array.view(np.uint16)  # see quantize.numbers
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return _assembled(((p, layer, put(p, array)) for p, layer, array in arrays), model)
+
+
+def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
+    """The weights of a trainer's parameters in the compute dtype, sharded as they are; both take memory then."""
+    with jax.set_mesh(mesh):
+        return _of_params(params, model)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _of_params(params: dict, model: Model) -> Weights:
+    def put(p: dims.Parameter, array: jax.Array) -> jax.Array:
+        array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
+        return lax.with_sharding_constraint(array, PartitionSpec(*axes))
+
+    copy = jax.tree.map(lambda a: a, params)  # whose dicts can be emptied
+    return _assembled(((p, layer, put(p, array)) for p, layer, array in _unstacked(copy)), model)
+
+
+def _matrix(p: dims.Parameter, array: np.ndarray | jax.Array, model: Model) -> tuple[np.ndarray | jax.Array, list[str | None]]:
+    """The array of one layer, a matrix as [in, out], and the mesh axes of its dimensions.
+
+    With heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token.
+    """
+    axes = [sharding.PARAMETER_AXES.get(letter) for letter in p.dims.removeprefix("L")]
+    return (array.reshape(dims.matrix(p, model)), [axes[0], axes[len(p.fan_in)]]) if p.fan_in else (array, axes)
+
+
+def _assembled(arrays: Iterator[tuple[dims.Parameter, int | None, jax.Array]], model: Model) -> Weights:
+    layers, whole = [{} for _ in range(model.n_layers)], {}
+    for p, layer, array in arrays:
+        (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = array
     return Weights(whole["embed"], tuple(layers), whole["final_norm"], whole["lm_head"])
 
 
@@ -146,8 +190,3 @@ def _small(weights: str, array_IO: np.ndarray, axes: list[str | None], mesh: jax
         return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*fits)))
 
     return type(small)(*map(put, small, specs))
-
-
-def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
-    """The weights of a trainer's parameters, which stay as they are; both then take memory."""
-    return place(_unstacked(model_lib.unflatten(model_lib.flatten(params))), model, mesh)

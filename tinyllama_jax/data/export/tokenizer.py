@@ -46,6 +46,10 @@ TEXTS = (  # separated by ¦
     "naïve e\u0301 n\u0303¦日本語、한국어 你好。¦नमस्ते שלום¦👩‍👩‍👧 👍🏽 🇨🇭¦▁ a▁b ▁▁¦a\0b\x01\x7f¦3.14 1,000¦\ufeffx¦"
     "<s>a</s> b<unk>¦<|im_start|>user\n<|im_end|>¦[INST] <0x0A> [PAD]¦ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ\u00a0x"
 ).split("¦")
+TALKS = (
+    [{"role": "user", "content": " a  b\n"}],
+    [{"role": r, "content": t} for r, t in (("user", "</s>👍🏽"), ("assistant", "日本語\t"), ("user", ""))],
+)
 NEVER = -1e6  # score of a piece that must never be chosen: any other way to write its text scores better
 
 
@@ -109,8 +113,11 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def read(path: str | Path) -> SentencePiece:
-    """Reads a SentencePiece `.model`. Raises UserError if it is not one, or if a tokenizer.json cannot express it."""
+def read(path: str | Path, refuse: Callable | None = None) -> SentencePiece:
+    """Reads a SentencePiece `.model`. Raises UserError if it is not one, or if a tokenizer.json cannot express it.
+
+    `refuse`: checks another form, instead of a tokenizer.json, with the arguments of `_refuse`.
+    """
     pieces, parts = [], {}
     try:
         for field, value in _fields(Path(path).read_bytes()):
@@ -123,7 +130,7 @@ def read(path: str | Path) -> SentencePiece:
         raise UserError(f"{path}: is not a SentencePiece model") from None
     if not pieces:
         raise UserError(f"{path}: is not a SentencePiece model: it has no pieces")
-    _refuse(path, pieces, trainer, normalizer, denormalizer)
+    (refuse or _refuse)(path, pieces, trainer, normalizer, denormalizer)
     return SentencePiece(
         pieces,
         bos_id=_signed(trainer.get(41, 1)),
@@ -330,10 +337,13 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, add_bos: bool) -> bool:
+def check(
+    folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, add_bos: bool, talk: Callable | None = None
+) -> bool:
     """Loads a folder with Transformers and compares ids; returns False if Transformers is not installed.
 
-    `encode`: gives the ids of training, without bos. `bos` or `eos` of -1: no such token. Raises UserError if ids differ.
+    `encode`: gives the ids of training, without bos. `bos` or `eos` of -1: no such token. `talk`: gives the ids of messages,
+    by the chat template. Raises UserError if ids differ.
     """
     try:
         import transformers
@@ -351,6 +361,15 @@ def check(folder: Path, encode: Callable[[str], list[int]], bos: int, eos: int, 
             want = [bos] * add_bos + encode(text)
             if got != want:
                 what = f"gives {text!r} the ids {got[:20]}, and training gave it {want[:20]}"
+                raise UserError(f"Transformers {transformers.__version__}, reading the exported tokenizer, {what}{REMEDY}")
+        for messages in TALKS if talk else ():
+            try:
+                want = talk(messages)
+            except UserError:  # the template takes no such conversation
+                continue
+            got = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            if got != want:
+                what = f"gives the chat {messages} the ids {got[:40]}, and here it has {want[:40]}"
                 raise UserError(f"Transformers {transformers.__version__}, reading the exported tokenizer, {what}{REMEDY}")
         ids = [-1 if id_ is None else id_ for id_ in (loaded.bos_token_id, loaded.eos_token_id)]
     if ids != [bos, eos]:

@@ -1,0 +1,30 @@
+"""Samples during training, from the trainer's own parameters on its own mesh."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.inference import weights
+from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference.sampling import Sampling
+from tinyllama_jax.inference.text import first_tokens
+from tinyllama_jax.inference.weights import Loaded
+
+TOKENS = 64  # of a sample
+
+
+def continued(config: Config, params: dict, step: int) -> str:
+    """`log.sample` and what the model makes of it, drawn at temperature 0.8; `step` is the seed. All processes call this."""
+    run = Path(config.workdir)
+    tokenizer = tokenizer_lib.load(run / "tokenizer")
+    model, mesh = dataclasses.replace(config.model, attention="auto"), jax.sharding.get_mesh()
+    begin_with_bos = tokenizer_lib.documents_begin_with_bos(run)
+    loaded = Loaded(weights.of_params(params, model, mesh), model, tokenizer, begin_with_bos, run, mesh)
+    prompt = first_tokens(tokenizer, begin_with_bos, config.log.sample)
+    request = Request(prompt, TOKENS, Sampling(0.8), seed=step, stop_ids=(tokenizer.eos_id,) * (tokenizer.eos_id >= 0))
+    for _ in Engine(loaded).stream(request):
+        pass
+    return tokenizer.decode([id_ for id_ in request.prompt + request.tokens if id_ < tokenizer.vocab_size])  # not padding rows
