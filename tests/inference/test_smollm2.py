@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import models
 import pytest
 
+from tinyllama_jax.base import sharding
+from tinyllama_jax.base.config import Mesh
 from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
 
@@ -29,6 +32,7 @@ AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 tensors = {name: a.contiguous().clone() for name, a in model.state_dict().items() if name != "lm_head.weight"}
 save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+del model.config.quantization_config
 model.config.save_pretrained(folder)
 """
 
@@ -46,9 +50,11 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_greedy_is_transformers_greedy_on_chat_prompts(folder):
+def test_greedy_is_transformers_greedy_on_chat_prompts(folder, monkeypatch):
     import transformers
 
+    one_device = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1])  # eight would hold a copy each
+    monkeypatch.setattr(weights, "make_mesh", lambda model: one_device)
     loaded = weights.load(folder, weights="float32")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -56,7 +62,7 @@ def test_greedy_is_transformers_greedy_on_chat_prompts(folder):
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
     prompts = [tokenizer(ask(text), add_special_tokens=False)["input_ids"] for text in PROMPTS]
-    assert [loaded.tokenizer.encode(ask(text)) for text in PROMPTS] == prompts
+    assert [loaded.tokenizer.encode(text) for text in PROMPTS] == [tokenizer(text)["input_ids"] for text in PROMPTS]
     for request in models.run(Engine(loaded, 3), *(Request(prompt, N, models.GREEDY) for prompt in prompts)):
         assert request.tokens == models.transformers_greedy(reference, request.prompt, N)
     assert "Paris" in tokenizer.decode(models.run(Engine(loaded), Request(prompts[0], N, models.GREEDY))[0].tokens)
