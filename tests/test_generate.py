@@ -194,3 +194,20 @@ def test_the_command(folders):
     assert good.returncode == 0 and good.stdout.startswith("for i in") and good.stderr.count("\n") == 3
     bad = command("--checkpoint", str(folders["run"]), "--prompt", "x", "--top-p", "0")
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: --top-p 0.0: must lie in (0, 1]\n")
+
+
+def test_the_space_between_prompt_and_answer_is_printed(folders, tmp_path, capsys):
+    """SentencePiece drops the space before the first word of what it decodes; an answer is no first word."""
+    shutil.copytree(folders["run"], tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    (tmp_path / "run/tokenizer").mkdir()
+    models.train_tokenizer(tmp_path / "run/tokenizer/tokenizer.model", add_dummy_prefix=True)
+    loaded, spaced = weights.load(tmp_path / "run"), 0
+    prompt = first_tokens(loaded.tokenizer, loaded.begin_with_bos, "def f(x")
+    for seed in range(6):
+        line = ["--checkpoint", str(tmp_path / "run"), "--prompt", "def f(x", "--max-new-tokens", "12", "--seed", str(seed)]
+        assert generate.main([*line, "--temperature", "5"]) == 0
+        request = Request(prompt, 12, Sampling(5.0), seed, stop_ids=(loaded.tokenizer.eos_id,))
+        assert list(Engine(loaded).stream(request))
+        assert capsys.readouterr().out == loaded.tokenizer.decode(prompt + request.tokens) + "\n"
+        spaced += loaded.tokenizer.pieces()[request.tokens[0]].startswith("▁")
+    assert spaced

@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
 
 def _print(tokens: Iterator[list[int]], request: Request, loaded: Loaded, stop: list[str]) -> str:
     """Prints the prompt and the tokens as they come; returns a line that says why they ended and how fast they came."""
-    shown, text, started, first = Text(loaded.tokenizer), Text(loaded.tokenizer, stop), time.perf_counter(), 0.0
-    print(shown.add(request.prompt, last=True), end="", flush=True)
+    text, started, first = Text(loaded.tokenizer, stop, before=request.prompt), time.perf_counter(), 0.0
+    print(loaded.tokenizer.decode(request.prompt), end="", flush=True)
     for new in tokens:
         first = first or time.perf_counter()
         print(text.add([token for token in new if token not in request.stop_ids]), end="", flush=True)
