@@ -2,7 +2,8 @@
 
 python -m tinyllama_jax.convert --checkpoint RUN --format gguf --output FILE       a run, Hugging Face or GGUF -> GGUF
 python -m tinyllama_jax.convert --checkpoint RUN --format hf --output DIR          a run or GGUF -> a Hugging Face folder
-python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR             the same
+python -m tinyllama_jax.convert --checkpoint RUN --format web --output DIR         any of these -> a page for a phone's browser
+python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR             a run or GGUF -> a Hugging Face folder
 python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN           Hugging Face, lit-gpt or GGUF -> a run folder
 python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR  prepared data -> the original's packed files
 """
@@ -31,6 +32,7 @@ from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import gguf_tokenizer, litpkds
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.hub import card, gguf, litgpt, llama, tensor_files
+from tinyllama_jax.inference import web
 from tinyllama_jax.run import checkpoint
 from tinyllama_jax.run import folder as run_folder
 
@@ -108,7 +110,7 @@ def export(
             _check_finite(opened)
         source, model = opened.tokenizer, opened.model
         add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(opened.settings)
-        ours = _export_tokenizer(source, folder, add_bos, model.seq_len) if tokenizer else _copy_of(source, folder)
+        ours = export_tokenizer.export_from(source, folder, add_bos, model.seq_len) if tokenizer else _copy_of(source, folder)
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
         llama.save_folder(opened.params, model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (generation := source / "generation_config.json").is_file():
@@ -184,17 +186,18 @@ def export_gguf(
     return [output / path.name for path in made] if shard_bytes else [output]
 
 
-def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -> tokenizer_lib.Tokenizer:
-    """Writes the tokenizer's files for Transformers; returns the tokenizer of training."""
-    if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
-        what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
-        raise UserError(f"{source}: {what}{export_tokenizer.REMEDY}")
-    ours = tokenizer_lib.load(source)
-    try:
-        export_tokenizer.export(ours, folder, add_bos, seq_len)
-    except UserError as error:
-        raise UserError(f"{error}{export_tokenizer.REMEDY}") from None
-    return ours
+def export_web(
+    source, output, quantize="q4_0", step=None, shard_bytes=250_000_000, allow_non_finite=False, wllama=None
+) -> list[Path]:
+    """Writes a folder for a web server, whose page runs the model in the browser; returns all its files.
+
+    `wllama`: a folder with its packages (npm gets them). For the other arguments see `export_gguf`. Raises UserError.
+    """
+    with _new(Path(output)) as folder:
+        packages = web.packages(wllama)
+        made = export_gguf(source, folder / "model", quantize, step, shard_bytes, allow_non_finite)
+        web.write(folder, made, Path(os.path.abspath(source)), packages)
+    return sorted(path for path in Path(output).rglob("*") if path.is_file())
 
 
 def _copy_of(source: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
@@ -300,18 +303,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file")
-    parser.add_argument("--format", choices=["gguf", "hf"], help="what to write: GGUF for llama.cpp, or a Hugging Face folder")
-    parser.add_argument("--output", metavar="PATH", help="the file NAME.gguf to make; with --shard-size or hf, the folder")
+    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser"
+    parser.add_argument("--format", choices=["gguf", "hf", "web"], help=what)
+    parser.add_argument("--output", metavar="PATH", help="the file NAME.gguf to make; with --shard-size, hf or web, the folder")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
-    parser.add_argument("--quantize", choices=list(gguf.TYPES), help="gguf: the type of the written matrices (f16)")
+    parser.add_argument("--quantize", choices=list(gguf.TYPES), help="the type of the matrices (gguf: f16, web: q4_0)")
     parser.add_argument(
         "--shard-size",
         type=float,
         nargs="?",
         const=250.0,
         metavar="MB",
-        help="gguf: write a folder of files of at most so many megabytes (one file; without a number 250, as browsers need)",
+        help="write a folder of files of at most so many megabytes (gguf: one file; web, or no number: 250, as browsers need)",
     )
+    parser.add_argument("--wllama", metavar="DIR", help="web: a folder with wllama's packages (npm gets them)")
     parser.add_argument("--dtype", choices=list(llama.DTYPES), help="hf: of the written weights (float32)")
     parser.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
     _add_named(parser.add_subparsers(dest="kind", metavar="to-torch|from-torch|to-litpkds"))
@@ -366,8 +371,8 @@ def _convert(args: argparse.Namespace) -> str:
     """The command without a name: `--format` says what to write. Returns a line about it."""
     for option in ("checkpoint", "format", "output"):
         if getattr(args, option) is None:
-            raise UserError(f"--{option} is missing; the command needs --checkpoint PATH --format gguf|hf --output PATH")
-    others = {"gguf": ("dtype",), "hf": ("quantize", "shard_size")}[args.format]
+            raise UserError(f"--{option} is missing; the command needs --checkpoint PATH --format gguf|hf|web --output PATH")
+    others = {"gguf": ("dtype", "wllama"), "hf": ("quantize", "shard_size", "wllama"), "web": ("dtype",)}[args.format]
     for option in (name for name in others if getattr(args, name) is not None):
         raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: has no meaning with --format {args.format}")
     if args.format == "hf":
@@ -376,11 +381,13 @@ def _convert(args: argparse.Namespace) -> str:
         return f"{args.output}: {'' if step is None else f'step {step:,} of '}{args.checkpoint} in {dtype}"
     if args.shard_size is not None and not 1 <= args.shard_size <= 1e6:
         raise UserError(f"--shard-size {args.shard_size:g}: must lie between 1 and 1,000,000 megabytes")
-    shard_bytes = None if args.shard_size is None else int(args.shard_size * 1e6)
-    quantize = args.quantize or "f16"
-    made = export_gguf(args.checkpoint, args.output, quantize, args.step, shard_bytes, args.allow_non_finite)
-    size = sum(path.stat().st_size for path in made)
-    return f"{args.output}: {args.checkpoint} in {quantize}, {size:,} bytes in {len(made)} file{'s' * (len(made) > 1)}"
+    is_web = args.format == "web"
+    shard_bytes = int((args.shard_size or 250) * 1e6) if is_web or args.shard_size else None
+    quantize = args.quantize or ("q4_0" if is_web else "f16")
+    how = (args.checkpoint, args.output, quantize, args.step, shard_bytes, args.allow_non_finite)
+    made = export_web(*how, args.wllama) if is_web else export_gguf(*how)
+    size, how = sum(path.stat().st_size for path in made), f"; try it: python -m http.server -d {args.output}" * is_web
+    return f"{args.output}: {args.checkpoint} in {quantize}, {size:,} bytes in {len(made)} file{'s' * (len(made) > 1)}{how}"
 
 
 def main(argv: list[str]) -> int:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
-from tinyllama_jax.data.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, processors
+from tinyllama_jax.data.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, load, processors
 
 # sentencepiece_model.proto: the kinds of piece, and the kinds of model that a tokenizer.json can express
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -295,6 +295,19 @@ def export(tokenizer: Tokenizer, folder: Path, add_bos: bool, seq_len: int) -> N
         rewrite(folder, read_json(tokenizer.path, dict), bos and (bos, tokenizer.bos_id), eos, add_bos)
     else:
         write(tokenizer.path, folder, add_bos, seq_len)
+
+
+def export_from(source: Path, folder: Path, add_bos: bool, seq_len: int) -> Tokenizer:
+    """Writes the files for the tokenizer in the folder `source`; returns it. Raises UserError, which says `REMEDY`."""
+    if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
+        what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
+        raise UserError(f"{source}: {what}{REMEDY}")
+    ours = load(source)
+    try:
+        export(ours, folder, add_bos, seq_len)
+    except UserError as error:
+        raise UserError(f"{error}{REMEDY}") from None
+    return ours
 
 
 def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
