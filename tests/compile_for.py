@@ -195,8 +195,9 @@ def decoding(machine: targets.Machine, rows: int) -> dict:
     `weights`: operations that copy, cast or turn an array as large as the smallest matrix of a layer. `cache`: those that do so
     with a layer's keys or values.
     """
-    from tinyllama_jax.inference import engine, forward
+    from tinyllama_jax.inference import device, forward
     from tinyllama_jax.inference.sampling import Settings
+    from tinyllama_jax.inference.speculative import Draft
     from tinyllama_jax.inference.weights import Weights
 
     jax.default_backend = lambda: machine.devices[0].platform  # what a run there would see
@@ -211,19 +212,13 @@ def decoding(machine: targets.Machine, rows: int) -> dict:
     weights = Weights(shape(model.vocab_size, D), layers, shape(D, dtype=jnp.float32), shape(D, model.vocab_size))
     number = lambda dtype, *s: shape(rows, *s, dtype=dtype)
     settings = Settings(*(number(jnp.int32 if name == "top_k_B" else jnp.float32) for name in Settings._fields))
-    of_rows = engine.Rows(*(number(jnp.int32),) * 3, number(jnp.int32, engine.STOPS), number(jnp.uint32, 2), settings)
+    of_rows = device.Rows(*(number(jnp.int32),) * 3, number(jnp.int32, device.STOPS), number(jnp.uint32, 2), settings, None)
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(lambda: forward.init_cache(model, rows, T))
         cache = jax.tree.map(lambda a: shape(*a.shape), cache)
-        arguments = (
-            weights,
-            cache,
-            shape(rows, model.vocab_size, dtype=bool),
-            of_rows,
-            shape(dtype=jnp.int32),
-            shape(dtype=bool),
-        )
-        program = engine._decode.trace(*arguments, model).lower().compile()
+        state = device.State(cache, None, shape(rows, model.vocab_size, dtype=bool))
+        arguments = weights, None, state, of_rows, shape(dtype=jnp.int32), shape(dtype=bool)
+        program = device.decode.trace(*arguments, model, Draft()).lower().compile()
     moved, text = {"weights": [], "cache": []}, program.as_text()
     fused, inside = set(re.findall(r"calls=%([\w.-]+)", text)), ""  # what a fusion does with its operands stays on the chip
     held = rows * model.n_kv_heads * T * model.d_head
