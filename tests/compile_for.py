@@ -217,7 +217,7 @@ def decoding(machine: targets.Machine, rows: int) -> dict:
         cache = jax.eval_shape(lambda: forward.init_cache(model, rows, T))
         cache = jax.tree.map(lambda a: shape(*a.shape), cache)
         state = device.State(cache, None, shape(rows, model.vocab_size, dtype=bool))
-        arguments = (weights, None, state, of_rows, shape(dtype=jnp.int32), shape(dtype=bool))
+        arguments = weights, None, state, of_rows, shape(dtype=jnp.int32), shape(dtype=bool)
         program = device.decode.trace(*arguments, model, Draft()).lower().compile()
     moved, text = {"weights": [], "cache": []}, program.as_text()
     fused, inside = set(re.findall(r"calls=%([\w.-]+)", text)), ""  # what a fusion does with its operands stays on the chip
