@@ -1,8 +1,10 @@
 """`convert --format web` in a real Chromium of a phone's size: llama.cpp's answers, a conversation, no connection, faults."""
 
+import contextlib
 import dataclasses
 import functools
 import http.server
+import io
 import json
 import re
 import shutil
@@ -71,6 +73,19 @@ def exported(run, packages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("web") / "chat"
     convert.export_web(run, folder, "f16", shard_bytes=600_000, wllama=packages)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(packages, tmp_path_factory):
+    """(run without a chat template, its export as the command makes it)."""
+    folder = tmp_path_factory.mktemp("base")
+    run, output, printed = save(folder / "run", None), folder / "web", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main("--checkpoint", run, "--format", "web", "--output", output, "--wllama", packages) == 0
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    says = f"{output}: {run} in q4_0, {size:,} bytes in 11 files; try it: python -m http.server -d {output}\n"
+    assert printed.getvalue() == says
+    return run, output
 
 
 @pytest.fixture(scope="module")
@@ -246,18 +261,33 @@ def until(condition, seconds=60.0):
         time.sleep(0.02)
 
 
-def test_a_base_model_continues_text_and_http_is_enough(page, packages, tmp_path):
-    run = save(tmp_path / "base", None)
-    assert main("--checkpoint", run, "--format", "web", "--output", tmp_path / "web", "--wllama", packages) == 0
-    served = Served(tmp_path / "web")
+def test_a_base_model_continues_text_and_http_is_enough(page, base):
+    run, folder = base
+    served = Served(folder)
     page.goto(served.url.replace("127.0.0.1", "phone.test"))  # no secure context: without cache and service worker
     loaded(page, "This model has no chat template: it continues your text. It needs a connection the next time")
     page.get_by_label("Temperature").evaluate("box => { box.value = 0; }")
-    page.get_by_label("Tokens of an answer").evaluate("box => { box.value = 3; }")
-    engine = llama_cpp.LlamaCpp(tmp_path / "web/model/model.gguf", CONTEXT)
-    tokenizer = tokenizer_lib.load(run / "tokenizer")
-    text = tokenizer.decode(engine.greedy([tokenizer.bos_id, *tokenizer.encode("Once upon a")], 3))
-    assert send(page, "Once upon a") == ["Once upon a", text]
+    page.get_by_label("Tokens of an answer").evaluate("box => { box.value = 4; }")
+    engine, tokenizer = llama_cpp.LlamaCpp(folder / "model/model.gguf", CONTEXT), tokenizer_lib.load(run / "tokenizer")
+    text = tokenizer.decode(engine.greedy([tokenizer.bos_id, *tokenizer.encode("for x in")], 4))  # q4_0: they lead by 0.8
+    assert send(page, "for x in") == ["for x in", text]
+    served.stop()
+
+
+def test_a_new_export_takes_the_place_of_the_old_one(page, exported, base, tmp_path):
+    shutil.copytree(exported, tmp_path / "web")
+    served = Served(tmp_path / "web")
+    opened(page, served.url)
+    (before,) = page.evaluate("() => caches.keys()")
+    shutil.rmtree(tmp_path / "web")
+    shutil.copytree(base[1], tmp_path / "web")
+    page.reload()  # still the old page, from the cache
+    loaded(page)
+    until(lambda: before not in page.evaluate("() => caches.keys()"))
+    page.reload()
+    loaded(page, "This model has no chat template: it continues your text. It works without a connection.")
+    (after,) = page.evaluate("() => caches.keys()")
+    assert after != before
     served.stop()
 
 
@@ -304,26 +334,15 @@ def test_too_little_memory_is_said(browser, served, exported):
 # -- the command ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written(exported, packages, run, tmp_path, capsys):
+def test_what_is_written(exported):
     names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     own = {"index.html", "sw.js", "manifest.json", "icon-192.png", "icon-512.png"}
     theirs = {f"wllama/{name}" for name in ("index.min.js", "wllama.wasm", "compat.js", "compat.wasm", "LICENCE")}
     assert names == own | theirs | {f"model/model-0000{i}-of-00002.gguf" for i in (1, 2)}
     assert "Permission is hereby granted, free of charge" in (exported / "wllama/LICENCE").read_text()
     assert (exported / "icon-512.png").read_bytes()[:24] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\2\0\0\0\2\0"
-    page = (exported / "index.html").read_text()
-    assert (
-        "</script" not in web._index({"name": "</script><b>"}).split("const EXPORT")[1].split("\n")[0]
-        and "{% generation" not in page
-    )
-    capsys.readouterr()
-    assert main("--checkpoint", run, "--format", "web", "--output", tmp_path / "web", "--wllama", packages) == 0
-    size = sum(path.stat().st_size for path in (tmp_path / "web").rglob("*") if path.is_file())
-    says = (
-        f"{tmp_path / 'web'}: {run} in q4_0, {size:,} bytes in 11 files; try it: python -m http.server -d {tmp_path / 'web'}\n"
-    )
-    assert capsys.readouterr().out == says
-    assert (tmp_path / "web/sw.js").read_text() != (exported / "sw.js").read_text()  # so a browser takes the new export
+    assert "{% generation" not in (exported / "index.html").read_text()
+    assert "</script" not in web._index({"name": "</script><b>"}).split("const EXPORT")[1].split("\n")[0]
 
 
 def test_packages_that_are_missing_or_others_are_refused(packages, run, tmp_path, monkeypatch):
