@@ -302,10 +302,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file")
-    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser"
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file (needed)")
+    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser (needed)"
     parser.add_argument("--format", choices=["gguf", "hf", "web"], help=what)
-    parser.add_argument("--output", metavar="PATH", help="the file NAME.gguf to make; with --shard-size, hf or web, the folder")
+    parser.add_argument(
+        "--output", metavar="PATH", help="the file NAME.gguf to make; a folder with --shard-size, hf or web (needed)"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
     parser.add_argument("--quantize", choices=list(gguf.TYPES), help="the type of the matrices (gguf: f16, web: q4_0)")
     parser.add_argument(
