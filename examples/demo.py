@@ -234,15 +234,22 @@ def export(work: Path) -> None:
 
 def sample(work: Path) -> None:
     """Writes `work`/samples.txt: the model's continuations of `PROMPTS`."""
-    from tinyllama_jax import generate
+    from tinyllama_jax.inference import weights
+    from tinyllama_jax.inference.engine import Engine, Request
+    from tinyllama_jax.inference.sampling import Sampling
+    from tinyllama_jax.inference.text import first_tokens
 
-    params, model, tokenizer = generate.load(work / "run")
-    texts = []
-    for prompt in PROMPTS:
-        ids = generate.first_tokens(work / "run", tokenizer, prompt)
-        sampling = generate.Sampling(temperature=0.6, top_p=0.9)
-        answer = generate.stream(params, model, ids, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, eos_id=tokenizer.eos_id)
-        texts.append(f"--- {prompt!r}\n{tokenizer.decode([*ids, *answer])}\n")
+    loaded = weights.load(work / "run")
+    tokenizer, engine, sampling = loaded.tokenizer, Engine(loaded, slots=len(PROMPTS)), Sampling(temperature=0.6, top_p=0.9)
+    stop = (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
+    starts = [first_tokens(tokenizer, loaded.begin_with_bos, prompt) for prompt in PROMPTS]
+    requests = [Request(start, SAMPLE_TOKENS, sampling, stop_ids=stop) for start in starts]
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        engine.step()
+    answers = zip(PROMPTS, requests, strict=True)
+    texts = [f"--- {prompt!r}\n{tokenizer.decode([*request.prompt, *request.tokens])}\n" for prompt, request in answers]
     partial = work / "samples.partial"
     partial.write_text("\n".join(texts), encoding="utf-8")
     partial.replace(work / "samples.txt")

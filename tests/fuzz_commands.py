@@ -22,8 +22,9 @@ import torch
 import zstandard
 from tiny import TINY, make_tiny_data
 
-from tinyllama_jax import audit, convert, generate, plan, prepare, replay, report, train
+from tinyllama_jax import audit, chat, convert, generate, plan, prepare, replay, report, train
 from tinyllama_jax.base import errors
+from tinyllama_jax.data import chat as templates
 from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.hub import litgpt
 from tinyllama_jax.run import checkpoint, supervise
@@ -80,7 +81,7 @@ def watch(argv: list[str]) -> int:
     return supervise._supervised("tinyllama_jax.train", argv)
 
 
-MAIN = {m.__name__.rpartition(".")[2]: m.main for m in (train, replay, report, plan, generate, prepare, audit, convert)}
+MAIN = {m.__name__.rpartition(".")[2]: m.main for m in (train, replay, report, plan, generate, chat, prepare, audit, convert)}
 MAIN |= {"export": tool("convert_to_torch"), "import": tool("convert_from_torch"), "watch": watch}
 AUDIT = "--config tiny.py --processes 2 --train.seqs_per_device=4"
 LIT = "--config tiny.py --tokenizer tok.model"
@@ -117,7 +118,8 @@ TARGETS = [
     Target("prepare", f"--train texts/c.parquet {PREPARE}", "texts", "texts/c.parquet", MADE),
     Target("prepare", f"--train halves --dedup minhash {PREPARE}", "halves out.partial", "out.partial/* out.partial/*/*", MADE),
     Target("prepare", f"--train text.jsonl {PREPARE}".replace("tok.model", "hf"), "hf", HF, MADE),
-    Target("export", "--checkpoint run --output out", "run", RUN, digest("out/*")),
+    # not README.md, which repeats what data.json says of the training
+    Target("export", "--checkpoint run --output out", "run", RUN, digest("out/[!R]*")),
     Target("import", "--checkpoint hf --output out", "hf", f"{HF} hf/*.safetensors", weights),
     Target("import", "--checkpoint sharded --output out", "sharded", "sharded/*", weights),
     Target("import", f"--checkpoint lit.pth --output out {LIT}", "", "lit.pth tok.model", weights),
@@ -126,6 +128,8 @@ TARGETS = [
     Target("convert", "--checkpoint hf --format gguf --output out.gguf", "hf", HF, digest("out.gguf"), (2,), 0.5),
     Target("generate", "--checkpoint run --prompt x --max-new-tokens 2 --greedy", "run", RUN, printed, (2,), 0.5),
     Target("generate", "--checkpoint hf --prompt x --max-new-tokens 2 --greedy", "hf", f"{HF} hf/*.safetensors", printed),
+    # nobody says anything, so this is what it reads before the first message
+    Target("chat", "--checkpoint talk --greedy", "talk", f"talk/chat_template.jinja {HF.replace('hf/', 'talk/')}", printed),
     Target("plan", "--config tiny.py --on cpu:1", "data", "tiny.py", printed, (2, 3), 0.5),
     Target("plan", "--law inference --inference-tokens 1e12", "", "", printed, (2, 3)),
     Target(
@@ -169,6 +173,8 @@ def make_stage(stage: Path) -> None:
     there = {"process": 0, "processes": 2, "moves": 3, "step": 1, "doing": "training", "ended": None}
     Path("run/processes/0.json").write_text(json.dumps(there | {"host": "a", "beats": 4, "stopped": False, "why": ""}))
     convert.export("run", "hf")
+    shutil.copytree("hf", "talk")
+    Path("talk/chat_template.jinja").write_text(templates.TEMPLATES["zephyr"].source)
     convert.export_gguf("run", "it.gguf", "q8_0")
     convert.export_gguf("run", "parts", "f16", shard_bytes=170_000)
     tensors = safetensors.numpy.load_file("hf/model.safetensors")

@@ -28,6 +28,11 @@ class LlamaCpp:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return self._post("/tokenize", {"content": text, "add_special": bos, "parse_special": False})["tokens"]
 
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """By the file's own template, with the beginning of an answer."""
+        text = self._post("/apply-template", {"messages": messages})["prompt"]
+        return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
     def greedy(self, ids: list[int], n: int) -> list[int]:
         """The `n` most likely tokens after `ids`, fewer if eos comes."""
         body = {"prompt": ids, "n_predict": n, "temperature": 0, "cache_prompt": False, "return_tokens": True}

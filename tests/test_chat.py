@@ -22,31 +22,43 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
 from tinyllama_jax.data import chat as templates
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.export import tokenizer as exporter
 from tinyllama_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 ZEPHYR = templates.TEMPLATES["zephyr"]
 
 
-def make_run(folder: Path, follows: dict[str, str], seq_len: int) -> Path:
-    """A run whose next token depends on the token before it alone: `follows`, and otherwise "a"."""
-    tokenizer_file = train_tokenizer(folder / "tokenizer.model", ["a"] * 9 + [chr(n) for n in range(33, 127)] * 2, 360)
-    tokenizer = tokenizer_lib.load(tokenizer_file)
-    sp, V = tokenizer._sp, tokenizer.vocab_size
-    cfg = c.Model(1, V, 1, 1, 8, V, seq_len, precision="params=float32,compute=float32,output=float32", residual="float32")
+def make_run(folder: Path, follows: dict[str, str], seq_len: int, added: str = "", source: str = ZEPHYR.source) -> Path:
+    """A run whose next token depends on the token before it alone: `follows`, and otherwise "a".
+
+    `added`: a token that its tokenizer.json has besides, which is not special. `source`: its chat template.
+    """
+    inner = folder / "run/tokenizer"
+    inner.mkdir(parents=True)
+    spm = train_tokenizer(inner / "tokenizer.model", ["a"] * 9 + [chr(n) for n in range(33, 127)] * 2, 360)
+    ids = {piece: i for i, (piece, *_) in enumerate(exporter.read(spm).pieces)}
+    (inner / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    if added:
+        exporter.write(spm, inner, True, seq_len)
+        spm.unlink()
+        content = json.loads((inner / "tokenizer.json").read_text())
+        ids[added] = len(ids)
+        content["added_tokens"].append({**content["added_tokens"][0], "id": ids[added], "content": added, "special": False})
+        (inner / "tokenizer.json").write_text(json.dumps(content))
+    (inner / "chat_template.jinja").write_text(source)
+    V = len(ids)
+    fp32 = {"precision": "params=float32,compute=float32,output=float32", "residual": "float32"}
+    cfg = c.Model(1, V, 1, 1, 8, V, seq_len, head_dim=8, **fp32)
     flat = {p.name: np.full(dims.shape(p, cfg), float(p.kind == "norm"), np.float32) for p in dims.PARAMETERS}
     flat["embed/embedding"] = np.eye(V, dtype=np.float32)
     head = flat["lm_head/kernel"]
-    head[:, sp.piece_to_id("a")] = 1
+    head[:, ids["a"]] = 1
     for before, after in follows.items():
-        head[sp.piece_to_id(before)] = 0
-        head[sp.piece_to_id(before), sp.piece_to_id(after)] = 1
+        head[ids[before]] = 0
+        head[ids[before], ids[after]] = 1
     config = c.Config(str(folder), cfg, c.Data({"a": 1}), c.Optim(1e-3, 0, 0, 0, 1), c.Train(9, seq_len, 1), c.Checkpoint(1))
     checkpoint.save_import(folder / "run", config, model.unflatten(flat), step=1)
-    (folder / "run/tokenizer").mkdir()
-    (folder / "run/tokenizer/tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-    (folder / "run/tokenizer/tokenizer_config.json").write_text('{"add_bos_token": true}')
-    (folder / "run/tokenizer/chat_template.jinja").write_text(ZEPHYR.source)
     return folder / "run"
 
 
@@ -101,6 +113,15 @@ def test_a_conversation_through_a_pipe(hi, tmp_path, capsys, monkeypatch):
 def test_the_system_message_goes_first(hi, capsys, monkeypatch):
     _, _, prompts = talk(capsys, monkeypatch, hi, ["One"], "--system", "S")
     assert prompts == [prompt(hi, ("system", "S"), ("user", "One"))]
+
+
+def test_the_end_of_an_answer_is_not_shown(tmp_path, capsys, monkeypatch):
+    follows = {"<0x0A>": "h", "h": "i", "i": "<|im_end|>"}
+    run = make_run(tmp_path, follows, 64, "<|im_end|>", templates.TEMPLATES["chatml"].source)
+    out, _, prompts = talk(capsys, monkeypatch, run, ["One"])
+    tokenizer = tokenizer_lib.load(run / "tokenizer")
+    assert out == "hi\n" and tokenizer.decode([tokenizer.vocab_size - 1]) == "<|im_end|>"  # not special, so it is text
+    assert prompts == [prompt(run, ("user", "One"), template=templates.TEMPLATES["chatml"])]
 
 
 @pytest.mark.parametrize("name", templates.TEMPLATES)
@@ -190,7 +211,7 @@ def test_a_base_model_needs_a_template(hi, tmp_path, capsys, monkeypatch):
         ("--template", "no.jinja", "No such file"),
         ("--top-p", "0", "--top-p 0.0"),
         ("--system", "\udcff", "--system .* is not UTF-8"),
-        ("--checkpoint", str(tmp_path / "nowhere"), "no such folder"),
+        ("--checkpoint", str(tmp_path / "nowhere"), "no such file or folder"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             chat.main(["--checkpoint", str(hi), option, value])

@@ -30,7 +30,8 @@ ORDER = {
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
-    "inference": "quantize weights forward sampling speculative device engine text options openai answers worker web server listen",
+    "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
+    "web server listen",
 }
 HOME = {
     "flax": {"core.model"},
@@ -115,7 +116,8 @@ def test_the_lowest_files_need_no_jax(name):
 
 @pytest.mark.parametrize("module", ["train", "generate", "serve", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
-    code = f"import sys, tinyllama_jax.{module}; print(*{{'apache_beam', 'matplotlib', 'datasketch', 'starlette', 'uvicorn'}} & sys.modules.keys())"
+    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn"}
+    code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == ""
@@ -167,8 +169,8 @@ def test_sizes_stay_within_budget():
         "run.",
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
-    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_500
-    assert sum(lines.values()) <= 14_035 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_640
+    assert sum(lines.values()) <= 18_300 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature

@@ -136,7 +136,7 @@ def test_the_card_is_one_that_hugging_face_reads(run, tmp_path):
     assert facts in card.text and "- `somewhere`: weight 1\n- `code`: weight 2.5\n" in card.text and "/home/me" not in card.text
     assert "| each text begins with bos | yes |" in card.text and '"role": "user"' in card.text
     imported = (tmp_path / "imported/README.md").read_text()
-    assert facts not in imported and "what they were trained on is not known here" in imported and "Once upon" in imported
+    assert facts not in imported and "were trained on is not known here" in imported and "Once upon" in imported
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)

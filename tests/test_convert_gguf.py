@@ -10,16 +10,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_convert import config_for
+from models import run as run_all
+from test_convert import SOURCE, config_for
 from test_export_tokenizer import KINDS, LLAMA2, train
 from test_gguf_tokenizer import TEXTS
 from test_hf import GQA, assert_same, random_params
 
-from tinyllama_jax import convert, generate
+from tinyllama_jax import convert
+from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
+from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.hub import gguf, llama
+from tinyllama_jax.inference import weights
+from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference.sampling import Sampling
+from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.run import checkpoint
 
 pytest.importorskip("gguf", reason="the package that writes GGUF")
@@ -43,27 +50,40 @@ def run(tmp_path_factory) -> Path:
     (folder / "tokenizer").mkdir()
     train(folder / "tokenizer/tokenizer.model", **KINDS["demo"])
     (folder / "tokenizer/chat_template.jinja").write_text("{{ messages[0].content }}")
-    (folder / "data.json").write_text(json.dumps([{"path": "somewhere", "bos": True}]))
+    (folder / "data.json").write_text(json.dumps([SOURCE]))
     return folder
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_llama_cpp_gives_a_chat_the_same_ids(name, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/tokenizer/chat_template.jinja").write_text(chat.TEMPLATES[name].source)
+    convert.export_gguf(tmp_path / "run", tmp_path / "it.gguf")
+    turns = (("system", "S"), ("user", "Hi 😀\n x"), ("assistant", "A"), ("user", "B"))
+    talk = [{"role": role, "content": content} for role, content in turns]
+    tokenizer = tokenizer_lib.load(tmp_path / "run/tokenizer")
+    want = chat.encode(chat.TEMPLATES[name], tokenizer, talk, begin_with_bos=True)
+    assert llama_cpp.LlamaCpp(tmp_path / "it.gguf").encode_chat(talk) == want and want.count(1) == 1
 
 
 def main(*words) -> int:
     return convert.main([str(word) for word in words])
 
 
-def ours(params: dict, cfg, ids: list[int], n: int, eos: int) -> list[int]:
-    sampling = generate.Sampling(temperature=0)
-    return list(generate.stream(params, cfg, ids, max_new_tokens=n, sampling=sampling, eos_id=eos))
+def ours(loaded: weights.Loaded, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """The greedy answers in fp32."""
+    stop = (loaded.tokenizer.eos_id,)
+    requests = [Request(ids, n, Sampling(temperature=0), stop_ids=stop) for ids in prompts]
+    return [request.tokens for request in run_all(Engine(loaded), *requests)]
 
 
 def assert_same_text(folder: Path, file: Path, prompts: list[str], n: int) -> None:
     """Greedily, the checkpoint in `folder` in fp32 and `file` in llama.cpp."""
-    params, cfg, tokenizer = generate.load(folder)
-    theirs = llama_cpp.LlamaCpp(file)
-    for prompt in prompts:
-        ids = generate.first_tokens(folder, tokenizer, prompt)
+    loaded, theirs = weights.load(folder), llama_cpp.LlamaCpp(file)
+    asked = [first_tokens(loaded.tokenizer, loaded.begin_with_bos, prompt) for prompt in prompts]
+    for prompt, ids, answer in zip(prompts, asked, ours(loaded, asked, n), strict=True):
         assert theirs.encode(prompt, bos=True) == ids
-        assert theirs.greedy(ids, n) == ours(params, cfg, ids, n, tokenizer.eos_id), prompt
+        assert theirs.greedy(ids, n) == answer, prompt
 
 
 # -- small models -------------------------------------------------------------------------------------------------------
@@ -79,21 +99,47 @@ def test_llama_cpp_generates_what_a_run_generates(run, tmp_path, capsys):
     assert metadata["tokenizer.ggml.add_bos_token"] is True and len(metadata[gguf.TOKENS]) == 1_000
 
 
-def test_its_log_probabilities_are_ours(run, tmp_path):
+LENGTH = "original_max_position_embeddings=64"
+SCALED = {
+    "plain": {},
+    "linear": {"rope_scaling": 4.0},
+    "ntk": {"rope_type": "ntk", "rope_scaling": 4.0},
+    "llama3": {"rope_type": f"llama3,low_freq_factor=1,high_freq_factor=4,{LENGTH}", "rope_scaling": 8.0, "rope_theta": 5e5},
+    "yarn": {"rope_type": f"yarn,{LENGTH}", "rope_scaling": 4.0},
+    "yarn, attention": {"rope_type": f"yarn,{LENGTH},attention_factor=2", "rope_scaling": 4.0},
+    "yarn, mscale": {"rope_type": f"yarn,{LENGTH},mscale=1.5,mscale_all_dim=0.7", "rope_scaling": 4.0},
+    "wide heads": {"head_dim": 64},
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_its_log_probabilities_are_ours(kind, run, tmp_path):
     """In fp32 throughout: a wrong order of rows, RoPE or norm is far outside of these bounds."""
-    for scaling in (1.0, 4.0):
-        cfg = dataclasses.replace(WIDE, rope_scaling=scaling, vocab_size=1_000)
-        folder = tmp_path / f"run{scaling:g}"
-        params = random_params(cfg)
-        checkpoint.save_import(folder, config_for(cfg, folder), params)
-        shutil.copytree(run / "tokenizer", folder / "tokenizer")
-        convert.export_gguf(folder, tmp_path / f"{scaling:g}.gguf", "f32")
-        ids = list(range(300, 330))
-        logits_V = model.logits(params, np.array([ids]), cfg)[0, -1]
-        expected_V = np.asarray(jax.nn.log_softmax(logits_V))
-        theirs = llama_cpp.LlamaCpp(tmp_path / f"{scaling:g}.gguf").log_probabilities(ids, 20)
-        assert set(theirs) == set(np.argsort(-expected_V)[:20].tolist())
-        np.testing.assert_allclose([expected_V[i] for i in theirs], list(theirs.values()), atol=1e-3)
+    if not SCALED[kind].keys() <= {field.name for field in dataclasses.fields(Model)}:
+        pytest.skip("config.Model has no such key")
+    cfg = dataclasses.replace(WIDE, vocab_size=1_000, n_heads=3, n_kv_heads=1, seq_len=256, **SCALED[kind])
+    params = random_params(cfg)
+    params["lm_head"]["kernel"][:, :259] = 0  # llama.cpp names no probabilities beside a byte or eos
+    checkpoint.save_import(tmp_path / "run", config_for(cfg, tmp_path / "run"), params)
+    shutil.copytree(run / "tokenizer", tmp_path / "run/tokenizer")
+    convert.export_gguf(tmp_path / "run", tmp_path / "it.gguf", "f32")
+    ids = np.random.default_rng(0).integers(259, 1_000, 200).tolist()
+    expected_V = np.asarray(jax.nn.log_softmax(model.logits(params, np.array([ids]), cfg)[0, -1]))
+    theirs = llama_cpp.LlamaCpp(tmp_path / "it.gguf", context=256).log_probabilities(ids, 10)
+    np.testing.assert_allclose([expected_V[i] for i in theirs], list(theirs.values()), atol=2e-3)
+    back = gguf.read(tmp_path / "it.gguf").model
+    if kind not in ("ntk", "yarn, mscale"):  # said by another theta, or by an attention factor
+        assert dataclasses.replace(back, precision=cfg.precision, residual=cfg.residual) == cfg
+
+
+@pytest.mark.skipif(
+    "rope_type" not in {field.name for field in dataclasses.fields(Model)}, reason="config.Model has no rope_type"
+)
+@pytest.mark.parametrize("number", ["truncate=false", "beta_fast=16", "beta_slow=2"])
+def test_yarn_that_llama_cpp_does_not_compute_is_refused(number, tmp_path):
+    cfg = dataclasses.replace(WIDE, rope_type=f"yarn,{LENGTH},{number}", rope_scaling=4.0)
+    with pytest.raises(UserError, match=f"model.rope_type: has {number.split('=')[0]}=.*, and llama.cpp computes only"):
+        gguf.write(tmp_path / "it.gguf", [], cfg, {gguf.TOKENS: ["a"]}, "f32", "it")
 
 
 def test_llama_cpp_generates_the_same_with_llama_2s_tokenizer(tmp_path):
@@ -199,6 +245,8 @@ def test_what_is_there_and_what_is_not_finite_is_refused(run, tmp_path):
         convert.export_gguf(tmp_path / "it.gguf", tmp_path / "other.gguf")
     with pytest.raises(UserError, match=r"name the GGUF file in it, such as .*it.gguf"):
         convert.export_gguf(tmp_path, tmp_path / "other.gguf")
+    with pytest.raises(UserError, match=r"name the GGUF file in it, such as .*it.gguf"):
+        convert.import_checkpoint(tmp_path, tmp_path / "other")
     with pytest.raises(UserError, match=r"--step 3: .*it.gguf is not a run folder, so it has no steps"):
         convert.export_gguf(tmp_path / "it.gguf", tmp_path / "other.gguf", step=3)
     params = random_params(WIDE)
@@ -228,19 +276,27 @@ def smollm2(tmp_path_factory):
 
 def test_smollm2_answers_as_in_llama_cpp(smollm2, tmp_path):
     published, _, f16 = smollm2
-    params, cfg, metadata = gguf.load(published)
-    cfg = dataclasses.replace(cfg, seq_len=64, precision=GQA.precision, residual=GQA.residual)
-    tokenizer = convert.gguf_tokenizer.from_gguf(metadata, tmp_path, str(published))
+    loaded = weights.load(published)
+    tokenizer = loaded.tokenizer
     theirs, original = llama_cpp.LlamaCpp(f16), llama_cpp.LlamaCpp(published)
     assert all(tokenizer.encode(text) == theirs.encode(text) == original.encode(text) for text in TEXTS)
-    params = jax.tree.map(jax.numpy.asarray, params)
-    for prompt in ("The capital of France is", "def f(x):\n \t你👍🏽"):
-        ids = tokenizer.encode(prompt)
-        answer = ours(params, cfg, ids, 8, tokenizer.eos_id)
+    prompts = ["The capital of France is", "def f(x):\n \t你👍🏽"]
+    asked = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, ids, answer in zip(prompts, asked, ours(loaded, asked, 8), strict=True):
         assert theirs.greedy(ids, 8) == answer, prompt
         assert "France" not in prompt or tokenizer.decode(answer).startswith(" Paris.")
     ours_again, published_again = (gguf.read(path).metadata for path in (f16, published))
-    same = ("model", "pre", "tokens", "merges", "bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token")
+    same = (
+        "model",
+        "pre",
+        "tokens",
+        "merges",
+        "bos_token_id",
+        "eos_token_id",
+        "unknown_token_id",
+        "padding_token_id",
+        "add_bos_token",
+    )
     for key in (*(f"tokenizer.ggml.{name}" for name in same), "tokenizer.chat_template"):
         assert ours_again[key] == published_again[key], key
     kinds = "tokenizer.ggml.token_type"

@@ -344,7 +344,6 @@ def test_what_is_written(exported):
     assert names == own | theirs | {f"model/model-0000{i}-of-00002.gguf" for i in (1, 2)}
     assert "Permission is hereby granted, free of charge" in (exported / "wllama/LICENCE").read_text()
     assert (exported / "icon-512.png").read_bytes()[:24] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\2\0\0\0\2\0"
-    assert "{% generation" not in (exported / "index.html").read_text()
     assert "</script" not in web._index({"name": "</script><b>"}).split("const EXPORT")[1].split("\n")[0]
 
 

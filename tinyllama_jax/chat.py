@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):
         loaded = weights.load(args.checkpoint, args.step, args.weights)
-    template = chat.choose(loaded.folder, loaded.tokenizer, args.template)
+    template = chat.choose(Path(args.checkpoint).absolute(), loaded.tokenizer, args.template)
     conversation = Conversation(args.system or None)
     encode = _encoder(template, loaded)
     encode([*conversation.messages([]), {"role": "user", "content": "?"}])  # refuses a wrong system message at once

@@ -61,11 +61,16 @@ def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
         params, model, metadata = gguf.load(path, allow_non_finite=True)
         gguf_tokenizer.from_gguf(metadata, scratch, str(path))
         return _Opened(params, model, scratch, scratch, str(path), None)
-    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
-        raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
+    _check_not_around_gguf(path)
     params, model = llama.load_folder(path, allow_non_finite=True)
     folder = path.parent if path.is_file() else path
     return _Opened(params, model, folder, folder, str(path), None)
+
+
+def _check_not_around_gguf(path: Path) -> None:
+    """Raises UserError for a folder whose only weights are GGUF files."""
+    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
+        raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
 
 
 def _run(path: Path, step: int | None) -> _Opened:
@@ -135,6 +140,7 @@ def _history(run: Path, step: int) -> str:
     config, sources = checkpoint.load_config(run), run_folder.read_sources(run)
     if sources is None:  # an import
         return card.UNKNOWN
+    config_lib.Data({source["path"]: source["weight"] for source in sources})  # refuses weights that no run can have
     tokens = schedule.in_steps(config).tokens_after(step)
     weights = [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
     return card.training(config, step, tokens, weights)
@@ -159,6 +165,7 @@ def export_gguf(
         raise UserError(f"--output {output}: name a file that ends in .gguf, or add --shard-size for a folder of files")
     if shard_bytes is not None and output.suffix == ".gguf":
         raise UserError(f"--output {output}: with --shard-size it is a folder of files; leave out .gguf")
+    gguf.package()  # before anything is read
     with tempfile.TemporaryDirectory() as scratch, _new(output, is_file=shard_bytes is None) as place:
         opened = _open(source, step, Path(scratch))
         if not allow_non_finite:
@@ -169,7 +176,7 @@ def export_gguf(
             tokenizer_lib.load(opened.tokenizer),
             opened.model.vocab_size,
             tokenizer_lib.documents_begin_with_bos(opened.settings),
-            chat.without_marks(chat.own_sources(opened.tokenizer).get("default", "")),
+            chat.own_sources(opened.tokenizer).get("default"),
         )
         tied = np.array_equal(opened.params["embed"]["embedding"], opened.params["lm_head"]["kernel"].T)
         path = place / f"{output.name}.gguf" if shard_bytes else place
@@ -222,6 +229,7 @@ def import_checkpoint(
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
+    _check_not_around_gguf(source)
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
     is_gguf = source.suffix == ".gguf" and not source.is_dir()
@@ -294,10 +302,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file")
-    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser"
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file (needed)")
+    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser (needed)"
     parser.add_argument("--format", choices=["gguf", "hf", "web"], help=what)
-    parser.add_argument("--output", metavar="PATH", help="the file NAME.gguf to make; with --shard-size, hf or web, the folder")
+    parser.add_argument(
+        "--output", metavar="PATH", help="the file NAME.gguf to make; a folder with --shard-size, hf or web (needed)"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
     parser.add_argument("--quantize", choices=list(gguf.TYPES), help="the type of the matrices (gguf: f16, web: q4_0)")
     parser.add_argument(

@@ -46,20 +46,22 @@ def main(argv: list[str]) -> int:
 
 def _print(tokens: Iterator[list[int]], request: Request, loaded: Loaded, stop: list[str]) -> str:
     """Prints the prompt and the tokens as they come; returns a line that says why they ended and how fast they came."""
-    shown, text, started, first = Text(loaded.tokenizer), Text(loaded.tokenizer, stop), time.perf_counter(), 0.0
-    print(shown.add(request.prompt, last=True), end="", flush=True)
+    text, started, first = Text(loaded.tokenizer, stop, before=request.prompt), time.perf_counter(), 0.0
+    print(loaded.tokenizer.decode(request.prompt), end="", flush=True)
     for new in tokens:
         first = first or time.perf_counter()
         print(text.add([token for token in new if token not in request.stop_ids]), end="", flush=True)
         if text.stopped:
             break
     print(text.add([], last=True), flush=True)
+    tokens.close()
     n = len(request.tokens)
     why = {
         "stop": "end of text",
         "length": "stopped: --max-new-tokens",
         "context": f"stopped: the context of {loaded.model.seq_len:,} tokens is full",
-    }.get(request.finish, "end of text: a stop string")
+    }
+    why = "end of text: a stop string" if text.stopped else why[request.finish]
     rate = f", then {(n - 1) / (time.perf_counter() - first):,.1f} tokens/s" if n > 1 else ""
     return f"{why}; {n:,} tokens: the first after {first - started:.2f} s{rate}"
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import jax
 
@@ -33,20 +34,25 @@ def main(argv: list[str]) -> int:
     with _listener(args.host, args.port) as listener:  # before the weights are read, which takes longer
         with contextlib.redirect_stdout(sys.stderr):
             loaded, engine = options.load(args, args.slots)
-        choose = chat.choose if args.template else lambda folder, tokenizer, _: chat.of_folder(folder, tokenizer)
+        path = Path(args.checkpoint)
         how = server.Options(
-            name=args.name or loaded.folder.resolve().name,
-            template=choose(loaded.folder, loaded.tokenizer, args.template),
+            name=args.name or path.resolve().name.removesuffix(".gguf"),
+            template=_template(path, loaded, args.template),
             slots=args.slots,
             queue=args.queue,
             max_tokens=args.max_tokens or loaded.model.seq_len,
             hosts=tuple(host.lower() for host in (args.host, *args.allow_host)),
-            origins=tuple(args.allow_origin),
+            origins=tuple(origin.lower() for origin in args.allow_origin),
         )
         running = listen.Server(server.Service(loaded, how), engine)
         listener.listen(128)
         _introduce(how, loaded, args.host, listener.getsockname()[1])
         return _run(running, listener)
+
+
+def _template(path: Path, loaded: Loaded, name: str | None) -> chat.Template | None:
+    """The checkpoint's own if there is no name; a base model has none."""
+    return chat.choose(path, loaded.tokenizer, name) if name else chat.of_folder(path, loaded.tokenizer)
 
 
 def _introduce(how, loaded: Loaded, host: str, port: int) -> None:
@@ -141,6 +147,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name, low, high in (("port", 0, 65_535), ("slots", 1, 1_024), ("queue", 0, 100_000), ("max_tokens", 0, 2**31 - 1)):
         if not low <= (value := getattr(args, name)) <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must lie between {low:,} and {high:,}")
+    for name in args.allow_host:
+        if not name or set(":/*") & set(name):
+            raise UserError(f"--allow-host {name}: must be a name alone, without scheme, port and *, such as chat.example.com")
     for origin in args.allow_origin:
         if origin not in ("*", "null") and (origin.count("/") != 2 or "://" not in origin):
             raise UserError(f"--allow-origin {origin}: must be a scheme and a host without a path, such as https://example.com")

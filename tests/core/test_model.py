@@ -189,20 +189,6 @@ def test_no_logit_sees_a_later_token(cfg, monkeypatch):
         assert (np.abs(before - after).max(-1)[:, t:] > 1e-4).all()  # and every later one sees it
 
 
-@pytest.mark.parametrize("cfg", SHAPES.values(), ids=SHAPES)
-def test_decoding_with_a_cache_is_the_whole_forward_pass(cfg, monkeypatch):
-    monkeypatch.setattr(plain, "QUERY_BLOCK", 4)
-    params, tokens = some_params(cfg), some_tokens(cfg)
-    decode = jax.jit(lambda tokens, cache, start: model.decode(params, tokens, cache, start, cfg))
-    cache, parts, start = model.init_cache(cfg, 2, cfg.seq_len + 3), [], 0
-    for n in (7, 1, 1, 1, 7, 1, 1, 1):  # a prompt, single tokens, more text at once
-        part, cache = decode(tokens[:, start : start + n], cache, jnp.int32(start))
-        parts, start = [*parts, part], start + n
-    whole = jax.jit(lambda tokens: model.logits(params, tokens, cfg))(tokens)
-    assert jnp.abs(whole).max() > 3
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4, rtol=0)
-
-
 # -- what backward keeps -----------------------------------------------------------------------------------------------
 
 # Matrix products of a gradient: 9 a layer forward (q k v o gate up down, and 2 in attention), two more for each of them
@@ -266,11 +252,8 @@ def test_dtypes(impl, compute, residual):
     with jax.numpy_dtype_promotion("strict"):
         assert jax.eval_shape(lambda p: model.hidden(p, tokens, cfg), params).dtype == compute
         assert jax.eval_shape(lambda p: model.logits(p, tokens, cfg), params).dtype == jnp.float32
-        cache = jax.eval_shape(lambda: model.init_cache(cfg, 2, 30))
-        logits, after = jax.eval_shape(lambda p, c: model.decode(p, tokens, c, jnp.int32(0), cfg), params, cache)
         jaxpr = jax.make_jaxpr(lambda p: model.logits(p, tokens, cfg))(params).jaxpr
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    assert logits.dtype == jnp.float32 and {a.dtype for a in cache} == {a.dtype for a in after} == {jnp.dtype(compute)}
 
     (scan,) = (e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == cfg.n_layers)
     assert [v.aval.dtype for v in scan.outvars if v.aval.shape == (2, 20, 24)] == [jnp.dtype(residual)]  # what it carries

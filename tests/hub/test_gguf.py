@@ -118,7 +118,7 @@ def test_a_damaged_scale_is_named_without_a_warning(tmp_path):
     write(tmp_path / "it.gguf", quantize="q8_0")
     data = bytearray((tmp_path / "it.gguf").read_bytes())
     start = len(data) - gguf_header.parse(np.frombuffer(data, np.uint8)).body.size
-    data[start : start + 2] = np.float16(np.inf).tobytes()  # of the first block
+    data[start : start + 34] = np.float16(np.inf).tobytes() + bytes(32)  # the first block: infinity times 0
     (tmp_path / "it.gguf").write_bytes(data)
     with pytest.raises(UserError, match="model.embed_tokens.weight has 32 numbers that are NaN or infinite"):
         gguf.load(tmp_path / "it.gguf")

@@ -1,6 +1,7 @@
 """A tiny chat model, a server for it in a thread of this process, and clients as plain as sockets."""
 
 import contextlib
+import functools
 import inspect
 import json
 import json.decoder
@@ -29,6 +30,7 @@ from tinyllama_jax.inference.sampling import Sampling
 MODEL = c.Model(2, 24, 6, 2, 40, 420, 512, precision="params=float32,compute=float32,output=float32", residual="float32")
 
 
+@functools.cache
 def tiny_params(model: c.Model) -> dict:
     """Random parameters that do not say the same again and again."""
     rng = np.random.default_rng(3)

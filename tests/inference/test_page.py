@@ -7,6 +7,8 @@ import serving
 from browser import chromium
 from test_server import HELLO, Gated, chat_ids, text_of
 
+pytestmark = pytest.mark.xdist_group("page")  # one server and one browser for all tests
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -175,3 +177,17 @@ def test_an_error_is_shown_and_nothing_is_lost(page, running):
     page.get_by_role("button", name="Edit this message").click()
     send(page, HELLO[0]["content"])
     assert finished(page) == ["hello", expected(running, "hello")]
+
+
+def test_a_base_model_continues_a_text(browser, running, monkeypatch):
+    monkeypatch.setattr(running.service, "options", running.service.options._replace(template=None))
+    with browser.new_page() as page:
+        page.goto(running.url)
+        page.get_by_text("it continues your text").wait_for()
+        page.get_by_text("Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Tokens of an answer").fill("20")
+        assert not page.get_by_label("System message").is_visible()
+        send(page, "def f(")
+        prompt = [1, *running.loaded.tokenizer.encode("def f(")]
+        assert finished(page) == ["def f(", text_of(running.loaded, prompt, running.alone(prompt, 20, stop_ids=(2,)))]

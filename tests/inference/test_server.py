@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from tinyllama_jax.inference import answers, listen, openai, server
 from tinyllama_jax.inference import engine as engine_lib
 from tinyllama_jax.inference.engine import CHUNK
 
+pytestmark = pytest.mark.xdist_group("server")  # one for all tests
 ROOT = Path(__file__).parents[2]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -170,8 +172,9 @@ def test_log_probabilities_of_a_chat(client, loaded):
 
 def reference(loaded, ids):
     """Log-probability of each token after the first, under the trainer's model, and whether it is the most likely."""
-    logits = model_lib.logits(serving.tiny_params(MODEL), jnp.asarray([ids]), MODEL)[0, :-1]
-    p = np.asarray(jax.nn.log_softmax(logits))
+    padded = jnp.asarray([ids + [0] * (MODEL.seq_len - len(ids))])  # one program for all lengths
+    logits = jax.jit(model_lib.logits, static_argnums=2)(serving.tiny_params(MODEL), padded, MODEL)
+    p = np.asarray(jax.nn.log_softmax(logits[0, : len(ids) - 1]))
     at = np.arange(len(ids) - 1), np.asarray(ids[1:])
     return p[at], p.argmax(1) == at[1]
 
@@ -224,6 +227,14 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(client):
         assert "".join(answer.choices[0].logprobs.tokens).startswith(expected) and answer.usage.completion_tokens < 60
         parts = [c.choices[0].text for c in client.completions.create(**greedy, stop=form, stream=True)]
         assert "".join(parts) == expected
+
+
+def test_an_answer_that_has_ended_does_not_run_on_beside_others(client, running):
+    whole = client.completions.create(model="tiny", prompt=["def f(x", "import"], temperature=0, max_tokens=60)
+    stop = next(c for i, c in enumerate(whole.choices[0].text) if i > 3 and c not in whole.choices[1].text)
+    both = client.completions.create(model="tiny", prompt=["def f(x", "import"], temperature=0, max_tokens=60, stop=stop)
+    assert both.choices[1] == whole.choices[1] and both.choices[0].text == whole.choices[0].text.partition(stop)[0]
+    assert running.engine.requests[-2].finish == "cancelled"
 
 
 def test_errors_as_the_client_knows_them(client):
@@ -340,6 +351,14 @@ def test_fields_that_ask_for_nothing_new_are_taken(running, more):
     assert status == 200, answer
 
 
+def test_the_page_is_part_of_the_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = settings["tool"]["setuptools"]["package-data"]["tinyllama_jax.inference"]
+    folder = Path(server.__file__).parent
+    assert sorted(shipped) == sorted(path.name for path in folder.iterdir() if path.suffix in (".html", ".js"))
+    assert settings["project"]["optional-dependencies"]["serve"]
+
+
 def test_a_model_without_a_template_has_no_chat(loaded):
     with pytest.raises(openai.ApiError, match="no chat template; use /v1/completions, or start serve with --template"):
         openai.parse(json.dumps({"messages": HELLO}).encode(), openai.Chat, loaded, None)
@@ -385,14 +404,14 @@ def test_any_split_into_chunks_gives_the_same_text_and_no_part_of_a_stop_string(
         tokens = loaded.tokenizer.encode(text)
         cuts = sorted(rng.sample(range(1, len(tokens)), rng.randint(0, min(6, len(tokens) - 1))))
         stop = rng.choice([None, "END", ["😀👩", "END"], ["ND", "turn"], "no such"])
-        top, echo = rng.choice([None, 0, 1]), rng.random() < 0.3
-        query = {"stop": stop, "echo": False} | ({} if top is None else {"logprobs": top})
+        top = rng.choice([None, 0, 1])
+        query = {"stop": stop} | ({} if top is None else {"logprobs": top})
         parts, choice = pieces(loaded, [1, *loaded.tokenizer.encode("x =")], tokens, cuts, **query)
         shown = "".join(p.text for p in parts)
         whole = answers.Text(loaded.tokenizer, (), [1, *loaded.tokenizer.encode("x =")]).add(tokens, last=True)
         stops = [stop] if isinstance(stop, str) else stop or []
-        ends = [whole.index(s) for s in stops if s in whole]
-        assert shown == whole[: min(ends, default=len(whole))], (text, stop, cuts, echo)
+        ends = [(whole.index(s) + len(s), whole.index(s)) for s in stops if s in whole]
+        assert shown == whole[: min(ends)[1] if ends else None], (text, stop, cuts)  # that which is complete first
         assert choice.finish == ("stop" if ends else "length") and parts[-1].finish == choice.finish
         listed = [t for p in parts for t in p.tokens]
         if top is not None:
@@ -401,6 +420,13 @@ def test_any_split_into_chunks_gives_the_same_text_and_no_part_of_a_stop_string(
             assert ends or "".join(t.text for t in listed) == shown
             assert all(whole[t.offset :].startswith(t.text) for t in listed)
         assert choice.n_tokens <= len(tokens) and (ends or choice.n_tokens == len(tokens))
+
+
+def test_tokens_of_the_same_text_share_the_likeliest(loaded):
+    query = openai.parse(b'{"prompt": "x", "logprobs": 3}', openai.Completion, loaded, None)
+    top = [("\ufffd", -1.0), ("b", -2.0), ("\ufffd", -3.0)]
+    form = answers.choice(query, 0, answers.Piece("\ufffd", (answers.Token("\ufffd", 0, -3.0, top),)))
+    assert form["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0, "b": -2.0}]  # lm-eval: the token was not the likeliest
 
 
 # -- clients that go away ----------------------------------------------------------------------------------------------
@@ -511,6 +537,25 @@ def test_a_full_queue_is_refused_until_there_is_room(running):
     assert [read(c)[0] for c in connections] == [200] * 16
     for c in connections:
         c.close()
+
+
+def test_metrics_count(running):
+    def read_all():
+        lines = ask(running.port, "/metrics")[2].decode().splitlines()
+        return {name: int(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    before = read_all()
+    usage = ask(running.port, TEXT, {"prompt": "x", "max_tokens": 5, "temperature": 0})[2]["usage"]
+    ask(running.port, TEXT, {"prompt": "x", "n": 0})
+    after = read_all()
+    new = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert new.pop("serve_cached_tokens_total", 0) == usage["prompt_tokens_details"]["cached_tokens"]
+    assert new == {
+        'serve_responses_total{status="200"}': 2,  # the first look at the metrics is the other
+        'serve_responses_total{status="400"}': 1,
+        "serve_prompt_tokens_total": usage["prompt_tokens"],
+        "serve_completion_tokens_total": usage["completion_tokens"],
+    }
 
 
 def test_a_large_body_is_refused(running):
@@ -746,6 +791,7 @@ def test_without_the_extra_it_says_what_to_install(folder):
         (["--max-tokens", "-1"], "--max-tokens -1: must lie between"),
         (["--host", "no such host"], "--host no such host --port 8000: .*; choose another address"),
         (["--host", "203.0.113.1", "--port", "0"], "--host 203.0.113.1 --port 0: .*; choose another address"),
+        (["--allow-host", "example.com:80"], "--allow-host example.com:80: must be a name alone"),
         (["--allow-origin", "example.com"], "--allow-origin example.com: must be a scheme and a host"),
         (["--allow-origin", "https://example.com/"], "--allow-origin https://example.com/: must be a scheme and a host"),
         (["--template", "nobody", "--port", "0"], "--template nobody: is none of"),

@@ -225,12 +225,6 @@ def marks_answers(template: Template) -> bool:
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.source) is not None
 
 
-def without_marks(source: str) -> str:
-    """The same template for programs that do not know the tag `{% generation %}`, such as llama.cpp."""
-    # a comment removes the white space around it as a tag does
-    return re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", source)
-
-
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer: eos, and the template's own token if the tokenizer has it."""
     ids = {tokenizer.eos_id} | {control.tokens(tokenizer).get(text, -1) for text in template.stop}
@@ -291,7 +285,7 @@ def of_folder(folder: Path, tokenizer: Tokenizer) -> Template | None:
     """
     sources = own_sources(tokenizer.folder)
     if "default" in sources:
-        return _own(f"of {tokenizer.folder}", sources["default"], tokenizer, "its own chat_template")
+        return _own(f"of {folder}", sources["default"], tokenizer, "its own chat_template")
     if sources:
         raise UserError(f"{folder}: has the chat templates {', '.join(sources)}, and none for all; say which: --template NAME")
     for pattern, name in PUBLISHED.items():

@@ -15,8 +15,7 @@ from tinyllama_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, naming
 def named(tokenizer: Tokenizer) -> dict[str, str]:
     """bos_token, eos_token, unk_token and so on -> the token, as the tokenizer's files name them."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        special = naming(tokenizer.path.parent, tokenizer.path.name).special
-        return {name: token for name, token in special.items() if tokenizer._hf.token_to_id(token) is not None}
+        return naming(tokenizer.path.parent, tokenizer.path.name).special
     sp = tokenizer._sp
     ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id(), "pad_token": sp.pad_id()}
     own = {name: sp.id_to_piece(i) for name, i in ids.items() if i >= 0}
@@ -37,7 +36,9 @@ def _reader(tokenizer: HuggingFaceTokenizer):
     reader = copy.deepcopy(tokenizer._hf)  # not the same one with another setting, which other threads would see
     reader.encode_special_tokens = False
     added = {token.content for token in reader.get_added_tokens_decoder().values()}
-    reader.add_special_tokens([token for token in named(tokenizer).values() if token not in added])  # as Transformers does
+    # as Transformers does, but without new ids: the model has no rows for them
+    known = [token for token in named(tokenizer).values() if reader.token_to_id(token) is not None]
+    reader.add_special_tokens([token for token in known if token not in added])
     return reader
 
 

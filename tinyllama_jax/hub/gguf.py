@@ -57,7 +57,8 @@ TOKENS = "tokenizer.ggml.tokens"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
-def _package() -> ModuleType:
+def package() -> ModuleType:
+    """The package `gguf`. Raises UserError if it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -99,7 +100,7 @@ def write(
     shard_bytes: the most bytes of a file. If one does not suffice, there are several: NAME-00001-of-0000N.gguf beside `path`.
     Needs the memory of one tensor beside `tensors`. Raises UserError for a tensor that `quantize` cannot hold.
     """
-    gguf = _package()
+    gguf = package()
     model = dataclasses.replace(model, vocab_size=len(vocabulary[TOKENS]))
     names = _names(model)
     shapes = {n: shape for n, shape in llama.shapes(model).items() if not (tied and n == HEAD)}
@@ -135,7 +136,7 @@ def write(
 
 
 def _bytes(name: str, shape: tuple[int, ...], kind: object, quantize: str) -> int:
-    block, size = _package().GGML_QUANT_SIZES[kind]
+    block, size = package().GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         what = f"{name} has rows of {shape[-1]:,} numbers, and {quantize} takes blocks of {block}"
         raise UserError(f"--quantize {quantize}: {what}; use f16 or bf16")
@@ -148,7 +149,7 @@ def _quantized(name: str, tensor: np.ndarray, model: Model, kind: object, quanti
     if tensor.ndim > 1 and TYPES[quantize][1] < largest < math.inf:
         raise UserError(f"--quantize {quantize}: {name} holds {largest:g}, which {quantize} cannot; use bf16 or f32")
     with np.errstate(all="ignore"):  # blocks of zeros, and of numbers too small for an fp16 scale, become zeros
-        return _package().quants.quantize(tensor, kind)
+        return package().quants.quantize(tensor, kind)
 
 
 def _limit(vocabulary: Mapping[str, object], sizes: Mapping[str, int], shard_bytes: int) -> int:
@@ -176,7 +177,7 @@ class Stored:
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
         with np.errstate(all="ignore"):  # a damaged scale; NaN and infinity are refused later, by name
-            array = _package().quants.dequantize(self.raw.reshape(*self.shape[:-1], -1), self.kind).reshape(self.shape)
+            array = package().quants.dequantize(self.raw.reshape(*self.shape[:-1], -1), self.kind).reshape(self.shape)
         return _rows(array, self.name, self.model, interleave=False) if self.model else array
 
 
@@ -248,7 +249,7 @@ def _read_file(path: Path) -> tuple[dict[str, object], dict[str, Stored]]:
     with files.open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
         data = np.memmap(f, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    _package()
+    package()
     try:
         header = gguf_header.parse(data)
         return header.metadata, _tensors(header)
@@ -271,7 +272,7 @@ def _tensors(header: gguf_header.Header) -> dict[str, "Stored"]:
 
 def _kind(name: str, shape: tuple[int, ...], code: int) -> tuple[object, int]:
     """(type, bytes) of a tensor. Raises ValueError for a type that the package cannot convert to fp32."""
-    gguf = _package()
+    gguf = package()
     kind = gguf.GGMLQuantizationType(code)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     try:

@@ -4,7 +4,7 @@
 |-----------------------------------|-------------------------------------------------------------------------------|
 | a length before linear scaling    | `context_length`, the length after it: llama.cpp takes it for its context     |
 | RoPE of Llama 3 as four numbers   | the tensor `rope_freqs.weight`, by which each frequency is divided            |
-| YaRN's attention factor           | `yarn_attn_factor`, which multiplies the usual one, 0.1 ln(factor) + 1        |
+| YaRN's attention factor           | `attn_factor`, which multiplies the usual one, 0.1 ln(factor) + 1             |
 """
 
 import math
@@ -26,11 +26,7 @@ def described(model: Model, name: str, file_type: int) -> dict[str, object]:
         raise UserError(f"RoPE is of type {kind!r}, which is not written to GGUF")
     scaling = {"type": kind, "factor": float(rope["factor"])} if kind in ("linear", "yarn") else {}
     if kind == "yarn":
-        scaling["original_context_length"] = rope["original_max_position_embeddings"]
-        usual = 0.1 * math.log(rope["factor"]) + 1  # llama.cpp multiplies by this itself
-        if (factor := rope.get("attention_factor") or usual) != usual:
-            scaling["yarn_attn_factor"] = factor / usual
-        scaling |= {f"yarn_{key}": float(rope[key]) for key in ("beta_fast", "beta_slow") if rope.get(key)}
+        scaling |= _yarn(rope)
     own_width = {"attention.key_length": head, "attention.value_length": head}
     keys = {
         "vocab_size": model.vocab_size,
@@ -43,11 +39,25 @@ def described(model: Model, name: str, file_type: int) -> dict[str, object]:
         **(own_width if head * model.n_heads != model.d_model else {}),
         "attention.layer_norm_rms_epsilon": float(model.norm_eps),
         "rope.dimension_count": head,
-        "rope.freq_base": float(model.rope_theta),
+        "rope.freq_base": float(config["rope_theta"]),
         **{f"rope.scaling.{key}": value for key, value in scaling.items()},
     }
     general = {"type": "model", "name": name, "file_type": file_type, "quantization_version": 2}
     return {f"general.{k}": v for k, v in general.items()} | {f"llama.{k}": v for k, v in keys.items()}
+
+
+def _yarn(rope: dict) -> dict[str, object]:
+    """The keys of YaRN besides type and factor. For a Llama, llama.cpp reads neither `yarn_beta_fast` nor `yarn_beta_slow`."""
+    for name, only in (("truncate", True), ("beta_fast", 32), ("beta_slow", 1)):
+        if rope.get(name, only) != only:
+            what = f"has {name}={rope[name]}, and llama.cpp computes only {only}"
+            raise UserError(f"model.rope_type: {what}; so no GGUF of it is written")
+    mscale = lambda times: 0.1 * times * math.log(rope["factor"]) + 1
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    ratio = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"]) if both else mscale(1)
+    attention = (rope.get("attention_factor") or ratio) / mscale(1)  # llama.cpp multiplies by mscale(1) itself
+    scaled = {"attn_factor": attention} if not math.isclose(attention, 1) else {}
+    return {"original_context_length": rope["original_max_position_embeddings"], **scaled}
 
 
 def factors_of(config: dict, head: int) -> np.ndarray | None:
@@ -120,24 +130,24 @@ def _rope(get: Callable, factors: np.ndarray | None, config: dict, head: int, or
     rope = {"rope_type": kind, "factor": factor}
     rope["original_max_position_embeddings"] = get("rope.scaling.original_context_length", config["seq_len"])
     rope |= {key: get(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow") if get(f"rope.scaling.yarn_{key}")}
-    if (attention := get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0))) != 1:
-        rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
+    if (attention := get("rope.scaling.attn_factor", 1.0)) != 1:
+        rope["attention_factor"] = float(f"{attention * (0.1 * math.log(factor) + 1):.7g}")
     return rope
 
 
 def _llama3(factors: np.ndarray, config: dict, head: int, origin: str) -> dict:
     """The four numbers of Llama 3's RoPE that give `factors`.
 
-    With 1 / factor of a frequency linear in its turns over the old length between two bounds, the old length and the two
-    bounds can be scaled together: the lower is taken as 1, which it is in all published models.
+    1 / factor is linear in a frequency's turns over the old length, between two bounds. The old length and the bounds can be
+    scaled together: the lower one is taken as 1, as in all published models, and the higher as 4 if one frequency is between.
     """
     theta, top = config.get("rope_theta", 10_000.0), float(factors.max())
     between = (factors > 1) & (factors < top) & (factors.shape == (head // 2,))
     rope = {"rope_type": "llama3", "factor": top, "low_freq_factor": 1.0}
-    if between.sum() > 1 and top > 1:
+    if between.any() and top > 1:
         smooth = (1 / factors[between] - 1 / top) / (1 - 1 / top)  # old * turns / (high - 1) - 1 / (high - 1)
         turns = (theta ** (-np.arange(0, head, 2) / head) / (2 * np.pi))[between]  # of a head's pair in one position
-        slope, start = np.polyfit(turns, smooth, 1)
+        slope, start = np.polyfit(turns, smooth, 1) if turns.size > 1 else ((smooth[0] + 1 / 3) / turns[0], -1 / 3)
         rope["high_freq_factor"] = float(np.round(1 - 1 / start, 3))
         rope["original_max_position_embeddings"] = round(slope * (rope["high_freq_factor"] - 1))
         again = factors_of({"rope_scaling": rope, "rope_theta": theta}, head)

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.inference.forward import Cache, forward, init_cache, logits, longer
 from tinyllama_jax.inference.sampling import Settings
@@ -20,6 +21,8 @@ CHUNK = 16  # the most tokens of a row between two looks of the host
 MARGIN = MOST_TOKENS + 1
 TOP = 20  # most likely tokens that can be reported beside each token
 STOPS = 16  # ids that can end a request
+# of the cache [B, K, T, H] and the tokens seen [B, V]; left to XLA it would change, and every program be compiled twice
+_ROWS = PartitionSpec(sharding.BATCH, "tensor")
 
 
 class Rows(NamedTuple):
@@ -59,12 +62,13 @@ def _scored(logits_XV: jax.Array, token_X: jax.Array, want_top: jax.Array) -> tu
     total_X = jax.nn.logsumexp(logits_XV, axis=1)
     none = lambda x: (jnp.zeros((X, n), jnp.float32), jnp.zeros((X, n), jnp.int32))
     values_XT, tokens_XT = lax.cond(want_top, lambda x: tuple(lax.top_k(x, n)), none, logits_XV)
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, TOP - n)))
+    pad = partial(jnp.pad, pad_width=((0, 0), (0, TOP - n)))
     own_X = jnp.take_along_axis(logits_XV, token_X[:, None], axis=1)[:, 0]
-    return own_X - total_X, pad(tokens_XT), pad(values_XT - total_X[:, None])
+    top = pad(tokens_XT), pad(values_XT - total_X[:, None], constant_values=-jnp.inf)  # the engine leaves these out
+    return own_X - total_X, *top
 
 
-@partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="state", out_shardings=(_ROWS, PartitionSpec()))
 def decode(
     weights: Weights, draft_weights, state: State, rows: Rows, n, want_top, model: Model, draft: Draft
 ) -> tuple[State, Chunk]:
@@ -112,10 +116,10 @@ def decode(
 
     carry = (rows.token, rows.position, rows.left, rows.history, state, out)
     *_, state, out = lax.while_loop(lambda carry: jnp.any(working(carry[2], carry[-1])), body, carry)
-    return state, lax.with_sharding_constraint(out, PartitionSpec())  # each process reads all of it
+    return state, out
 
 
-@partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache", out_shardings=(_ROWS, PartitionSpec()))
 def prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, model: Model, score: bool):
     """The cache with `tokens_S` at the positions from `start` of a slot. Padding at their end is overwritten before it is read.
 
@@ -129,10 +133,11 @@ def prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, mod
     return cache, _scored(logits(weights, x_1SD)[0], tokens_S[1:], want_top) if score else None
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnums=0, out_shardings=_ROWS)
 def with_seen(seen_BV, slot, row_V):
     return seen_BV.at[slot].set(row_V)
 
 
-new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2))
-longer_cache = jax.jit(longer, static_argnums=1)  # not donated: no buffer of the old size fits the new one
+new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2), out_shardings=_ROWS)
+none_seen = jax.jit(lambda *shape: jnp.zeros(shape, bool), static_argnums=(0, 1), out_shardings=_ROWS)
+longer_cache = jax.jit(longer, static_argnums=1, out_shardings=_ROWS)  # not donated: no old buffer fits the new one

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tinyllama_jax.base import sharding
@@ -70,8 +69,8 @@ class _Slot:
 class Engine:
     """Runs requests. Not thread-safe: one thread calls everything.
 
-    The number of programs compiled is bounded by the lengths in PREFILL and the lengths of the cache (SHORTEST, doubled up to
-    the context): one decoding program a length of the cache, and two prefill programs a pair.
+    The number of programs compiled is bounded by the lengths of the cache (SHORTEST, doubled up to the context) and the lengths
+    in PREFILL: for each length of the cache one that decodes, and two (with scores and without) for each length of a piece.
     """
 
     def __init__(self, loaded: Loaded, slots: int = 1, draft: Loaded | None = None, draft_tokens: int = 0):
@@ -92,7 +91,7 @@ class Engine:
         self._seconds = 0.0  # what a token took in the last chunk
         with jax.set_mesh(self._mesh):
             new = lambda model: model and device.new_cache(model, n, min(SHORTEST, self.context + MARGIN))
-            seen_BV = jnp.zeros((n, self._model.vocab_size), bool)
+            seen_BV = device.none_seen(n, self._model.vocab_size)
             self._state = State(new(self._model), new(self._draft.model), seen_BV)
 
     @property
@@ -111,7 +110,9 @@ class Engine:
         return bool(self._queue) or any(slot.request for slot in self._slots)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises UserError if it cannot be run."""
+        """Queues a request. Raises UserError if it cannot be run, and ValueError if it has been run before."""
+        if request.finish or request.tokens:
+            raise ValueError("this request has been run; make another")
         check(request, self._model)
         self._queue.append(request)
 
@@ -186,7 +187,7 @@ class Engine:
         n = min(size, left)
         tokens = np.zeros(size + score, np.int32)
         tokens[: n + score] = request.prompt[start : start + n + score]
-        self._grow(start + size)
+        self._grow(max(start + size, start + n + MARGIN))  # rows without work write to the margin while others decode
         want_top, state = request.top_logprobs > 0, self._state
         cache, scored = device.prefill(self._weights, state.cache, slot.index, tokens, start, want_top, self._model, score)
         self._state = state._replace(cache=cache)
@@ -278,6 +279,8 @@ def check(request: Request, model: Model) -> None:
         )
     if not all(0 <= token < model.vocab_size for token in request.prompt):
         raise UserError(f"the prompt has a token outside the vocabulary of {model.vocab_size:,}")
+    if request.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens {request.max_new_tokens}: must be 0 or more")
     if not (0 <= request.seed < 2**32 and 0 <= request.sample < 2**32):
         raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
     if len(request.stop_ids) > STOPS:

@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[jax.Array, Cache]:
     """The head's input [B, S, D] for tokens at `positions_BS`, and the cache with their keys and values.
 
-    A token sees the positions up to its own. One at the position T, the cache's length, or beyond is padding: it is not added.
+    A token sees the positions up to its own. The positions of a row follow each other, and end within the cache.
     The layers are written out, not scanned: a scan would copy each layer's weights out of a stack.
     """
     policy, (B, S) = jmp.get_policy(model.precision), tokens_BS.shape
@@ -85,5 +85,6 @@ def over_cache(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, position
     visible_BST = jnp.arange(k_BKTH.shape[2]) <= positions_BS[:, :, None]
     scores_BKGST = jnp.where(visible_BST[:, None, None], scores_BKGST * jnp.float32(1 / math.sqrt(H)), -jnp.inf)
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSNH.dtype)
-    out_BSKGH = jnp.einsum("bkgst,bkth->bskgh", weights_BKGST, v_BKTH, preferred_element_type=jnp.float32)
-    return out_BSKGH.reshape(B, S, N, H).astype(q_BSNH.dtype)
+    # in the order of the batched matmul: XLA's CPU backend refuses bf16 with another one for more than one row
+    out_BKGSH = jnp.einsum("bkgst,bkth->bkgsh", weights_BKGST, v_BKTH, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out_BKGSH, 3, 1).reshape(B, S, N, H).astype(q_BSNH.dtype)

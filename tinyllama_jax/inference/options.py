@@ -79,8 +79,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError('--stop "": is empty, and would end every text at once')
     if not 1 <= args.max_new_tokens < 2**31:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1, and less than 2^31")
-    if args.temperature == 0:
-        raise UserError("--temperature 0.0: must lie between 0.001 and 1,000; for the most likely token say --greedy")
+    if not 1e-3 <= args.temperature <= 1e3:
+        remedy = "must lie between 0.001 and 1,000; for the most likely token say --greedy"
+        raise UserError(f"--temperature {args.temperature}: {remedy}")
     sampling_lib.check(
         Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-")
     )

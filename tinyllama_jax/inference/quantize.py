@@ -72,13 +72,20 @@ def matmul(x_BSI: jax.Array, kernel: jax.Array | Int8 | Int4, dtype: jnp.dtype |
 
 
 def _product(x_BSI: jax.Array, kernel: jax.Array | Int4, dtype: jnp.dtype) -> jax.Array:
-    einsum = lambda x_BSI, w_IO: jnp.einsum("bsi,io->bso", x_BSI, w_IO.astype(x_BSI.dtype), preferred_element_type=dtype)
+    einsum = lambda x_BSI, w_IO: jnp.einsum("bsi,io->bso", x_BSI, numbers(w_IO, x_BSI.dtype), preferred_element_type=dtype)
     if not isinstance(kernel, Int4):
         return einsum(x_BSI, kernel)
     x_BSGhJ = x_BSI.reshape(*x_BSI.shape[:2], -1, 2, GROUP // 2)  # h: the halves of a group, which are the halves of a byte
     low_BSI, high_BSI = (x_BSGhJ[..., h, :].reshape(*x_BSI.shape[:2], -1) for h in (0, 1))
     low_IO, high_IO = (q.reshape(-1, q.shape[2]) for q in _halves(kernel, x_BSI.dtype))
     return einsum(low_BSI, low_IO) + einsum(high_BSI, high_IO)
+
+
+def numbers(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The array in `dtype`. One of uint16 holds the bits of bf16: XLA's CPU backend converts these 20 times as fast as bf16."""
+    if w.dtype == jnp.uint16:
+        w = lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
+    return w.astype(dtype)
 
 
 def _halves(kernel: Int4, dtype: jnp.dtype) -> list[jax.Array]:
@@ -90,7 +97,7 @@ def _halves(kernel: Int4, dtype: jnp.dtype) -> list[jax.Array]:
 def lookup(table: jax.Array | Int8 | Int4, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding, [B, S, D]. A table in 8 or 4 bits is kept as the matrix [D, V]."""
     if isinstance(table, jax.Array):
-        return sharding.constrain(table, "VD")[tokens_BS].astype(dtype)
+        return numbers(sharding.constrain(table, "VD")[tokens_BS], dtype)
     columns = type(table)(*(a[..., tokens_BS.ravel()] for a in table))
     w_DX = columns.q_IO * columns.scale_O if isinstance(table, Int8) else jnp.concatenate(_halves(columns, jnp.float32), axis=1)
     return w_DX.reshape(-1, tokens_BS.size).T.reshape(*tokens_BS.shape, -1).astype(dtype)

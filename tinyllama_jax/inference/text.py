@@ -19,51 +19,57 @@ def first_tokens(tokenizer: Tokenizer, begin_with_bos: bool, prompt: str) -> lis
 class Text:
     """Decodes a growing list of tokens into parts that no later token changes. Ends before a stop string."""
 
-    RECENT = 64  # tokens kept of a text: each new one is decoded after them, since its text may depend on them
-
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
         """`stop`: strings that end the text; not part of it. `before`: tokens that it continues, not part of it either.
 
         Without those before it, SentencePiece leaves out the space in front of a text's first word.
         """
         self._tokenizer, self._stop, self.stopped = tokenizer, [], False
-        self._tokens: list[int] = []
-        self._given = ""  # what `add` has returned of their text
-        self.add(before[-self.RECENT :])
+        self._tokens: list[int] = []  # the newest ones: `_n` that have been decoded, then those that wait
+        self._n = 0
+        self._held = ""  # decoded, and perhaps the beginning of a stop string
+        self.add(before[-16:])
         self._stop = [s for s in stop if s]
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
         """The text that `tokens` complete; all the remaining text if they are the `last`. "" once `stopped`.
 
-        A character of several byte tokens waits for its last one: until then it decodes to up to three U+FFFD. The beginning
-        of a stop string waits until it is clear whether the whole follows.
+        A character of several byte tokens waits for its last one: until then it decodes to U+FFFD. The beginning of a stop
+        string waits until it is clear whether the whole follows. Of several stop strings the one counts that is complete first.
         """
         if self.stopped:
             return ""
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens)
-        if not last:
-            waiting = len(text) - len(text.rstrip("\ufffd"))
-            text = text[: len(text) - min(waiting, 3)]
-            if not text.startswith(self._given):  # some decoders show whole characters as U+FFFD beside half of one
-                return ""
-        ends = [at for at in (text.find(s, len(self._given)) for s in self._stop) if at >= 0]
+        text = self._held + "".join(map(self._decoded, tokens)) + (self._take(len(self._tokens)) if last else "")
+        starts = [(text.find(s), len(s)) for s in self._stop]
+        ends = [(at + n, at) for at, n in starts if at >= 0]
         if ends:
-            self.stopped, text = True, text[: min(ends)]
-        elif not last:
-            held = max((_overlap(text[len(self._given) :], s) for s in self._stop), default=0)
-            text = text[: len(text) - held]
-        new, self._given = text[len(self._given) :], text
-        self._forget()
-        return new
+            self.stopped, end = True, min(ends)[1]
+        else:
+            end = len(text) - (0 if last else max((_overlap(text, s) for s in self._stop), default=0))
+        self._held = text[end:]
+        return text[:end]
 
-    def _forget(self) -> None:
-        """Drops all but the last tokens if their text has been returned, so that each token takes as long as the first."""
-        recent = self._tokens[-self.RECENT :]
-        if len(self._tokens) >= 2 * self.RECENT and self._tokenizer.decode(self._tokens) == self._given:
-            text = self._tokenizer.decode(recent)
-            if self._given.endswith(text.lstrip(" \ufffd")):
-                self._tokens, self._given = recent, text
+    def _decoded(self, token: int) -> str:
+        """The text that one more token completes."""
+        self._tokens.append(token)
+        whole = not self._text(len(self._tokens)).endswith("\ufffd")
+        if not whole and len(self._tokens) - self._n < 4:  # a character has at most four bytes
+            return ""
+        return self._take(len(self._tokens) if whole else self._n + 1)
+
+    def _take(self, end: int) -> str:
+        text = self._text(end)
+        if text:
+            del self._tokens[: self._n]
+            end -= self._n
+        self._n = end
+        return text
+
+    def _text(self, end: int) -> str:
+        """The text of the waiting tokens up to `end`, after the last ones that gave any: what a token says depends on them."""
+        before, text = (self._tokenizer.decode(self._tokens[:n]) for n in (self._n, end))
+        # in some decoders one byte that belongs to no character makes U+FFFD of all bytes before it
+        return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._tokens[self._n : end])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -116,7 +116,7 @@ def write(folder: Path, parts: list[Path], source: Path, wllama: Path) -> None:
     export = {
         "name": name,
         "chat": template is not None,
-        "template": chat.without_marks(template.source) if template else "",
+        "template": template.source if template else "",
         "stop": list(template.stop) if template else [],
         "context": min(CONTEXT, int(metadata["llama.context_length"])),
         "parts": paths,

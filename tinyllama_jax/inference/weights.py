@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax.base import dims, files, sharding
@@ -51,8 +52,9 @@ class Loaded(NamedTuple):
 def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
     """Reads a run folder (its newest step, or `step`), a Hugging Face folder or a GGUF file.
 
-    `option`: what names it in an error. `weights`: one of KINDS, their form in memory. auto: fp32 on a CPU, elsewhere
-    the model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one parameter is needed. Raises UserError.
+    `option`: what names it in an error. `weights`: one of KINDS, their form in memory; auto: fp32 on a CPU, elsewhere the
+    model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one
+    parameter is needed. Raises UserError.
     """
     files.check_local(option, path)
     path, folder = Path(path), Path(path)
@@ -126,22 +128,51 @@ def place(
     weights: str = "auto",
 ) -> Weights:
     """Puts each array on the devices, without its padding, as `weights` of KINDS. Raises UserError."""
-    layers, whole, sizes = [{} for _ in range(model.n_layers)], {}, dims.sizes(model)
-    for p, layer, array in arrays:
-        letters = p.dims.removeprefix("L")
-        array = array[tuple(slice(sizes[letter]) for letter in letters)]
-        axes = [sharding.PARAMETER_AXES.get(letter) for letter in letters]
-        if p.fan_in:  # with heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token
-            array, axes = array.reshape(dims.matrix(p, model)), [axes[0], axes[len(p.fan_in)]]
+
+    def put(p: dims.Parameter, array: np.ndarray) -> jax.Array | Int8 | Int4:
+        array = array[tuple(slice(dims.sizes(model)[letter]) for letter in p.dims.removeprefix("L"))]
+        array, axes = _matrix(p, array, model)
         if p.kind != "norm" and weights in ("int8", "int4"):
-            name, values = p.name, array if p.fan_in else array.T
-            placed = _small(weights, values, axes if p.fan_in else axes[::-1], mesh, name)
-        else:
-            # norms stay fp32: they are small, and the model multiplies by them in fp32
-            stored = "float32" if p.kind == "norm" else weights if weights == "bfloat16" else model.compute_dtype
-            array = np.asarray(array, jnp.dtype(stored), order="C")
-            placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-        (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = placed
+            return _small(weights, *((array, axes) if p.fan_in else (array.T, axes[::-1])), mesh, p.name)
+        # norms stay fp32: they are small, and the model multiplies by them in fp32
+        stored = "float32" if p.kind == "norm" else weights if weights == "bfloat16" else model.compute_dtype
+        array = np.asarray(array, jnp.dtype(stored), order="C")
+        if stored == "bfloat16" and model.compute_dtype == "float32":
+            array = array.view(np.uint16)  # see quantize.numbers
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return _assembled(((p, layer, put(p, array)) for p, layer, array in arrays), model)
+
+
+def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
+    """The weights of a trainer's parameters in the compute dtype, sharded as they are; both take memory then."""
+    with jax.set_mesh(mesh):
+        return _of_params(params, model)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _of_params(params: dict, model: Model) -> Weights:
+    def put(p: dims.Parameter, array: jax.Array) -> jax.Array:
+        array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
+        return lax.with_sharding_constraint(array, PartitionSpec(*axes))
+
+    copy = jax.tree.map(lambda a: a, params)  # whose dicts can be emptied
+    return _assembled(((p, layer, put(p, array)) for p, layer, array in _unstacked(copy)), model)
+
+
+def _matrix(p: dims.Parameter, array: np.ndarray | jax.Array, model: Model) -> tuple[np.ndarray | jax.Array, list[str | None]]:
+    """The array of one layer, a matrix as [in, out], and the mesh axes of its dimensions.
+
+    With heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token.
+    """
+    axes = [sharding.PARAMETER_AXES.get(letter) for letter in p.dims.removeprefix("L")]
+    return (array.reshape(dims.matrix(p, model)), [axes[0], axes[len(p.fan_in)]]) if p.fan_in else (array, axes)
+
+
+def _assembled(arrays: Iterator[tuple[dims.Parameter, int | None, jax.Array]], model: Model) -> Weights:
+    layers, whole = [{} for _ in range(model.n_layers)], {}
+    for p, layer, array in arrays:
+        (whole if layer is None else layers[layer])[p.name.split("/")[-2]] = array
     return Weights(whole["embed"], tuple(layers), whole["final_norm"], whole["lm_head"])
 
 

@@ -112,10 +112,11 @@ def _from_json(tokenizer: HuggingFaceTokenizer) -> tuple[dict, list[Piece], dict
     kinds = {token["id"]: CONTROL if token.get("special") else USER_DEFINED for token in added}
     texts |= {token["id"]: token["content"] for token in added}
     config = path.parent / "tokenizer_config.json"
-    pad = read_json(config, dict).get("pad_token") if config.is_file() else None
-    pad = pad.get("content") if isinstance(pad, dict) else pad
+    named = read_json(config, dict) if config.is_file() else {}
+    named = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items() if name in _IDS}
     by_text = {text: id_ for id_, text in texts.items()}
-    ids = {"unk_token": by_text.get(model.get("unk_token"), -1), "pad_token": by_text.get(pad, -1)}
+    unknown = model.get("unk_token") or named.get("unk_token")
+    ids = {"unk_token": by_text.get(unknown, -1), "pad_token": by_text.get(named.get("pad_token"), -1)}
     if model.get("byte_fallback"):
         keys, scores = _llama_keys(path, content, merges)
         kinds |= {by_text[byte]: BYTE for byte in BYTES if byte in by_text}
@@ -123,7 +124,7 @@ def _from_json(tokenizer: HuggingFaceTokenizer) -> tuple[dict, list[Piece], dict
     else:
         keys, scores = _gpt2_keys(path, content) | {"merges": {"merges": [" ".join(pair) for pair in merges]}}, {}
         missing = {letter for byte, letter in _byte_letters().items() if byte not in NOT_UTF8} - by_text.keys()
-        if missing and ids["unk_token"] >= 0:
+        if missing and model.get("unk_token"):
             raise UserError(
                 f"{path}: makes unknown bytes such as {min(missing)!r} {model['unk_token']!r}; llama.cpp drops them"
             )

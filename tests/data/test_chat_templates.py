@@ -152,16 +152,6 @@ def test_what_ends_an_answer_is_inside_the_mask(name, sp):
     assert all(any(end.endswith(stop) for stop in stops) for end in ENDS[name])
 
 
-@pytest.mark.parametrize(
-    "source", [*(t.source for t in TEMPLATES.values()), " \n {% generation %}\n x \n{%+ endgeneration %} \n y"]
-)
-def test_marks_can_be_left_out_for_programs_that_do_not_know_them(source, sp):
-    plain = chat.without_marks(source)
-    assert "generation %" not in plain and "generation -" not in plain and not chat.marks_answers(Template("x", plain, ()))
-    talk = [*TALK, {"role": "assistant", "content": " A2\n"}]
-    assert chat.render(Template("x", plain, ()), sp, talk, False) == chat.render(Template("x", source, ()), sp, talk, False)
-
-
 def test_a_template_without_marks_has_no_mask(sp):
     with pytest.raises(UserError, match="does not mark the answers; add the tag {% generation %}"):
         chat.encode_with_mask(Template("x", "{{ messages[0].content }}", ()), sp, TALK, begin_with_bos=False)
@@ -181,6 +171,22 @@ def test_a_control_token_is_one_id_here_and_characters_in_training(pair):
     ours, _ = pair
     (token, id_), *_ = control.tokens(ours).items()
     assert control.encode(ours, f"a{token}")[0][-1] == id_ and id_ not in ours.encode(f"a{token}")
+
+
+def test_the_names_of_tokens_are_those_of_transformers(sp, tmp_path):
+    exporter.export(sp, tmp_path, False, 64)
+    (tmp_path / "tokenizer.model").unlink()
+    word = sp._sp.id_to_piece(400)  # an ordinary piece, which a name turns into a control token
+    whole = {"unk_token": "<unk>", "pad_token": {"content": "</s>", "__type": "AddedToken"}, "sep_token": None}
+    for settings in (whole, {"bos_token": "<s>", "cls_token": word}, {"tokenizer_class": "LlamaTokenizer"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings}))
+        theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), tokenizer_lib.load(tmp_path)
+        named = control.named(ours)
+        assert named.items() <= theirs.special_tokens_map.items()
+        if "tokenizer_class" not in settings:  # Llama's replaces the normalizer of tokenizer.json
+            assert control.encode(ours, f"a{word}</s> b")[0] == theirs(f"a{word}</s> b", add_special_tokens=False)["input_ids"]
+            assert named.keys() == {name for name, token in settings.items() if token}
+    assert (named["bos_token"], named["eos_token"]) == ("<s>", "</s>")
 
 
 # -- templates of strangers --------------------------------------------------------------------------------------------
@@ -295,6 +301,7 @@ def test_a_damaged_template_is_refused_before_anything_is_done(folder):
     ("source", "stop"),
     [
         ("{% for m in messages %}[{{ m.role }}]{{ m.content }}<unk>\n{% endfor %}", ("<unk>",)),
+        ("{% for m in messages %}<s>{{ m.content }}</s>\n{% endfor %}", ("</s>",)),
         ("{% for m in messages %}\n### {{ m.role }}:\n{{ m.content }}{% endfor %}", ("### user:",)),
         ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{% endfor %}x", ()),
     ],
@@ -304,7 +311,7 @@ def test_what_ends_an_answer_is_seen_from_the_template(source, stop, folder):
     assert chosen(folder).stop == stop
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
     tokenizer = tokenizer_lib.load(folder)
-    assert chosen(folder).stop == (*stop, "<s>", "</s>") and {1, 2} <= set(chat.stop_ids(chosen(folder), tokenizer))
+    assert set(chosen(folder).stop) == {*stop, "<s>", "</s>"} and {1, 2} <= set(chat.stop_ids(chosen(folder), tokenizer))
 
 
 # -- the context -------------------------------------------------------------------------------------------------------
