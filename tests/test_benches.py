@@ -2,30 +2,40 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tinyllama_jax.base import config as c
+from tinyllama_jax.base import sharding
+from tinyllama_jax.inference import engine, quantize
 from tinyllama_jax.kernels import attention as kernels
 from tinyllama_jax.kernels import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-names = "bench_common bench_gpu bench_kernels bench_loading bench_static bench_train profile_step"
-common, bench_gpu, bench_kernels, bench_loading, bench_static, bench_train, profile_step = map(
+names = "bench_common bench_generate bench_gpu bench_kernels bench_loading bench_static bench_train profile_step"
+common, bench_generate, bench_gpu, bench_kernels, bench_loading, bench_static, bench_train, profile_step = map(
     importlib.import_module, names.split()
 )
+generate_rows, generate_model, generate_server = map(
+    importlib.import_module, ("bench_generate_rows", "bench_generate_model", "bench_generate_server")
+)
 MUCH = 10**12  # sequences
+ONE_DEVICE = "--xla_backend_optimization_level=0"
 
 
-def tool(name: str, *args) -> str:
-    done = subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, args)], capture_output=True, text=True)
+def tool(name: str, *args, **env: str) -> str:
+    command = [sys.executable, ROOT / "tools" / name, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -229,6 +239,98 @@ def test_bench_gpu_names_the_part_that_fails_and_runs_the_others(tmp_path, monke
     assert "| 2 | tokens/s | 250 (200 to 280) | 300.00 | 1.20 |" in text
 
 
+def test_bench_generate(tmp_path):
+    """Every row runs at a tiny size and is right, in files of its own; a page's table for this device is replaced."""
+    page, out = tmp_path / "page.md", tmp_path / "generate.json"
+    cpu, gpu = (bench_generate.MARKS[0].format(platform) for platform in ("cpu", "gpu"))
+    page.write_text(f"# Figures\n\n{gpu}\nas it was\n<!-- end -->\n{cpu}\nold\n<!-- end -->\nlast\n")
+    printed = tool("bench_generate.py", "--size", "tiny", "--output", out, "--page", page, XLA_FLAGS=ONE_DEVICE)
+    report, text = json.loads(out.read_text()), out.with_suffix(".md").read_text()
+    assert report["whole"] and "0 rows are wrong or failed" in printed
+    assert {row["part"] for row in report["rows"]} == set(bench_generate.SHARE)
+    rows = {row["row"]: row for row in report["rows"] if "left_out" not in row}
+    assert set(rows) == {
+        "fp32, ours", "fp32, Transformers", "bfloat16", "int8", "int4", "llama.cpp Q4_0", "draft of one layer",
+        "random, --draft ngram", *(f"random, perplexity, {kind}" for kind in ("float32", "bfloat16", "int8", "int4")),
+        "server, 16 at once (random tiny)", "server, first token while 16 decode (random tiny)", "bf16, batch 1",
+        "bf16, batch 8",
+    }  # fmt: skip
+    nothing_to_compare = {"fp32, Transformers", "bf16, batch 1"}
+    assert {name for name, row in rows.items() if not row["ok"]} == nothing_to_compare
+    assert all(row["low"] <= row["value"] <= row["high"] and len(row["values"]) >= 3 for row in rows.values() if "low" in row)
+    assert rows["int8"]["gb"] < 0.6 * rows["bfloat16"]["gb"] and rows["int4"]["gb"] < 0.6 * rows["int8"]["gb"]
+    assert rows["draft of one layer"]["tokens_per_pass"] > 1.5 and rows["fp32, ours"]["aim"]["value"] > 0
+    assert set(report["machine"]) == {"device", "cores", "load", "versions"} and report["machine"]["versions"]["jax"]
+    assert [row["row"] for row in report["rows"] if "left_out" in row] == ["demo, perplexity"]
+    assert "| right | fp32, ours | " in text and f"as it was\n<!-- end -->\n{cpu}\n{text}<!-- end -->\nlast" in page.read_text()
+
+
+def test_bench_generate_names_the_part_that_fails_and_runs_the_others(tmp_path, monkeypatch):
+    """A worker that dies takes the parts that it did not get to with it, and no others; one that hangs is killed."""
+    row = {"row": "first", "ok": True, "value": 2.0, "low": 1.0, "high": 3.0, "unit": "tokens/s"}
+    put = lambda *rows: "import sys, time; " + "; ".join(f"print({json.dumps(r)!r}, flush=True)" for r in rows) + "; "
+    scripts = {
+        "decode": put({"part": "decode", "machine": {}}, {"part": "decode", **row}) + "sys.exit('a fault')",
+        "int8": put({"part": "int8", "machine": {}}, {"part": "int8", **row}),
+        "int4": put({"part": "int4", "machine": {}}, {"part": "int4", **row, "ok": False, "wrong": ["log-probabilities"]}),
+        "gpu": put({"part": "gpu", "machine": {}}) + "time.sleep(600)",
+    }
+    monkeypatch.setattr(bench_generate, "command", lambda names, _: ["-c", scripts[names[0]]])
+    monkeypatch.setattr(bench_generate, "SHARE", dict(zip(scripts, (0.3, 0.3, 0.3, 0.1), strict=True)))
+    options = ["--output", str(tmp_path / "x.json"), "--only", ",".join(scripts), "--minutes", "0.2"]
+    monkeypatch.setattr(sys, "argv", ["bench_generate.py", *options])
+    monkeypatch.setattr(common, "end_on_sigterm", lambda: None)  # it would outlast the test
+    with pytest.raises(SystemExit) as ended:
+        bench_generate.main()
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert ended.value.code == 1 and not report["whole"]
+    seen = [(row["part"], bench_generate.verdict(row), row.get("wrong")) for row in report["rows"]]
+    assert seen == [
+        ("decode", "right", None), ("decode", "FAILED", ["a fault"]), ("int8", "right", None),
+        ("int4", "WRONG", ["log-probabilities"]), ("gpu", "FAILED", ["not done in time"]),
+    ]  # fmt: skip
+    assert "| FAILED | decode | " in (tmp_path / "x.md").read_text()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Times are not what is tested here."""
+    one_device = lambda _: sharding.make_mesh(c.Mesh(1, 1, 1), jax.devices()[:1])
+    monkeypatch.setattr(generate_model, "REPEATS", 1)
+    monkeypatch.setattr(generate_model.weights_lib, "make_mesh", one_device)
+    return type("Args", (), {"size": "tiny", "demo": None})
+
+
+def test_small_weights_that_do_not_multiply_as_they_should_are_noticed(quick, monkeypatch):
+    right = quantize._halves
+    monkeypatch.setattr(quantize, "_halves", lambda *args: right(*args)[::-1])
+    jax.clear_caches()
+    (row,) = generate_rows.PARTS["int4"](quick)
+    jax.clear_caches()
+    assert not row["ok"] and row["wrong"][0].startswith("log-probabilities")
+
+
+def test_a_draft_that_changes_the_tokens_is_noticed(quick, monkeypatch):
+    right = engine.Engine._take
+    changed = lambda self, slot, out: right(self, slot, out._replace(tokens=out.tokens ^ bool(self.draft_tokens)))
+    monkeypatch.setattr(engine.Engine, "_take", changed)
+    (row,) = generate_rows.PARTS["speculative"](quick)
+    assert row["wrong"] == ["tokens as without a draft"]
+
+
+def test_answers_of_the_server_that_depend_on_the_others_are_noticed():
+    class Server:
+        asked = 0
+
+        def complete(self, prompt, n):
+            Server.asked += 1
+            return ("x" if Server.asked > 40 and "salt" in prompt else prompt), n
+
+    with ThreadPoolExecutor(4) as pool:
+        (row,) = generate_server.measured(Server(), pool, "planted", 4, 1, 2)
+    assert not row["ok"] and row["wrong"] == ["1 answers differ from those alone"]
+
+
 def test_profile_step(tmp_path):
     said = tool("profile_step.py", "--model", "tiny", "--seq-len", 64, "--seqs", 2, "--steps", 3, "--out", tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
@@ -346,6 +448,9 @@ assert not bad, bad
         (["bench_train.py", "--attention", "cudn"], "no such one: 'cudn'"),
         (["bench_train.py", "--remat", ""], "choose of none, save_matmuls_and_attention"),
         (["bench_train.py", "--seqs", "0"], "whole numbers above 0"),
+        (["bench_generate.py", "--only", "decode,int2"], "no such one: 'int2'; choose of decode, bfloat16, int8"),
+        (["bench_generate.py", "--demo", "docs"], "--demo docs: not a run folder"),
+        (["bench_generate.py", "--page", "README.md"], "without the marks of a table"),
         (["profile_step.py", "--steps", "0"], "whole numbers above 0"),
         (["profile_step.py", "--out", "/proc/x"], "cannot write a file"),
     ],
