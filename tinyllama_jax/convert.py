@@ -110,7 +110,11 @@ def export(
             _check_finite(opened)
         source, model = opened.tokenizer, opened.model
         add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(opened.settings)
-        ours = export_tokenizer.export_from(source, folder, add_bos, model.seq_len) if tokenizer else _copy_of(source, folder)
+        ours = (
+            export_tokenizer.export_from(source, folder, add_bos, model.seq_len)
+            if tokenizer
+            else export_tokenizer.copy_of(source, folder)
+        )
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
         llama.save_folder(opened.params, model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (generation := source / "generation_config.json").is_file():
@@ -198,17 +202,6 @@ def export_web(
         made = export_gguf(source, folder / "model", quantize, step, shard_bytes, allow_non_finite)
         web.write(folder, made, Path(os.path.abspath(source)), packages)
     return sorted(path for path in Path(output).rglob("*") if path.is_file())
-
-
-def _copy_of(source: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
-    """Copies a run's tokenizer unchanged; returns it, for the ids of bos and eos, if it can be read."""
-    if source.is_dir():
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    try:
-        return tokenizer_lib.load(source)
-    except UserError as error:
-        print(f"no bos and eos in the model's config.json: {error}")
-        return None
 
 
 def import_checkpoint(
@@ -331,9 +324,7 @@ def _add_named(kinds: argparse._SubParsersAction) -> None:
     to_torch = add("to-torch", "write a run as a Hugging Face folder")
     to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or a GGUF file")
     to_torch.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
-    to_torch.add_argument(
-        "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
-    )
+    to_torch.add_argument("--output", required=True, metavar="DIR", help="the folder to make: weights, config, tokenizer, card")
     to_torch.add_argument(
         "--dtype", choices=list(llama.DTYPES), default="float32", help="of the written weights; all but float32 round (float32)"
     )

@@ -22,6 +22,7 @@ becomes its id, and the text after it is encoded as a separate text. With `split
 import base64
 import json
 import re
+import shutil
 import struct
 import warnings
 from collections import Counter
@@ -308,6 +309,17 @@ def export_from(source: Path, folder: Path, add_bos: bool, seq_len: int) -> Toke
     except UserError as error:
         raise UserError(f"{error}{REMEDY}") from None
     return ours
+
+
+def copy_of(source: Path, folder: Path) -> Tokenizer | None:
+    """Copies a run's tokenizer unchanged; returns it, for the ids of bos and eos, if it can be read."""
+    if source.is_dir():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    try:
+        return load(source)
+    except UserError as error:
+        print(f"no bos and eos in the model's config.json: {error}")
+        return None
 
 
 def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
