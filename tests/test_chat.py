@@ -169,12 +169,12 @@ def test_mistakes_in_a_conversation_do_not_end_it(hi, tmp_path, capsys, monkeypa
     out, err, _ = talk(capsys, monkeypatch, hi, [*lines, "/save gs://b/x", "Two"])
     assert out == "hi\n" * 2 and (tmp_path / "there").read_text() == "x" and not (tmp_path / "new").exists()
     for message in (
-        "/nope: is no command; /help lists them",
+        "/nope: is not a command; /help lists them",
         "/save needs the name of a file",
         "no question has a whole answer yet",
         "there: exists already; name a new file",
         "such.partial: no such file or folder",
-        "/reset it: is no command",
+        "/reset it: is not a command",
         "/save=gs://b/x: is a URL",
     ):
         assert f"error: {message}" in err or message in err, message
