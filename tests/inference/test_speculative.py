@@ -132,5 +132,5 @@ def test_what_a_draft_may_be(tmp_path):
 
     check_vocabulary(Vocabulary("a", "b"), Vocabulary("a", "b"), "d")
     for other, message in ((("a", "c"), r"id 1 is 'b' and 'c'"), (("a",), "2 and 1 tokens")):
-        with pytest.raises(UserError, match=f"--draft d: has another vocabulary than the model .{message}"):
+        with pytest.raises(UserError, match=f"--draft d: its vocabulary differs from the model's .{message}"):
             check_vocabulary(Vocabulary("a", "b"), Vocabulary(*other), "d")
