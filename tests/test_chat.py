@@ -144,7 +144,7 @@ def test_whole_oldest_turns_are_cut_when_the_context_is_full(hi, capsys, monkeyp
         assert ids == prompt(hi, ("system", "S"), *turns[2 * cut : 2 * i], last) and len(ids) <= 256 - 9
         if cut:  # one fewer would not fit
             assert len(prompt(hi, ("system", "S"), *turns[2 * cut - 2 : 2 * i], last)) > 256 - 9
-    assert "error: the last message and what must stand before it have" in err
+    assert "error: the last message and any system message have" in err
 
 
 def test_an_answer_that_is_cut_short_is_not_saved(endless, tmp_path, capsys, monkeypatch):

@@ -282,7 +282,7 @@ def test_a_base_model_is_told_which_templates_there_are(folder):
     with pytest.raises(UserError, match="--template zefyr: is none of guanaco, chatml, zephyr, and not a .jinja file"):
         chosen(folder, "zefyr")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"rag": "R", "tool_use": "T"}}))
-    with pytest.raises(UserError, match="has the chat templates rag, tool_use, and none for all; say which: --template NAME"):
+    with pytest.raises(UserError, match="has the chat templates rag, tool_use, and no default; choose one: --template NAME"):
         chosen(folder)
 
 

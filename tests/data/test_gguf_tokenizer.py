@@ -97,7 +97,7 @@ def test_a_tokenizer_json_made_of_sentencepiece_gives_the_same_ids(tmp_path):
         (KINDS["no bytes"], "has no pieces for bytes, .*byte_fallback=true"),
         (KINDS["collapsing"], "removes spaces, .*remove_extra_whitespaces=false"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalises the text, .*normalization_rule_name=identity"),
-        ({"model_type": "unigram"}, "is no BPE model, .*model_type=bpe"),
+        ({"model_type": "unigram"}, "is not a BPE model, .*model_type=bpe"),
         ({"user_defined_symbols": ["<a>"], "add_dummy_prefix": True}, "has user-defined symbols .*add_dummy_prefix=false"),
         ({"eos_id": -1}, "has no eos, and llama.cpp would take another token for it"),
     ],

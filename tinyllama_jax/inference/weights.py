@@ -52,8 +52,8 @@ class Loaded(NamedTuple):
 def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
     """Reads a run folder (its newest step, or `step`), a Hugging Face folder or a GGUF file.
 
-    `weights`: their type in memory, one of KINDS; auto: fp32 on a CPU, elsewhere the compute dtype. `option`: what error messages
-    call `path`. Rows of the vocabulary without a token (padding) are left out. Needs the memory of the result and of
+    `weights`: their type in memory, one of KINDS; auto: fp32 on a CPU, elsewhere the compute dtype. `option`: what error
+    messages call `path`. Rows of the vocabulary without a token (padding) are left out. Needs the memory of the result and of
     one parameter. Raises UserError.
     """
     files.check_local(option, path)
