@@ -50,7 +50,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"run": run, "hf": hugging_face}
 
 
-def test_a_run_and_its_export_say_the_same(folders, capsys):
+def test_a_run_and_its_export_generate_the_same(folders, capsys):
     def said(*more):
         assert generate.main(["--prompt", "def f(x", "--max-new-tokens", "40", "--temperature", "1.3", *more]) == 0
         return capsys.readouterr()
@@ -167,7 +167,7 @@ def test_a_loaded_folder_knows_how_prompts_begin(folders, bos, tmp_path):
         (["--checkpoint", "HF", "--prompt", "def " * 99], "the prompt has .* tokens, and the model's context is 64"),
     ],
 )
-def test_mistakes_are_told_in_a_line(folders, arguments, message):
+def test_mistakes_are_one_line(folders, arguments, message):
     names = {"RUN": str(folders["run"]), "HF": str(folders["hf"])}
     for short, path in names.items():
         message = message.replace(short, path)

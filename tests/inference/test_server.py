@@ -1,4 +1,4 @@
-"""The server: OpenAI's protocol with its own client, clients that go away, limits, other web pages, and how it ends."""
+"""The server: OpenAI's protocol with its own client, clients that disconnect, limits, other web pages, and how it ends."""
 
 import contextlib
 import json
@@ -116,7 +116,7 @@ def test_models(client):
         client.models.retrieve("nobody")
 
 
-def test_a_chat_is_what_the_engine_says(client, running, loaded):
+def test_a_chat_answer_is_the_engines(client, running, loaded):
     prompt = chat_ids(loaded, "hello")
     tokens = running.alone(prompt, 40, stop_ids=(2,))
     greedy = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_completion_tokens": 40}
@@ -346,7 +346,7 @@ def test_odd_json_is_refused(running, body):
     ],
     ids=range(8),
 )
-def test_fields_that_ask_for_nothing_new_are_taken(running, more):
+def test_fields_that_ask_for_nothing_are_accepted(running, more):
     status, _, answer = ask(running.port, CHAT, {"messages": HELLO, "max_completion_tokens": 2} | more)
     assert status == 200, answer
 
@@ -481,7 +481,7 @@ def test_a_client_that_goes_away_frees_its_slot(running, endless, stream, phase,
 
 
 def test_answers_are_right_after_cancel_edit_and_regenerate(running, loaded):
-    """The engine takes over the beginning of what a slot holds; a wrong one would change the answer."""
+    """The engine reuses a prefix of what a slot holds; a wrong prefix would change the answer."""
     said = running.alone(chat_ids(loaded, "hello"), 30, stop_ids=(2,))
     first = text_of(loaded, chat_ids(loaded, "hello"), said)
     conversations = [

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_greedy_is_transformers_greedy_on_chat_prompts(folder, monkeypatch):
+def test_greedy_tokens_of_chat_prompts_are_those_of_transformers(folder, monkeypatch):
     import transformers
 
     one_device = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1])  # eight would hold a copy each

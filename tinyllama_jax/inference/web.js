@@ -3,15 +3,15 @@
 // EXPORT is what `web.py` knows: name, chat, template, stop, context, version, files (path -> bytes), parts of the model.
 
 let wllama = null;
-let kept = null;    // what has been loaded, for the next time and without a connection
-let crashed = null; // a promise that is rejected if the program dies
-let ratio = 0.4;    // tokens a character, measured with each answer
+let kept = null;    // the browser's cache of what has been loaded; null: it has none
+let crashed = null; // a promise that is rejected if the WebAssembly program dies
+let ratio = 0.4;    // tokens per character, measured anew with each answer
 
 const MEMORY = /memory|alloc|out of bounds|\(abort\)/i;
 
-class Plain extends Error {}    // its message is for the user as it is
+class Plain extends Error {}    // an error whose message can be shown to the user as it is
 
-// Errors of WebAssembly and of wllama, in plain words.
+// The text to show for an error of WebAssembly, of wllama or of this page.
 function plain(error) {
   const what = String(error && error.message || error).slice(0, 200), size = megabytes(EXPORT.parts.reduce((sum, path) => sum + EXPORT.files[path], 0));
   if (error instanceof Plain) return error.message;
@@ -26,7 +26,7 @@ function plain(error) {
 
 const megabytes = n => (n / 1e6).toFixed(n < 1e7 ? 1 : 0) + " MB";
 
-// A file of this export, as a Blob: from the cache, else from the server and into the cache.
+// A file of this export as a Blob: from the cache, or else from the server, and then it is cached.
 async function get(path, type, arrived) {
   const url = new URL(path, location.href).href, size = EXPORT.files[path];
   const before = kept && await kept.match(url);
@@ -53,7 +53,7 @@ async function get(path, type, arrived) {
     }
   } catch (error) {
     if (!kept || error.name !== "QuotaExceededError") throw new Plain(`${path} cannot be loaded: the connection broke off. ${reload}`);
-    kept = null;    // no room: this time from memory
+    kept = null;    // no room in the cache: keep it in memory
     arrived(-Infinity);
     return get(path, type, arrived);
   }
@@ -64,9 +64,9 @@ async function get(path, type, arrived) {
   return new Blob([blob], { type });
 }
 
-// wllama with its program at these addresses. Safari and old browsers need the program in `compat`, which is slower.
+// A Wllama whose WebAssembly is at these addresses. Safari and old browsers need the slower one in `compat`.
 function make(Wllama, main, compat, logger) {
-  const nothing = {};    // its own cache needs https, and would keep the model twice
+  const nothing = {};    // in place of its own cache, which needs https and would keep the model twice
   const one = new Wllama({ default: main }, { cacheManager: nothing, modelManager: nothing, logger });
   one.setCompat(compat);
   return one;
@@ -98,7 +98,7 @@ async function load() {
   say("Starting the model ...");
   let crash, log = "";
   crashed = new Promise((_, reject) => { crash = reject; });
-  crashed.catch(() => {});    // also when nobody waits
+  crashed.catch(() => {});    // no warning if nobody waits for it
   const error = what => { what instanceof ErrorEvent ? crash(new Error(what.message)) : log += what + " "; };
   const logger = { debug() {}, log() {}, warn() {}, error };
   wllama = make(Wllama, address, worker ? { wasm: address, worker } : null, logger);
@@ -118,7 +118,7 @@ function drop(messages) {
   return next > 0;
 }
 
-// What wllama writes; its own iterator leaves an error behind that nobody catches when the user stops it.
+// The events of an answer of wllama. Its own iterator leaves an uncaught error when the user stops the answer.
 async function* written(call, request) {
   const events = [];
   let over = false, failure = null, wake = () => {};
@@ -168,7 +168,7 @@ async function begin() {
   model = { id: EXPORT.name, chat: EXPORT.chat };
   ready();
   const offline = worker && kept && await navigator.serviceWorker.ready;
-  say($("status").textContent + (offline ? " It works without a connection." : " It needs a connection the next time: " + (self.isSecureContext ? "the browser has no room to keep it." : "browsers keep pages of https alone.")));
+  say($("status").textContent + (offline ? " It works without a connection." : " It needs a connection the next time: " + (self.isSecureContext ? "the browser has no room to keep it." : "browsers keep only pages served over https.")));
   if (offline && navigator.storage && navigator.storage.persist) await navigator.storage.persist().catch(() => false);
 }
 begin();

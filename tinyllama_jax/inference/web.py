@@ -1,6 +1,6 @@
-"""A folder of files for a static web server: the page runs the model in the browser, on a phone too, and needs no connection.
+"""Writes a folder for a static web server, whose page runs the model in the browser, on a phone too, and works offline.
 
-The page is the server's own, page.html; behind it is wllama, llama.cpp compiled to WebAssembly, instead of the server.
+The page is that of `serve`, page.html. Instead of the server, wllama computes the answers: llama.cpp compiled to WebAssembly.
 """
 
 import base64
@@ -33,12 +33,13 @@ PACKAGES = {
     "wllama-compat": "MSWwyzVXpwkstvIGzOsQ9jlRm8kY5S5J0Gdw4E6M9mXqhgO/5tj+YNfxSoqN1GvsAOwui95JPtwX3hO6VZkbzg==",
 }
 NPM = " ".join(["npm pack", *(f"@wllama/{name}@{VERSION}" for name in PACKAGES), "--pack-destination"])
+# files of each package -> their names in the folder
 TAKEN = {
     "wllama": {"esm/index.min.js": "index.min.js", "esm/wasm/wllama.wasm": "wllama.wasm", "LICENCE": "LICENCE"},
     "wllama-compat": {"wasm/wllama.js": "compat.js", "wasm/wllama.wasm": "compat.wasm"},
 }
-CONTEXT = 1024  # tokens, at most: phones have little memory
-START = "// -- where answers come from"
+CONTEXT = 1024  # the most tokens of prompt and answer: phones have little memory
+START = "// -- where answers come from"  # in page.html: web.js replaces the script from here on
 
 
 def packages(folder: str | Path | None = None) -> Path:

@@ -1,4 +1,4 @@
-// The service worker of an export: the page opens without a connection. The page itself keeps the model.
+// The service worker of an export: it caches the page, so that it opens without a connection. The page itself caches the model.
 "use strict";
 const prefix = "tinyllama_jax " + self.registration.scope + " ", name = prefix + VERSION;
 const shell = ["./", "manifest.json", "icon-192.png", "icon-512.png", "wllama/index.min.js"].map(path => new URL(path, self.registration.scope).href);
@@ -8,7 +8,7 @@ self.addEventListener("install", event => event.waitUntil((async () => {
   await self.skipWaiting();
 })()));
 
-// an export that was here before: its model is removed too
+// an older export at this address: its cache is removed, model included
 self.addEventListener("activate", event => event.waitUntil((async () => {
   for (const key of await caches.keys()) if (key.startsWith(prefix) && key !== name) await caches.delete(key);
   await self.clients.claim();
