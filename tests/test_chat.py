@@ -23,6 +23,7 @@ from tinyllama_jax.core import model
 from tinyllama_jax.data import chat as templates
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import tokenizer as exporter
+from tinyllama_jax.inference import engine
 from tinyllama_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,15 @@ def test_a_conversation_through_a_pipe(hi, tmp_path, capsys, monkeypatch):
     assert json.loads(line) == {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
     assert "template of " in err and "(its own chat_template); greedy, seed 0" in err and err.count(f"[{file}: 2 turns]") == 2
     assert "/save FILE" in err and "[stopped" not in err
+
+
+@pytest.mark.parametrize("draft", ["ngram", "itself"])
+def test_a_draft_is_used_and_changes_no_answer(draft, hi, capsys, monkeypatch):
+    requests, start = [], engine.Engine.submit
+    monkeypatch.setattr(engine.Engine, "submit", lambda self, request: (requests.append(request), start(self, request)))
+    out, _, prompts = talk(capsys, monkeypatch, hi, ["One", "One"], "--draft", str(hi) if draft == "itself" else draft)
+    assert out == "hi\n" * 2 and len(prompts) == 2
+    assert requests[-1].rounds < len(requests[-1].tokens)  # one pass gave several tokens
 
 
 def test_the_system_message_goes_first(hi, capsys, monkeypatch):

@@ -20,7 +20,7 @@ import jax
 from tinyllama_jax.base import dims, files
 from tinyllama_jax.base.errors import UserError, disk_error, run_main
 from tinyllama_jax.data import chat
-from tinyllama_jax.inference import options, weights
+from tinyllama_jax.inference import options
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.text import Text
 from tinyllama_jax.inference.weights import Loaded
@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
     """Answers messages until the input ends; returns the exit code."""
     args = _arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = weights.load(args.checkpoint, args.step, args.weights)
+        loaded, engine = options.load(args)
     template = chat.choose(Path(args.checkpoint).absolute(), loaded.tokenizer, args.template)
     conversation = Conversation(args.system or None)
     encode = _encoder(template, loaded)
     encode([*conversation.messages([]), {"role": "user", "content": "?"}])  # refuses a wrong system message at once
-    engine, model = Engine(loaded), loaded.model
+    model = loaded.model
     _note(
         f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
     )
@@ -220,7 +220,7 @@ def _answer(
         _note(f"[{'stopped: Ctrl-C' if interrupted else reasons[request.finish]}]")
     if sys.stderr.isatty():
         n = len(request.tokens)
-        _note(f"[{n:,} tokens, {n / (time.perf_counter() - started):,.1f} tokens/s]")
+        _note(f"[{n:,} tokens, {n / (time.perf_counter() - started):,.1f} tokens/s{options.drafted(request, engine)}]")
     if answer:
         conversation.turns.append(Turn(question, answer, whole=text.stopped or request.finish == "stop"))
     else:
