@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
 
 def _template(path: Path, loaded: Loaded, name: str | None) -> chat.Template | None:
     """The chat template `name`, or without a name the checkpoint's own; None for a base model. Raises UserError."""
+    path = path.absolute()  # a published model is known by its folder's name
     return chat.choose(path, loaded.tokenizer, name) if name else chat.of_folder(path, loaded.tokenizer)
 
 

@@ -79,7 +79,7 @@ class Engine:
         `draft_tokens`: how many tokens `draft`, or without one prompt lookup, proposes in a round; 0: no speculation.
         """
         if not 0 <= draft_tokens <= MOST_TOKENS:
-            raise UserError(f"--draft-tokens {draft_tokens}: must lie between 1 and {MOST_TOKENS}")
+            raise UserError(f"--draft-tokens {draft_tokens}: must lie between 1 and {MOST_TOKENS}, or be 0 for no draft")
         self._weights, self._model, self._mesh = loaded.weights, loaded.model, loaded.mesh
         self._draft, self._draft_weights = Draft(draft_tokens, draft and draft.model), draft and draft.weights
         copies = sharding.batch_devices(loaded.mesh)
@@ -103,6 +103,11 @@ class Engine:
     def draft_tokens(self) -> int:
         """How many tokens the draft proposes in a round; 0 without one."""
         return self._draft.tokens
+
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether a model drafts, and not prompt lookup."""
+        return self._draft.model is not None
 
     @property
     def busy(self) -> bool:

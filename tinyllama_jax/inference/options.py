@@ -47,11 +47,12 @@ def load(args: argparse.Namespace, slots: int = 1) -> tuple[Loaded, Engine]:
 
 
 def drafted(request: Request, engine: Engine) -> str:
-    """How many tokens a pass of the model gave, and what share of the draft's was accepted; "" without a draft."""
+    """How many tokens a pass of the model gave, and what share of a draft model's was accepted; "" without a draft."""
     if not engine.draft_tokens or not request.rounds:
         return ""
-    accepted = (len(request.tokens) - request.rounds) / (request.rounds * engine.draft_tokens)
-    return f", {len(request.tokens) / request.rounds:.2f} tokens a pass ({max(accepted, 0):.0%} of the draft's accepted)"
+    accepted = max(len(request.tokens) - request.rounds, 0) / (request.rounds * engine.draft_tokens)
+    share = f" ({accepted:.0%} of the draft's accepted)" if engine.has_draft_model else ""  # prompt lookup may propose fewer
+    return f", {len(request.tokens) / request.rounds:.2f} tokens a pass{share}"
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

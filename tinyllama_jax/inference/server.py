@@ -337,7 +337,7 @@ def _error(request: Request, error: Exception) -> Response:
 
 def page() -> Response:
     """The page at /. Its policy lets it run its own script alone, and connect to this server alone."""
-    text = (resources.files(__package__) / "page.html").read_text()
+    text = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
     policy = "default-src 'none'; connect-src 'self'; img-src data:"
     policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" + web.policy(text)
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-store"}

@@ -125,19 +125,19 @@ def write(folder: Path, parts: list[Path], source: Path, wllama: Path) -> None:
     }
     whole = "".join([_index(export), _text("web_offline.js"), *map(files.sha256, parts)])
     version = hashlib.sha256(whole.encode()).hexdigest()[:16]
-    (folder / "index.html").write_text(_index(export | {"version": version}))
-    (folder / "sw.js").write_text(f"const VERSION = {json.dumps(version)};\n{_text('web_offline.js')}")
+    (folder / "index.html").write_text(_index(export | {"version": version}), encoding="utf-8")
+    (folder / "sw.js").write_text(f"const VERSION = {json.dumps(version)};\n{_text('web_offline.js')}", encoding="utf-8")
     sizes = (192, 512)  # of the icons: what Chrome asks for
     for size in sizes:
         (folder / f"icon-{size}.png").write_bytes(_icon(size))
     icons = [{"src": f"icon-{size}.png", "sizes": f"{size}x{size}", "type": "image/png"} for size in sizes]
     manifest = {"name": name, "short_name": name[:12], "start_url": "./", "scope": "./", "display": "standalone"}
     manifest |= {"icons": icons, "theme_color": "#0b57b0", "background_color": "#17181a"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _text(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text()
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _index(export: dict) -> str:
