@@ -287,7 +287,7 @@ def check(request: Request, model: Model) -> None:
     if request.max_new_tokens < 0:
         raise UserError(f"max_new_tokens {request.max_new_tokens}: must be 0 or more")
     if not (0 <= request.seed < 2**32 and 0 <= request.sample < 2**32):
-        raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
+        raise UserError(f"seed {request.seed}, sample {request.sample}: both must lie in [0, 2^32)")
     if len(request.stop_ids) > STOPS:
         raise UserError(f"stop_ids has {len(request.stop_ids)} ids, and at most {STOPS} can end an answer")
     if request.top_logprobs > TOP:
