@@ -2,9 +2,9 @@
 
 A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for;
 "3t:SEQUENCES,REMAT" (with data=2) or "3t:SEQUENCES,REMAT,ATTENTION,DATA": configs/3t.py; "beside": what its layers send while
-they compute; or "attention:IMPL": that alone, forward and backward, at the 1.1B's shape, with documents and without, and with
-heads of 128. A process of its own, since
-compilers keep what they know of one GPU for the next.
+they compute; "decoding:ROWS": the engine's decoding program; or "attention:IMPL": that alone, forward and backward, at the
+1.1B's shape, with documents and without, and with heads of 128. A process of its own, since compilers keep what they know of
+one GPU for the next.
 """
 
 import dataclasses
@@ -189,6 +189,55 @@ def beside(machine: targets.Machine) -> list[list[tuple[str, int, int]]]:
     return out
 
 
+def decoding(machine: targets.Machine, rows: int) -> dict:
+    """The engine's decoding program at the 1.1B's shape, in bf16 on one device: what it moves, and its temporaries in MiB.
+
+    `weights`: operations that copy, cast or turn an array as large as the smallest matrix of a layer. `cache`: those that do so
+    with a layer's keys or values.
+    """
+    from tinyllama_jax.inference import device, forward
+    from tinyllama_jax.inference.sampling import Settings
+    from tinyllama_jax.inference.speculative import Draft
+    from tinyllama_jax.inference.weights import Weights
+
+    jax.default_backend = lambda: machine.devices[0].platform  # what a run there would see
+    model = dataclasses.replace(cli.read(str(Path(__file__).parents[1] / "configs/3t.py")).model, residual="auto")
+    mesh, D, T = sharding.make_mesh(c.Mesh(1, 1, 1), machine.devices[:1]), model.d_model, 512
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=jax.NamedSharding(mesh, P()))
+    kv = model.n_kv_heads * model.d_head
+    matrices = {"q": (D, D), "k": (D, kv), "v": (D, kv), "o": (D, D)}
+    matrices |= {"gate": (D, model.d_ff), "up": (D, model.d_ff), "down": (model.d_ff, D)}
+    norms = {name: shape(D, dtype=jnp.float32) for name in ("attention_norm", "mlp_norm")}
+    layers = tuple({name: shape(*s) for name, s in matrices.items()} | norms for _ in range(model.n_layers))
+    weights = Weights(shape(model.vocab_size, D), layers, shape(D, dtype=jnp.float32), shape(D, model.vocab_size))
+    number = lambda dtype, *s: shape(rows, *s, dtype=dtype)
+    settings = Settings(*(number(jnp.int32 if name == "top_k_B" else jnp.float32) for name in Settings._fields))
+    of_rows = device.Rows(*(number(jnp.int32),) * 3, number(jnp.int32, device.STOPS), number(jnp.uint32, 2), settings, None)
+    with jax.set_mesh(mesh):
+        cache = jax.eval_shape(lambda: forward.init_cache(model, rows, T))
+        cache = jax.tree.map(lambda a: shape(*a.shape), cache)
+        state = device.State(cache, None, shape(rows, model.vocab_size, dtype=bool))
+        arguments = weights, None, state, of_rows, shape(dtype=jnp.int32), shape(dtype=bool)
+        program = device.decode.trace(*arguments, model, Draft()).lower().compile()
+    moved, text = {"weights": [], "cache": []}, program.as_text()
+    fused, inside = set(re.findall(r"calls=%([\w.-]+)", text)), ""  # what a fusion does with its operands stays on the chip
+    held = rows * model.n_kv_heads * T * model.d_head
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%(\S+) \(", line):
+            inside = "" if header[1] in fused else header[1]
+        if not inside:
+            continue
+        # a fusion by its name, which says what it is made of
+        m = re.match(r"\s+(?:ROOT )?%(\S+) = \w+\[([\d,]+)\]\S* (copy|transpose|convert|copy-start|fusion)\(", line)
+        size = math.prod(int(n) for n in m[2].split(",")) if m else 0
+        if size and (m[3] != "fusion" or re.match(r"(wrapped_)?(copy|transpose|convert|bitcast)", m[1])):
+            if size == held:
+                moved["cache"].append(f"{inside}: {line.strip()[:150]}")
+            elif size in {math.prod(s) for s in matrices.values()} | {D * model.vocab_size}:
+                moved["weights"].append(f"{inside}: {line.strip()[:150]}")
+    return moved | {"temporaries": program.memory_analysis().temp_size_in_bytes / 2**20}
+
+
 def main(on: str, cases: list[str]) -> dict:
     """What the tests ask of each case."""
     jax.config.update("jax_enable_compilation_cache", False)
@@ -204,6 +253,9 @@ def main(on: str, cases: list[str]) -> dict:
                 out[case] = None
             except UserError as error:
                 out[case] = str(error)
+            continue
+        if case.startswith("decoding:"):
+            out[case] = decoding(machine, int(case.partition(":")[2]))
             continue
         if case.startswith("attention:"):
             out[case] = attention_alone(case.partition(":")[2], machine.devices[0])

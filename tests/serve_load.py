@@ -1,4 +1,4 @@
-"""Many clients at once, some of which go away: no answer is lost or mixed up, and memory stays flat.
+"""Many clients at once, some of which disconnect: no answer is lost or mixed up, and memory does not grow.
 
 python tests/serve_load.py --clients 64 --requests 1000
 """
@@ -26,7 +26,7 @@ WORDS = "def return if for in x y z = ( ) : 1 2 import json None True the of a".
 
 
 def prompts(n: int, seed: int) -> list[str]:
-    """Texts, some of which begin alike, so that the engine takes over beginnings."""
+    """Texts, some with a common prefix, which the engine reuses."""
     rng = random.Random(seed)
     text = lambda: " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 60)))
     beginnings = [text() for _ in range(5)]

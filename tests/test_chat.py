@@ -23,6 +23,7 @@ from tinyllama_jax.core import model
 from tinyllama_jax.data import chat as templates
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import tokenizer as exporter
+from tinyllama_jax.inference import engine
 from tinyllama_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,15 @@ def test_a_conversation_through_a_pipe(hi, tmp_path, capsys, monkeypatch):
     assert "/save FILE" in err and "[stopped" not in err
 
 
+@pytest.mark.parametrize("draft", ["ngram", "itself"])
+def test_a_draft_is_used_and_changes_no_answer(draft, hi, capsys, monkeypatch):
+    requests, start = [], engine.Engine.submit
+    monkeypatch.setattr(engine.Engine, "submit", lambda self, request: (requests.append(request), start(self, request)))
+    out, _, prompts = talk(capsys, monkeypatch, hi, ["One", "One"], "--draft", str(hi) if draft == "itself" else draft)
+    assert out == "hi\n" * 2 and len(prompts) == 2
+    assert requests[-1].rounds < len(requests[-1].tokens)  # one pass gave several tokens
+
+
 def test_the_system_message_goes_first(hi, capsys, monkeypatch):
     _, _, prompts = talk(capsys, monkeypatch, hi, ["One"], "--system", "S")
     assert prompts == [prompt(hi, ("system", "S"), ("user", "One"))]
@@ -144,7 +154,7 @@ def test_whole_oldest_turns_are_cut_when_the_context_is_full(hi, capsys, monkeyp
         assert ids == prompt(hi, ("system", "S"), *turns[2 * cut : 2 * i], last) and len(ids) <= 256 - 9
         if cut:  # one fewer would not fit
             assert len(prompt(hi, ("system", "S"), *turns[2 * cut - 2 : 2 * i], last)) > 256 - 9
-    assert "error: the last message and what must stand before it have" in err
+    assert "error: the last message and any system message have" in err
 
 
 def test_an_answer_that_is_cut_short_is_not_saved(endless, tmp_path, capsys, monkeypatch):
@@ -169,12 +179,12 @@ def test_mistakes_in_a_conversation_do_not_end_it(hi, tmp_path, capsys, monkeypa
     out, err, _ = talk(capsys, monkeypatch, hi, [*lines, "/save gs://b/x", "Two"])
     assert out == "hi\n" * 2 and (tmp_path / "there").read_text() == "x" and not (tmp_path / "new").exists()
     for message in (
-        "/nope: is no command; /help lists them",
+        "/nope: is not a command; /help lists them",
         "/save needs the name of a file",
         "no question has a whole answer yet",
         "there: exists already; name a new file",
         "such.partial: no such file or folder",
-        "/reset it: is no command",
+        "/reset it: is not a command",
         "/save=gs://b/x: is a URL",
     ):
         assert f"error: {message}" in err or message in err, message

@@ -31,7 +31,7 @@ ORDER = {
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
-    "server listen",
+    "web server listen",
 }
 HOME = {
     "flax": {"core.model"},

@@ -10,18 +10,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from models import run as run_all
 from test_convert import SOURCE, config_for
 from test_export_tokenizer import KINDS, LLAMA2, train
 from test_gguf_tokenizer import TEXTS
 from test_hf import GQA, assert_same, random_params
 
-from tinyllama_jax import convert, generate
+from tinyllama_jax import convert
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
 from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.hub import gguf, llama
+from tinyllama_jax.inference import weights
+from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference.sampling import Sampling
+from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.run import checkpoint
 
 pytest.importorskip("gguf", reason="the package that writes GGUF")
@@ -65,19 +70,20 @@ def main(*words) -> int:
     return convert.main([str(word) for word in words])
 
 
-def ours(params: dict, cfg, ids: list[int], n: int, eos: int) -> list[int]:
-    sampling = generate.Sampling(temperature=0)
-    return list(generate.stream(params, cfg, ids, max_new_tokens=n, sampling=sampling, eos_id=eos))
+def ours(loaded: weights.Loaded, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """The greedy answers in fp32."""
+    stop = (loaded.tokenizer.eos_id,)
+    requests = [Request(ids, n, Sampling(temperature=0), stop_ids=stop) for ids in prompts]
+    return [request.tokens for request in run_all(Engine(loaded), *requests)]
 
 
 def assert_same_text(folder: Path, file: Path, prompts: list[str], n: int) -> None:
     """Greedily, the checkpoint in `folder` in fp32 and `file` in llama.cpp."""
-    params, cfg, tokenizer = generate.load(folder)
-    theirs = llama_cpp.LlamaCpp(file)
-    for prompt in prompts:
-        ids = generate.first_tokens(folder, tokenizer, prompt)
+    loaded, theirs = weights.load(folder), llama_cpp.LlamaCpp(file)
+    asked = [first_tokens(loaded.tokenizer, loaded.begin_with_bos, prompt) for prompt in prompts]
+    for prompt, ids, answer in zip(prompts, asked, ours(loaded, asked, n), strict=True):
         assert theirs.encode(prompt, bos=True) == ids
-        assert theirs.greedy(ids, n) == ours(params, cfg, ids, n, tokenizer.eos_id), prompt
+        assert theirs.greedy(ids, n) == answer, prompt
 
 
 # -- small models -------------------------------------------------------------------------------------------------------
@@ -212,7 +218,7 @@ def test_a_run_with_a_tied_head_is_written_once(run, tmp_path):
         ("--format gguf --output {tmp}/it --shard-size nan", "--shard-size nan: must lie between 1 and 1,000,000 megabytes"),
         ("--format gguf --output {tmp}/it.gguf --dtype float16", "--dtype float16: has no meaning with --format gguf"),
         ("--format hf --output {tmp}/it --quantize q4_0", "--quantize q4_0: has no meaning with --format hf"),
-        ("--format gguf", "--output is missing; the command needs --checkpoint PATH --format gguf|hf --output PATH"),
+        ("--format gguf", "--output is missing; the command needs --checkpoint PATH --format gguf|hf|web --output PATH"),
         ("--output {tmp}/it.gguf", "--format is missing; the command needs"),
         ("--format gguf --output {tmp}/it.gguf --step 8", "--step 8: "),
         ("--format gguf --output s3://bucket/it.gguf", "--output=s3://bucket/it.gguf: is a URL"),
@@ -270,15 +276,13 @@ def smollm2(tmp_path_factory):
 
 def test_smollm2_answers_as_in_llama_cpp(smollm2, tmp_path):
     published, _, f16 = smollm2
-    params, cfg, metadata = gguf.load(published)
-    cfg = dataclasses.replace(cfg, seq_len=64, precision=GQA.precision, residual=GQA.residual)
-    tokenizer = convert.gguf_tokenizer.from_gguf(metadata, tmp_path, str(published))
+    loaded = weights.load(published)
+    tokenizer = loaded.tokenizer
     theirs, original = llama_cpp.LlamaCpp(f16), llama_cpp.LlamaCpp(published)
     assert all(tokenizer.encode(text) == theirs.encode(text) == original.encode(text) for text in TEXTS)
-    params = jax.tree.map(jax.numpy.asarray, params)
-    for prompt in ("The capital of France is", "def f(x):\n \t你👍🏽"):
-        ids = tokenizer.encode(prompt)
-        answer = ours(params, cfg, ids, 8, tokenizer.eos_id)
+    prompts = ["The capital of France is", "def f(x):\n \t你👍🏽"]
+    asked = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, ids, answer in zip(prompts, asked, ours(loaded, asked, 8), strict=True):
         assert theirs.greedy(ids, 8) == answer, prompt
         assert "France" not in prompt or tokenizer.decode(answer).startswith(" Paris.")
     ours_again, published_again = (gguf.read(path).metadata for path in (f16, published))

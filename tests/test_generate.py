@@ -50,7 +50,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"run": run, "hf": hugging_face}
 
 
-def test_a_run_and_its_export_say_the_same(folders, capsys):
+def test_a_run_and_its_export_generate_the_same(folders, capsys):
     def said(*more):
         assert generate.main(["--prompt", "def f(x", "--max-new-tokens", "40", "--temperature", "1.3", *more]) == 0
         return capsys.readouterr()
@@ -130,24 +130,21 @@ def test_prompts_begin_as_the_data_did(folders, bos, tmp_path):
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_loaded_folder_knows_how_prompts_begin(folders, bos, tmp_path):
-    for kind, file in (("run", "data.json"), ("hf", "tokenizer_config.json")):
-        shutil.copytree(folders[kind], tmp_path / kind)
-        path = tmp_path / kind / file
-        settings = (
-            json.loads(path.read_text()) | {"add_bos_token": bos} if kind == "hf" else [{"path": "a", "weight": 1, "bos": bos}]
-        )
-        path.write_text(json.dumps(settings))
-        if kind == "hf":  # whose post-processor would overrule it
-            whole = json.loads((tmp_path / "hf/tokenizer.json").read_text())
-            (tmp_path / "hf/tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
-            continue
-        assert weights.load(tmp_path / kind).begin_with_bos is bos
+    shutil.copytree(folders["run"], tmp_path / "run")
+    (tmp_path / "run/data.json").write_text(json.dumps([{"path": "a", "weight": 1, "bos": bos}]))
+    assert weights.load(tmp_path / "run").begin_with_bos is bos
+    shutil.copytree(folders["hf"], tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) | {"add_bos_token": bos}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(folders["run"] / "tokenizer/tokenizer.model", tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").unlink()  # whose post-processor would overrule it
+    assert weights.load(tmp_path / "hf").begin_with_bos is bos
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere"], "nowhere: no such folder; give a run folder"),
+        (["--checkpoint", "nowhere"], "nowhere: no such file or folder; give a run folder"),
         (["--checkpoint", "RUN", "--step", "4"], "--step 4: RUN has checkpoints of the steps 3, 5"),
         (["--checkpoint", "HF", "--step", "4"], "--step 4: HF is not a run folder"),
         (["--checkpoint", "HF", "--temperature", "0"], "--temperature 0.0: must lie between .* --greedy"),
@@ -170,7 +167,7 @@ def test_a_loaded_folder_knows_how_prompts_begin(folders, bos, tmp_path):
         (["--checkpoint", "HF", "--prompt", "def " * 99], "the prompt has .* tokens, and the model's context is 64"),
     ],
 )
-def test_mistakes_are_told_in_a_line(folders, arguments, message):
+def test_mistakes_are_one_line(folders, arguments, message):
     names = {"RUN": str(folders["run"]), "HF": str(folders["hf"])}
     for short, path in names.items():
         message = message.replace(short, path)
@@ -197,3 +194,20 @@ def test_the_command(folders):
     assert good.returncode == 0 and good.stdout.startswith("for i in") and good.stderr.count("\n") == 3
     bad = command("--checkpoint", str(folders["run"]), "--prompt", "x", "--top-p", "0")
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: --top-p 0.0: must lie in (0, 1]\n")
+
+
+def test_the_space_between_prompt_and_answer_is_printed(folders, tmp_path, capsys):
+    """SentencePiece drops the space before the first word of what it decodes; an answer is no first word."""
+    shutil.copytree(folders["run"], tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    (tmp_path / "run/tokenizer").mkdir()
+    models.train_tokenizer(tmp_path / "run/tokenizer/tokenizer.model", add_dummy_prefix=True)
+    loaded, spaced = weights.load(tmp_path / "run"), 0
+    prompt = first_tokens(loaded.tokenizer, loaded.begin_with_bos, "def f(x")
+    for seed in range(6):
+        line = ["--checkpoint", str(tmp_path / "run"), "--prompt", "def f(x", "--max-new-tokens", "12", "--seed", str(seed)]
+        assert generate.main([*line, "--temperature", "5"]) == 0
+        request = Request(prompt, 12, Sampling(5.0), seed, stop_ids=(loaded.tokenizer.eos_id,))
+        assert list(Engine(loaded).stream(request))
+        assert capsys.readouterr().out == loaded.tokenizer.decode(prompt + request.tokens) + "\n"
+        spaced += loaded.tokenizer.pieces()[request.tokens[0]].startswith("▁")
+    assert spaced

@@ -19,6 +19,10 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.data.prepare.pipeline import prepare
+from tinyllama_jax.inference import weights
+from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference.sampling import Sampling
+from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.run import checkpoint, spikes
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
@@ -186,6 +190,20 @@ def test_on_another_mesh_the_same_tokens_and_the_same_loss(quiet, tiny_config_fi
     assert [x["checksum"] for x in steps] == [x["checksum"] for x in quiet_steps]
     np.testing.assert_allclose([x["loss"] for x in steps], [x["loss"] for x in quiet_steps], rtol=2e-4)
     np.testing.assert_allclose(validations[-1]["val_loss"], quiet_validations[-1]["val_loss"], rtol=2e-4)
+
+
+def test_a_text_is_continued_after_each_validation(tiny_config_file, tmp_path, capsys):
+    """On a mesh, and as the checkpoint continues it afterwards."""
+    keys = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__seqs_per_device": 1}
+    argv = command(tiny_config_file, tmp_path / "run", train__steps=12, log__sample="x = 1", **keys)
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "step 10: x = 1" in printed
+    loaded = weights.load(tmp_path / "run")
+    prompt = first_tokens(loaded.tokenizer, loaded.begin_with_bos, "x = 1")
+    request = Request(prompt, 64, Sampling(0.8), seed=12, stop_ids=(loaded.tokenizer.eos_id,))
+    assert list(Engine(loaded).stream(request))
+    assert f"step 12: {loaded.tokenizer.decode(prompt + request.tokens)}\n" in printed
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny_config_file, tmp_path):

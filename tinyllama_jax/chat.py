@@ -1,6 +1,6 @@
 """A conversation with a chat model in the terminal, or one message a line from a pipe.
 
-python -m tinyllama_jax.chat --checkpoint RUN_OR_HF_DIR
+python -m tinyllama_jax.chat --checkpoint PATH
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax
 from tinyllama_jax.base import dims, files
 from tinyllama_jax.base.errors import UserError, disk_error, run_main
 from tinyllama_jax.data import chat
-from tinyllama_jax.inference import options, weights
+from tinyllama_jax.inference import options
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.text import Text
 from tinyllama_jax.inference.weights import Loaded
@@ -41,16 +41,16 @@ class Turn:
 
     question: str
     answer: str
-    whole: bool  # whether the model ended it, and not Ctrl-C or a limit
+    whole: bool  # the model ended the answer itself: neither Ctrl-C nor a limit cut it short
 
 
 @dataclasses.dataclass
 class Conversation:
-    """What has been said, and the system message."""
+    """The turns so far, and the system message."""
 
     system: str | None
     turns: list[Turn] = dataclasses.field(default_factory=list)
-    saved: set[Path] = dataclasses.field(default_factory=set)  # the files that it has written
+    saved: set[Path] = dataclasses.field(default_factory=set)  # files that it was saved to, which it may overwrite
 
     def messages(self, turns: list[Turn]) -> list[chat.Message]:
         """`turns` as messages, after the system message."""
@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
     """Answers messages until the input ends; returns the exit code."""
     args = _arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = weights.load(args.checkpoint, args.step, args.weights)
+        loaded, engine = options.load(args)
     template = chat.choose(Path(args.checkpoint).absolute(), loaded.tokenizer, args.template)
     conversation = Conversation(args.system or None)
     encode = _encoder(template, loaded)
     encode([*conversation.messages([]), {"role": "user", "content": "?"}])  # refuses a wrong system message at once
-    engine, model = Engine(loaded), loaded.model
+    model = loaded.model
     _note(
         f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
     )
@@ -78,17 +78,17 @@ def main(argv: list[str]) -> int:
         if line.startswith("/") and not line.startswith("//"):
             if line.split()[0] in ("/quit", "/exit"):
                 break
-            with _noted():
+            with _errors_noted():
                 _command(line, conversation, encode)
         elif line.strip():
-            with _noted():
+            with _errors_noted():
                 _answer(line[line.startswith("//") :], conversation, args, loaded, template, engine)
     return 0
 
 
 @contextlib.contextmanager
-def _noted() -> Iterator[None]:
-    """A mistake in one message does not end the conversation."""
+def _errors_noted() -> Iterator[None]:
+    """Prints a UserError, so that a mistake in one message does not end the conversation."""
     try:
         yield
     except UserError as error:
@@ -107,22 +107,22 @@ def _note(text: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """The lines typed, with editing and a history of them, or those of a pipe. Ends at Ctrl-D or at the end of the input."""
+    """Yields the lines of a terminal, with editing and a history, or of a pipe. Ends at Ctrl-D or at the input's end."""
     source = sys.stdin or io.StringIO()  # None: it was closed
     if hasattr(source, "reconfigure"):
         source.reconfigure(errors="surrogateescape")
-    typed = source.isatty() and sys.stdout.isatty()
-    if typed:
+    interactive = source.isatty() and sys.stdout.isatty()
+    if interactive:
         with contextlib.suppress(ImportError):  # some builds of Python lack it
             import readline  # noqa: F401  gives `input` its editing and history
     while True:
         try:
-            line = input("> ") + "\n" if typed else source.readline()
+            line = input("> ") + "\n" if interactive else source.readline()
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            if not typed:
+            if not interactive:
                 raise
             _note("\n[Ctrl-D or /quit leaves]")
             continue
@@ -154,11 +154,11 @@ def _command(line: str, conversation: Conversation, encode: Callable[[list[chat.
     elif name == "/help":
         _note(HELP)
     else:
-        raise UserError(f"{line}: is no command; /help lists them; //... sends a message that begins with /")
+        raise UserError(f"{line}: is not a command; /help lists them; //... sends a message that begins with /")
 
 
 def _save(name: str, conversation: Conversation) -> None:
-    """Writes the conversation as a line of JSON: {"messages": [...]}. It ends before the first answer that was cut short."""
+    """Writes the turns before the first answer that was cut short, as a line of JSON: {"messages": [...]}. Raises UserError."""
     turns = list(itertools.takewhile(lambda turn: turn.whole, conversation.turns))
     if not name:
         raise UserError("/save needs the name of a file, such as /save chat.jsonl")
@@ -208,19 +208,19 @@ def _answer(
             n = len(request.tokens)
             engine.step()
             more = text.add([token for token in request.tokens[n:] if token not in stop_ids])
-            more = more if answer else more.lstrip()  # a tokenizer without dummy prefix gives the first word its space
+            more = more if answer else more.lstrip()  # without a dummy prefix the first word's token begins with a space
             print(more, end="", flush=True)
             answer += more
     engine.cancel(request)
     more = text.add([], last=True)
     print(more, flush=True)
     answer = (answer + more).strip()
-    why = {"length": "stopped: --max-new-tokens", "context": f"stopped: the context of {context:,} tokens is full"}
-    if not text.stopped and (interrupted or request.finish in why):
-        _note(f"[{'stopped: Ctrl-C' if interrupted else why[request.finish]}]")
+    reasons = {"length": "stopped: --max-new-tokens", "context": f"stopped: the context of {context:,} tokens is full"}
+    if not text.stopped and (interrupted or request.finish in reasons):
+        _note(f"[{'stopped: Ctrl-C' if interrupted else reasons[request.finish]}]")
     if sys.stderr.isatty():
         n = len(request.tokens)
-        _note(f"[{n:,} tokens, {n / (time.perf_counter() - started):,.1f} tokens/s]")
+        _note(f"[{n:,} tokens, {n / (time.perf_counter() - started):,.1f} tokens/s{options.drafted(request, engine)}]")
     if answer:
         conversation.turns.append(Turn(question, answer, whole=text.stopped or request.finish == "stop"))
     else:
@@ -229,7 +229,7 @@ def _answer(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Within it Ctrl-C appends to the list that it gives: an exception could leave the engine between two states."""
+    """Yields a list to which Ctrl-C appends: a KeyboardInterrupt within a step could leave the engine's state half updated."""
     signals: list[int] = []
 
     def receive(number: int, frame: object) -> None:

@@ -2,7 +2,8 @@
 
 python -m tinyllama_jax.convert --checkpoint RUN --format gguf --output FILE       a run, Hugging Face or GGUF -> GGUF
 python -m tinyllama_jax.convert --checkpoint RUN --format hf --output DIR          a run or GGUF -> a Hugging Face folder
-python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR             the same
+python -m tinyllama_jax.convert --checkpoint RUN --format web --output DIR         any of these -> a page for a phone's browser
+python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR             a run or GGUF -> a Hugging Face folder
 python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN           Hugging Face, lit-gpt or GGUF -> a run folder
 python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DIR  prepared data -> the original's packed files
 """
@@ -31,19 +32,20 @@ from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import gguf_tokenizer, litpkds
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
 from tinyllama_jax.hub import card, gguf, litgpt, llama, tensor_files
+from tinyllama_jax.inference import web
 from tinyllama_jax.run import checkpoint
 from tinyllama_jax.run import folder as run_folder
 
 
 class _Opened(NamedTuple):
-    """A checkpoint: its weights, where its tokenizer is, and the folder that says whether a text begins with bos."""
+    """A checkpoint whose weights are read."""
 
     params: dict
     model: Model
-    tokenizer: Path
-    settings: Path
+    tokenizer: Path  # the folder of its tokenizer
+    settings: Path  # the folder that says whether a text begins with bos
     name: str  # for error messages
-    step: int | None  # None: not of a run
+    step: int | None  # None: not a run
 
 
 def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
@@ -52,26 +54,26 @@ def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
     The weights are not checked for NaN and infinity. Raises UserError.
     """
     if (path / "checkpoints").is_dir():
-        return _run(path, step)
+        return _open_run(path, step)
     if step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
     if path.suffix == ".gguf" and not path.is_dir():
         params, model, metadata = gguf.load(path, allow_non_finite=True)
         gguf_tokenizer.from_gguf(metadata, scratch, str(path))
         return _Opened(params, model, scratch, scratch, str(path), None)
-    _check_not_around_gguf(path)
+    _check_names_the_gguf(path)
     params, model = llama.load_folder(path, allow_non_finite=True)
     folder = path.parent if path.is_file() else path
     return _Opened(params, model, folder, folder, str(path), None)
 
 
-def _check_not_around_gguf(path: Path) -> None:
-    """Raises UserError for a folder whose only weights are GGUF files."""
+def _check_names_the_gguf(path: Path) -> None:
+    """Raises UserError for a folder whose weights are GGUF files: one of them must be named."""
     if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
         raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
 
 
-def _run(path: Path, step: int | None) -> _Opened:
+def _open_run(path: Path, step: int | None) -> _Opened:
     params, config, step = checkpoint.load_params(path, step)
     return _Opened(params, config.model, path / "tokenizer", path, f"{path}, step {step:,}", step)
 
@@ -91,11 +93,10 @@ def export(
 ) -> int | None:
     """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` from a run's newest (or given) step; returns the step.
 
-    `run` may also be a GGUF file, which has no step.
-
-    float32, the dtype of the weights, loses nothing. `output` must be absent or empty. It appears when it is complete and
-    Transformers gives the ids of training with its tokenizer. `tokenizer=False` copies the run's tokenizer unchanged and
-    unchecked. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
+    `run` may also be a GGUF file, which has no step. float32, the dtype of the weights, loses nothing. `output` must be absent
+    or empty. It appears when it is complete and Transformers, with its tokenizer, gives the ids of training.
+    `tokenizer=False` copies the run's tokenizer unchanged and unchecked. Raises UserError, also for weights that are NaN or
+    infinite unless `allow_non_finite`.
     """
     files.check_local("--checkpoint", run)
     run, output = Path(run), Path(output)
@@ -103,12 +104,16 @@ def export(
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; name a run folder, as `train` makes")
     with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
         is_gguf = run.suffix == ".gguf" and run.is_file()
-        opened = _open(run, step, Path(scratch)) if is_gguf else _run(run, step)
+        opened = _open(run, step, Path(scratch)) if is_gguf else _open_run(run, step)
         if not allow_non_finite:
             _check_finite(opened)
         source, model = opened.tokenizer, opened.model
         add_bos = tokenizer and tokenizer_lib.documents_begin_with_bos(opened.settings)
-        ours = _export_tokenizer(source, folder, add_bos, model.seq_len) if tokenizer else _copy_of(source, folder)
+        ours = (
+            export_tokenizer.export_from(source, folder, add_bos, model.seq_len)
+            if tokenizer
+            else export_tokenizer.copy_of(source, folder)
+        )
         bos, eos = (ours.bos_id, ours.eos_id) if ours else (-1, -1)
         llama.save_folder(opened.params, model, folder, dtype, *(None if id_ < 0 else id_ for id_ in (bos, eos)))
         if (generation := source / "generation_config.json").is_file():
@@ -163,7 +168,7 @@ def export_gguf(
         raise UserError(f"--output {output}: name a file that ends in .gguf, or add --shard-size for a folder of files")
     if shard_bytes is not None and output.suffix == ".gguf":
         raise UserError(f"--output {output}: with --shard-size it is a folder of files; leave out .gguf")
-    gguf.package()  # before anything is read
+    gguf.package()  # refuses at once if it is not installed
     with tempfile.TemporaryDirectory() as scratch, _new(output, is_file=shard_bytes is None) as place:
         opened = _open(source, step, Path(scratch))
         if not allow_non_finite:
@@ -184,28 +189,18 @@ def export_gguf(
     return [output / path.name for path in made] if shard_bytes else [output]
 
 
-def _export_tokenizer(source: Path, folder: Path, add_bos: bool, seq_len: int) -> tokenizer_lib.Tokenizer:
-    """Writes the tokenizer's files for Transformers; returns the tokenizer of training."""
-    if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
-        what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
-        raise UserError(f"{source}: {what}{export_tokenizer.REMEDY}")
-    ours = tokenizer_lib.load(source)
-    try:
-        export_tokenizer.export(ours, folder, add_bos, seq_len)
-    except UserError as error:
-        raise UserError(f"{error}{export_tokenizer.REMEDY}") from None
-    return ours
+def export_web(
+    source, output, quantize="q4_0", step=None, shard_bytes=250_000_000, allow_non_finite=False, wllama=None
+) -> list[Path]:
+    """Writes a folder for a web server, whose page runs the model in the browser; returns all its files.
 
-
-def _copy_of(source: Path, folder: Path) -> tokenizer_lib.Tokenizer | None:
-    """Copies a run's tokenizer unchanged; returns it, for the ids of bos and eos, if it can be read."""
-    if source.is_dir():
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    try:
-        return tokenizer_lib.load(source)
-    except UserError as error:
-        print(f"no bos and eos in the model's config.json: {error}")
-        return None
+    `wllama`: a folder with wllama's packages; by default npm fetches them. The rest is as in `export_gguf`. Raises UserError.
+    """
+    with _new(Path(output)) as folder:
+        packages = web.packages(wllama)
+        made = export_gguf(source, folder / "model", quantize, step, shard_bytes, allow_non_finite)
+        web.write(folder, made, Path(os.path.abspath(source)), packages)
+    return sorted(path for path in Path(output).rglob("*") if path.is_file())
 
 
 def import_checkpoint(
@@ -218,15 +213,15 @@ def import_checkpoint(
     """Writes a run folder from a Hugging Face folder (or one file of it), a GGUF or a lit-gpt .pth; returns a line about it.
 
     `config_file`: the config to resume the run with. A .pth needs it, since it does not describe its model. Without it the run
-    has no data or schedule of its own, and serves `--init.from` and `generate`. `tokenizer`: a file or folder, if none is
-    beside the weights. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
+    has no data or schedule of its own; it is for `--init.from` and inference. `tokenizer`: a file or folder, if none is beside
+    the weights. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
     for option, path in (("--checkpoint", source), ("--tokenizer", tokenizer or "")):
         files.check_local(option, path)
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
-    _check_not_around_gguf(source)
+    _check_names_the_gguf(source)
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
     is_gguf = source.suffix == ".gguf" and not source.is_dir()
@@ -236,9 +231,7 @@ def import_checkpoint(
     moments, step, metadata = None, 0, None
     if source.is_file() and source.suffix == ".pth":
         if given is None:
-            raise UserError(
-                f"{source}: a .pth does not describe its model; add --config FILE, configs/3t.py for the original's"
-            )
+            raise UserError(f"{source}: a .pth does not describe its model; add --config FILE (the original's: configs/3t.py)")
         config = given
         params, moments, step = litgpt.read(source, given.model, allow_non_finite)
     else:
@@ -299,19 +292,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file")
-    parser.add_argument("--format", choices=["gguf", "hf"], help="what to write: GGUF for llama.cpp, or a Hugging Face folder")
-    parser.add_argument("--output", metavar="PATH", help="the file NAME.gguf to make; with --shard-size or hf, the folder")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file (needed)")
+    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser (needed)"
+    parser.add_argument("--format", choices=["gguf", "hf", "web"], help=what)
+    parser.add_argument(
+        "--output", metavar="PATH", help="the file NAME.gguf to make; a folder with --shard-size, hf or web (needed)"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
-    parser.add_argument("--quantize", choices=list(gguf.TYPES), help="gguf: the type of the written matrices (f16)")
+    parser.add_argument("--quantize", choices=list(gguf.TYPES), help="the type of the matrices (gguf: f16, web: q4_0)")
     parser.add_argument(
         "--shard-size",
         type=float,
         nargs="?",
         const=250.0,
         metavar="MB",
-        help="gguf: write a folder of files of at most so many megabytes (one file; without a number 250, as browsers need)",
+        help="write a folder of files of at most that many megabytes (gguf: one file; web, or without a number: 250)",
     )
+    parser.add_argument("--wllama", metavar="DIR", help="web: a folder with wllama's packages (npm fetches them)")
     parser.add_argument("--dtype", choices=list(llama.DTYPES), help="hf: of the written weights (float32)")
     parser.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
     _add_named(parser.add_subparsers(dest="kind", metavar="to-torch|from-torch|to-litpkds"))
@@ -324,9 +321,7 @@ def _add_named(kinds: argparse._SubParsersAction) -> None:
     to_torch = add("to-torch", "write a run as a Hugging Face folder")
     to_torch.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or a GGUF file")
     to_torch.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (the newest)")
-    to_torch.add_argument(
-        "--output", required=True, metavar="DIR", help="the folder to make: safetensors, configuration, tokenizer"
-    )
+    to_torch.add_argument("--output", required=True, metavar="DIR", help="the folder to make: weights, config, tokenizer, card")
     to_torch.add_argument(
         "--dtype", choices=list(llama.DTYPES), default="float32", help="of the written weights; all but float32 round (float32)"
     )
@@ -341,12 +336,8 @@ def _add_named(kinds: argparse._SubParsersAction) -> None:
         "--checkpoint", required=True, metavar="PATH", help="a Hugging Face folder, a file of one, a GGUF, or a lit-gpt .pth"
     )
     from_torch.add_argument("--output", required=True, metavar="RUN", help="the run folder to make")
-    from_torch.add_argument(
-        "--config", metavar="FILE", help="the config to train on with, such as configs/3t.py; a .pth needs it (none)"
-    )
-    from_torch.add_argument(
-        "--tokenizer", metavar="PATH", help="a SentencePiece model or a folder (the one beside the weights)"
-    )
+    from_torch.add_argument("--config", metavar="FILE", help="the config to train on with; a .pth needs it (none)")
+    from_torch.add_argument("--tokenizer", metavar="PATH", help="a file or folder (the one beside the weights)")
     for command in (to_torch, from_torch):
         command.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite (no)")
     to_litpkds = add("to-litpkds", "write prepared data as packed files, byte for byte as the original's builder")
@@ -366,8 +357,8 @@ def _convert(args: argparse.Namespace) -> str:
     """The command without a name: `--format` says what to write. Returns a line about it."""
     for option in ("checkpoint", "format", "output"):
         if getattr(args, option) is None:
-            raise UserError(f"--{option} is missing; the command needs --checkpoint PATH --format gguf|hf --output PATH")
-    others = {"gguf": ("dtype",), "hf": ("quantize", "shard_size")}[args.format]
+            raise UserError(f"--{option} is missing; the command needs --checkpoint PATH --format gguf|hf|web --output PATH")
+    others = {"gguf": ("dtype", "wllama"), "hf": ("quantize", "shard_size", "wllama"), "web": ("dtype",)}[args.format]
     for option in (name for name in others if getattr(args, name) is not None):
         raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: has no meaning with --format {args.format}")
     if args.format == "hf":
@@ -376,11 +367,13 @@ def _convert(args: argparse.Namespace) -> str:
         return f"{args.output}: {'' if step is None else f'step {step:,} of '}{args.checkpoint} in {dtype}"
     if args.shard_size is not None and not 1 <= args.shard_size <= 1e6:
         raise UserError(f"--shard-size {args.shard_size:g}: must lie between 1 and 1,000,000 megabytes")
-    shard_bytes = None if args.shard_size is None else int(args.shard_size * 1e6)
-    quantize = args.quantize or "f16"
-    made = export_gguf(args.checkpoint, args.output, quantize, args.step, shard_bytes, args.allow_non_finite)
-    size = sum(path.stat().st_size for path in made)
-    return f"{args.output}: {args.checkpoint} in {quantize}, {size:,} bytes in {len(made)} file{'s' * (len(made) > 1)}"
+    is_web = args.format == "web"
+    shard_bytes = int((args.shard_size or 250) * 1e6) if is_web or args.shard_size else None
+    quantize = args.quantize or ("q4_0" if is_web else "f16")
+    arguments = (args.checkpoint, args.output, quantize, args.step, shard_bytes, args.allow_non_finite)
+    made = export_web(*arguments, args.wllama) if is_web else export_gguf(*arguments)
+    size, hint = sum(path.stat().st_size for path in made), f"; try it: python -m http.server -d {args.output}" * is_web
+    return f"{args.output}: {args.checkpoint} in {quantize}, {size:,} bytes in {len(made)} file{'s' * (len(made) > 1)}{hint}"
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Text from a checkpoint: greedy or sampled, with a KV cache, streamed to the terminal.
 
-python -m tinyllama_jax.generate --checkpoint RUN_OR_HF_DIR --prompt TEXT
+python -m tinyllama_jax.generate --checkpoint PATH --prompt TEXT
 """
 
 import argparse
@@ -32,12 +32,12 @@ def main(argv: list[str]) -> int:
     _note(
         f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
     )
-    how = options.described(sampling)
+    settings = options.described(sampling)
     for sample in range(args.samples):
         request = Request(prompt, args.max_new_tokens, sampling, args.seed, sample, options.stop_ids(args, tokenizer))
         tokens = engine.stream(request)  # refuses a wrong prompt before anything is printed
         if not sample:
-            _note(f"{how}, seed {args.seed}; prompt of {len(prompt):,} tokens, context of {model.seq_len:,}")
+            _note(f"{settings}, seed {args.seed}; prompt of {len(prompt):,} tokens, context of {model.seq_len:,}")
         if args.samples > 1:
             print(f"--- sample {sample + 1} of {args.samples} ---", flush=True)
         _note(f"[{_print(tokens, request, loaded, args.stop)}{options.drafted(request, engine)}]")
@@ -45,9 +45,9 @@ def main(argv: list[str]) -> int:
 
 
 def _print(tokens: Iterator[list[int]], request: Request, loaded: Loaded, stop: list[str]) -> str:
-    """Prints the prompt and the tokens as they come; returns a line that says why they ended and how fast they came."""
-    shown, text, started, first = Text(loaded.tokenizer), Text(loaded.tokenizer, stop), time.perf_counter(), 0.0
-    print(shown.add(request.prompt, last=True), end="", flush=True)
+    """Prints the prompt and the tokens as they come; returns a line on why they ended and how fast they came."""
+    text, started, first = Text(loaded.tokenizer, stop, before=request.prompt), time.perf_counter(), 0.0
+    print(loaded.tokenizer.decode(request.prompt), end="", flush=True)
     for new in tokens:
         first = first or time.perf_counter()
         print(text.add([token for token in new if token not in request.stop_ids]), end="", flush=True)
@@ -56,14 +56,14 @@ def _print(tokens: Iterator[list[int]], request: Request, loaded: Loaded, stop: 
     print(text.add([], last=True), flush=True)
     tokens.close()
     n = len(request.tokens)
-    why = {
+    reasons = {
         "stop": "end of text",
         "length": "stopped: --max-new-tokens",
         "context": f"stopped: the context of {loaded.model.seq_len:,} tokens is full",
     }
-    why = "end of text: a stop string" if text.stopped else why[request.finish]
+    reason = "end of text: a stop string" if text.stopped else reasons[request.finish]
     rate = f", then {(n - 1) / (time.perf_counter() - first):,.1f} tokens/s" if n > 1 else ""
-    return f"{why}; {n:,} tokens: the first after {first - started:.2f} s{rate}"
+    return f"{reason}; {n:,} tokens: the first after {first - started:.2f} s{rate}"
 
 
 def _note(text: str) -> None:

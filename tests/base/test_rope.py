@@ -95,7 +95,7 @@ def test_equal_types_are_equal_models():
 
 
 @pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
-def test_config_travels_both_ways(cfg):
+def test_config_json_and_back_is_the_identity(cfg):
     back = llama.from_hf_config(written(cfg))
     if cfg.rope_type == "ntk":  # which is its base alone
         cfg = dataclasses.replace(cfg, rope_type="linear", rope_scaling=1.0, rope_theta=10_000 * 3 ** (6 / 4))
@@ -122,7 +122,7 @@ def test_config_json_is_read_in_the_forms_that_exist():
 
 
 def test_a_yarn_factor_is_also_the_ratio_of_the_lengths():
-    """Transformers 4 takes it from there. The trained length is a key of its own."""
+    """Transformers 4 takes the factor from this ratio. The trained length has a key of its own."""
     there = written(MODELS["yarn, every number"])
     assert (there["max_position_embeddings"], there["seq_len"], there["rope_scaling"][LENGTH]) == (62, 96, 25)
     assert "seq_len" not in written(MODELS["yarn"])

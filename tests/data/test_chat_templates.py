@@ -159,7 +159,7 @@ def test_a_template_without_marks_has_no_mask(sp):
 
 @pytest.mark.parametrize("begin_with_bos", [True, False])
 @pytest.mark.parametrize("source", ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}", "{{ '' }}"])
-def test_there_is_one_bos_whatever_the_template(source, begin_with_bos, pair):
+def test_there_is_exactly_one_bos_with_any_template(source, begin_with_bos, pair):
     ours, _ = pair
     ids = chat.encode(Template("x", source, ()), ours, messages(("user", "Hi there")), begin_with_bos=begin_with_bos)
     assert ids.count(ours.bos_id) == (begin_with_bos or "bos_token" in source) and (ids[:1] == [ours.bos_id]) == (
@@ -235,7 +235,7 @@ def chosen(folder, name=None):
     return chat.choose(folder, tokenizer_lib.load(folder), name)
 
 
-def test_its_own_template_is_read_where_transformers_reads_it(folder):
+def test_a_checkpoints_template_is_read_where_transformers_reads_it(folder):
     named = [{"name": "default", "template": "D</s>"}, {"name": "tool_use", "template": "T"}]
     for file, content, source in (
         ("chat_template.json", {"chat_template": "J"}, "J"),
@@ -282,7 +282,7 @@ def test_a_base_model_is_told_which_templates_there_are(folder):
     with pytest.raises(UserError, match="--template zefyr: is none of guanaco, chatml, zephyr, and not a .jinja file"):
         chosen(folder, "zefyr")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"rag": "R", "tool_use": "T"}}))
-    with pytest.raises(UserError, match="has the chat templates rag, tool_use, and none for all; say which: --template NAME"):
+    with pytest.raises(UserError, match="has the chat templates rag, tool_use, and no default; choose one: --template NAME"):
         chosen(folder)
 
 

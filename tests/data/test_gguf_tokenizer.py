@@ -23,7 +23,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="trains byte-level BPE")
 
 
 def odd_texts() -> list[str]:
-    """Strings of emoji, CJK, code, odd spaces, digits of other scripts, and what looks like a token but is none."""
+    """Strings of emoji, CJK, code, odd spaces, digits of other scripts, and what looks like a token but is not one."""
     rng = random.Random(0)
     characters = "aB1 9\t\n\r\u00a0\u2003\u3000\u200b\u0085é中あ👍🏽'sS.,!?_-<>|$+=~^٣Ⅷ½०\u0301"
     drawn = ["".join(rng.choice(characters) for _ in range(rng.randint(1, 30))) for _ in range(100)]
@@ -97,12 +97,12 @@ def test_a_tokenizer_json_made_of_sentencepiece_gives_the_same_ids(tmp_path):
         (KINDS["no bytes"], "has no pieces for bytes, .*byte_fallback=true"),
         (KINDS["collapsing"], "removes spaces, .*remove_extra_whitespaces=false"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalises the text, .*normalization_rule_name=identity"),
-        ({"model_type": "unigram"}, "is no BPE model, .*model_type=bpe"),
+        ({"model_type": "unigram"}, "is not a BPE model, .*model_type=bpe"),
         ({"user_defined_symbols": ["<a>"], "add_dummy_prefix": True}, "has user-defined symbols .*add_dummy_prefix=false"),
         ({"eos_id": -1}, "has no eos, and llama.cpp would take another token for it"),
     ],
 )
-def test_what_llama_cpp_cannot_do_is_refused(options, says, tmp_path):
+def test_a_sentencepiece_model_that_llama_cpp_cannot_do_is_refused(options, says, tmp_path):
     with pytest.raises(UserError, match=says):
         gguf_tokenizer.to_gguf(tokenizer.load(train(tmp_path / "m.model", **options)), 2_000, add_bos=False)
 

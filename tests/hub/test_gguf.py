@@ -54,7 +54,7 @@ def test_fp32_comes_back_bit_for_bit(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", gguf.TYPES)
-def test_the_packages_own_reader_sees_what_was_meant(quantize, tmp_path):
+def test_the_packages_own_reader_reads_what_was_written(quantize, tmp_path):
     params = random_params(WIDE)
     tensors = dict(llama.to_hf(params, WIDE))
     write(tmp_path / "it.gguf", params=params, quantize=quantize)

@@ -1,4 +1,4 @@
-"""A tiny chat model, a server for it in a thread of this process, and clients as plain as sockets."""
+"""A tiny chat model, a server for it in a thread of this process, and clients that use bare sockets."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ MODEL = c.Model(2, 24, 6, 2, 40, 420, 512, precision="params=float32,compute=flo
 
 @functools.cache
 def tiny_params(model: c.Model) -> dict:
-    """Random parameters that do not say the same again and again."""
+    """Random parameters of a model whose text does not repeat itself."""
     rng = np.random.default_rng(3)
     arrays = {p.name: rng.normal(p.kind == "norm", 0.7, dims.shape(p, model)) for p in dims.PARAMETERS}
     return model_lib.unflatten({name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()})
@@ -54,7 +54,7 @@ def save_tiny(folder: Path, model: Path | None = None) -> None:
 
 
 class Recorded(Engine):
-    """An engine that remembers what it was asked."""
+    """An engine that remembers its requests."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -81,7 +81,7 @@ class Running:
         until(lambda: self.service.state == "ready", 120)
 
     def stop(self) -> None:
-        """As a signal would."""
+        """Stops the server, as a signal would."""
         self.server.should_exit = True
         self._thread.join(30)
         self.service.worker.join(30)
@@ -94,7 +94,7 @@ class Running:
 
 
 def until(true, seconds: float = 30.0):
-    """Waits until `true()` is, and returns it; fails after so many seconds."""
+    """Waits until `true()` gives a true value, and returns it; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < end, "it did not happen"

@@ -1,4 +1,4 @@
-"""The engine: Transformers' tokens, the trainer's log-probabilities, and requests that do not notice each other."""
+"""The engine: Transformers' tokens, the trainer's log-probabilities, and requests that do not affect one another."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from models import FP32, GREEDY, TINY, ids, loaded, run, some_params
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
+from tinyllama_jax.inference import device, forward
 from tinyllama_jax.inference import engine as engine_lib
-from tinyllama_jax.inference import forward
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
 
@@ -69,7 +69,7 @@ MODELS = {  # and (prompt, new tokens) besides the random ones
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_transformers_greedy(name, transformers):
+def test_greedy_tokens_are_those_of_transformers(name, transformers):
     """Fifty random prompts over five models, more than there are slots."""
     cfg, more = MODELS[name]
     params, rng = some_params(cfg, 0.7), np.random.default_rng(len(name))
@@ -92,7 +92,7 @@ def trainers(cfg, params, tokens):
 
 @pytest.mark.parametrize("top", [-1, 0, 5, 20])
 def test_log_probabilities_are_the_trainers(top):
-    """Of the answer and of the prompt, whatever the sampling: they are the model's own, before any filter."""
+    """For answer and prompt, and with any sampling, they are the model's own, before any filter."""
     (request,) = run(
         Engine(loaded(), 2), Request(ids(40), 30, Sampling(2.0, 9, 0.9, 0.01, 1.3), 5, top_logprobs=top, score_prompt=True)
     )
@@ -163,19 +163,19 @@ def of_eight():
 
 @pytest.fixture
 def eight(of_eight):
-    """An engine of eight slots, used by one test after another; what a failed one left in it is removed."""
+    """An engine of eight slots, which the tests use in turn; what a failed test left in it is removed."""
     for request in [*of_eight._queue, *(slot.request for slot in of_eight._slots if slot.request)]:
         of_eight.cancel(request)
     of_eight.step()
     return of_eight
 
 
-def test_together_as_alone(eight, alone):
+def test_requests_together_are_answered_as_alone(eight, alone):
     for got, want in zip(run(eight, *crowd()), alone, strict=True):
         same(got, want)
 
 
-def test_joining_late_as_alone(eight, alone):
+def test_requests_that_join_late_are_answered_as_alone(eight, alone):
     requests = crowd()
     for i, request in enumerate(requests):
         eight.submit(request)
@@ -186,14 +186,14 @@ def test_joining_late_as_alone(eight, alone):
         same(got, want)
 
 
-def test_more_requests_than_slots_as_alone(alone):
+def test_more_requests_than_slots_are_answered_as_alone(alone):
     engine = Engine(loaded(), 3)
     for got, want in zip(run(engine, *crowd()[::-1])[::-1], alone, strict=True):
         same(got, want)
 
 
 @pytest.mark.parametrize("when", ["queued", "prefill", "decoding"])
-def test_cancelled_neighbours_are_not_noticed(eight, alone, when):
+def test_cancelled_neighbours_change_no_answer(eight, alone, when):
     requests, others = crowd(), [Request(ids(60, 20 + i), 60, Sampling(1.0), seed=i) for i in range(4)]
     for pair in zip(others, requests, strict=False):
         for request in pair:
@@ -214,7 +214,7 @@ def test_cancelled_neighbours_are_not_noticed(eight, alone, when):
 
 
 def test_a_long_prompt_is_not_damaged_while_others_decode():
-    """Between its pieces other rows decode, and write somewhere for this one."""
+    """Between its pieces other rows decode, and this row, which is idle then, writes into the margin."""
     long, short = Request(ids(700), 20, GREEDY), Request(ids(5, 1), 40, GREEDY)
     engine = Engine(loaded(LONG), 2)
     engine.submit(short)
@@ -234,7 +234,7 @@ def fresh():
     return lambda prompt, n=20: answer(prompt, n)
 
 
-def test_a_conversation_goes_on_where_it_was(fresh):
+def test_the_next_turn_of_a_conversation_uses_the_cache(fresh):
     engine, first = Engine(loaded(), 1), Request(ids(30), 20, GREEDY)
     run(engine, first)
     second = Request([*first.prompt, *first.tokens, *ids(9, 1)], 20, GREEDY)
@@ -286,7 +286,7 @@ def test_a_scored_prompt_takes_nothing_from_the_cache():
 # -- where an answer ends ----------------------------------------------------------------------------------------------
 
 
-def test_it_ends_at_a_stop_id_which_it_gives():
+def test_an_answer_ends_with_its_stop_id():
     whole = answer(ids(3), 100)
     assert whole.finish == "length"
     first = {token: i for i, token in reversed(list(enumerate(whole.tokens)))}
@@ -298,12 +298,12 @@ def test_it_ends_at_a_stop_id_which_it_gives():
 
 
 @pytest.mark.parametrize(("prompt", "n"), [(127, 1), (128 - 20, 20), (1, 127)])
-def test_it_ends_where_the_context_is_full(prompt, n):
+def test_an_answer_ends_where_the_context_is_full(prompt, n):
     request = answer(ids(prompt), 1_000)
     assert (len(request.tokens), request.finish) == (n, "context")
 
 
-def test_the_last_token_of_the_context_by_both_limits():
+def test_the_context_and_the_limit_can_end_at_the_same_token():
     assert answer(ids(120), 8).finish == "length"
 
 
@@ -333,13 +333,13 @@ def test_a_short_context(seq_len):
         (Request([1], -1), "max_new_tokens -1: must be 0 or more"),
         (Request([1], 1, seed=-1), r"seed -1: must lie in \[0, 2\^32\)"),
         (Request([1], 1, seed=2**32), r"seed 4294967296: must lie in \[0, 2\^32\)"),
-        (Request([1], 1, stop_ids=tuple(range(17))), "17 ids are to end the answer; at most 16 can"),
-        (Request([1], 1, top_logprobs=21), "top_logprobs 21: at most 20"),
+        (Request([1], 1, stop_ids=tuple(range(17))), "stop_ids has 17 ids, and at most 16 can end an answer"),
+        (Request([1], 1, top_logprobs=21), "top_logprobs 21: must be at most 20"),
         (Request([1], 1, Sampling(-1.0)), "temperature -1.0: must be 0"),
         (Request([1], 1, Sampling(top_p=0.0)), r"top_p 0.0: must lie in \(0, 1\]"),
     ],
 )
-def test_a_request_that_cannot_be(eight, request_, message):
+def test_a_wrong_request_is_refused(eight, request_, message):
     with pytest.raises(UserError, match=message):
         eight.submit(request_)
     with pytest.raises(UserError, match=message):
@@ -365,14 +365,14 @@ def test_a_stream_gives_all_tokens_once_and_can_be_left(eight):
     request = Request(ids(8), 70, Sampling(1.1), seed=3)
     parts = list(eight.stream(request))
     assert [token for part in parts for token in part] == want.tokens
-    assert len(parts[0]) == 1 and all(1 <= len(part) <= engine_lib.CHUNK for part in parts) and len(parts) >= 5
+    assert len(parts[0]) == 1 and all(1 <= len(part) <= device.CHUNK for part in parts) and len(parts) >= 5
     left = Request(ids(9), 70, GREEDY)
     for _ in eight.stream(left):
         break
     assert left.finish == "cancelled" and len(left.tokens) == 1 and not eight.busy
 
 
-def test_step_returns_what_has_news(eight):
+def test_step_returns_the_requests_that_changed(eight):
     short, long = Request(ids(3, 1), 2, GREEDY), Request(ids(4, 2), 100, GREEDY)
     assert eight.step() == []
     eight.submit(short), eight.submit(long)
@@ -387,9 +387,9 @@ def test_step_returns_what_has_news(eight):
 
 
 def test_the_number_of_programs_is_bounded():
-    """By the lengths of the cache and of the pieces of prompts, whatever is asked for."""
+    """The bound depends on the lengths of the cache and of the pieces of prompts, not on what requests ask for."""
     cfg = c.Model(1, 8, 2, 1, 8, 53, 800, precision=FP32, residual="float32", norm_eps=2e-5)  # no other test's program
-    before = [f._cache_size() for f in (engine_lib._decode, engine_lib._prefill, engine_lib._longer)]
+    before = [f._cache_size() for f in (device.decode, device.prefill, device.longer_cache)]
     engine, rng = Engine(loaded(cfg), 3), np.random.default_rng(0)
     sizes = [1, 2, 15, 16, 17, 18, 33, 34, 65, 130, 255, 256, 257, 258, 300, 511, 512, 513, 514, 600, 798, 799]
     for round_ in range(2):
@@ -400,7 +400,7 @@ def test_the_number_of_programs_is_bounded():
             for i, n in enumerate(sizes)
         ]
         run(engine, *requests)
-        made = [f._cache_size() for f in (engine_lib._decode, engine_lib._prefill, engine_lib._longer)]
+        made = [f._cache_size() for f in (device.decode, device.prefill, device.longer_cache)]
         decode, prefill, longer = (b - a for a, b in zip(before, made, strict=True))
         lengths = 3  # 256, 512 and 816
         assert decode <= lengths and longer <= lengths - 1 and prefill <= 2 * lengths * len(engine_lib.PREFILL)
@@ -409,15 +409,15 @@ def test_the_number_of_programs_is_bounded():
 def test_no_head_is_computed_for_a_prompt_that_is_not_scored():
     engine = Engine(loaded(), 2)
     for score in (False, True):
-        arguments = (engine._weights, engine._cache, 0, np.zeros(64 + score, np.int32), 0, False, TINY, score)
+        arguments = (engine._weights, engine._state.cache, 0, np.zeros(64 + score, np.int32), 0, False, TINY, score)
         with jax.set_mesh(engine._mesh):
-            text = engine_lib._prefill.lower(*arguments).compile().as_text()
+            text = device.prefill.lower(*arguments).compile().as_text()
         assert "64,40]" in text and ("64,53]" in text) == score  # the MLP is, the logits are not
 
 
 def test_the_cache_starts_short_and_grows():
     engine = Engine(loaded(LONG), 2)
-    length = lambda: engine._cache[0][0].shape[2]
+    length = lambda: engine._state.cache[0][0].shape[2]
     assert length() == 256
     run(engine, Request(ids(5), 100, GREEDY))
     assert length() == 256
@@ -425,7 +425,7 @@ def test_the_cache_starts_short_and_grows():
     assert length() == 512
     run(engine, Request(ids(5), 795, GREEDY))
     assert length() == 816
-    assert {a.dtype for a in jax.tree.leaves(engine._cache)} == {jnp.dtype("float32")}
+    assert {a.dtype for a in jax.tree.leaves(engine._state.cache)} == {jnp.dtype("float32")}
 
 
 # -- on many devices ---------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_on_a_mesh_as_on_one_device(on_one_device, axes):
     for a, split in (
         (engine._weights.layers[0]["q"], (24, 24 // 2)),
         (engine._weights.head_DV, (24, 54 // 2)),
-        (engine._cache[0][0], (len(engine._slots) // data, 2 // 2, 144, 4)),
+        (engine._state.cache[0][0], (len(engine._slots) // data, 2 // 2, 144, 4)),
     ):
         assert a.sharding.shard_shape(a.shape) == split
     for got, want in zip(requests, on_one_device, strict=True):
@@ -460,18 +460,18 @@ BF16 = dataclasses.replace(TINY, precision=FP32.replace("compute=float32", "comp
 
 
 def margin(request: Request, i: int) -> str:
-    """How far the two most likely tokens were apart where runs part."""
+    """How far the two most likely tokens were apart where two runs diverge."""
     (a, p), (b, q) = request.top[i][:2]
     return f"token {i}: {a} or {b}, log-probabilities {p:.4f} and {q:.4f}, {p - q:.4f} apart"
 
 
-def test_bf16_gives_the_same_tokens_again_and_parts_from_other_batches_only_at_near_ties():
+def test_bf16_repeats_its_tokens_and_differs_from_other_batches_only_at_near_ties():
     ask = lambda: [Request(ids(20, i), 40, GREEDY, top_logprobs=2) for i in range(8)]
     on = loaded(BF16)
     first, again = (run(Engine(on, 8), *ask()) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert a.tokens == b.tokens and a.logprobs == b.logprobs  # bit for bit
-    assert {a.dtype for a in jax.tree.leaves(Engine(on, 1)._cache)} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in jax.tree.leaves(Engine(on, 1)._state.cache)} == {jnp.dtype("bfloat16")}
     exact = run(Engine(loaded(), 8), *ask())
     for other in (run(Engine(on, 1), *ask()), exact):
         parted = 0

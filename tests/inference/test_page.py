@@ -1,11 +1,10 @@
 """The page at /, in a real Chromium: type, stream, stop, send again, edit, regenerate, a phone's width, the keyboard alone."""
 
-import os
 import re
 
-import install_browser
 import pytest
 import serving
+from browser import chromium
 from test_server import HELLO, Gated, chat_ids, text_of
 
 pytestmark = pytest.mark.xdist_group("page")  # one server and one browser for all tests
@@ -13,15 +12,8 @@ pytestmark = pytest.mark.xdist_group("page")  # one server and one browser for a
 
 @pytest.fixture(scope="module")
 def browser():
-    path = install_browser.find()
-    if path is None:
-        names = ", ".join(install_browser.NAMES)
-        pytest.skip(f"no browser: none of {names} is installed; as root on Debian: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    with playwright.sync_playwright() as p:
-        one = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
+    with chromium() as one:
         yield one
-        one.close()
 
 
 @pytest.fixture(scope="module")

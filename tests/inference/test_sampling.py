@@ -144,7 +144,7 @@ def test_a_row_is_filtered_and_drawn_as_it_would_be_alone():
         (Sampling(repetition_penalty=0.0), "repetition_penalty 0.0: must lie between"),
     ],
 )
-def test_settings_that_cannot_be(sampling, message):
+def test_settings_out_of_bounds_are_refused(sampling, message):
     with pytest.raises(UserError, match=message):
         sampling_lib.check(sampling)
 

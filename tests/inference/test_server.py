@@ -1,4 +1,4 @@
-"""The server: OpenAI's protocol with its own client, clients that go away, limits, other web pages, and how it ends."""
+"""The server: OpenAI's protocol with its own client, clients that disconnect, limits, other web pages, and how it ends."""
 
 import contextlib
 import json
@@ -116,7 +116,7 @@ def test_models(client):
         client.models.retrieve("nobody")
 
 
-def test_a_chat_is_what_the_engine_says(client, running, loaded):
+def test_a_chat_answer_is_the_engines(client, running, loaded):
     prompt = chat_ids(loaded, "hello")
     tokens = running.alone(prompt, 40, stop_ids=(2,))
     greedy = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_completion_tokens": 40}
@@ -346,16 +346,16 @@ def test_odd_json_is_refused(running, body):
     ],
     ids=range(8),
 )
-def test_fields_that_ask_for_nothing_new_are_taken(running, more):
+def test_fields_that_ask_for_nothing_are_accepted(running, more):
     status, _, answer = ask(running.port, CHAT, {"messages": HELLO, "max_completion_tokens": 2} | more)
     assert status == 200, answer
 
 
 def test_the_page_is_part_of_the_package():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
-        for pattern in patterns:
-            assert list((ROOT / package.replace(".", "/")).glob(pattern)) == [Path(server.__file__).with_name("page.html")]
+    shipped = settings["tool"]["setuptools"]["package-data"]["tinyllama_jax.inference"]
+    folder = Path(server.__file__).parent
+    assert sorted(shipped) == sorted(path.name for path in folder.iterdir() if path.suffix in (".html", ".js"))
     assert settings["project"]["optional-dependencies"]["serve"]
 
 
@@ -481,7 +481,7 @@ def test_a_client_that_goes_away_frees_its_slot(running, endless, stream, phase,
 
 
 def test_answers_are_right_after_cancel_edit_and_regenerate(running, loaded):
-    """The engine takes over the beginning of what a slot holds; a wrong one would change the answer."""
+    """The engine reuses a prefix of what a slot holds; a wrong prefix would change the answer."""
     said = running.alone(chat_ids(loaded, "hello"), 30, stop_ids=(2,))
     first = text_of(loaded, chat_ids(loaded, "hello"), said)
     conversations = [
@@ -537,6 +537,25 @@ def test_a_full_queue_is_refused_until_there_is_room(running):
     assert [read(c)[0] for c in connections] == [200] * 16
     for c in connections:
         c.close()
+
+
+def test_metrics_count(running):
+    def read_all():
+        lines = ask(running.port, "/metrics")[2].decode().splitlines()
+        return {name: int(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    before = read_all()
+    usage = ask(running.port, TEXT, {"prompt": "x", "max_tokens": 5, "temperature": 0})[2]["usage"]
+    ask(running.port, TEXT, {"prompt": "x", "n": 0})
+    after = read_all()
+    new = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert new.pop("serve_cached_tokens_total", 0) == usage["prompt_tokens_details"]["cached_tokens"]
+    assert new == {
+        'serve_responses_total{status="200"}': 2,  # the first look at the metrics is the other
+        'serve_responses_total{status="400"}': 1,
+        "serve_prompt_tokens_total": usage["prompt_tokens"],
+        "serve_completion_tokens_total": usage["completion_tokens"],
+    }
 
 
 def test_a_large_body_is_refused(running):
@@ -772,6 +791,7 @@ def test_without_the_extra_it_says_what_to_install(folder):
         (["--max-tokens", "-1"], "--max-tokens -1: must lie between"),
         (["--host", "no such host"], "--host no such host --port 8000: .*; choose another address"),
         (["--host", "203.0.113.1", "--port", "0"], "--host 203.0.113.1 --port 0: .*; choose another address"),
+        (["--allow-host", "example.com:80"], "--allow-host example.com:80: must be a name alone"),
         (["--allow-origin", "example.com"], "--allow-origin example.com: must be a scheme and a host"),
         (["--allow-origin", "https://example.com/"], "--allow-origin https://example.com/: must be a scheme and a host"),
         (["--template", "nobody", "--port", "0"], "--template nobody: is none of"),

@@ -37,7 +37,7 @@ def alone() -> list[Request]:
 
 
 @pytest.mark.parametrize(("draft", "K"), [("model", 1), ("model", 4), ("ngram", 3), ("ngram", 15), ("itself", 5)])
-def test_greedy_is_the_targets_own(draft, K, alone):
+def test_greedy_tokens_are_those_of_the_target(draft, K, alone):
     """Rows accept different numbers, join late, and end at the limit or where the context is full."""
     requests = run(engine(draft, K), *(Request(list(p), 90, GREEDY, top_logprobs=2) for p in PROMPTS))
     for request, want in zip(requests, alone, strict=True):
@@ -51,7 +51,7 @@ def test_greedy_is_the_targets_own(draft, K, alone):
 
 
 @pytest.mark.parametrize("draft", ["model", "ngram"])
-def test_the_penalty_sees_the_drafts_own_tokens(draft):
+def test_the_penalty_counts_the_tokens_of_the_draft(draft):
     asked = lambda: [Request(list(p), 40, Sampling(0.0, repetition_penalty=1.3)) for p in PROMPTS]
     without, with_draft = run(Engine(loaded(), 4), *asked()), run(engine(draft, 4), *asked())
     assert [r.tokens for r in with_draft] == [r.tokens for r in without]
@@ -119,7 +119,7 @@ def test_prompt_lookup_finds_what_followed_the_longest_match():
     assert (only.tokens_BK[0, 0], only.n_B[0]) == (6, 1)  # nothing is known after the text's end
 
 
-def test_what_a_draft_may_be(tmp_path):
+def test_a_wrong_draft_is_refused(tmp_path):
     with pytest.raises(UserError, match="--draft-tokens 16: must lie between 1 and 15"):
         Engine(loaded(), 1, None, 16)
 
@@ -132,5 +132,5 @@ def test_what_a_draft_may_be(tmp_path):
 
     check_vocabulary(Vocabulary("a", "b"), Vocabulary("a", "b"), "d")
     for other, message in ((("a", "c"), r"id 1 is 'b' and 'c'"), (("a",), "2 and 1 tokens")):
-        with pytest.raises(UserError, match=f"--draft d: has another vocabulary than the model .{message}"):
+        with pytest.raises(UserError, match=f"--draft d: its vocabulary differs from the model's .{message}"):
             check_vocabulary(Vocabulary("a", "b"), Vocabulary(*other), "d")

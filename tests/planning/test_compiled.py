@@ -35,7 +35,7 @@ LAYERS, ACCUMULATION = 3, 2
 LAYERS_MOVES = Counter({n: LAYERS * ACCUMULATION * LAYER.count(n) for n in LAYER})  # in a step, once a micro-batch
 MOVES = LAYERS_MOVES + Counter({TABLE: 2 * ACCUMULATION})
 # the files that a compiled step depends on
-SOURCES = [*(f"tinyllama_jax/{room}/**/*.py" for room in ("base", "kernels", "core", "planning")), "configs/3t.py"]
+SOURCES = [*(f"tinyllama_jax/{room}/**/*.py" for room in ("base", "kernels", "core", "planning", "inference")), "configs/3t.py"]
 SOURCES += ["tests/compile_for.py"]
 A100 = ("2,8,float32", "1,16,float32", "2,8,bfloat16")
 
@@ -431,6 +431,24 @@ def test_h100_gathers_and_scatters_within_its_node():
 def test_a_kernel_too_large_for_the_chip_is_an_error_of_plan(on, words):
     said = compile_for(on, "overflow")["overflow"]
     assert said.startswith(f"--on={on}: its compiler refuses the step: ") and words in said
+
+
+@pytest.mark.parametrize(
+    ("on", "entry", "most"),
+    [  # copies once a chunk of tokens, outside the loop: (of weights, of the cache); MiB of temporaries
+        pytest.param("a100-40g:1x1", {1: (0, 0), 8: (0, 0)}, 10, marks=pytest.mark.xdist_group("a100")),
+        # a TPU's compiler turns the cache, and with 8 rows three matrices a layer, once a chunk: docs/log.md
+        pytest.param("v5e:1x1", {1: (0, 88), 8: (66, 88)}, 500, marks=pytest.mark.xdist_group("v5e")),
+    ],
+)
+def test_decoding_copies_neither_weights_nor_the_cache_for_a_token(on, entry, most):
+    """At the 1.1B's shape in bf16: 22 layers, a cache of 512 positions."""
+    for case, result in compile_for(on, "decoding:1", "decoding:8").items():
+        weights_copied, cache_copied = entry[int(case.partition(":")[2])]
+        in_loop = lambda lines: [line for line in lines if not line.startswith("main")]
+        assert not in_loop(result["weights"]) and not in_loop(result["cache"]), result
+        assert len(result["weights"]) <= weights_copied and len(result["cache"]) <= cache_copied
+        assert result["temporaries"] < most
 
 
 def python(on: str, code: str) -> str:

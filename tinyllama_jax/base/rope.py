@@ -1,11 +1,11 @@
-"""RoPE: the types of scaling, the string by which a config names one, and the frequencies."""
+"""RoPE: its types of scaling, the string that names one in a config, and its frequencies."""
 
 import math
 
 from tinyllama_jax.base.values import LIMITS, check, check_one_of
 
 KEY, LENGTH = "model.rope_type", "original_max_position_embeddings"
-# Type -> its numbers besides the factor (model.rope_scaling), each with its default; ...: must be given; None: does not apply.
+# Type -> its numbers besides the factor (model.rope_scaling), with their defaults. `...`: must be given. None: not set.
 TYPES = {
     "linear": {},  # every frequency divided by the factor
     "ntk": {},  # theta x factor^(H / (H - 2)): the lowest frequency divided by the factor, the highest left as it is
@@ -54,13 +54,13 @@ def _number(name: str, value: str, text: str) -> float | int | bool:
 
 
 def text_of(kind: str, numbers: dict) -> str:
-    """The shortest string that says this: the numbers in the table's order, without defaults."""
+    """The shortest string for these numbers: in the order of TYPES, without defaults."""
     written = [(name, numbers.get(name)) for name, default in TYPES.get(kind, {}).items() if numbers.get(name) != default]
     return ",".join([kind, *(f"{name}={str(n).lower().removesuffix('.0')}" for name, n in written if n is not None)])
 
 
 def checked(model) -> str:
-    """`model.rope_type` in its shortest form. Raises UserError for a type, a number or a width of heads that cannot be."""
+    """`model.rope_type` in its shortest form. Raises UserError for a type, number or width of heads that is impossible."""
     kind, n = parse(model.rope_type)
     key = "model.head_dim" if model.head_dim else "model.n_heads"
     value = model.head_dim or model.n_heads
@@ -114,7 +114,7 @@ def frequencies(model):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, H - 1)
     high += 0.001 if low == high else 0
-    kept = 1 - np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)  # share that is not scaled
+    kept = 1 - np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)  # the share that is not scaled
     mscale = lambda times: 0.1 * times * math.log(factor) + 1
     scale = mscale(n["mscale"]) / mscale(n["mscale_all_dim"]) if n["mscale"] and n["mscale_all_dim"] else mscale(1)
     return 1 / (factor * power) * (1 - kept) + plain * kept, n["attention_factor"] or scale

@@ -143,16 +143,16 @@ def rope(x_BSNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Parts(NamedTuple):
-    """What a layer computes with: training and inference differ in these four alone."""
+    """What a layer computes with. Training and inference differ only in these four."""
 
-    weight: Callable[[str], jax.Array]  # name -> a norm's scale
+    weight: Callable[[str], jax.Array]  # name -> a norm's scale [D]
     project: Callable[[str, str, jax.Array], jax.Array]  # (name, einsum, x) -> x times the matrix of that name
-    down: Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) -> SwiGLU's second half
+    down: Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) [B, S, F] -> SwiGLU's second half [B, S, D]
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) -> the attention output [B, S, N, H]
 
 
 def layer(x_BSD: jax.Array, table: tuple[jax.Array, jax.Array], parts: Parts, model: Model) -> jax.Array:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). `table`: from `rope_table`."""
+    """One layer, [B, S, D] to [B, S, D]: x + attention(norm(x)), then x + mlp(norm(x)). `table`: from `rope_table`."""
     policy, project = jmp.get_policy(model.precision), parts.project
 
     def norm(name: str, x: jax.Array) -> jax.Array:

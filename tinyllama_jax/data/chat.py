@@ -1,4 +1,4 @@
-"""Chat templates: messages to token ids, equal to those of Transformers' `apply_chat_template`, and the mask of the answers.
+"""Chat templates: the token ids of messages, equal to Transformers' `apply_chat_template`, and the mask of the answers.
 
 A template is Jinja source. `TEMPLATES` holds those of TinyLlama's chat models; a checkpoint may bring its own. The tag
 `{% generation %}` marks what the assistant writes, the end of its answer included: fine-tuning trains on that part alone.
@@ -23,7 +23,7 @@ from tinyllama_jax.data import control
 from tinyllama_jax.data.tokenizer import Tokenizer
 
 Message = dict[str, typing.Any]  # role: "system", "user" or "assistant"; content: its text
-LARGEST = 1 << 20  # bytes of a template's file; published ones have up to 20 kB
+LARGEST = 1 << 20  # the most bytes of a template's file; published ones have up to 20 kB
 
 
 class Template(typing.NamedTuple):
@@ -88,7 +88,7 @@ TEMPLATES = {
     "chatml": Template("chatml", CHATML, ("<|im_end|>",)),
     "zephyr": Template("zephyr", ZEPHYR, ()),
 }
-# the names of TinyLlama's chat models, which the first of them published without a template
+# names of TinyLlama's chat models -> template: the first ones were published without one
 PUBLISHED = {r"chat-?v0\.1\b": "guanaco", r"chat-?v0\.[2-4]\b": "chatml", r"chat-?v(0\.[6-9]|1\.0)\b": "zephyr"}
 
 
@@ -196,7 +196,7 @@ def encode_with_mask(
 ) -> tuple[list[int], list[bool]]:
     """(ids, mask) of a whole conversation. The mask is true where the assistant writes, the end of each answer included.
 
-    A token on the border belongs to the assistant, as in Transformers' `return_assistant_tokens_mask`. Raises UserError as
+    A token that lies partly in an answer belongs to it, as in Transformers' `return_assistant_tokens_mask`. Raises UserError as
     `render` does, and if the template does not mark the assistant's part.
     """
     if not marks_answers(template):
@@ -248,7 +248,7 @@ class _Config(typing.TypedDict, total=False):
     chat_template: str | list[_Named] | dict[str, str] | None
 
 
-class _Generated(typing.TypedDict, total=False):
+class _GenerationConfig(typing.TypedDict, total=False):
     eos_token_id: int | list[int] | None
 
 
@@ -279,7 +279,7 @@ def _text(path: Path) -> str:
 
 
 def of_folder(folder: Path, tokenizer: Tokenizer) -> Template | None:
-    """The template of a checkpoint: its tokenizer's own, else that of its name or tokens; None if nothing tells.
+    """The template of a checkpoint: its tokenizer's own, or the one that its name or its tokens tell; otherwise None.
 
     `folder`: a run folder, a Hugging Face folder or a GGUF file. Raises UserError for a damaged template.
     """
@@ -287,7 +287,7 @@ def of_folder(folder: Path, tokenizer: Tokenizer) -> Template | None:
     if "default" in sources:
         return _own(f"of {folder}", sources["default"], tokenizer, "its own chat_template")
     if sources:
-        raise UserError(f"{folder}: has the chat templates {', '.join(sources)}, and none for all; say which: --template NAME")
+        raise UserError(f"{folder}: has the chat templates {', '.join(sources)}, and no default; choose one: --template NAME")
     for pattern, name in PUBLISHED.items():
         if re.search(pattern, folder.name, re.IGNORECASE):
             return TEMPLATES[name]._replace(why=f"the template of models named {folder.name}")
@@ -318,11 +318,11 @@ def choose(folder: Path, tokenizer: Tokenizer, name: str | None = None) -> Templ
 
 
 def _own(name: str, source: str, tokenizer: Tokenizer, why: str) -> Template:
-    """A template that is not in `TEMPLATES`; its text and generation_config.json tell what ends its answers."""
+    """A template that is not in `TEMPLATES`. Its text and generation_config.json tell what ends an answer."""
     template = Template(name, source, (), why)
-    render(template, tokenizer, [{"role": "user", "content": "?"}])  # a damaged one is refused before anything else is done
+    render(template, tokenizer, [{"role": "user", "content": "?"}])  # refuses a damaged one before anything else is done
     config = tokenizer.folder / "generation_config.json" if tokenizer.folder else None
-    eos = files.read_json(config, _Generated).get("eos_token_id") if config and config.is_file() else None
+    eos = files.read_json(config, _GenerationConfig).get("eos_token_id") if config and config.is_file() else None
     eos = [eos] if isinstance(eos, int) else eos or []
     named = [token for token, id_ in control.tokens(tokenizer).items() if id_ in eos]
     return template._replace(stop=tuple(dict.fromkeys([*_ending(template, tokenizer), *named])))
@@ -333,7 +333,7 @@ def _ending(template: Template, tokenizer: Tokenizer) -> list[str]:
     turns = (("user", "Hello."), ("assistant", "ThisIsTheAnswer"), ("user", "ThisIsTheQuestion"))
     try:
         text = render(template, tokenizer, [{"role": role, "content": content} for role, content in turns])
-    except UserError:  # it takes no such conversation, so an answer ends with eos
+    except UserError:  # it refuses such a conversation, so only eos ends an answer
         return []
     between = text.partition("ThisIsTheAnswer")[2].partition("ThisIsTheQuestion")[0]
     if tokens := [token for token in control.tokens(tokenizer) if token in between]:
@@ -355,6 +355,6 @@ def fit(messages: Sequence[Message], count: typing.Callable[[list[Message]], int
     left = lambda cut: [*messages[:system], *messages[starts[cut] :]]
     cut = bisect.bisect_left(range(len(starts) - 1), True, key=lambda cut: count(left(cut)) <= limit)
     if (n := count(left(cut))) > limit:
-        what = f"the last message and what must stand before it have {n:,} tokens, and there is room for {limit:,}"
+        what = f"the last message and any system message have {n:,} tokens, and there is room for {limit:,}"
         raise UserError(f"{what}; shorten the message or the system message")
     return left(cut), cut

@@ -1,4 +1,4 @@
-"""Control tokens written out in a text, such as "</s>", read as those tokens: for chat templates alone.
+"""Encodes a text in which control tokens are written out, such as "</s>", as those tokens: for chat templates only.
 
 `Tokenizer.encode` reads them as plain characters. Here the ids are those of Transformers with an exported tokenizer: a control
 token becomes its id, and the text after it is encoded as a separate text.
@@ -24,7 +24,7 @@ def named(tokenizer: Tokenizer) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Token -> id of the tokens that `encode` looks for."""
+    """Text -> id of the control tokens that `encode` looks for."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return {token.content: i for i, token in _reader(tokenizer).get_added_tokens_decoder().items()}
     sp = tokenizer._sp
@@ -33,7 +33,7 @@ def tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def _reader(tokenizer: HuggingFaceTokenizer):
-    reader = copy.deepcopy(tokenizer._hf)  # not the same one with another setting, which other threads would see
+    reader = copy.deepcopy(tokenizer._hf)  # a copy: other threads would see a changed setting of the original
     reader.encode_special_tokens = False
     added = {token.content for token in reader.get_added_tokens_decoder().values()}
     # as Transformers does, but without new ids: the model has no rows for them
@@ -54,7 +54,7 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, 
             part_ids, part_offsets = [tokens(tokenizer)[part]], [(0, len(part))]
         else:
             encoded = tokenizer._sp.encode(part, out_type="offset_mapping")
-            # a dummy prefix has no width here, nor has any but the last byte of a character
+            # SentencePiece gives a dummy prefix, and each byte of a character but the last, an empty span
             part_ids, part_offsets = encoded["ids"], [(start, max(end, start + 1)) for start, end in encoded["offsets"]]
         ids += part_ids
         offsets += [(at + start, at + end) for start, end in part_offsets]

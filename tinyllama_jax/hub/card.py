@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md with metadata as huggingface.co reads it."""
+"""The model card of an exported folder: its README.md, with the metadata that huggingface.co reads."""
 
 from collections.abc import Sequence
 
@@ -65,7 +65,7 @@ print(generate({given}, max_new_tokens=64)[0]["generated_text"])
 
 
 def training(config: Config, step: int, tokens: int, sources: Sequence[tuple[str, float]]) -> str:
-    """What a run was trained on up to `step`, which is `tokens` tokens. `sources`: name and weight of each data source."""
+    """A paragraph on a run's training up to `step`, after `tokens` tokens. `sources`: name and weight of each data source."""
     optim, rows = config.optim, [f"- `{name}`: weight {weight:g}" for name, weight in sources]
     start = " The weights at the start were another run's: FILL IN which." if config.init.from_ else ""
     return f"""Trained with tinyllama_jax for {step:,} steps on {tokens:,} tokens.{start}

@@ -1,4 +1,4 @@
-"""Reads and writes the weights, architecture and metadata of a Llama as GGUF, the files of llama.cpp.
+"""Reads and writes a Llama's weights, architecture and metadata as GGUF, the file format of llama.cpp.
 
 What differs from Hugging Face's folder:
 
@@ -9,7 +9,7 @@ What differs from Hugging Face's folder:
 | rows of the vocabulary without a token    | none: llama.cpp wants as many rows as tokens                                  |
 
 Sources: llama.cpp's docs/gguf.md, convert_hf_to_gguf.py and llama-model.cpp. The package `gguf` writes files and converts
-numbers. It does not read headers here: its reader believes an array's length, and a damaged one takes all memory.
+numbers. `gguf_header` reads headers instead: the package's reader trusts an array's length, and a damaged one takes all memory.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.hub import gguf_header, gguf_keys, llama
 from tinyllama_jax.hub.tensor_files import shown
 
-# llama.cpp's number for the whole file (general.file_type), and the largest magnitude that the type holds: scales are fp16
+# type -> (llama.cpp's number for the file, general.file_type; the largest magnitude that the type holds: scales are fp16)
 TYPES = {
     "f32": (0, math.inf),
     "f16": (1, 65_504.0),
@@ -201,7 +201,7 @@ def load(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model,
 def read(path: str | Path) -> Gguf:
     """Reads the description of a GGUF file, or of all files of a split one, given any of them; tensors are read when used.
 
-    Raises UserError: not a whole GGUF file, another architecture, a feature or a type of numbers that is not read.
+    Raises UserError for a file that is not a whole GGUF, or has an unsupported architecture, feature or type of numbers.
     """
     path = Path(path)
     metadata, tensors = _read_file(path)
@@ -223,7 +223,7 @@ def read(path: str | Path) -> Gguf:
 
 
 def _joined(path: Path, count: str) -> tuple[dict[str, object], dict[str, Stored]]:
-    """(metadata of the first, tensors of all) files of a split one."""
+    """(metadata of the first file, tensors of all files) of a split GGUF."""
     match = _SHARD.fullmatch(path.name)
     if not match or count != str(int(match[3])):
         raise UserError(f"{path}: is one of {count:.20} parts; llama.cpp's name for such is NAME-00001-of-0000N.gguf")

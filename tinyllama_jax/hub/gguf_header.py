@@ -1,4 +1,4 @@
-"""The header of a GGUF file: keys, values, and where its tensors are. Nothing in it is trusted.
+"""Reads the header of a GGUF file: keys, values, and where its tensors are. Nothing in it is trusted.
 
 Layout (llama.cpp's docs/gguf.md): "GGUF", version, number of tensors and of keys, keys with typed values, tensors' names with
 dimensions (the fastest first), type and offset, and, at a multiple of `general.alignment`, the numbers.
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_ENTRIES = 1 << 22  # of an array of texts; the largest vocabularies have 2^18 tokens
+MOST_ENTRIES = 1 << 22  # in an array of texts; the largest vocabularies have 2^18 tokens
 MOST_NAMES = 1 << 16  # tensors, or keys, of one file
 # the number of a value's type -> how numpy writes the type
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a Llama's architecture, from this package's `Model` and back to a config.json.
+"""The keys of a GGUF file that describe a Llama's architecture: written from a `Model`, read as a config.json.
 
 | Hugging Face                      | GGUF                                                                          |
 |-----------------------------------|-------------------------------------------------------------------------------|
@@ -61,7 +61,7 @@ def _yarn(rope: dict) -> dict[str, object]:
 
 
 def factors_of(config: dict, head: int) -> np.ndarray | None:
-    """By what RoPE of Llama 3 divides each of the H / 2 frequencies; None for other types. Source: Transformers."""
+    """The divisors [H / 2] of RoPE's frequencies in Llama 3's scaling; None for other types. Source: Transformers."""
     rope = config.get("rope_scaling") or {}
     if rope.get("rope_type") != "llama3":
         return None
@@ -89,7 +89,7 @@ _OPTIONAL = {
 
 
 def config(metadata: Mapping[str, object], vocab_size: int, factors: np.ndarray | None, origin: str) -> dict:
-    """What Hugging Face's config.json would say. `factors`: of `rope_freqs.weight`. Raises UserError."""
+    """The contents of Hugging Face's config.json for the model. `factors`: the tensor rope_freqs.weight. Raises UserError."""
     if (architecture := metadata.get("general.architecture")) != "llama":
         raise UserError(f"{origin}: general.architecture is {architecture!r:.200}; only 'llama' can be read")
     get = lambda key, default=None: metadata.get(f"llama.{key}", default)
@@ -109,7 +109,7 @@ def config(metadata: Mapping[str, object], vocab_size: int, factors: np.ndarray 
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{origin}: a number in its metadata is of a wrong type or size ({error})") from None
     if differ:
-        what = f"{head} numbers a head, but attention.value_length or rope.dimension_count is {next(iter(differ))}"
+        what = f"{head} numbers per head, but attention.value_length or rope.dimension_count is {next(iter(differ))}"
         raise UserError(f"{origin}: has {what}; only equal ones are computed")
     return described | ({"rope_scaling": rope} if rope else {})
 
@@ -117,7 +117,7 @@ def config(metadata: Mapping[str, object], vocab_size: int, factors: np.ndarray 
 def _rope(get: Callable, factors: np.ndarray | None, config: dict, head: int, origin: str) -> dict:
     """`rope_scaling` of config.json; {} if nothing is scaled."""
     kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
-    if (older := get("rope.scale_linear", 1.0)) != 1:  # of files before October 2023
+    if (older := get("rope.scale_linear", 1.0)) != 1:  # in files from before October 2023
         kind, factor = "linear", older
     if factors is not None:
         if kind != "none":

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: the text and the log-probabilities that new tokens complete, whole or as chunks of a stream."""
+"""Answers in OpenAI's format, whole or as chunks of a stream: the text and log-probabilities that new tokens complete."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ FINISH = {"stop": "stop", "length": "length", "context": "length"}  # the engine
 class Token(NamedTuple):
     """A token with its log-probability. The texts of an answer's tokens add up to its text."""
 
-    text: str  # empty for bytes before the last of a character: that one has the character
+    text: str  # of a character of several tokens only the last one has it, the others have ""
     offset: int  # characters of the answer before it
     logprob: float | None  # None: the first token of a prompt
     top: list[tuple[str, float]]
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     """What new tokens complete."""
 
     text: str = ""
-    tokens: tuple[Token, ...] = ()  # whose text has begun
+    tokens: tuple[Token, ...] = ()  # those whose text has begun in the pieces so far
     finish: str | None = None
 
     def __add__(self, later: "Piece") -> "Piece":
@@ -33,25 +33,25 @@ class Piece(NamedTuple):
 
 
 class Choice:
-    """One answer: turns the growing list of tokens of an engine's request into pieces that no later token changes."""
+    """One answer: turns the growing list of a request's tokens into pieces that no later token changes."""
 
     def __init__(self, index: int, request: Request, query: Query, tokenizer: Tokenizer):
         self.index, self.request, self.n_tokens, self.finish = index, request, 0, None
         self._query, self._tokenizer = query, tokenizer
-        # in the middle of a text: SentencePiece leaves out the space before a text's first word
+        # with the prompt before it: SentencePiece leaves out the space before a text's first word
         self._text, self._names = Text(tokenizer, query.stop, request.prompt), Text(tokenizer, (), request.prompt)
-        self._shown = self._listed = 0  # characters of the answer: returned; of the tokens listed
+        self._shown = self._listed = 0  # characters of the answer that were returned; characters of the tokens in `_list`
         self._waiting: list[Token] = []
         self._echoed = False
 
     def take(self, n: int, finish: str | None) -> Piece:
-        """What the request's tokens up to the n-th complete. `finish`: the engine's reason, if they are all."""
+        """The piece that the request's tokens up to the n-th complete. `finish`: why the engine ended it, or None."""
         if self.finish or not (n or finish):
             return Piece()
         echo = self._echo() if self._query.echo and not self._echoed else ""
         self._echoed = True
         tokens = self.request.tokens[self.n_tokens : n]
-        ends = finish == "stop"  # the last token is not text
+        ends = finish == "stop"  # the last token is a stop id, which has no text
         if not self._query.stop and self._query.top < 0:
             text, self.n_tokens = self._text.add(tokens[:-1] if ends else tokens), self.n_tokens + len(tokens)
         else:
@@ -82,7 +82,7 @@ class Choice:
         return text
 
     def _echo(self) -> str:
-        """The text of the prompt; lists its tokens if asked."""
+        """The text of the prompt; lists its tokens if log-probabilities are asked for."""
         prompt = self.request.prompt[self._query.bos :]
         if self._query.top < 0:
             return Text(self._tokenizer).add(prompt)
@@ -93,8 +93,8 @@ class Choice:
         return "".join(token.text for token in self._waiting)
 
     def _list(self, text: str, logprob: float | None, top: list[tuple[int, float]] | None) -> None:
-        top = [(alone(self._tokenizer, token), floor(p)) for token, p in top or ()]
-        self._waiting.append(Token(text, self._listed, None if logprob is None else floor(logprob), top))
+        top = [(alone(self._tokenizer, token), finite(p)) for token, p in top or ()]
+        self._waiting.append(Token(text, self._listed, None if logprob is None else finite(logprob), top))
         self._listed += len(text)
 
     def _list_rest(self) -> None:
@@ -102,19 +102,19 @@ class Choice:
             self._waiting[-1] = self._waiting[-1]._replace(text=self._waiting[-1].text + half)
 
 
-def floor(logprob: float) -> float:
-    """JSON has no -inf: OpenAI's value for it."""
+def finite(logprob: float) -> float:
+    """`logprob`, but -9999 for -inf, as OpenAI has it: JSON has no infinity."""
     return max(-9999.0, logprob)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def alone(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token inside a text. Bytes of a character are U+FFFD."""
+    """The text of one token within a text. A part of a character is U+FFFD."""
     before = tokenizer.encode("a")
     return tokenizer.decode([*before, token]).removeprefix(tokenizer.decode(before))
 
 
-# -- OpenAI's forms ----------------------------------------------------------------------------------------------------
+# -- OpenAI's format ---------------------------------------------------------------------------------------------------
 
 
 def _logprobs(query: Query, tokens: tuple[Token, ...]) -> dict | None:
@@ -127,14 +127,14 @@ def _logprobs(query: Query, tokens: tuple[Token, ...]) -> dict | None:
     return {
         "tokens": [t.text for t in tokens],
         "token_logprobs": [t.logprob for t in tokens],
-        # tokens of the same text share a key: the likeliest, which is the last, keeps it
+        # tokens with the same text share a key; the most likely one comes last, and so keeps it
         "top_logprobs": [None if t.logprob is None else dict([(t.text, t.logprob), *t.top[::-1]]) for t in tokens],
         "text_offset": [t.offset for t in tokens],
     }
 
 
 def choice(query: Query, index: int, piece: Piece, first: bool = False) -> dict:
-    """One entry of `choices`: of a chunk if the request asks for a stream, otherwise of the whole answer."""
+    """One entry of `choices`, in a chunk if the request asks for a stream, otherwise in the whole answer."""
     out = {"index": index, "logprobs": _logprobs(query, piece.tokens), "finish_reason": piece.finish}
     if not query.chat:
         return out | {"text": piece.text}
@@ -145,7 +145,7 @@ def choice(query: Query, index: int, piece: Piece, first: bool = False) -> dict:
 
 
 def usage(query: Query, choices: list[Choice]) -> dict:
-    """The number of tokens. A prompt counts once, however many answers it has."""
+    """The field `usage`: numbers of tokens. A prompt counts once, however many answers it has."""
     prompt, answer = sum(map(len, query.prompts)), sum(c.n_tokens for c in choices)
     cached = {"cached_tokens": sum(c.request.cached for c in choices[:: query.n])}
     total = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
@@ -153,15 +153,15 @@ def usage(query: Query, choices: list[Choice]) -> dict:
 
 
 def kind(query: Query) -> str:
-    """The name of the answer's form."""
+    """The field `object`: the type of the response."""
     return ("chat.completion.chunk" if query.stream else "chat.completion") if query.chat else "text_completion"
 
 
 def encode(value: dict) -> bytes:
-    """JSON, in UTF-8 without escapes."""
+    """`value` as JSON in UTF-8, without escapes."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def event(value: dict) -> bytes:
-    """One event of a stream."""
+    """`value` as one server-sent event."""
     return b"data: " + encode(value) + b"\n\n"

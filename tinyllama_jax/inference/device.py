@@ -1,4 +1,4 @@
-"""What inference runs on the device: a piece of a prompt, and a chunk of tokens of every row."""
+"""The programs of inference: one prefills a piece of a prompt, one decodes a chunk of tokens in every row."""
 
 from functools import partial
 from typing import NamedTuple
@@ -16,29 +16,29 @@ from tinyllama_jax.inference.sampling import Settings
 from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft, Proposal, distributions, look_up, propose, verified
 from tinyllama_jax.inference.weights import Weights
 
-CHUNK = 16  # the most tokens of a row between two looks of the host
-# positions at the end of the cache that belong to no request: rows with nothing to compute write there
+CHUNK = 16  # the most tokens that a row decodes before the host sees them
+# positions at the end of the cache that belong to no request: idle rows write there
 MARGIN = MOST_TOKENS + 1
-TOP = 20  # most likely tokens that can be reported beside each token
+TOP = 20  # how many of the most likely tokens can be reported with each token
 STOPS = 16  # ids that can end a request
-# of the cache [B, K, T, H] and the tokens seen [B, V]; left to XLA it would change, and every program be compiled twice
+# Sharding of the cache [B, K, T, H] and of seen_BV. XLA would choose another for outputs, and so compile every program twice
 _ROWS = PartitionSpec(sharding.BATCH, "tensor")
 
 
 class Rows(NamedTuple):
-    """One row a slot, rebuilt on the host before each chunk: [B] or [B, ...]."""
+    """The inputs of a chunk, one row per slot, [B] or [B, ...]; the host makes them anew for each chunk."""
 
     token: np.ndarray  # the newest token, whose key and value are not in the cache yet
     position: np.ndarray  # its position
-    left: np.ndarray  # tokens still to come; 0: nothing is computed for this row
+    left: np.ndarray  # tokens still to come; 0: the row is idle
     stop_ids: np.ndarray  # [B, STOPS], -1 where there is none
-    key: np.ndarray  # [B, 2], of the random numbers
+    key: np.ndarray  # [B, 2], the random key of each row
     settings: Settings
     history: np.ndarray | None  # [B, T], the tokens at each position, for prompt lookup
 
 
 class State(NamedTuple):
-    """What a chunk takes over from the one before, on the device; donated."""
+    """What stays on the device from chunk to chunk; donated."""
 
     cache: Cache
     draft_cache: Cache | None
@@ -46,14 +46,14 @@ class State(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a chunk has computed, [B, C] and [B, C, TOP]; entries after `n` tokens of a row mean nothing."""
+    """The results of a chunk, [B, C] and [B, C, TOP]; only the first `n` tokens of a row count."""
 
-    n: jax.Array
+    n: jax.Array  # [B]
     tokens: jax.Array
     logprobs: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
-    rounds: jax.Array  # [B], passes of the target
+    rounds: jax.Array  # [B], forward passes
 
 
 def _scored(logits_XV: jax.Array, token_X: jax.Array, want_top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -72,9 +72,9 @@ def _scored(logits_XV: jax.Array, token_X: jax.Array, want_top: jax.Array) -> tu
 def decode(
     weights: Weights, draft_weights, state: State, rows: Rows, n, want_top, model: Model, draft: Draft
 ) -> tuple[State, Chunk]:
-    """At least `n` tokens for every row that has so many left; a round of a draft can add up to K more."""
+    """Decodes `n` tokens in every row, or as many as it has left; a draft's last round can add up to K more."""
     B, K = len(rows.token), draft.tokens
-    C = CHUNK + K + (K + 1)  # what a row can have, and room for what a row that has enough writes after it
+    C = CHUNK + K + (K + 1)  # the most tokens of a row, and room for the K + 1 that a finished row still writes
     idle = state.cache[0][0].shape[2] - MARGIN
     empty = lambda dtype, *shape: jnp.zeros((B, C, *shape), dtype)
     zeros = jnp.zeros(B, jnp.int32)
@@ -98,7 +98,7 @@ def decode(
         allowed_BSV = distributions(logits_BSV, tokens_BS, seen_BV, rows.settings)
         new_BS, n_new = verified(allowed_BSV, proposal, rows.key, position, rows.settings)
         is_stop_BS = jnp.any(new_BS[:, :, None] == rows.stop_ids[:, None], axis=2)
-        before_BS = jnp.cumsum(is_stop_BS, axis=1) - is_stop_BS  # stop ids before a token: it does not count then
+        before_BS = jnp.cumsum(is_stop_BS, axis=1) - is_stop_BS  # stop ids before each token; a token after one does not count
         counts_BS = (jnp.arange(K + 1) < jnp.minimum(n_new, left)[:, None]) & (before_BS == 0) & active[:, None]
         n_new = jnp.sum(counts_BS, axis=1, dtype=jnp.int32)
         scores = _scored(logits_BSV.reshape(B * (K + 1), -1), new_BS.ravel(), want_top)
@@ -121,10 +121,10 @@ def decode(
 
 @partial(jax.jit, static_argnames=("model", "score"), donate_argnames="cache", out_shardings=(_ROWS, PartitionSpec()))
 def prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, model: Model, score: bool):
-    """The cache with `tokens_S` at the positions from `start` of a slot. Padding at their end is overwritten before it is read.
+    """(cache, scores): the cache with `tokens_S` at the positions from `start` on in the row `slot`.
 
-    `score`: also the log-probability [S] of each token that follows one of them, with the most likely tokens; tokens_S then
-    has one token more.
+    Padding at the end of `tokens_S` is overwritten before it is read. `score`: whether to compute the log-probability [S] of
+    the token after each position, and the most likely tokens; tokens_S then has one token more. Otherwise scores is None.
     """
     S = len(tokens_S) - score
     row = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, 1), cache)
@@ -135,6 +135,7 @@ def prefill(weights: Weights, cache: Cache, slot, tokens_S, start, want_top, mod
 
 @partial(jax.jit, donate_argnums=0, out_shardings=_ROWS)
 def with_seen(seen_BV, slot, row_V):
+    """`seen_BV` with `row_V` in the row `slot`."""
     return seen_BV.at[slot].set(row_V)
 
 

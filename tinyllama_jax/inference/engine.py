@@ -19,20 +19,20 @@ from tinyllama_jax.inference.sampling import Sampling, Settings
 from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft
 from tinyllama_jax.inference.weights import Loaded
 
-PATIENCE = 0.2  # seconds: on a slow device a chunk has fewer tokens, so that text flows
-PREFILL = (16, 32, 64, 128, 256, 512)  # prompts are computed in pieces of these lengths, the last one padded
+PATIENCE = 0.2  # seconds that a chunk may take; on a slow device it has fewer tokens, so that a stream does not stutter
+PREFILL = (16, 32, 64, 128, 256, 512)  # lengths of the pieces in which a prompt is computed; the last piece is padded to one
 SHORTEST = 256  # positions of the cache at first; it doubles when a row needs more
 
 
 @dataclass(eq=False)
 class Request:
-    """What is asked for, and what has come of it so far. The engine only appends to the results."""
+    """A prompt and how to continue it, and the results so far, to which the engine only appends."""
 
     prompt: list[int]  # ids, bos included
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
-    sample: int = 0  # several answers to one prompt and seed differ in it
+    sample: int = 0  # number of the answer, where one prompt and seed have several
     stop_ids: tuple[int, ...] = ()  # the answer ends after one of these, which is part of `tokens`
     top_logprobs: int = -1  # how many of the most likely tokens to report beside each token; -1: none
     score_prompt: bool = False  # also give the log-probabilities of the prompt's own tokens
@@ -42,23 +42,23 @@ class Request:
     top: list[list[tuple[int, float]]] = field(default_factory=list)  # (token, log-probability), the most likely first
     prompt_logprobs: list[float | None] = field(default_factory=list)  # the first token has none
     prompt_top: list[list[tuple[int, float]]] = field(default_factory=list)
-    finish: str | None = None  # "stop": a stop id; "length": max_new_tokens; "context": it is full; "cancelled"
-    rounds: int = 0  # passes of the model for `tokens`; fewer than these with a draft
-    cached: int = 0  # tokens of the prompt whose keys and values an earlier request had left in the slot
+    finish: str | None = None  # why it ended: "stop" (a stop id), "length" (max_new_tokens), "context" (full) or "cancelled"
+    rounds: int = 0  # forward passes that gave `tokens`; with a draft fewer than there are tokens
+    cached: int = 0  # tokens of the prompt whose keys and values were still in the slot from an earlier request
 
 
 @dataclass(eq=False)
 class _Slot:
-    """A row of the batch. `held`: the tokens whose keys and values are in the cache, from position 0."""
+    """A row of the batch."""
 
     index: int
     request: Request | None = None
-    turn: int = 0  # when the request was admitted
-    held: list[int] = field(default_factory=list)
+    turn: int = 0  # order of admission
+    held: list[int] = field(default_factory=list)  # tokens whose keys and values are in the cache, from position 0
 
     @property
     def size(self) -> int:
-        """How many tokens there are, prompt and answer."""
+        """Number of tokens, prompt and answer."""
         return len(self.request.prompt) + len(self.request.tokens)
 
     @property
@@ -70,17 +70,17 @@ class _Slot:
 class Engine:
     """Runs requests. Not thread-safe: one thread calls everything.
 
-    The number of programs compiled is bounded by the lengths of the cache (SHORTEST, doubled up to the context) and the lengths
-    in PREFILL: for each length of the cache one that decodes, and two (with scores and without) for each length of a piece.
+    The number of compiled programs is bounded. For each length of the cache (SHORTEST, doubled up to the context) one decodes,
+    and for each length in PREFILL two prefill: one with log-probabilities, one without.
     """
 
     def __init__(self, loaded: Loaded, slots: int = 1, draft: Loaded | None = None, draft_tokens: int = 0):
-        """`slots`: how many requests run at a time; rounded up to what the mesh's copies share evenly.
+        """`slots`: how many requests run at a time; rounded up to a multiple of the mesh's data-parallel copies.
 
-        `draft_tokens`: proposed in a round, by the model `draft` or by prompt lookup without one; 0: no speculation.
+        `draft_tokens`: how many tokens `draft`, or without one prompt lookup, proposes in a round; 0: no speculation.
         """
         if not 0 <= draft_tokens <= MOST_TOKENS:
-            raise UserError(f"--draft-tokens {draft_tokens}: must lie between 1 and {MOST_TOKENS}")
+            raise UserError(f"--draft-tokens {draft_tokens}: must lie between 1 and {MOST_TOKENS}, or be 0 for no draft")
         self._weights, self._model, self._mesh = loaded.weights, loaded.model, loaded.mesh
         self._draft, self._draft_weights = Draft(draft_tokens, draft and draft.model), draft and draft.weights
         copies = sharding.batch_devices(loaded.mesh)
@@ -89,7 +89,7 @@ class Engine:
         self._queue: collections.deque[Request] = collections.deque()
         self._changed: list[Request] = []
         self._admitted = 0
-        self._seconds = 0.0  # what a token took in the last chunk
+        self._seconds = 0.0  # per token, in the last chunk
         with jax.set_mesh(self._mesh):
             new = lambda model: model and device.new_cache(model, n, min(SHORTEST, self.context + MARGIN))
             seen_BV = device.none_seen(n, self._model.vocab_size)
@@ -97,13 +97,18 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The most tokens of a prompt and its answer."""
+        """The most tokens that a prompt and its answer can have together."""
         return self._model.seq_len
 
     @property
     def draft_tokens(self) -> int:
         """How many tokens the draft proposes in a round; 0 without one."""
         return self._draft.tokens
+
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether a model drafts, and not prompt lookup."""
+        return self._draft.model is not None
 
     @property
     def busy(self) -> bool:
@@ -133,7 +138,7 @@ class Engine:
                 slot.request = None
 
     def step(self) -> list[Request]:
-        """Admits what fits, computes one piece of a prompt and one chunk of every answer; returns the requests with news."""
+        """Admits requests, computes one piece of a prompt and one chunk of every answer; returns the requests that changed."""
         with jax.set_mesh(self._mesh):
             self._admit()
             waiting = [slot for slot in self._slots if slot.request and not slot.decoding]
@@ -164,10 +169,10 @@ class Engine:
             self.cancel(request)
 
     def _admit(self) -> None:
-        """Gives free slots to queued requests: the slot that holds the longest beginning of the prompt."""
+        """Gives each queued request, while slots are free, the one that holds the longest prefix of its prompt."""
         while self._queue and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._queue.popleft()
-            # at equal lengths the slot that holds least, so that other prompts' beginnings stay
+            # of equal prefixes the slot that holds the fewest tokens, so that longer prefixes stay for other prompts
             slot = max(free, key=lambda s: (_common(s.held, request.prompt), -len(s.held)))
             kept = 0 if request.score_prompt else min(_common(slot.held, request.prompt), len(request.prompt) - 1)
             self._admitted += 1
@@ -180,7 +185,7 @@ class Engine:
             self._state = self._state._replace(seen_BV=device.with_seen(self._state.seen_BV, slot.index, row_V))
 
     def _prefill(self, slot: _Slot) -> None:
-        """Computes one piece of a prompt, all of it but the last token."""
+        """Computes the next piece of a prompt. The prompt's last token is left to `_decode`."""
         request, start, score = slot.request, len(slot.held), slot.request.score_prompt
         left = len(request.prompt) - 1 - start
         fitting = [n for n in PREFILL if start + n <= self.context + MARGIN]
@@ -188,7 +193,7 @@ class Engine:
         n = min(size, left)
         tokens = np.zeros(size + score, np.int32)
         tokens[: n + score] = request.prompt[start : start + n + score]
-        self._grow(max(start + size, start + n + MARGIN))  # rows without work write to the margin while others decode
+        self._grow(max(start + size, start + n + MARGIN))  # while others decode, this row writes into the margin
         want_top, state = request.top_logprobs > 0, self._state
         cache, scored = device.prefill(self._weights, state.cache, slot.index, tokens, start, want_top, self._model, score)
         self._state = state._replace(cache=cache)
@@ -206,7 +211,7 @@ class Engine:
 
     def _decode(self) -> None:
         slots = [slot for slot in self._slots if slot.decoding]
-        first = any(not slot.request.tokens for slot in slots)  # a first token is given at once
+        first = any(not slot.request.tokens for slot in slots)  # so that a first token arrives at once
         n = 1 if first else int(np.clip(PATIENCE / self._seconds if self._seconds else 1, 1, CHUNK))
         n = CHUNK if jax.process_count() > 1 else n  # all processes run the same program, whatever their clocks say
         self._grow(max(min(slot.size + n + self._draft.tokens, self.context) for slot in slots) + MARGIN)
@@ -260,7 +265,7 @@ class Engine:
         return rows
 
     def _grow(self, length: int) -> None:
-        """Makes every slot's cache at least `length` positions long."""
+        """Makes the cache at least `length` positions long, for all slots."""
         room = before = self._state.cache[0][0].shape[2]
         while room < length:
             room = min(2 * room, self.context + MARGIN)
@@ -270,7 +275,7 @@ class Engine:
 
 
 def check(request: Request, model: Model) -> None:
-    """Raises UserError if `request` cannot be run."""
+    """Raises UserError, which names the value, if `model` cannot run `request`."""
     if not request.prompt:
         raise UserError("the prompt has no tokens; begin with the tokenizer's bos or eos")
     # a request without new tokens may fill the context: only its prompt is scored
@@ -287,14 +292,14 @@ def check(request: Request, model: Model) -> None:
     if not (0 <= request.seed < 2**32 and 0 <= request.sample < 2**32):
         raise UserError(f"seed {request.seed}: must lie in [0, 2^32)")
     if len(request.stop_ids) > STOPS:
-        raise UserError(f"{len(request.stop_ids)} ids are to end the answer; at most {STOPS} can")
+        raise UserError(f"stop_ids has {len(request.stop_ids)} ids, and at most {STOPS} can end an answer")
     if request.top_logprobs > TOP:
-        raise UserError(f"top_logprobs {request.top_logprobs}: at most {TOP}")
+        raise UserError(f"top_logprobs {request.top_logprobs}: must be at most {TOP}")
     sampling_lib.check(request.sampling)
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """The length of the longest common beginning."""
+    """The length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -34,18 +34,18 @@ def forward(
 ) -> tuple[jax.Array, Cache]:
     """The head's input [B, S, D] for tokens at `positions_BS`, and the cache with their keys and values.
 
-    A token sees the positions up to its own. The positions of a row follow each other, and end within the cache.
+    A token sees the positions up to its own. The positions of a row are consecutive and lie within the cache.
     The layers are written out, not scanned: a scan would copy each layer's weights out of a stack.
     """
     policy, (B, S) = jmp.get_policy(model.precision), tokens_BS.shape
     sizes = dims.sizes(model) | {"B": B, "S": S}
     x_BSD = sharding.constrain(lookup(weights.embed_VD, tokens_BS, model.residual_dtype), "BSD")
-    table, after = model_lib.rope_table(positions_BS, model), []
+    table, new_cache = model_lib.rope_table(positions_BS, model), []
     for layer, (k_BKTH, v_BKTH) in zip(weights.layers, cache, strict=True):
 
         def attend(q_BSNH, k_BSKH, v_BSKH, old=(k_BKTH, v_BKTH)):
             new = tuple(_put(c, x, positions_BS) for c, x in zip(old, (k_BSKH, v_BSKH), strict=True))
-            after.append(new)
+            new_cache.append(new)
             return over_cache(q_BSNH, *new, positions_BS)
 
         def project(name, einsum, x, layer=layer):
@@ -56,16 +56,16 @@ def forward(
             return matmul(jax.nn.silu(gate_BSF) * up_BSF, layer["down"])
 
         x_BSD = model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
-    return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps)), tuple(after)
+    return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps)), tuple(new_cache)
 
 
 def logits(weights: Weights, x_BSD: jax.Array) -> jax.Array:
-    """Logits [B, S, V] in fp32 of the output of `forward`."""
+    """Logits [B, S, V] in fp32. `x_BSD`: the output of `forward`."""
     return matmul(x_BSD, weights.head_DV, jnp.float32)
 
 
 def _put(cache_BKTH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """The cache with `new_BSKH` at `positions_BS`, which follow each other from the first one of a row."""
+    """The cache with `new_BSKH` at `positions_BS`, which are consecutive in each row."""
     new_BKSH, start_B = jnp.moveaxis(new_BSKH, 1, 2).astype(cache_BKTH.dtype), positions_BS[:, 0]
     if jax.default_backend() == "cpu":  # where a scatter would copy the whole cache
         put = lambda b, cache: lax.dynamic_update_slice(cache, lax.dynamic_slice_in_dim(new_BKSH, b, 1), (b, 0, start_B[b], 0))
@@ -85,6 +85,6 @@ def over_cache(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, position
     visible_BST = jnp.arange(k_BKTH.shape[2]) <= positions_BS[:, :, None]
     scores_BKGST = jnp.where(visible_BST[:, None, None], scores_BKGST * jnp.float32(1 / math.sqrt(H)), -jnp.inf)
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSNH.dtype)
-    # in the order of the batched matmul: XLA's CPU backend refuses bf16 with another one for more than one row
+    # bkgsh, the batched matmul's own order: with any other, XLA's CPU backend refuses bf16 for more than one row
     out_BKGSH = jnp.einsum("bkgst,bkth->bkgsh", weights_BKGST, v_BKTH, preferred_element_type=jnp.float32)
     return jnp.moveaxis(out_BKGSH, 3, 1).reshape(B, S, N, H).astype(q_BSNH.dtype)

@@ -1,4 +1,4 @@
-"""uvicorn: connections that cannot be held open for nothing, and a server that ends its answers when it is told to stop."""
+"""uvicorn: closes connections that send or read too slowly, and ends open answers when the server is told to stop."""
 
 import asyncio
 
@@ -25,6 +25,7 @@ class Connection(H11Protocol):
         self._wait()
 
     def _wait(self) -> None:
+        """Closes the connection after PATIENCE seconds, unless a request is being answered by then."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._timer = self._timer and self._timer.cancel()
         elif not self._timer:

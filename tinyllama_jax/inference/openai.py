@@ -1,4 +1,4 @@
-"""OpenAI's protocol: what a request asks for, the parts of an answer, and errors, as its clients expect them."""
+"""Requests and errors of OpenAI's API: parses a body, and names the field that is wrong, as OpenAI's clients expect."""
 
 import difflib
 import re
@@ -17,8 +17,8 @@ from tinyllama_jax.inference.sampling import Sampling
 from tinyllama_jax.inference.text import first_tokens
 from tinyllama_jax.inference.weights import Loaded
 
-IGNORED = ("any",)  # stands for any value of a field that does not change an answer
-# Fields of OpenAI's that are not supported, with the values that ask for nothing
+IGNORED = ("any",)  # stands for every value, of a field that does not change an answer
+# OpenAI's fields that are not supported -> their values that ask for nothing, which are accepted
 NEUTRAL = {
     **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), IGNORED),
     **dict.fromkeys(("prompt_cache_retention", "parallel_tool_calls"), IGNORED),
@@ -38,19 +38,19 @@ NEUTRAL = {
 NEUTRAL_OF_MESSAGE = {"name": IGNORED, "refusal": ("",), "annotations": ([],), "tool_calls": ([],)}
 NEUTRAL_OF_MESSAGE |= dict.fromkeys(("audio", "function_call"), (None,))
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PROMPTS = 1_024  # of a request, at most
-TOP = 20  # tokens listed beside each token, at most
+PROMPTS = 1_024  # the most prompts of a request
+TOP = 20  # the most tokens that are listed beside each token
 
 
 class ApiError(Exception):
-    """An answer other than 200: HTTP status, message, the field that is wrong, and OpenAI's name for the mistake."""
+    """A response other than 200: HTTP status, message, the field that is wrong, and OpenAI's code for the mistake."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int = 0):
         super().__init__(message)
         self.status, self.param, self.code, self.retry = status, param, code, retry  # retry: seconds
 
     def body(self) -> dict:
-        """The error in OpenAI's form."""
+        """The error in OpenAI's format."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": readable(str(self)), "type": kind, "param": self.param, "code": self.code}}
 
@@ -118,14 +118,14 @@ class Query(NamedTuple):
     chat: bool
     model: str  # "": whichever is served
     prompts: list[list[int]]  # token ids
-    bos: bool  # whether bos was put before each prompt: `echo` does not show it
+    bos: bool  # whether bos was put before each prompt; `echo` does not show it
     n: int  # answers to each prompt
     max_tokens: int
     sampling: Sampling
     seed: int
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
-    top: int  # -1: no log-probabilities
+    top: int  # most likely tokens to list beside each token; -1: no log-probabilities
     echo: bool
     stream: bool
     usage: bool  # whether a stream ends with the number of tokens
@@ -153,7 +153,7 @@ def _wrong(param: str, what: str, code: str = "invalid_value") -> ApiError:
 
 
 def _typed(value: dict, kind: type, where: str = "") -> msgspec.Struct:
-    """`value` as `kind`. Raises ApiError with the path of the field that does not fit. A field that is null is absent."""
+    """`value` as `kind`; null fields count as absent. Raises ApiError with the path of the field that does not fit."""
     value = {name: field for name, field in value.items() if field is not None}
     neutral = NEUTRAL_OF_MESSAGE if kind is Message else NEUTRAL
     for name in value.keys() & neutral.keys() - set(kind.__struct_fields__):
@@ -197,7 +197,7 @@ def parse(body: bytes, kind: type[Common], loaded: Loaded, template: chat.Templa
         bos=bos,
         n=fields.n,
         max_tokens=most,
-        # 0: only the most likely token, as a probability too small for a second one
+        # top_p = 0 means the most likely token alone; `Sampling` needs more than 0, and 1e-6 has the same effect
         sampling=Sampling(fields.temperature, fields.top_k, max(fields.top_p, 1e-6), fields.min_p, fields.repetition_penalty),
         seed=secrets.randbits(31) if fields.seed is None else fields.seed % 2**31,
         stop=stop + (chat.stop_texts(template, loaded.tokenizer) if is_chat else ()),
@@ -225,10 +225,10 @@ def _encode_chat(messages: list[dict], loaded: Loaded, template: chat.Template |
 
 
 def _encode_prompts(prompt: str | list, loaded: Loaded) -> tuple[list[list[int]], bool]:
-    """(ids of each prompt, whether bos was put before them). Ids are taken as they are."""
+    """(ids of each prompt, whether bos was put before them). Prompts of ids are taken as they are."""
     tokenizer = loaded.tokenizer
     if isinstance(prompt, list) and len({type(part) for part in prompt}) > 1:
-        raise _wrong("prompt", "must be a text, texts, token ids or lists of token ids, not a mixture")
+        raise _wrong("prompt", "must be one text, a list of texts, a list of token ids or a list of such lists, not a mixture")
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if len(prompts) > PROMPTS:
         raise _wrong("prompt", f"has {len(prompts):,} prompts, and the most is {PROMPTS:,}")

@@ -1,4 +1,4 @@
-"""The options that `generate` and `chat` share."""
+"""The options that `generate`, `chat` and `serve` share."""
 
 import argparse
 
@@ -20,10 +20,10 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=weights.KINDS,
         default="auto",
-        help="their form in memory; auto: fp32 on a CPU, bf16 elsewhere (auto)",
+        help="their type in memory; auto: fp32 on a CPU, the model's compute dtype elsewhere (auto)",
     )
     parser.add_argument(
-        "--draft", metavar="DIR|ngram", help="a smaller checkpoint with the same vocabulary, or prompt lookup (no speculation)"
+        "--draft", metavar="DIR|ngram", help="a smaller checkpoint of the same vocabulary, or ngram: prompt lookup (no draft)"
     )
     parser.add_argument(
         "--draft-tokens", type=int, metavar="K", help="tokens that the draft proposes at a time (4; 8 for ngram)"
@@ -47,17 +47,18 @@ def load(args: argparse.Namespace, slots: int = 1) -> tuple[Loaded, Engine]:
 
 
 def drafted(request: Request, engine: Engine) -> str:
-    """How many tokens a pass of the model gave, if there is a draft."""
+    """How many tokens a pass of the model gave, and what share of a draft model's was accepted; "" without a draft."""
     if not engine.draft_tokens or not request.rounds:
         return ""
-    accepted = (len(request.tokens) - request.rounds) / (request.rounds * engine.draft_tokens)
-    return f", {len(request.tokens) / request.rounds:.2f} tokens a pass ({max(accepted, 0):.0%} of the draft's accepted)"
+    accepted = max(len(request.tokens) - request.rounds, 0) / (request.rounds * engine.draft_tokens)
+    share = f" ({accepted:.0%} of the draft's accepted)" if engine.has_draft_model else ""  # prompt lookup may propose fewer
+    return f", {len(request.tokens) / request.rounds:.2f} tokens a pass{share}"
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """The options of how tokens are drawn, and of where an answer ends."""
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, help=f"tokens to write at most ({max_new_tokens})")
+    add("--max-new-tokens", type=int, default=max_new_tokens, help=f"most tokens to write ({max_new_tokens})")
     add("--temperature", type=float, default=0.8, help="below 1: likely tokens become likelier (0.8)")
     add("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all (0)")
     add("--top-p", type=float, default=1.0, help="draw from the most likely tokens that together reach this probability (1.0)")
@@ -73,14 +74,15 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for a value out of bounds, or a text that is not UTF-8."""
     for name in ("prompt", "stop", "system"):
         for text in [value] if isinstance(value := getattr(args, name, None), str) else value or ():
-            if any("\ud800" <= character <= "\udfff" for character in text):  # Python's sign for bytes that are not UTF-8
+            if any("\ud800" <= character <= "\udfff" for character in text):  # how Python represents bytes that are not UTF-8
                 raise UserError(f"--{name} {text!a}: is not UTF-8")
     if any(not text for text in args.stop):
         raise UserError('--stop "": is empty, and would end every text at once')
     if not 1 <= args.max_new_tokens < 2**31:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1, and less than 2^31")
-    if args.temperature == 0:
-        raise UserError("--temperature 0.0: must lie between 0.001 and 1,000; for the most likely token say --greedy")
+    if not 1e-3 <= args.temperature <= 1e3:
+        remedy = "must lie between 0.001 and 1,000; for the most likely token say --greedy"
+        raise UserError(f"--temperature {args.temperature}: {remedy}")
     sampling_lib.check(
         Sampling(*(getattr(args, field) for field in Sampling._fields)), lambda field: "--" + field.replace("_", "-")
     )
@@ -96,7 +98,7 @@ def sampling(args: argparse.Namespace) -> Sampling:
 
 
 def described(sampling: Sampling) -> str:
-    """`sampling` in a line."""
+    """A short text that names the settings of `sampling`."""
     penalty = f", repetition penalty {sampling.repetition_penalty:g}" if sampling.repetition_penalty != 1 else ""
     if sampling.temperature == 0:
         return f"greedy{penalty}"

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: how they are rounded, and how they multiply, in plain jnp."""
+"""Weights in 8 or 4 bits: how they are rounded and multiplied, in plain jnp."""
 
 from typing import NamedTuple
 
@@ -9,20 +9,20 @@ from jax import lax
 from tinyllama_jax.base import sharding
 
 GROUP = 32  # inputs that share a scale in 4 bits
-# inputs converted at a time on a CPU. XLA would convert a whole matrix first, or one number at a time within the product: with
-# 2,048 x 5,632 weights that took 14 to 25 times as long
+# Inputs whose weights are converted at a time on a CPU. XLA would convert the whole matrix first, or each number within the
+# product: for 2,048 x 5,632 weights that took 14 to 25 times as long
 BLOCKS = (128, 64, 32)
 
 
 class Int8(NamedTuple):
-    """A matrix [I, O] as q x scale, one scale a column (output channel); 8 bits a weight."""
+    """A matrix [I, O] as q x scale, one scale per column (output channel); 8 bits per weight."""
 
     q_IO: jax.Array  # int8
     scale_O: jax.Array  # fp32
 
 
 class Int4(NamedTuple):
-    """A matrix [I, O] as (q - 8) x scale, one scale for GROUP inputs of a column; 4.5 bits a weight, as in GGUF's Q4_0.
+    """A matrix [I, O] as (q - 8) x scale, one scale per GROUP inputs of a column; 4.5 bits per weight, as in GGUF's Q4_0.
 
     A byte holds inputs j (its low half) and j + 16 of a group, in Q4_0's order.
     """
@@ -33,7 +33,7 @@ class Int4(NamedTuple):
 
 @jax.jit
 def int8(w_IO: jax.Array) -> Int8:
-    """Rounds to the nearest of 255 values; the largest of a column is exact."""
+    """Rounds to the nearest of 255 values; a column's number of largest magnitude is exact."""
     scale_O = jnp.max(jnp.abs(w_IO), axis=0) / 127
     return Int8(jnp.round(w_IO / jnp.where(scale_O == 0, 1, scale_O)).astype(jnp.int8), scale_O)
 
@@ -42,7 +42,7 @@ def int8(w_IO: jax.Array) -> Int8:
 def int4(w_IO: jax.Array) -> Int4:
     """Rounds as Q4_0 does (ggml-quants.c), so that weights read from a Q4_0 file stay as they are.
 
-    The number of largest magnitude of a group becomes -8 x scale, whatever its sign.
+    A group's number of largest magnitude becomes -8 x scale, whatever its sign.
     """
     w_GIO = w_IO.reshape(-1, GROUP, w_IO.shape[1])
     largest_GO = jnp.take_along_axis(w_GIO, jnp.argmax(jnp.abs(w_GIO), axis=1, keepdims=True), axis=1)[:, 0]
@@ -63,7 +63,9 @@ def matmul(x_BSI: jax.Array, kernel: jax.Array | Int8 | Int4, dtype: jnp.dtype |
     if n is None or not converted or jax.default_backend() != "cpu":
         return _product(x_BSI, kernel, dtype)
 
-    def add(i: jax.Array, y_BSO: jax.Array) -> jax.Array:  # of n inputs: their converted weights stay in the processor's cache
+    def add(
+        i: jax.Array, y_BSO: jax.Array
+    ) -> jax.Array:  # n inputs at a time: their converted weights fit the processor's cache
         part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * (len(a) * n // inputs), len(a) * n // inputs), kernel)
         return y_BSO + _product(lax.dynamic_slice_in_dim(x_BSI, i * n, n, 2), part, jnp.float32)
 
@@ -82,14 +84,14 @@ def _product(x_BSI: jax.Array, kernel: jax.Array | Int4, dtype: jnp.dtype) -> ja
 
 
 def numbers(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The array in `dtype`. One of uint16 holds the bits of bf16: XLA's CPU backend converts these 20 times as fast as bf16."""
+    """`w` in `dtype`. A uint16 array holds the bits of bf16: XLA's CPU backend converts these 20 times as fast as bf16."""
     if w.dtype == jnp.uint16:
         w = lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
     return w.astype(dtype)
 
 
 def _halves(kernel: Int4, dtype: jnp.dtype) -> list[jax.Array]:
-    """The weights of the low and of the high halves of the bytes, [I / 32, 16, O]."""
+    """[weights of the low halves of the bytes, weights of the high halves], each [I / 32, 16, O]."""
     scale_GO = kernel.scale_GO[:, None].astype(dtype)
     return [(q.astype(jnp.int8) - 8).astype(dtype) * scale_GO for q in (kernel.q_GJO & 15, kernel.q_GJO >> 4)]
 

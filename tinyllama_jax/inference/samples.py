@@ -1,4 +1,4 @@
-"""Samples during training, from the trainer's own parameters on its own mesh."""
+"""Samples text during training, from the trainer's own parameters on its own mesh."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ TOKENS = 64  # of a sample
 
 
 def continued(config: Config, params: dict, step: int) -> str:
-    """`log.sample` and what the model makes of it, drawn at temperature 0.8; `step` is the seed. All processes call this."""
+    """`log.sample` and the model's continuation, drawn at temperature 0.8; `step` is the seed. All processes call this."""
     run = Path(config.workdir)
     tokenizer = tokenizer_lib.load(run / "tokenizer")
     model, mesh = dataclasses.replace(config.model, attention="auto"), jax.sharding.get_mesh()

@@ -1,4 +1,4 @@
-"""How the next token is drawn: filters over logits, for a batch whose rows have settings of their own."""
+"""Draws the next token: filters over logits, for a batch whose rows have different settings."""
 
 from typing import NamedTuple
 
@@ -49,36 +49,36 @@ class Settings(NamedTuple):
 def filtered(logits_BV: jax.Array, seen_BV: jax.Array, settings: Settings) -> jax.Array:
     """Logits [B, V] of the distribution that is drawn from; -inf where a token cannot be drawn.
 
-    As Transformers' processors, in its order: repetition penalty over the tokens `seen`, temperature, top-k, top-p, min-p.
-    Ties with the k-th token stay, and the token that crosses top_p is kept. A greedy row keeps its most likely token alone.
+    As Transformers' processors, in its order: repetition penalty (on tokens in `seen_BV`), temperature, top-k, top-p, min-p.
+    Tokens as likely as the k-th are kept, and so is the one that crosses top_p. A greedy row keeps only its most likely token.
     """
-    temperature_B, top_k_B, top_p_B, min_p_B, penalty_B = (a[:, None] for a in settings)
-    penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B, logits_BV / penalty_B)
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1, penalty_B1 = (a[:, None] for a in settings)
+    penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
-    greedy_B = temperature_B == 0
+    greedy_B1 = temperature_B1 == 0
     best_BV = jnp.arange(logits_BV.shape[1]) == jnp.argmax(logits_BV, axis=1)[:, None]
-    scaled_BV = logits_BV / jnp.where(greedy_B, 1, temperature_B)
-    cuts = (top_k_B > 0) | (top_p_B < 1)  # these need the tokens in order, which takes longer than all else here
-    scaled_BV = lax.cond(jnp.any(cuts & ~greedy_B), _most_likely, lambda x, *_: x, scaled_BV, top_k_B, top_p_B)
-    least_B = jnp.max(scaled_BV, axis=1, keepdims=True) + jnp.log(min_p_B)
-    return jnp.where(jnp.where(greedy_B, best_BV, scaled_BV >= least_B), scaled_BV, -jnp.inf)
+    scaled_BV = logits_BV / jnp.where(greedy_B1, 1, temperature_B1)
+    cuts = (top_k_B1 > 0) | (top_p_B1 < 1)  # these need a sort of the tokens, which takes longer than everything else here
+    scaled_BV = lax.cond(jnp.any(cuts & ~greedy_B1), _most_likely, lambda x, *_: x, scaled_BV, top_k_B1, top_p_B1)
+    least_B1 = jnp.max(scaled_BV, axis=1, keepdims=True) + jnp.log(min_p_B1)
+    return jnp.where(jnp.where(greedy_B1, best_BV, scaled_BV >= least_B1), scaled_BV, -jnp.inf)
 
 
-def _most_likely(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Top-k, then top-p."""
+def _most_likely(logits_BV: jax.Array, top_k_B1: jax.Array, top_p_B1: jax.Array) -> jax.Array:
+    """Top-k, then top-p: logits [B, V], -inf where a token is cut. The settings are [B, 1]."""
     V = logits_BV.shape[1]
     order_BV = jnp.argsort(logits_BV, axis=1, descending=True)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=1)
-    kth_B = jnp.take_along_axis(sorted_BV, jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V) - 1, axis=1)
-    sorted_BV = jnp.where(sorted_BV < kth_B, -jnp.inf, sorted_BV)
+    kth_B1 = jnp.take_along_axis(sorted_BV, jnp.where(top_k_B1 > 0, jnp.minimum(top_k_B1, V), V) - 1, axis=1)
+    sorted_BV = jnp.where(sorted_BV < kth_B1, -jnp.inf, sorted_BV)
     p_BV = jax.nn.softmax(sorted_BV, axis=1)
     before_BV = jnp.cumsum(p_BV, axis=1) - p_BV  # the probability of all more likely tokens
-    sorted_BV = jnp.where((before_BV < top_p_B) | (top_p_B >= 1), sorted_BV, -jnp.inf)
+    sorted_BV = jnp.where((before_BV < top_p_B1) | (top_p_B1 >= 1), sorted_BV, -jnp.inf)
     return jax.vmap(lambda row_V, order_V: jnp.zeros_like(row_V).at[order_V].set(row_V))(sorted_BV, order_BV)
 
 
 def draw(logits_BV: jax.Array, key_B2: jax.Array, position_B: jax.Array, settings: Settings) -> jax.Array:
-    """A token [B] of each row of `filtered` logits; the random numbers depend on the row's key and position alone."""
+    """A token [B] for each row of `filtered` logits. Its random number depends only on the row's key and position."""
 
     def sample(key_2: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key_2), position), logits_V)

@@ -1,10 +1,7 @@
-"""The HTTP server: one engine for many clients, OpenAI's protocol, and a page to chat with; everything it takes is bounded."""
+"""The HTTP server: one engine for many clients, OpenAI's API, and a page to chat with. All that a client can use is bounded."""
 
 import asyncio
-import base64
-import hashlib
 import ipaddress
-import re
 import time
 import uuid
 from collections import Counter
@@ -22,15 +19,15 @@ from starlette.routing import Route
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.values import shown
 from tinyllama_jax.data import chat
-from tinyllama_jax.inference import answers, openai
+from tinyllama_jax.inference import answers, openai, web
 from tinyllama_jax.inference.answers import Choice, Piece
 from tinyllama_jax.inference.engine import Engine
 from tinyllama_jax.inference.openai import ApiError, Query
 from tinyllama_jax.inference.weights import Loaded
 from tinyllama_jax.inference.worker import Worker
 
-BODY = 1 << 20  # bytes of a request, at most
-PATIENCE = 10.0  # seconds for a request to arrive
+BODY = 1 << 20  # the most bytes of a request's body
+PATIENCE = 10.0  # seconds that a client has to send a head or a body, or to read
 
 
 class Options(NamedTuple):
@@ -39,10 +36,10 @@ class Options(NamedTuple):
     name: str  # of the model
     template: chat.Template | None
     slots: int  # requests that run at once
-    queue: int  # requests that wait, at most
-    max_tokens: int  # of an answer, at most
-    hosts: tuple[str, ...] = ()  # names of this server beside addresses and localhost
-    origins: tuple[str, ...] = ()  # of other pages that may use it
+    queue: int  # the most requests that wait
+    max_tokens: int  # the most tokens of an answer
+    hosts: tuple[str, ...] = ()  # this server's names, besides addresses and localhost
+    origins: tuple[str, ...] = ()  # other origins whose pages may use it
 
 
 # -- one request -------------------------------------------------------------------------------------------------------
@@ -53,7 +50,7 @@ class Gone(Exception):
 
 
 class Answer:
-    """The response to one request: follows its answers in the engine until they end or the client goes away."""
+    """The response to one HTTP request: follows its answers in the engine until they end or the client disconnects."""
 
     def __init__(self, service: "Service", query: Query):
         self._service, self._query = service, query
@@ -72,7 +69,7 @@ class Answer:
         gone, started = asyncio.ensure_future(self._watch(receive)), False
         try:
             self._service.open(self)
-            await self._next()  # the engine has taken it
+            await self._next()  # the engine has accepted it
             if self._query.stream:
                 started = True
                 await self._stream(send)
@@ -100,7 +97,7 @@ class Answer:
         self.end(Gone())
 
     def notify(self, *event: object) -> None:
-        """Called in the event loop for what the worker reports."""
+        """Takes the worker's reports, in the event loop. See `worker.Notify`."""
         self._events.put_nowait(event)
 
     def end(self, error: Exception) -> None:
@@ -118,15 +115,15 @@ class Answer:
         return which, n, finish
 
     async def _pieces(self):
-        """(number of the answer, what is new) until all have ended."""
+        """Yields (number of the answer, new piece of it) until all answers have ended."""
         while any(c.finish is None for c in self.choices):
             i, n, finish = await self._next()
-            one = self.choices[i]
-            before = one.n_tokens
-            piece = one.take(n, finish)
-            self._service.counts["completion_tokens"] += one.n_tokens - before
-            if one.finish and not finish:  # at a stop string
-                self._service.worker.cancel([one.request])
+            choice = self.choices[i]
+            before = choice.n_tokens
+            piece = choice.take(n, finish)
+            self._service.counts["completion_tokens"] += choice.n_tokens - before
+            if choice.finish and not finish:  # at a stop string
+                self._service.worker.cancel([choice.request])
             if piece != Piece():
                 yield i, piece
 
@@ -161,7 +158,7 @@ class Service:
 
     @property
     def state(self) -> str:
-        """ready, or why not."""
+        """One of: ready, warming up, shutting down, failed."""
         if self._stopping:
             return "shutting down"
         if self.worker is None or not self.worker.ready:
@@ -277,7 +274,7 @@ def _json(value: dict, status: int = 200, headers: dict | None = None) -> Respon
 
 
 class Guard:
-    """Refuses requests that another web page makes: by their Host (a name that was pointed here) or by their Origin."""
+    """Refuses requests that another site's page makes: by Host (a name that somebody pointed at this server) or by Origin."""
 
     def __init__(self, app: Callable, service: Service):
         self._app, self._service = app, service
@@ -287,17 +284,17 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers, options = {name: value.decode("latin-1") for name, value in scope["headers"]}, self._service.options
-        host, origin, own = headers.get(b"host", ""), headers.get(b"origin"), ()
+        host, origin, cors = headers.get(b"host", ""), headers.get(b"origin"), ()
         allowed = origin is not None and ("*" in options.origins or origin in options.origins)
         if allowed:
             asked = headers.get(b"access-control-request-headers", "content-type").encode("latin-1")
-            own = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
-            own += [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-allow-headers", asked)]
+            cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
+            cors += [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-allow-headers", asked)]
 
-        async def sends(message: dict) -> None:
+        async def counted_send(message: dict) -> None:
             if message["type"] == "http.response.start":
                 self._service.statuses[message["status"]] += 1
-                message["headers"] = [*message["headers"], *own, (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message["headers"], *cors, (b"x-content-type-options", b"nosniff")]
             await send(message)
 
         if not known_host(host, options.hosts):
@@ -305,15 +302,15 @@ class Guard:
         elif not allowed and (origin is not None and origin.partition("://")[2] != host):
             error = ApiError(403, f"Origin {shown(origin)!r} is another page; serve --allow-origin ORIGIN allows it")
         elif origin is None and scope["method"] == "POST" and headers.get(b"sec-fetch-site") in ("cross-site", "same-site"):
-            error = ApiError(403, "another page sent this request")
+            error = ApiError(403, "a page of another site sent this request, without an Origin header that could allow it")
         elif allowed and scope["method"] == "OPTIONS":
-            await Response(status_code=204)(scope, receive, sends)
+            await Response(status_code=204)(scope, receive, counted_send)
             return
         else:
-            await self._app(scope, receive, sends)
+            await self._app(scope, receive, counted_send)
             return
         error.code = "forbidden"
-        await _json(error.body(), error.status)(scope, receive, sends)
+        await _json(error.body(), error.status)(scope, receive, counted_send)
 
 
 def known_host(host: str, names: tuple[str, ...]) -> bool:
@@ -334,18 +331,15 @@ def _error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}", code="not_found")
     elif not isinstance(error, ApiError):
-        error = ApiError(500, "an error of the server's own; its log has more", code="internal_error")
+        error = ApiError(500, "the server made an error; its log has the details", code="internal_error")
     return _json(error.body(), error.status, {"retry-after": str(error.retry)} if error.retry else None)
 
 
 def page() -> Response:
     """The page at /. Its policy lets it run its own script alone, and connect to this server alone."""
-    text = (resources.files(__package__) / "page.html").read_text()
+    text = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
     policy = "default-src 'none'; connect-src 'self'; img-src data:"
-    policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    for name in ("script", "style"):
-        inner = re.search(f"<{name}>(.*?)</{name}>", text, re.DOTALL)[1]
-        policy += f"; {name}-src 'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+    policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" + web.policy(text)
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-store"}
     return HTMLResponse(text, headers=headers)
 

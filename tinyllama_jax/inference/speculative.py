@@ -22,7 +22,7 @@ LONGEST_MATCH = 3  # of prompt lookup: the last 3 tokens, or else 2, or else 1
 
 
 class Draft(NamedTuple):
-    """How tokens are proposed. Static: it decides what is compiled."""
+    """How tokens are proposed. A static argument: it decides what is compiled."""
 
     tokens: int = 0  # K, how many in a round; 0: none, each token is computed by itself
     model: Model | None = None  # the draft's; None: prompt lookup
@@ -32,23 +32,23 @@ class Proposal(NamedTuple):
     """Tokens proposed after the newest one of each row."""
 
     tokens_BK: jax.Array
-    n_B: jax.Array  # how many there are; those after them mean nothing
-    p_BKV: jax.Array | None  # the distributions they were drawn from; None: each is certain
+    n_B: jax.Array  # how many of them count
+    p_BKV: jax.Array | None  # the distributions they were drawn from; None: probability 1 each
 
 
 def check_vocabulary(target: Tokenizer, draft: Tokenizer, name: str) -> None:
-    """Raises UserError if the two do not share their ids."""
+    """Raises UserError unless both have the same token for each id."""
     if target.sha256 == draft.sha256:
         return
     a, b = target.pieces(), draft.pieces()
     if a != b:
         i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         which = f"id {i} is {a[i]!a} and {b[i]!a}" if i < min(len(a), len(b)) else f"{len(a):,} and {len(b):,} tokens"
-        raise UserError(f"--draft {name}: has another vocabulary than the model ({which}); a draft must share it")
+        raise UserError(f"--draft {name}: its vocabulary differs from the model's ({which}); name a draft with the same one")
 
 
 def distributions(logits_BSV: jax.Array, tokens_BS: jax.Array, seen_BV: jax.Array, settings: Settings) -> jax.Array:
-    """`filtered` logits [B, S, V] after each of `tokens_BS`; the penalty sees those up to it."""
+    """`filtered` logits [B, S, V] after each of `tokens_BS`; the repetition penalty counts the tokens up to it."""
     B, S, V = logits_BSV.shape
     new_BSV = jnp.cumsum(tokens_BS[:, :, None] == jnp.arange(V), axis=1) > 0 if S > 1 else False  # one token: already seen
     seen_BSV = jnp.broadcast_to(seen_BV[:, None] | new_BSV, logits_BSV.shape)
@@ -85,7 +85,7 @@ def propose(
             weights, token_B[:, None], jnp.where(active_B, position_B + i, idle)[:, None], cache, draft.model
         )
         logits_BV = filtered(logits(weights, x_BSD)[:, 0], seen_BV, settings)
-        token_B = draw(logits_BV, key_B2 ^ jnp.uint32(0x9E3779B9), position_B + i, settings)  # other numbers than the target's
+        token_B = draw(logits_BV, key_B2 ^ jnp.uint32(0x9E3779B9), position_B + i, settings)  # not the target's random numbers
         put = lambda buffer, new: lax.dynamic_update_index_in_dim(buffer, new, i, 1)  # the last step is for the cache alone
         tokens_BK, p_BKV = put(tokens_BK, token_B), put(p_BKV, jax.nn.softmax(logits_BV))
         return token_B, seen_BV.at[jnp.arange(B), token_B].set(True), cache, tokens_BK, p_BKV
@@ -108,14 +108,14 @@ def verified(logits_BSV: jax.Array, proposal: Proposal, key_B2, position_B, sett
     if K:
         p_BSV = jax.nn.softmax(logits_BSV, axis=2)
         q_BKV = jax.nn.one_hot(proposal.tokens_BK, V) if proposal.p_BKV is None else proposal.p_BKV
-        of = lambda p_BKV: jnp.take_along_axis(p_BKV, proposal.tokens_BK[:, :, None], axis=2)[:, :, 0]
+        at_proposed = lambda p_BKV: jnp.take_along_axis(p_BKV, proposal.tokens_BK[:, :, None], axis=2)[:, :, 0]
         u_BK = jax.vmap(_uniform, (0, 0, None))(key_B2, position_B, K)
-        fits_BK = (u_BK * of(q_BKV) < of(p_BSV[:, :K])) & (jnp.arange(K) < proposal.n_B[:, None])
+        fits_BK = (u_BK * at_proposed(q_BKV) < at_proposed(p_BSV[:, :K])) & (jnp.arange(K) < proposal.n_B[:, None])
         accepted_B = jnp.sum(jnp.cumprod(fits_BK, axis=1), axis=1)
         rejected_B = accepted_B < proposal.n_B
         q_BV = q_BKV[rows, jnp.minimum(accepted_B, K - 1)] * rejected_B[:, None]
         excess_BV = jnp.maximum(p_BSV[rows, accepted_B] - q_BV, 0)
-        # rounding can leave nothing where p and q are equal: then nothing was to be rejected, and p is as good
+        # where p and q are equal, rounding can reject a token and leave no excess; p itself is then right
         difference_BV = jnp.where(
             jnp.sum(excess_BV, axis=1, keepdims=True) > 0, jnp.log(excess_BV), logits_BSV[rows, accepted_B]
         )

@@ -1,4 +1,4 @@
-"""From a prompt to ids, and from a growing list of ids to text that is never taken back."""
+"""Encodes a prompt, and decodes a growing list of ids to text that is never taken back."""
 
 from collections.abc import Sequence
 
@@ -20,14 +20,14 @@ class Text:
     """Decodes a growing list of tokens into parts that no later token changes. Ends before a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
-        """`stop`: strings that end the text; not part of it. `before`: tokens that it continues, not part of it either.
+        """`stop`: strings that end the text and are not part of it. `before`: the tokens before it, not part of it either.
 
-        Without those before it, SentencePiece leaves out the space in front of a text's first word.
+        Without `before`, SentencePiece leaves out the space in front of the text's first word.
         """
         self._tokenizer, self._stop, self.stopped = tokenizer, [], False
-        self._tokens: list[int] = []  # the newest ones: `_n` that have been decoded, then those that wait
+        self._tokens: list[int] = []  # the newest ones: first `_n` whose text has been given, then those that wait
         self._n = 0
-        self._held = ""  # decoded, and perhaps the beginning of a stop string
+        self._held = ""  # decoded text that may be the beginning of a stop string
         self.add(before[-16:])
         self._stop = [s for s in stop if s]
 
@@ -35,7 +35,7 @@ class Text:
         """The text that `tokens` complete; all the remaining text if they are the `last`. "" once `stopped`.
 
         A character of several byte tokens waits for its last one: until then it decodes to U+FFFD. The beginning of a stop
-        string waits until it is clear whether the whole follows. Of several stop strings the one counts that is complete first.
+        string waits until it is clear whether the rest follows. Of several stop strings, the one that is complete first counts.
         """
         if self.stopped:
             return ""
@@ -66,12 +66,12 @@ class Text:
         return text
 
     def _text(self, end: int) -> str:
-        """The text of the waiting tokens up to `end`, after the last ones that gave any: what a token says depends on them."""
+        """The text of the waiting tokens up to `end`, decoded after those before them: a token's text depends on these."""
         before, text = (self._tokenizer.decode(self._tokens[:n]) for n in (self._n, end))
-        # in some decoders one byte that belongs to no character makes U+FFFD of all bytes before it
+        # some decoders turn all bytes before a byte that belongs to no character into U+FFFD
         return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._tokens[self._n : end])
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`."""
+    """The length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

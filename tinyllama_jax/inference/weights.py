@@ -1,4 +1,4 @@
-"""Weights for inference: one array a layer, on the devices, from a run folder, a Hugging Face folder or a GGUF file."""
+"""Loads weights for inference, one array per layer, from a run folder, a Hugging Face folder or a GGUF file."""
 
 import atexit
 import dataclasses
@@ -30,7 +30,7 @@ KINDS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
 class Weights(NamedTuple):
-    """A model's parameters. The training layout [L, ...] would have every layer copied out of the stack at each token."""
+    """A model's parameters by layer. With the training layout [L, ...] each token would copy every layer out of the stack."""
 
     embed_VD: jax.Array | Int8 | Int4
     layers: tuple[dict[str, jax.Array | Int8 | Int4], ...]  # "q", "attention_norm", ...; a matrix as [in, out], heads joined
@@ -52,9 +52,9 @@ class Loaded(NamedTuple):
 def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
     """Reads a run folder (its newest step, or `step`), a Hugging Face folder or a GGUF file.
 
-    `option`: what names it in an error. `weights`: one of KINDS, their form in memory; auto: fp32 on a CPU, elsewhere the
-    model's compute dtype. Rows of the vocabulary without a token (padding) are left out. Beside the result, memory for one
-    parameter is needed. Raises UserError.
+    `weights`: their type in memory, one of KINDS; auto: fp32 on a CPU, elsewhere the compute dtype. `option`: what error
+    messages call `path`. Rows of the vocabulary without a token (padding) are left out. Needs the memory of the result and of
+    one parameter. Raises UserError.
     """
     files.check_local(option, path)
     path, folder = Path(path), Path(path)
@@ -89,7 +89,7 @@ def _scratch() -> Path:
 
 
 def for_inference(model: Model, weights: str = "auto") -> Model:
-    """`model` with the dtype in which it is computed on this device with `weights`: fp32 on a CPU, which has no other units."""
+    """`model` with the dtype in which this device computes with `weights`: fp32 on a CPU, which has no other units."""
     if jax.default_backend() == "cpu":
         compute = "float32"
     else:
@@ -103,7 +103,7 @@ def for_inference(model: Model, weights: str = "auto") -> Model:
 
 
 def make_mesh(model: Model) -> jax.sharding.Mesh:
-    """The mesh over this machine's devices: tensor parallel as far as the heads allow, and copies beyond that."""
+    """The mesh over this machine's devices: tensor parallel as far as the model's sizes allow; further devices hold copies."""
     sizes, n = dims.sizes(model), len(jax.devices())
     tensor = math.gcd(n, *(sizes[letter] for letter, axis in sharding.PARAMETER_AXES.items() if axis == "tensor"))
     return sharding.make_mesh(Mesh(data=n // tensor, fsdp=1, tensor=tensor))
@@ -127,7 +127,7 @@ def place(
     mesh: jax.sharding.Mesh,
     weights: str = "auto",
 ) -> Weights:
-    """Puts each array on the devices, without its padding, as `weights` of KINDS. Raises UserError."""
+    """Puts each array on the devices, without its padding, in the type `weights` (one of KINDS). Raises UserError."""
 
     def put(p: dims.Parameter, array: np.ndarray) -> jax.Array | Int8 | Int4:
         array = array[tuple(slice(dims.sizes(model)[letter]) for letter in p.dims.removeprefix("L"))]
@@ -145,7 +145,7 @@ def place(
 
 
 def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
-    """The weights of a trainer's parameters in the compute dtype, sharded as they are; both take memory then."""
+    """A copy of a trainer's parameters as `Weights` in the compute dtype, sharded as these are; both are then in memory."""
     with jax.set_mesh(mesh):
         return _of_params(params, model)
 
@@ -156,14 +156,14 @@ def _of_params(params: dict, model: Model) -> Weights:
         array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
         return lax.with_sharding_constraint(array, PartitionSpec(*axes))
 
-    copy = jax.tree.map(lambda a: a, params)  # whose dicts can be emptied
+    copy = jax.tree.map(lambda a: a, params)  # new dicts, which `_unstacked` empties
     return _assembled(((p, layer, put(p, array)) for p, layer, array in _unstacked(copy)), model)
 
 
 def _matrix(p: dims.Parameter, array: np.ndarray | jax.Array, model: Model) -> tuple[np.ndarray | jax.Array, list[str | None]]:
     """The array of one layer, a matrix as [in, out], and the mesh axes of its dimensions.
 
-    With heads as a dimension of its own XLA's CPU backend would transpose o's matrix at each token.
+    If heads were a dimension of their own, XLA's CPU backend would transpose o's matrix at each token.
     """
     axes = [sharding.PARAMETER_AXES.get(letter) for letter in p.dims.removeprefix("L")]
     return (array.reshape(dims.matrix(p, model)), [axes[0], axes[len(p.fan_in)]]) if p.fan_in else (array, axes)

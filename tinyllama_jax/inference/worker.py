@@ -1,4 +1,4 @@
-"""The thread that owns the engine: requests go in by a queue, and what they have got comes out in the event loop."""
+"""The thread that owns the engine: requests come in through a queue, and results go out to the event loop."""
 
 import asyncio
 import contextlib
@@ -31,11 +31,11 @@ class Worker(threading.Thread):
         self._inbox.put(lambda: self._submit(requests, notify))
 
     def cancel(self, requests: list[Request]) -> None:
-        """Takes requests from the engine before its next step. They are not heard of again."""
+        """Takes requests from the engine before its next step, after which `notify` is not called for them."""
         self._inbox.put(lambda: self._cancel(requests))
 
     def stop(self) -> None:
-        """Ends the thread after the step that it is in."""
+        """Ends the thread after its current step."""
         self._inbox.put(None)
 
     def _submit(self, requests: list[Request], notify: Notify) -> None:
@@ -63,7 +63,7 @@ class Worker(threading.Thread):
         try:
             self._warm_up()
             self.ready = True
-            while self._obeyed():
+            while self._run_tasks():
                 for request in self._engine.step() if self._engine.busy else ():
                     if request in self._live:
                         self._tell(request)
@@ -73,8 +73,8 @@ class Worker(threading.Thread):
             for notify, _ in self._live.values():
                 self._call(notify, error, 0, None)
 
-    def _obeyed(self) -> bool:
-        """Does what waits in the inbox, and waits for it if there is nothing else to do; False: to stop."""
+    def _run_tasks(self) -> bool:
+        """Runs the tasks in the inbox, and waits for one while the engine is idle. Returns False if the thread is to stop."""
         with contextlib.suppress(queue.Empty):
             while True:
                 task = self._inbox.get(block=not self._engine.busy)
@@ -90,7 +90,7 @@ class Worker(threading.Thread):
         self._call(notify, i, len(request.tokens), request.finish)
 
     def _warm_up(self) -> None:
-        """Compiles what most requests need, so that none of them waits for it."""
+        """Compiles the programs that most requests need, so that no request waits for them."""
         for sampling in (Sampling(temperature=0.0), Sampling(top_p=0.9)):
             for _ in self._engine.stream(Request([0] * 20, 17, sampling, top_logprobs=1)):
                 pass

@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file: its metadata from a tokenizer's files, and files from its metadata.
+"""Converts a tokenizer's files to the metadata of a GGUF file, and back.
 
-llama.cpp has code of its own for two kinds of tokenizer (`tokenizer.ggml.model`), and gives the ids of training for:
+llama.cpp has its own code for two kinds of tokenizer (`tokenizer.ggml.model`). It gives the ids of training only for these:
 
 | kind  | what llama.cpp does                                     | files                                              |
 |-------|---------------------------------------------------------|----------------------------------------------------|
@@ -33,9 +33,9 @@ PRE = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", None: "default", "": "default"}
-WHOLE_WORDS = ("llama-bpe",)  # a part that is a token is not put together from merges
+WHOLE_WORDS = ("llama-bpe",)  # here a part of the text that is a token is taken whole, without merges
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
-NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that are in no text
+NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no UTF-8 text contains
 KEY = "tokenizer.ggml."
 _IDS = {
     "bos_token": "bos_token_id",
@@ -49,9 +49,9 @@ _IDS = {
 
 
 def to_gguf(tokenizer: Tokenizer, rows: int, add_bos: bool, chat_template: str | None = None) -> dict[str, object]:
-    """The keys `tokenizer.*` of a GGUF. `rows`: of the model's embedding. `add_bos`: a text begins with bos.
+    """The keys `tokenizer.*` of a GGUF. `rows`: of the model's embedding. `add_bos`: whether a text begins with bos.
 
-    Raises UserError if llama.cpp would give other ids, and says why.
+    Raises UserError, which says why, if llama.cpp would give other ids.
     """
     if tokenizer.vocab_size > rows:
         raise UserError(f"{tokenizer.path}: has {tokenizer.vocab_size:,} tokens, and the model only {rows:,} rows for them")
@@ -82,7 +82,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int, add_bos: bool, chat_template: str |
 def _refuse(path: Path, pieces: list[Piece], trainer: dict, normalizer: dict, denormalizer: dict) -> None:
     symbols = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     for refused, what, remedy in (
-        (trainer.get(3, exporter.UNIGRAM) != exporter.BPE, "is no BPE model", "model_type=bpe"),
+        (trainer.get(3, exporter.UNIGRAM) != exporter.BPE, "is not a BPE model", "model_type=bpe"),
         (normalizer.get(2), "normalises the text", "normalization_rule_name=identity"),
         (normalizer.get(4, 1), "removes spaces", "remove_extra_whitespaces=false"),
         (not trainer.get(35, 0), "has no pieces for bytes", "byte_fallback=true"),
@@ -128,9 +128,9 @@ def _from_json(tokenizer: HuggingFaceTokenizer) -> tuple[dict, list[Piece], dict
             raise UserError(
                 f"{path}: makes unknown bytes such as {min(missing)!r} {model['unk_token']!r}; llama.cpp drops them"
             )
-    unnamed = lambda i: Piece(f"[PAD{i}]", 0.0, UNUSED)  # an id that no file gives a token
-    named = lambda i: Piece(texts[i], scores.get(texts[i], 0.0), kinds.get(i, NORMAL))
-    return keys, [named(i) if i in texts else unnamed(i) for i in range(tokenizer.vocab_size)], ids
+    unused = lambda i: Piece(f"[PAD{i}]", 0.0, UNUSED)  # for an id that has no token in any file
+    used = lambda i: Piece(texts[i], scores.get(texts[i], 0.0), kinds.get(i, NORMAL))
+    return keys, [used(i) if i in texts else unused(i) for i in range(tokenizer.vocab_size)], ids
 
 
 def _llama_keys(path: Path, content: dict, merges: list[tuple[str, str]]) -> tuple[dict, dict[str, float]]:

@@ -22,6 +22,7 @@ becomes its id, and the text after it is encoded as a separate text. With `split
 import base64
 import json
 import re
+import shutil
 import struct
 import warnings
 from collections import Counter
@@ -31,7 +32,7 @@ from typing import NamedTuple
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
-from tinyllama_jax.data.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, processors
+from tinyllama_jax.data.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, load, processors
 
 # sentencepiece_model.proto: the kinds of piece, and the kinds of model that a tokenizer.json can express
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -295,6 +296,30 @@ def export(tokenizer: Tokenizer, folder: Path, add_bos: bool, seq_len: int) -> N
         rewrite(folder, read_json(tokenizer.path, dict), bos and (bos, tokenizer.bos_id), eos, add_bos)
     else:
         write(tokenizer.path, folder, add_bos, seq_len)
+
+
+def export_from(source: Path, folder: Path, add_bos: bool, seq_len: int) -> Tokenizer:
+    """Writes the files for the tokenizer in the folder `source`; returns it. Raises UserError, which says `REMEDY`."""
+    if not any((source / f"tokenizer.{end}").is_file() for end in ("model", "json")):
+        what = "holds neither tokenizer.model nor tokenizer.json, so there is no tokenizer to export"
+        raise UserError(f"{source}: {what}{REMEDY}")
+    ours = load(source)
+    try:
+        export(ours, folder, add_bos, seq_len)
+    except UserError as error:
+        raise UserError(f"{error}{REMEDY}") from None
+    return ours
+
+
+def copy_of(source: Path, folder: Path) -> Tokenizer | None:
+    """Copies a run's tokenizer unchanged; returns it, for the ids of bos and eos, if it can be read."""
+    if source.is_dir():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    try:
+        return load(source)
+    except UserError as error:
+        print(f"no bos and eos in the model's config.json: {error}")
+        return None
 
 
 def write(model_file: Path, folder: Path, add_bos: bool, seq_len: int) -> None:
