@@ -58,6 +58,7 @@ bench: $(VENV)/.dev
 	$(PY) tools/bench_run.py
 	$(PY) tools/bench_kernels.py
 	$(PY) tools/bench_train.py
+	$(PY) tools/bench_generate.py
 
 # vLLM for the CPU in an environment of its own: 3.1 GB, about a minute where packages come fast
 .PHONY: vllm-venv

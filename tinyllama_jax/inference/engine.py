@@ -4,6 +4,7 @@ import collections
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import numpy as np
@@ -225,13 +226,15 @@ class Engine:
 
     def _take(self, slot: _Slot, out: Chunk) -> None:
         """Appends a chunk's tokens to the slot's request, and ends it if it is at its end."""
-        request, row = slot.request, slot.index
-        slot.held.append((request.tokens or request.prompt)[-1])
-        for i in range(out.n[row]):
-            request.tokens.append(int(out.tokens[row, i]))
-            request.logprobs.append(float(out.logprobs[row, i]))
-            request.top.append(_pairs(request, out.top_tokens[row, i], out.top_logprobs[row, i]))
-        slot.held += request.tokens[len(request.tokens) - int(out.n[row]) : -1]
+        request, row, n = slot.request, slot.index, out.n[slot.index]
+        new = out.tokens[row, :n].tolist()  # whole rows take 0.6 us a token, one number at a time 7
+        slot.held += [(request.tokens or request.prompt)[-1], *new[:-1]]
+        request.tokens += new
+        request.logprobs += out.logprobs[row, :n].tolist()
+        if request.top_logprobs > 0:
+            request.top += map(partial(_pairs, request), out.top_tokens[row, :n], out.top_logprobs[row, :n])
+        else:
+            request.top += ([] for _ in new)
         request.rounds += int(out.rounds[row])
         self._changed.append(request)
         if request.tokens[-1] in request.stop_ids:
