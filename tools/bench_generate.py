@@ -12,15 +12,19 @@
 
 Each part runs in a process of its own, one after another, within --minutes together. OUT.json and OUT.md are written after each
 row. A part that fails leaves the others, and the command then ends with 1; a missed aim is a figure, not a failure. On a GPU it
-takes at most 6 minutes; --size tiny rehearses all of it on a CPU in less than one.
+takes at most 6 minutes, begins with the parts that have an aim there, and leaves out those of a CPU (llama.cpp, perplexity).
+--size tiny rehearses all of it on a CPU in less than a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +34,7 @@ TOOLS = Path(__file__).parent
 # least shares of the time; a part that takes less leaves it to the later ones
 SHARE = {"decode": 0.2, "bfloat16": 0.08, "int8": 0.09, "int4": 0.09, "llama.cpp": 0.1, "speculative": 0.14, "ngram": 0.06,
          "perplexity": 0.08, "server": 0.1, "gpu": 0.06}  # fmt: skip
+ON_GPU = ("gpu", "server", "decode", "speculative", "int8", "int4", "bfloat16", "ngram")  # in the order of their importance
 MARKS = "<!-- {}: written by tools/bench_generate.py -->", "<!-- end -->"
 
 
@@ -130,7 +135,7 @@ def main() -> None:
     """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("1b", "tiny"), default="1b", help="tiny: a rehearsal on any machine (1b)")
-    parser.add_argument("--only", type=common.some_of(*SHARE), default=",".join(SHARE), help="parts to run (all)")
+    parser.add_argument("--only", type=common.some_of(*SHARE), help="parts to run (all; on a GPU all but llama.cpp,perplexity)")
     parser.add_argument("--demo", metavar="RUN", help="a run folder, for the perplexity of its model, such as make demo writes")
     parser.add_argument("--minutes", type=common.positive, help="minutes for all parts together (6 on a GPU, 45 on a CPU)")
     parser.add_argument(
@@ -146,14 +151,18 @@ def main() -> None:
     args.output = args.output or (dated if args.size == "1b" else common.output("runs/generate.json"))
     common.end_on_sigterm()
     content = common.header(args) | {"rows": [], "whole": False}
-    names = [name for name in SHARE if name in common.parts(args.only)]
+    order = list(ON_GPU) if on_gpu() else list(SHARE)
+    names = [name for name in dict.fromkeys([*order, *SHARE]) if name in (common.parts(args.only) if args.only else order)]
     deadline = time.monotonic() + 60 * (args.minutes or (6 if on_gpu() else 45))
     began, shares = time.monotonic(), sum(SHARE[name] for name in names)
     total, later = deadline - began, shares
-    # tiny models start in less time than their processes
-    for some in [names] if args.size == "tiny" else [[name] for name in names]:
-        later -= sum(SHARE[name] for name in some)
-        measure(some, max(5, deadline - time.monotonic() - later / shares * total), content, args)
+    with contextlib.ExitStack() as at_the_end:
+        if on_gpu() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # some programs are those of several parts
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = at_the_end.enter_context(tempfile.TemporaryDirectory())
+        # tiny models start in less time than their processes
+        for some in [names] if args.size == "tiny" else [[name] for name in names]:
+            later -= sum(SHARE[name] for name in some)
+            measure(some, max(5, deadline - time.monotonic() - later / shares * total), content, args)
     wrong = [row for row in content["rows"] if row["ok"] is False]
     content["whole"], content["seconds"] = not wrong, time.monotonic() - began
     save(content, args)

@@ -318,9 +318,9 @@ def gpu(args) -> Iterator[dict]:
         return
     compiled, target = models.Compiled(), targets.of(device.device_kind)
     loaded = models.loaded(args.size, "bfloat16")
-    rows, n = (100, 256) if args.size == "1b" else (8, 40)
+    rows, n = (100, 190) if args.size == "1b" else (8, 40)  # within the shortest cache, so that few programs are compiled
     random = np.random.default_rng(0)
-    prompts = [random.integers(3, loaded.model.vocab_size, 64).tolist() for _ in range(rows)]
+    prompts = [random.integers(3, loaded.model.vocab_size, 32).tolist() for _ in range(rows)]
     run = lambda slots, prompts: timed(Engine(loaded, slots), prompts, n, top_logprobs=2)
     run(1, prompts[:1])
     what, alone = compiled.taken(), [run(1, prompts[:1]) for _ in range(models.REPEATS)]

