@@ -1,6 +1,7 @@
 """The server: OpenAI's protocol with its own client, clients that disconnect, limits, other web pages, and how it ends."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from tinyllama_jax import serve
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model as model_lib
 from tinyllama_jax.data import chat
-from tinyllama_jax.inference import answers, listen, openai, server
+from tinyllama_jax.inference import answers, listen, openai, server, worker
 from tinyllama_jax.inference import engine as engine_lib
 from tinyllama_jax.inference.engine import CHUNK
 
@@ -332,6 +333,15 @@ def test_odd_json_is_refused(running, body):
     assert len(json.dumps(answer)) < 5_000 and "Traceback" not in json.dumps(answer)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT"])
+def test_another_method_is_told_which_one_is_allowed(running, method):
+    with contextlib.closing(connect(running.port)) as connection:
+        connection.sendall(head(CHAT, b"", method, Connection="close"))
+        answer = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
+    assert answer.startswith("HTTP/1.1 405 ") and "allow: POST\r\n" in answer
+    assert ('"code":"method_not_allowed"' in answer) == (method != "HEAD")
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -349,6 +359,11 @@ def test_odd_json_is_refused(running, body):
 def test_fields_that_ask_for_nothing_are_accepted(running, more):
     status, _, answer = ask(running.port, CHAT, {"messages": HELLO, "max_completion_tokens": 2} | more)
     assert status == 200, answer
+
+
+def test_a_model_with_a_short_context_warms_up(loaded):
+    short = loaded._replace(model=dataclasses.replace(loaded.model, seq_len=8))
+    worker.Worker(engine_lib.Engine(short), None)._warm_up()
 
 
 def test_the_page_is_part_of_the_package():

@@ -328,11 +328,15 @@ def known_host(host: str, names: tuple[str, ...]) -> bool:
 def _error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
+    headers = dict(getattr(error, "headers", None) or {})  # with 405: which methods are allowed
     if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}", code="not_found")
+        code = "not_found" if error.status_code == 404 else "method_not_allowed"
+        error = ApiError(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}", code=code)
     elif not isinstance(error, ApiError):
-        error = ApiError(500, "the server made an error; its log has the details", code="internal_error")
-    return _json(error.body(), error.status, {"retry-after": str(error.retry)} if error.retry else None)
+        error = ApiError(500, "an error of the server's own; its log has more", code="internal_error")
+    if error.retry:
+        headers["retry-after"] = str(error.retry)
+    return _json(error.body(), error.status, headers)
 
 
 def page() -> Response:

@@ -91,6 +91,7 @@ class Worker(threading.Thread):
 
     def _warm_up(self) -> None:
         """Compiles the programs that most requests need, so that no request waits for them."""
+        prompt = [0] * min(20, self._engine.context - 1)
         for sampling in (Sampling(temperature=0.0), Sampling(top_p=0.9)):
-            for _ in self._engine.stream(Request([0] * 20, 17, sampling, top_logprobs=1)):
+            for _ in self._engine.stream(Request(prompt, 17, sampling, top_logprobs=1)):
                 pass
