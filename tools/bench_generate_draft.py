@@ -127,7 +127,7 @@ def ngram(args) -> Iterator[dict]:
         loaded = weights_lib.load(path)
     template = chat.of_folder(loaded.folder, loaded.tokenizer) or chat.TEMPLATES["chatml"]
     text = SUMMARISE if args.size == "1b" else SUMMARISE[:150]
-    question = f"Summarise this text, and quote its most important sentences.\n\n{text}"
+    question = f"Summarise this text in a few sentences.\n\n{text}"
     messages = [{"role": "user", "content": question}]
     prompt = chat.encode(template, loaded.tokenizer, messages, begin_with_bos=loaded.begin_with_bos)
     stop_ids = chat.stop_ids(template, loaded.tokenizer)
