@@ -199,6 +199,22 @@ def test_a_gguf_becomes_a_run_and_a_hugging_face_folder(run, tmp_path, capsys):
     assert ids[0] == ids[1]
 
 
+@pytest.mark.parametrize("name", ["it.GGUF", "sha256-0f1e"])
+def test_a_gguf_needs_no_name_that_says_so(name, run, tmp_path):
+    convert.export_gguf(run, tmp_path / "it.gguf", "f32")
+    file = (tmp_path / "it.gguf").rename(tmp_path / name)
+    assert weights.load(file).model.d_model == WIDE.d_model
+    for i, words in enumerate(("from-torch", "to-torch", "--format hf", "--format gguf")):
+        output = tmp_path / (f"{i}.gguf" if words.endswith("gguf") else str(i))
+        assert main(*words.split(), "--checkpoint", file, "--output", output) == 0 and output.exists()
+
+
+@pytest.mark.parametrize("words", ["from-torch", "to-torch", "--format hf", "--format gguf"])
+def test_a_missing_gguf_is_called_missing(words, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf"):  # which becomes "none.gguf: no such file or folder"
+        main(*words.split(), "--checkpoint", tmp_path / "none.gguf", "--output", tmp_path / "it.gguf")
+
+
 def test_a_run_with_a_tied_head_is_written_once(run, tmp_path):
     params = random_params(WIDE)
     params["lm_head"]["kernel"] = params["embed"]["embedding"].T.copy()

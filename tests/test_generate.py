@@ -99,6 +99,13 @@ def test_the_prompt_is_shown_as_ids(folders, capsys):
     assert f"prompt: {tokenizer.encode('x = 1')}\n" in capsys.readouterr().err
 
 
+def test_the_form_of_the_weights_and_the_draft_are_named(folders, capsys):
+    run = str(folders["run"])
+    more = ["--weights", "bfloat16", "--draft", "ngram", "--draft-tokens", "1", "--max-new-tokens", "1"]
+    assert generate.main(["--checkpoint", run, "--prompt", "import", *more]) == 0
+    assert "parameters, float32 on cpu, weights in bfloat16, draft ngram\n" in capsys.readouterr().err
+
+
 def test_samples_are_headed_and_end_with_a_reason(folders, capsys):
     line = ["--checkpoint", str(folders["run"]), "--prompt", "import os"]
     assert generate.main([*line, "--samples", "3", "--max-new-tokens", "5", "--temperature", "2"]) == 0

@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-
-from tinyllama_jax.base import dims, files
+from tinyllama_jax.base import files
 from tinyllama_jax.base.errors import UserError, disk_error, run_main
 from tinyllama_jax.data import chat
 from tinyllama_jax.inference import options
@@ -69,9 +67,7 @@ def main(argv: list[str]) -> int:
     encode = _encoder(template, loaded)
     encode([*conversation.messages([]), {"role": "user", "content": "?"}])  # refuses a wrong system message at once
     model = loaded.model
-    _note(
-        f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
-    )
+    _note(options.introduced(args.checkpoint, args, loaded))
     _note(f"template {template.name} ({template.why}); {options.described(options.sampling(args))}, seed {args.seed}")
     _note(f"context of {model.seq_len:,} tokens; /help lists the commands")
     for line in _lines():

@@ -57,7 +57,7 @@ def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
         return _open_run(path, step)
     if step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
-    if path.suffix == ".gguf" and not path.is_dir():
+    if gguf.is_gguf(path):
         params, model, metadata = gguf.load(path, allow_non_finite=True)
         gguf_tokenizer.from_gguf(metadata, scratch, str(path))
         return _Opened(params, model, scratch, scratch, str(path), None)
@@ -103,8 +103,7 @@ def export(
     if not (run / "checkpoints").is_dir() and llama.describes(run):
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; name a run folder, as `train` makes")
     with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
-        is_gguf = run.suffix == ".gguf" and run.is_file()
-        opened = _open(run, step, Path(scratch)) if is_gguf else _open_run(run, step)
+        opened = _open(run, step, Path(scratch)) if gguf.is_gguf(run) else _open_run(run, step)
         if not allow_non_finite:
             _check_finite(opened)
         source, model = opened.tokenizer, opened.model
@@ -224,7 +223,7 @@ def import_checkpoint(
     _check_names_the_gguf(source)
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
-    is_gguf = source.suffix == ".gguf" and not source.is_dir()
+    is_gguf = gguf.is_gguf(source)
     has_own = is_gguf or any((beside / f"tokenizer.{end}").is_file() for end in ("model", "json"))
     if source.exists() and not (tokenizer or has_own):
         raise UserError(f"{beside}: holds no tokenizer; add --tokenizer FILE_OR_FOLDER: a run folder keeps its own")

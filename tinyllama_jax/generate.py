@@ -9,9 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-import jax
-
-from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.inference import options
 from tinyllama_jax.inference.engine import Request
@@ -29,9 +26,7 @@ def main(argv: list[str]) -> int:
     if args.show_prompt:
         _note(f"prompt: {prompt}")
     sampling = options.sampling(args)
-    _note(
-        f"{args.checkpoint}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}"
-    )
+    _note(options.introduced(args.checkpoint, args, loaded))
     settings = options.described(sampling)
     for sample in range(args.samples):
         request = Request(prompt, args.max_new_tokens, sampling, args.seed, sample, options.stop_ids(args, tokenizer))

@@ -12,9 +12,6 @@ import socket
 import sys
 from pathlib import Path
 
-import jax
-
-from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError, close_stream, run_main
 from tinyllama_jax.data import chat
 from tinyllama_jax.inference import options
@@ -46,7 +43,7 @@ def main(argv: list[str]) -> int:
         )
         http_server = listen.Server(server.Service(loaded, settings), engine)
         listener.listen(128)
-        _introduce(settings, loaded, args.host, listener.getsockname()[1])
+        _introduce(settings, args, loaded, listener.getsockname()[1])
         return _run(http_server, listener)
 
 
@@ -56,11 +53,11 @@ def _template(path: Path, loaded: Loaded, name: str | None) -> chat.Template | N
     return chat.choose(path, loaded.tokenizer, name) if name else chat.of_folder(path, loaded.tokenizer)
 
 
-def _introduce(settings, loaded: Loaded, host: str, port: int) -> None:
-    model, template = loaded.model, settings.template
-    _note(f"{settings.name}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {jax.devices()[0].device_kind}")
+def _introduce(settings, args: argparse.Namespace, loaded: Loaded, port: int) -> None:
+    template, host = settings.template, args.host
+    _note(options.introduced(settings.name, args, loaded))
     _note(f"template {template.name}: {template.why}" if template else "no chat template: a base model, which continues a text")
-    _note(f"{settings.slots} requests at once, {settings.queue} may wait; context of {model.seq_len:,} tokens")
+    _note(f"{settings.slots} requests at once, {settings.queue} may wait; context of {loaded.model.seq_len:,} tokens")
     if not _is_loopback(host):
         _note(f"warning: --host {host}: everybody who reaches this address can use the model; there is no password")
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -190,6 +190,14 @@ class Gguf(NamedTuple):
     tied: bool
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file by its name, there or not, or by its first bytes: other programs leave out the .gguf."""
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.suffix == ".gguf" and not path.is_dir()
+    with files.open_regular(path) as f:
+        return f.read(4) == b"GGUF"
+
+
 def load(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model, dict[str, object]]:
     """(parameters as fp32 numpy arrays in a nested dict, model, metadata). Raises UserError."""
     whole = read(path)

@@ -2,6 +2,9 @@
 
 import argparse
 
+import jax
+
+from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.inference import sampling as sampling_lib
@@ -44,6 +47,15 @@ def load(args: argparse.Namespace, slots: int = 1) -> tuple[Loaded, Engine]:
     if not 1 <= tokens <= MOST_TOKENS:
         raise UserError(f"--draft-tokens {tokens}: must lie between 1 and {MOST_TOKENS}")
     return loaded, Engine(loaded, slots, draft, tokens)
+
+
+def introduced(name: str, args: argparse.Namespace, loaded: Loaded) -> str:
+    """A line: the model, the type in which it is computed, and where these differ its weights' form and its draft."""
+    model = loaded.model
+    weights = "" if args.weights in ("auto", model.compute_dtype) else f", weights in {args.weights}"
+    draft = f", draft {args.draft}" if args.draft else ""
+    where = jax.devices()[0].device_kind
+    return f"{name}: {dims.n_parameters(model):,} parameters, {model.compute_dtype} on {where}{weights}{draft}"
 
 
 def drafted(request: Request, engine: Engine) -> str:

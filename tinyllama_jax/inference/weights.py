@@ -65,7 +65,7 @@ def load(path: str | Path, step: int | None = None, weights: str = "auto", optio
         model, tokenizer, arrays = config.model, tokenizer_lib.load(path / "tokenizer"), _unstacked(params)
     elif step is not None:
         raise UserError(f"--step {step}: {path} is not a run folder, so it has no steps")
-    elif path.suffix == ".gguf" and path.is_file():
+    elif gguf.is_gguf(path):
         whole, folder = gguf.read(path), _scratch()
         model, tokenizer = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
         arrays = llama.arrays(whole.tensors, model, str(path))
