@@ -1,6 +1,7 @@
 """The engine: Transformers' tokens, the trainer's log-probabilities, and requests that do not affect one another."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,29 @@ def test_cancelled_neighbours_change_no_answer(eight, alone, when):
     run(eight)
     for got, want in zip(requests, alone, strict=True):
         same(got, want)
+
+
+def test_answers_get_as_much_of_the_time_as_prompts(monkeypatch):
+    clock = [0.0]
+
+    def takes(name, seconds):
+        run = getattr(device, name)
+        monkeypatch.setattr(device, name, lambda *a: (clock.__setitem__(0, clock[0] + seconds(*a)), run(*a))[1])
+
+    takes("prefill", lambda *_: 3.0)
+    takes("decode", lambda weights, draft, state, rows, n, *_: 0.1 * n)
+    monkeypatch.setattr(engine_lib, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(engine_lib, "PREFILL", (16,))
+    engine = Engine(loaded(LONG), slots=2)
+    short, long = Request([1, 2], 49, GREEDY), Request(ids(700), 1, GREEDY)
+    engine.submit(short)
+    engine.step()
+    engine.submit(long)
+    for steps in range(1, 50):  # noqa: B007  read below
+        engine.step()
+        if short.finish:
+            break
+    assert steps == 3 and not long.tokens  # 1 + 3 x CHUNK tokens; 24 steps where a chunk takes 0.2 s
 
 
 def test_a_long_prompt_is_not_damaged_while_others_decode():

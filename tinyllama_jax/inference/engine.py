@@ -19,7 +19,9 @@ from tinyllama_jax.inference.sampling import Sampling, Settings
 from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft
 from tinyllama_jax.inference.weights import Loaded
 
-PATIENCE = 0.2  # seconds that a chunk may take; on a slow device it has fewer tokens, so that a stream does not stutter
+# seconds that a chunk may take, or as long as the piece of a prompt before it: on a slow device it has fewer tokens, so that a
+# stream does not stutter, and while prompts are read, answers still get half of the time
+PATIENCE = 0.2
 PREFILL = (16, 32, 64, 128, 256, 512)  # lengths of the pieces in which a prompt is computed; the last piece is padded to one
 SHORTEST = 256  # positions of the cache at first; it doubles when a row needs more
 
@@ -141,14 +143,17 @@ class Engine:
         """Admits requests, computes one piece of a prompt and one chunk of every answer; returns the requests that changed."""
         with jax.set_mesh(self._mesh):
             self._admit()
+            began = time.perf_counter()
             waiting = [slot for slot in self._slots if slot.request and not slot.decoding]
             if waiting:
                 self._prefill(min(waiting, key=lambda slot: slot.turn))
+                jax.block_until_ready(self._state)  # else its time would be taken for that of the answers' tokens
+            patience = max(PATIENCE, time.perf_counter() - began)
             for slot in self._slots:
                 if slot.decoding and slot.request.max_new_tokens == 0:
                     self._end(slot.request, "length")
             if any(slot.decoding for slot in self._slots):
-                self._decode()
+                self._decode(patience)
         changed, self._changed = list(dict.fromkeys(self._changed)), []
         return changed
 
@@ -209,10 +214,10 @@ class Engine:
                 request.prompt_top.append(_pairs(request, top_tokens[i], top_logprobs[i]))
             self._changed.append(request)
 
-    def _decode(self) -> None:
+    def _decode(self, patience: float) -> None:
         slots = [slot for slot in self._slots if slot.decoding]
         first = any(not slot.request.tokens for slot in slots)  # so that a first token arrives at once
-        n = 1 if first else int(np.clip(PATIENCE / self._seconds if self._seconds else 1, 1, CHUNK))
+        n = 1 if first else int(np.clip(patience / self._seconds if self._seconds else 1, 1, CHUNK))
         n = CHUNK if jax.process_count() > 1 else n  # all processes run the same program, whatever their clocks say
         self._grow(max(min(slot.size + n + self._draft.tokens, self.context) for slot in slots) + MARGIN)
         began = time.perf_counter()
