@@ -83,7 +83,7 @@ def base(packages, tmp_path_factory):
     with contextlib.redirect_stdout(printed):
         assert main("--checkpoint", run, "--format", "web", "--output", output, "--wllama", packages) == 0
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    says = f"{output}: {run} in q4_0, {size:,} bytes in 11 files; try it: python -m http.server -d {output}\n"
+    says = f"{output}: {run} in q4_0, {size:,} bytes in 11 files; try it: python -m http.server --bind 127.0.0.1 -d {output}\n"
     assert printed.getvalue() == says
     return run, output
 

@@ -371,7 +371,8 @@ def _convert(args: argparse.Namespace) -> str:
     quantize = args.quantize or ("q4_0" if is_web else "f16")
     arguments = (args.checkpoint, args.output, quantize, args.step, shard_bytes, args.allow_non_finite)
     made = export_web(*arguments, args.wllama) if is_web else export_gguf(*arguments)
-    size, hint = sum(path.stat().st_size for path in made), f"; try it: python -m http.server -d {args.output}" * is_web
+    size = sum(path.stat().st_size for path in made)
+    hint = f"; try it: python -m http.server --bind 127.0.0.1 -d {args.output}" * is_web
     return f"{args.output}: {args.checkpoint} in {quantize}, {size:,} bytes in {len(made)} file{'s' * (len(made) > 1)}{hint}"
 
 
