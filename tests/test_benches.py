@@ -117,7 +117,7 @@ def test_wrong_attention_is_noticed(at_once, monkeypatch, fault):
 
     def planted(q, k, v, *segments, impl):
         if fault == "one position ahead":
-            return right(q, k, v, *segments, impl=impl, start=1)
+            return right(q, jnp.roll(k, -1, 1), jnp.roll(v, -1, 1), *segments, impl=impl)
         if fault == "a key head too far":
             return right(q, jnp.roll(k, 1, 2), v, *segments, impl=impl)
         return right(q * (1.1 if fault == "scores a tenth too large" else 1.0), k, v, *segments, impl=impl)
