@@ -250,7 +250,8 @@ def test_bench_generate(tmp_path):
     assert {row["part"] for row in report["rows"]} == set(bench_generate.SHARE)
     rows = {row["row"]: row for row in report["rows"] if "left_out" not in row}
     assert set(rows) == {
-        "fp32, ours", "fp32, Transformers", "bfloat16", "int8", "int4", "llama.cpp Q4_0", "draft of one layer",
+        "fp32, ours", "fp32, Transformers", "bfloat16", "int8", "int4", "llama.cpp Q4_0", "draft of one layer, float32",
+        "draft of one layer, bfloat16",
         "random, --draft ngram", *(f"random, perplexity, {kind}" for kind in ("float32", "bfloat16", "int8", "int4")),
         "server, 16 at once (random tiny)", "server, first token while 16 decode (random tiny)", "bf16, batch 1",
         "bf16, batch 8", "server of one slot, one after the other (random tiny)",
@@ -259,7 +260,7 @@ def test_bench_generate(tmp_path):
     assert {name for name, row in rows.items() if not row["ok"]} == nothing_to_compare
     assert all(row["low"] <= row["value"] <= row["high"] and len(row["values"]) >= 3 for row in rows.values() if "low" in row)
     assert rows["int8"]["gb"] < 0.6 * rows["bfloat16"]["gb"] and rows["int4"]["gb"] < 0.6 * rows["int8"]["gb"]
-    assert rows["draft of one layer"]["tokens_per_pass"] > 1.5 and rows["fp32, ours"]["aim"]["value"] > 0
+    assert rows["draft of one layer, float32"]["tokens_per_pass"] > 1.5 and rows["fp32, ours"]["aim"]["value"] > 0
     assert set(report["machine"]) == {"device", "cores", "load", "versions"} and report["machine"]["versions"]["jax"]
     assert [row["row"] for row in report["rows"] if "left_out" in row] == ["demo, perplexity"]
     assert "| right | fp32, ours | " in text and f"as it was\n<!-- end -->\n{cpu}\n{text}<!-- end -->\nlast" in page.read_text()
@@ -314,8 +315,14 @@ def test_a_draft_that_changes_the_tokens_is_noticed(quick, monkeypatch):
     right = engine.Engine._take
     changed = lambda self, slot, out: right(self, slot, out._replace(tokens=out.tokens ^ bool(self.draft_tokens)))
     monkeypatch.setattr(engine.Engine, "_take", changed)
-    (row,) = generate_rows.PARTS["speculative"](quick)
+    row = next(generate_rows.PARTS["speculative"](quick))
     assert row["wrong"] == ["tokens as without a draft"]
+
+
+def test_the_agreement_of_a_draft_is_that_of_its_tokens_a_pass():
+    draft = importlib.import_module("bench_generate_draft")
+    assert draft.implied_agreement(1 + 0.7 + 0.7**2 + 0.7**3 + 0.7**4, 4) == pytest.approx(0.7)
+    assert draft.implied_agreement(1.0, 4) == 0 and draft.implied_agreement(5.0, 4) == 1
 
 
 def test_answers_of_the_server_that_depend_on_the_others_are_noticed():

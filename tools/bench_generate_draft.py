@@ -84,13 +84,27 @@ def speculative(args) -> Iterator[dict]:
     if not on_cpu:
         jax.config.update("jax_default_matmul_precision", "highest")
     target, draft, factor, agreement = tuned(models.loaded(args.size, "float32"))
-    prompts, n = models.guanaco(target.model.vocab_size), 32
-    alone, drafted = Engine(target, 1), Engine(target, 1, draft, DRAFT_TOKENS)
-    draft_alone = Engine(draft, 1)
     cost = models.n_bytes(draft)[1] / models.n_bytes(target)[1]
-    yield from by_turns("draft of one layer", alone, drafted, prompts, n, least=1.7, draft=draft_alone, more={
-        "factor": factor, "agreement": agreement, "cost_bytes": cost,
-        "what": f"later layers scaled by {factor:.3g}, a draft of {cost:.0%} of the bytes"})  # fmt: skip
+    what = f"later layers scaled by {factor:.3g}, a draft of {cost:.0%} of the bytes"
+    more = {"factor": factor, "agreement": agreement, "cost_bytes": cost, "what": what}
+    prompts, n = models.guanaco(target.model.vocab_size), 32
+    for kind in ("float32", "bfloat16") if on_cpu else ("float32",):  # bf16 is computed in fp32 on a CPU: tokens stay equal
+        if kind == "bfloat16":
+            target = target._replace(weights=jax.tree.map(in_bf16, target.weights))
+            draft = draft._replace(weights=target.weights._replace(layers=target.weights.layers[:1]))
+        alone, drafted = Engine(target, 1), Engine(target, 1, draft, DRAFT_TOKENS)
+        yield from by_turns(f"draft of one layer, {kind}", alone, drafted, prompts, n, 1.7, Engine(draft, 1), more)
+
+
+def in_bf16(array: jax.Array) -> jax.Array:
+    """A matrix as `weights.place` keeps bf16 on a CPU; norms stay fp32."""
+    return array if array.ndim == 1 else jnp.asarray(np.asarray(array).astype(jnp.bfloat16).view(np.uint16))
+
+
+def implied_agreement(tokens_per_pass: float, drafted: int) -> float:
+    """The probability p that a drafted token is accepted, if each is by itself: 1 + p + ... + p^drafted tokens a pass."""
+    grid = np.linspace(0, 1, 1_001)
+    return float(grid[np.argmin(np.abs(sum(grid**i for i in range(drafted + 1)) - tokens_per_pass))])
 
 
 def by_turns(row: str, alone: Engine, drafted: Engine, prompts, n: int, least: float = 0, draft=None, more=None, **how):
@@ -111,7 +125,10 @@ def by_turns(row: str, alone: Engine, drafted: Engine, prompts, n: int, least: f
     if draft:
         run(draft)
         out["cost_seconds"] = base["rate"] / run(draft)["rate"]
-        note += f", the draft at {out['cost_seconds']:.2f} of the target's time"
+        out["implied_agreement"] = implied_agreement(tokens / rounds, drafted.draft_tokens)
+        note += (
+            f", as of a draft that agrees {out['implied_agreement']:.0%} of the time, at {out['cost_seconds']:.2f} of its time"
+        )
     out["aim"] = models.aim("against the target alone", ratio, least) if least else None
     out["ratio"], out["note"] = ratio, note + (f"; {more['what']}" if more else f"; {ratio:.2f} times as fast as without")
     yield out
