@@ -22,7 +22,7 @@ from tinyllama_jax.inference.forward import forward, init_cache, logits
 from tinyllama_jax.inference.weights import Loaded
 
 DRAFT_TOKENS = 4  # the default of --draft-tokens
-AGREEMENT = 0.7
+AGREEMENT = 0.62  # of positions of random text; answers agree more often: 76% of their tokens where this was 0.7
 SUMMARISE = """\
 The lighthouse at the end of the bay was built in 1871, after three ships had been lost on the rocks in a single \
 winter. The men who built it lived in tents on the island for two summers. They brought every stone from the \
