@@ -56,8 +56,8 @@ def ids(n: int, seed: int = 0, vocab_size: int = 53) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocab_size, n).tolist()
 
 
-def transformers_model(cfg: c.Model, params: dict):
-    """The same model in Transformers, in fp32."""
+def transformers_model(cfg: c.Model, params: dict, **options):
+    """The same model in Transformers, in fp32. `options`: of `LlamaConfig`."""
     import torch
     import transformers
 
@@ -76,7 +76,8 @@ def transformers_model(cfg: c.Model, params: dict):
         rope_parameters={"rope_theta": cfg.rope_theta, **(scaled if cfg.rope_scaling > 1 else {"rope_type": "default"})},
         bos_token_id=None,
         eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=None,  # its embedding would get no gradient
+        **options,
     )
     llama_model = transformers.LlamaForCausalLM(config).eval()
     tensors = {name: torch.tensor(np.array(a)) for name, a in llama.to_hf(params, cfg)}

@@ -61,16 +61,10 @@ def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
         params, model, metadata = gguf.load(path, allow_non_finite=True)
         gguf_tokenizer.from_gguf(metadata, scratch, str(path))
         return _Opened(params, model, scratch, scratch, str(path), None)
-    _check_names_the_gguf(path)
+    gguf.check_named(path)
     params, model = llama.load_folder(path, allow_non_finite=True)
     folder = path.parent if path.is_file() else path
     return _Opened(params, model, folder, folder, str(path), None)
-
-
-def _check_names_the_gguf(path: Path) -> None:
-    """Raises UserError for a folder whose weights are GGUF files: one of them must be named."""
-    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
-        raise UserError(f"--checkpoint {path}: name the GGUF file in it, such as {inside[0]}")
 
 
 def _open_run(path: Path, step: int | None) -> _Opened:
@@ -189,7 +183,13 @@ def export_gguf(
 
 
 def export_web(
-    source, output, quantize="q4_0", step=None, shard_bytes=250_000_000, allow_non_finite=False, wllama=None
+    source: str | Path,
+    output: str | Path,
+    quantize: str = "q4_0",
+    step: int | None = None,
+    shard_bytes: int = 250_000_000,
+    allow_non_finite: bool = False,
+    wllama: str | Path | None = None,
 ) -> list[Path]:
     """Writes a folder for a web server, whose page runs the model in the browser; returns all its files.
 
@@ -220,7 +220,7 @@ def import_checkpoint(
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
-    _check_names_the_gguf(source)
+    gguf.check_named(source)
     given = cli.read(config_file) if config_file else None
     beside = source.parent if source.is_file() else source
     is_gguf = gguf.is_gguf(source)

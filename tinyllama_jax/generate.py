@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.inference import options
 from tinyllama_jax.inference.engine import Request
-from tinyllama_jax.inference.text import Text, first_tokens
+from tinyllama_jax.inference.text import Text, eos_ids, first_tokens
 from tinyllama_jax.inference.weights import Loaded
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     _note(options.introduced(args.checkpoint, args, loaded))
     settings = options.described(sampling)
     for sample in range(args.samples):
-        request = Request(prompt, args.max_new_tokens, sampling, args.seed, sample, options.stop_ids(args, tokenizer))
+        request = Request(prompt, args.max_new_tokens, sampling, args.seed, sample, eos_ids(tokenizer))
         tokens = engine.stream(request)  # refuses a wrong prompt before anything is printed
         if not sample:
             _note(f"{settings}, seed {args.seed}; prompt of {len(prompt):,} tokens, context of {model.seq_len:,}")

@@ -121,7 +121,8 @@ def by_turns(row: str, alone: Engine, drafted: Engine, prompts, n: int, least: f
     out = {"row": row, "ok": same, "wrong": [] if same else ["tokens as without a draft"], **rates, "unit": "tokens/s",
            "alone": spread([a["rate"] for a, _ in runs]), "tokens_per_pass": tokens / rounds, "accepted": accepted,
            **(more or {})}  # fmt: skip
-    note = f"{tokens / rounds:.2f} tokens a pass, {accepted:.0%} of the drafts' tokens accepted, {tokens} tokens equal"
+    equal = "equal" if same else "differ"
+    note = f"{tokens / rounds:.2f} tokens a pass, {accepted:.0%} of the drafts' tokens accepted, {tokens} tokens {equal}"
     if draft:
         run(draft)
         out["cost_seconds"] = base["rate"] / run(draft)["rate"]

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 
@@ -114,25 +115,9 @@ def alike(got, want, tolerance):
 # -- Transformers ------------------------------------------------------------------------------------------------------
 
 
-def reference(torch, transformers, cfg, params):
+def reference(cfg, params):
     """`LlamaForCausalLM` with our weights."""
-    rope = hf.to_hf_config(cfg, None, None, "float32")["rope_scaling"] or {"rope_type": "default"}
-    config = transformers.LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.d_model,
-        intermediate_size=cfg.d_ff,
-        num_hidden_layers=cfg.n_layers,
-        num_attention_heads=cfg.n_heads,
-        num_key_value_heads=cfg.n_kv_heads,
-        head_dim=cfg.d_head,
-        max_position_embeddings=cfg.seq_len,
-        rms_norm_eps=cfg.norm_eps,
-        rope_parameters={"rope_theta": cfg.rope_theta, **rope},
-        attn_implementation="eager",
-    )
-    llama = transformers.LlamaForCausalLM(config).float()
-    llama.load_state_dict({name: torch.tensor(np.array(a)) for name, a in hf.to_hf(params, cfg)}, strict=True)
-    return llama
+    return models.transformers_model(cfg, params, attn_implementation="eager")
 
 
 def loss_of(torch, llama, tokens, length):
@@ -147,7 +132,7 @@ def loss_of(torch, llama, tokens, length):
 @pytest.mark.parametrize("cfg", CASES.values(), ids=CASES)
 def test_logits_and_gradients_are_those_of_transformers(cfg, torch, transformers):
     params, (tokens, length) = some_params(cfg), some_blocks(cfg, 4)
-    llama = reference(torch, transformers, cfg, params)
+    llama = reference(cfg, params)
     with torch.no_grad():
         want = llama(input_ids=torch.tensor(tokens[:, :-1].astype(np.int64))).logits.numpy()
     got = jax.jit(functools.partial(model.logits, model=cfg))(params, tokens[:, :-1].astype(np.int32))
@@ -179,7 +164,7 @@ def test_fifty_steps_are_those_of_transformers_with_torch_adamw(torch, transform
     lengths = rng.integers(20, 34, (50, 8)).astype(np.int32)
 
     params = some_params(cfg, 0.05)
-    llama = reference(torch, transformers, cfg, params)
+    llama = reference(cfg, params)
     adamw = torch.optim.AdamW(llama.parameters(), lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     theirs, their_norms = [], []
     for tokens, length in zip(blocks, lengths, strict=True):

@@ -198,6 +198,12 @@ def is_gguf(path: Path) -> bool:
         return f.read(4) == b"GGUF"
 
 
+def check_named(path: Path, option: str = "--checkpoint") -> None:
+    """Raises UserError for a folder whose weights are GGUF files: `option` must name one of them."""
+    if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
+        raise UserError(f"{option} {path}: name the GGUF file in it, such as {inside[0]}")
+
+
 def load(path: str | Path, allow_non_finite: bool = False) -> tuple[dict, Model, dict[str, object]]:
     """(parameters as fp32 numpy arrays in a nested dict, model, metadata). Raises UserError."""
     whole = read(path)

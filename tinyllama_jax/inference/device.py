@@ -13,12 +13,10 @@ from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.inference.forward import Cache, forward, init_cache, logits, longer
 from tinyllama_jax.inference.sampling import Settings
-from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft, Proposal, distributions, look_up, propose, verified
+from tinyllama_jax.inference.speculative import MARGIN, Draft, Proposal, distributions, look_up, propose, verified
 from tinyllama_jax.inference.weights import Weights
 
 CHUNK = 16  # the most tokens that a row decodes before the host sees them
-# positions at the end of the cache that belong to no request: idle rows write there
-MARGIN = MOST_TOKENS + 1
 TOP = 20  # how many of the most likely tokens can be reported with each token
 STOPS = 16  # ids that can end a request
 # Sharding of the cache [B, K, T, H] and of seen_BV. XLA would choose another for outputs, and so compile every program twice

@@ -14,9 +14,9 @@ from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.inference import device
 from tinyllama_jax.inference import sampling as sampling_lib
-from tinyllama_jax.inference.device import CHUNK, MARGIN, STOPS, TOP, Chunk, Rows, State
+from tinyllama_jax.inference.device import CHUNK, STOPS, TOP, Chunk, Rows, State
 from tinyllama_jax.inference.sampling import Sampling, Settings
-from tinyllama_jax.inference.speculative import MOST_TOKENS, Draft
+from tinyllama_jax.inference.speculative import MARGIN, MOST_TOKENS, Draft
 from tinyllama_jax.inference.weights import Loaded
 
 # seconds that a chunk may take, or as long as the piece of a prompt before it: on a slow device it has fewer tokens, so that a
@@ -252,8 +252,8 @@ class Engine:
     def _rows(self, slots: list[_Slot]) -> Rows:
         B = len(self._slots)
         zeros = lambda dtype=np.int32, *shape: np.zeros((B, *shape), dtype)
-        settings = Settings(*(np.full(B, value, type(value)) for value in Sampling(temperature=0.0)))
-        settings = Settings(*(a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in settings))
+        dtype = {int: np.int32, float: np.float32}
+        settings = Settings(*(np.full(B, value, dtype[type(value)]) for value in Sampling(temperature=0.0)))
         lookup = self._draft.tokens and not self._draft.model
         history = zeros(np.int32, self._state.cache[0][0].shape[2]) if lookup else None
         rows = Rows(zeros(), zeros(), zeros(), np.full((B, STOPS), -1, np.int32), zeros(np.uint32, 2), settings, history)

@@ -6,7 +6,6 @@ import jax
 
 from tinyllama_jax.base import dims
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.inference import sampling as sampling_lib
 from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
@@ -116,8 +115,3 @@ def described(sampling: Sampling) -> str:
         return f"greedy{penalty}"
     min_p = f", min-p {sampling.min_p:g}" if sampling.min_p else ""
     return f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}{min_p}{penalty}"
-
-
-def stop_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's eos."""
-    return (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()

@@ -63,9 +63,7 @@ def matmul(x_BSI: jax.Array, kernel: jax.Array | Int8 | Int4, dtype: jnp.dtype |
     if n is None or not converted or jax.default_backend() != "cpu":
         return _product(x_BSI, kernel, dtype)
 
-    def add(
-        i: jax.Array, y_BSO: jax.Array
-    ) -> jax.Array:  # n inputs at a time: their converted weights fit the processor's cache
+    def add(i: jax.Array, y_BSO: jax.Array) -> jax.Array:  # of n inputs, whose converted weights fit the processor's cache
         part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * (len(a) * n // inputs), len(a) * n // inputs), kernel)
         return y_BSO + _product(lax.dynamic_slice_in_dim(x_BSI, i * n, n, 2), part, jnp.float32)
 

@@ -17,7 +17,8 @@ from tinyllama_jax.inference.forward import Cache, forward, logits
 from tinyllama_jax.inference.sampling import Settings, draw, filtered
 from tinyllama_jax.inference.weights import Weights
 
-MOST_TOKENS = 15  # of a draft: with the token before them they must fit into the margin of the cache
+MOST_TOKENS = 15  # of a draft
+MARGIN = MOST_TOKENS + 1  # positions at the end of the cache that belong to no request: idle rows write a round there
 LONGEST_MATCH = 3  # of prompt lookup: the last 3 tokens, or else 2, or else 1
 
 
@@ -76,7 +77,7 @@ def propose(
     weights: Weights, cache: Cache, token_B, position_B, active_B, seen_BV, key_B2, settings: Settings, draft: Draft
 ) -> tuple[Proposal, Cache]:
     """K tokens of the draft model, one after the other, and its cache with all of them."""
-    B, K, idle = len(token_B), draft.tokens, cache[0][0].shape[2] - MOST_TOKENS - 1
+    B, K, idle = len(token_B), draft.tokens, cache[0][0].shape[2] - MARGIN
     V = seen_BV.shape[1]
 
     def one(i, carry):

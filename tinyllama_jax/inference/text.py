@@ -16,6 +16,11 @@ def first_tokens(tokenizer: Tokenizer, begin_with_bos: bool, prompt: str) -> lis
     return ids or ([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])
 
 
+def eos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text that is no chat: the tokenizer's eos, if it has one."""
+    return (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
+
+
 class Text:
     """Decodes a growing list of tokens into parts that no later token changes. Ends before a stop string."""
 

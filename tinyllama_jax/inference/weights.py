@@ -70,8 +70,7 @@ def load(path: str | Path, step: int | None = None, weights: str = "auto", optio
         model, tokenizer = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
         arrays = llama.arrays(whole.tensors, model, str(path))
     else:
-        if path.is_dir() and not (path / "config.json").is_file() and (inside := sorted(path.glob("*.gguf"))):
-            raise UserError(f"{option} {path}: name the GGUF file in it, such as {inside[0]}")
+        gguf.check_named(path, option)
         (tensors, model), tokenizer = llama.open_folder(path), tokenizer_lib.load(path)
         arrays = llama.arrays(tensors, model, str(path))
     if tokenizer.vocab_size > model.vocab_size:
