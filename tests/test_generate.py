@@ -151,6 +151,7 @@ def test_a_loaded_folder_knows_how_prompts_begin(folders, bos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--checkpoint", ""], "--checkpoint is empty; give a path"),
         (["--checkpoint", "nowhere"], "nowhere: no such file or folder; give a run folder"),
         (["--checkpoint", "RUN", "--step", "4"], "--step 4: RUN has checkpoints of the steps 3, 5"),
         (["--checkpoint", "HF", "--step", "4"], "--step 4: HF is not a run folder"),

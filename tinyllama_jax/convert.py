@@ -215,8 +215,9 @@ def import_checkpoint(
     has no data or schedule of its own; it is for `--init.from` and inference. `tokenizer`: a file or folder, if none is beside
     the weights. Raises UserError, also for weights that are NaN or infinite unless `allow_non_finite`.
     """
-    for option, path in (("--checkpoint", source), ("--tokenizer", tokenizer or "")):
-        files.check_local(option, path)
+    files.check_local("--checkpoint", source)
+    if tokenizer is not None:
+        files.check_local("--tokenizer", tokenizer)
     source, output = Path(source), Path(output)
     if (source / "checkpoints").is_dir():
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")

@@ -262,6 +262,8 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
     raw = (tmp_path / "model.safetensors").read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0  # tensors stay aligned in a memory map
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1  # whoever can read one can read the other
 
 
 def test_shards_are_filled_in_order_and_found_by_the_index(tmp_path):

@@ -298,7 +298,8 @@ class Init(_Section):
 
     def __post_init__(self):
         super().__post_init__()
-        check_local("--init.from", self.from_)
+        if self.from_:
+            check_local("--init.from", self.from_)
         check_one_of("init.state", self.state, ("weights", "moments", "all"))
         alone = not self.from_ and (self.step, self.state) != (0, "weights")
         check(not alone, "init.from", "", "is needed with --init.step and --init.state")

@@ -31,11 +31,13 @@ def check_utf8(path: str | Path) -> None:
 
 
 def check_local(option: str, path: str | Path) -> None:
-    """Raises UserError if a path is a URL, or not UTF-8. Without this, gs://BUCKET/RUN would create a local folder gs:/.
+    """Raises UserError if a path is empty, a URL, or not UTF-8. Without this, gs://BUCKET/RUN would create a local folder gs:/.
 
     `option`: the option that gave the path, such as "--workdir".
     """
     check_utf8(path)
+    if path == "":  # as from an unset variable of a shell; pathlib takes it for the current folder
+        raise UserError(f"{option} is empty; give a path")
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", str(path), re.DOTALL):
         cure = f"write /{url[3]}" if url[1].lower() == "file" else "mount it, or copy it to a disk, and name that folder"
         slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib turns two into one

@@ -176,7 +176,10 @@ def unfit(name: object, tensor: object) -> str | None:
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, which Transformers reads."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # the library writes raw buffers
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})  # Transformers refuses a file without a format
+    path.chmod(mode)  # the library's file could be read by nobody else
 
 
 def read(path: Path) -> Tensors:
