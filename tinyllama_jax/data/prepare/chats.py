@@ -7,6 +7,7 @@ the kind "chat", and depends only on the rows, the template, the tokenizer and S
 import bisect
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyllama_jax.base.dims import FIRST, LEARNED
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import claim, read_json, settle, sha256, write
 from tinyllama_jax.data import chat, conversations
@@ -31,7 +33,6 @@ from tinyllama_jax.data.prepare.shards import HELD_OUT
 from tinyllama_jax.data.tokenizer import Tokenizer
 
 CODE = 1  # of what this file writes for the same rows; raised when that changes, so that kept folders are not reused
-LEARNED, FIRST = 1, 2  # bits of a mark: see `blocks.Record`
 SHARE = 0.02  # of the conversations is held out for validation, if there are at least 10
 WINDOW = 1 << 14  # conversations that are packed together; with more, less padding and more memory
 ONE_PROCESS = 1 << 25  # bytes of input; for more, several processes encode
@@ -108,8 +109,8 @@ def _begin(encoder: Encoder) -> None:
 
 def _encoded(rows: Iterable[Row], encoder: Encoder, size: int) -> Iterator[tuple[np.ndarray | None, str, str]]:
     """What `_encode` gives for all rows, in order. `size`: bytes of the input."""
-    chunks, chunk = iter(rows), []
-    chunks = iter(lambda: [row for row, _ in zip(chunks, range(CHUNK), strict=False)], [])
+    rows = iter(rows)
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     workers = min(os.cpu_count() or 1, 16) if size > ONE_PROCESS else 1
     if workers == 1:
         for chunk in chunks:
@@ -258,7 +259,7 @@ def write_blocks(file: Path, blocks: Iterable[list[np.ndarray]], width: int, dty
         whole[: len(joined)] = joined
         marks = (whole >> 24).astype(np.uint8)
         tokens = (whole & 0xFFFFFF).astype(dtype)
-        shards.written(file, writer.write, record.encode(tokens, len(joined), marks))
+        shards.written(file, writer.write, record.encode(tokens, len(joined), marks=marks))
         learned += int((marks & LEARNED).sum())
     shards.written(file, writer.close)
     return learned
