@@ -207,8 +207,8 @@ def _rows(file: Path) -> Iterator[tuple[str, object]]:
             yield f"{file}, {at}", row
     except _BadRow as error:
         raise UserError(f"{file}, {at}: {error}") from None
-    except (OSError, pyarrow.ArrowException, MemoryError, RecursionError) as error:
-        raise UserError(f"{file}, after {at}: cannot be read: {' '.join(str(error).split()) or 'is nested too deeply'}") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}, after {at}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 @dataclass
@@ -250,6 +250,8 @@ def _decoded(text: bytes) -> object:
         return json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise _BadRow(f"is not UTF-8 (byte {text[error.start]:#04x} at {error.start})") from None
+    except RecursionError:
+        raise _BadRow("is not JSON: is nested too deeply") from None
     except ValueError as error:
         several = "; write one object a line, or one list in a .json file" if text in (b"{", b"[") else ""
         raise _BadRow(f"is not JSON: {error}{several}") from None
