@@ -45,14 +45,16 @@ def main(argv: list[str]) -> int:
 
         # -- the data, the devices, the functions to compile, the run folder
         sources = feed.open_sources(config)
+        config, notes = feed.in_epochs(config, sources)
         held_out = feed.open_held_out(config, sources)
         mesh = sharding.make_mesh(config.mesh)
         xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
         verified = feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
-        config, origin, notes = initialize.find_origin(config, sources)
-        notes += at_end.enter_context(run_folder.opened(config, initialize.described(sources), sources[0].tokenizer)) + verified
+        config, origin, more = initialize.find_origin(config, sources)
+        notes += more + at_end.enter_context(run_folder.opened(config, initialize.described(sources), sources[0].tokenizer))
+        notes += verified
         startup.mark("data and devices")
 
         # -- the state: of the newest checkpoint, of another run, or from scratch

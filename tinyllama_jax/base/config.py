@@ -44,6 +44,7 @@ class Model(_Section):
     d_ff: int
     vocab_size: int  # rows of the embedding; at least the tokenizer's size
     seq_len: int  # S: positions of a training sequence; data blocks hold S + 1 tokens
+    added_tokens: str = ""  # sft: "TOKEN,TOKEN" that the tokenizer of init.from gets besides; rows are filled up to 64 x n
     head_dim: int = 0  # H, the width of one head; 0: d_model / n_heads
     rope_theta: float = 10_000.0
     rope_scaling: float = 1.0  # how many times longer RoPE makes the context (4 in the original's 8k code model)
@@ -61,8 +62,7 @@ class Model(_Section):
         super().__post_init__()
         whole = self.head_dim or self.d_model % self.n_heads == 0
         check(whole, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}; or set model.head_dim")
-        divides = self.n_heads % self.n_kv_heads == 0
-        check(divides, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
+        check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
         layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
         parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
         check(parameters <= 1e13, "model.d_model", self.d_model, f"makes {parameters:.3g} parameters; at most 1e+13")
@@ -105,6 +105,7 @@ class Data(_Section):
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
     document_mask: bool = False  # attention within each document: they end at eos or, where sources have none, begin at bos
     eod_mask_loss: bool = False  # no loss for the token after eos, the next document's first (Megatron's name)
+    template: str = ""  # sft: guanaco, chatml, zephyr, or a .jinja file; empty: the one that the weights of init.from bring
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out; a later part counts the steps without them
     workers: int = 2  # threads that read ahead; no effect on what is read
     verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json
@@ -128,8 +129,7 @@ class Data(_Section):
             everything = mixture_weights.sources_text(weights)
             check(positive, "data.sources", everything, f"at {at:,.0f} tokens no source has a positive weight")
         for first, last in self.skipped:
-            fits = 1 <= first <= last < 2**31
-            check(fits, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31")
+            check(1 <= first <= last < 2**31, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31")
         steps = sum(last - first + 1 for first, last in self.skipped)
         fits = len(self.skipped) <= 100 and steps <= 10**6
         check(fits, "data.skip", self.skip, f"{steps:,} steps in {len(self.skipped)} parts; at most 1,000,000 in 100")
@@ -188,6 +188,7 @@ class Train(_Section):
     steps: int
     tokens_per_step: int  # tokens of one optimizer step over all devices
     seqs_per_device: int  # sequences a device holds at once; the rest of a step is accumulated
+    epochs: float = 0.0  # the run ends after so many passes over all sources, in place of train.steps; 0: after train.steps
     batch_ramp: str = ""  # TOKENS:TOKENS_PER_STEP,...: larger steps from the first one that begins at or after TOKENS
     seed: int = 0
     deterministic: bool = False  # on GPUs: only kernels with a fixed order of summation, so that a run resumes bit for bit
@@ -291,7 +292,7 @@ class Log(_Section):
 class Init(_Section):
     """Where the weights of a new run come from."""
 
-    from_: str = ""  # --init.from: a run folder or a Hugging Face folder; empty: from scratch
+    from_: str = ""  # --init.from: a run folder, a Hugging Face folder or a GGUF file; empty: from scratch
     step: int = 0  # which checkpoint of the run folder; 0: the newest
     state: str = "weights"  # weights only; "moments": with optimizer state; "all": with the step too, a full fork of the run
     start_over: int = 0  # starts again a run whose checkpoints are gone; the value: the newest step that it saved
@@ -301,8 +302,8 @@ class Init(_Section):
         if self.from_:
             check_local("--init.from", self.from_)
         check_one_of("init.state", self.state, ("weights", "moments", "all"))
-        alone = not self.from_ and (self.step, self.state) != (0, "weights")
-        check(not alone, "init.from", "", "is needed with --init.step and --init.state")
+        alone = (self.step, self.state) == (0, "weights")
+        check(alone or bool(self.from_), "init.from", "", "is needed with --init.step and --init.state")
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def encode_with_mask(
     `render` does, and if the template does not mark the assistant's part.
     """
     if not marks_answers(template):
-        how = "add the tag {% generation %} around what the assistant writes, or say --template NAME"
+        how = "add the tag {% generation %} around what the assistant writes, or name another template"
         raise UserError(f"the chat template {template.name} does not mark the answers; {how} ({', '.join(TEMPLATES)})")
     mark = f"\ufdd0{secrets.token_hex(8)}\ufdd0"  # nobody can write it in a message
     parts = render(template, tokenizer, messages, False, generation_mark=mark).split(mark)
@@ -223,6 +223,27 @@ def encode_with_mask(
 def marks_answers(template: Template) -> bool:
     """Whether the template has the tag `{% generation %}`."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.source) is not None
+
+
+def check_ends(template: Template, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless what ends an answer lies in the mask of `encode_with_mask`: else a model never learns to stop."""
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    encode_with_mask(template, tokenizer, turns, begin_with_bos=False)  # refuses a template that marks nothing
+    ends = tuple(dict.fromkeys([*template.stop, control.named(tokenizer).get("eos_token")]))
+    parts = render(template, tokenizer, turns, False, generation_mark="\ufdd0").split("\ufdd0")
+    if not all(part.rstrip().endswith(tuple(filter(None, ends))) for part in parts[1::2]):
+        what = f"what ends an answer ({' or '.join(filter(None, ends))}) is outside {{% generation %}}"
+        raise UserError(f"the chat template {template.name}: {what}, so a model would not learn to stop; move it inside")
+
+
+def keep(template: Template, folder: Path) -> None:
+    """Makes `template` the one that a tokenizer's folder brings, in place of any other."""
+    files.write(folder / "chat_template.jinja", template.source)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and "chat_template" in (content := files.read_json(config, dict)):
+        content.pop("chat_template")
+        files.write(config, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -296,25 +317,25 @@ def of_folder(folder: Path, tokenizer: Tokenizer) -> Template | None:
     return None
 
 
-def choose(folder: Path, tokenizer: Tokenizer, name: str | None = None) -> Template:
+def choose(folder: Path, tokenizer: Tokenizer, name: str | None = None, option: str = "--template") -> Template:
     """The template `name` (of `TEMPLATES`, one of the checkpoint's own, or a .jinja file); without a name the checkpoint's.
 
-    Raises UserError if there is no such template, or if the checkpoint has none.
+    `option`: what error messages call `name`. Raises UserError if there is no such template, or if the checkpoint has none.
     """
     if name is None:
         if template := of_folder(folder, tokenizer):
             return template
         why = "has no chat template, and neither its name nor its tokens tell which it was trained with; a base model has none"
-        raise UserError(f"{folder}: {why}: say --template NAME ({', '.join(TEMPLATES)}, or a .jinja file)")
+        raise UserError(f"{folder}: {why}: say {option} NAME ({', '.join(TEMPLATES)}, or a .jinja file)")
     sources = own_sources(tokenizer.folder)
     if name in TEMPLATES:
-        return TEMPLATES[name]._replace(why="--template")
+        return TEMPLATES[name]._replace(why=option)
     if name in sources:
-        return _own(name, sources[name], tokenizer, "--template")
+        return _own(name, sources[name], tokenizer, option)
     if name.endswith(".jinja"):
-        files.check_local("--template", name)
-        return _own(name, _text(Path(name)), tokenizer, "--template")
-    raise UserError(f"--template {name}: is none of {', '.join([*TEMPLATES, *sources])}, and not a .jinja file")
+        files.check_local(option, name)
+        return _own(name, _text(Path(name)), tokenizer, option)
+    raise UserError(f"{option} {name}: is none of {', '.join([*TEMPLATES, *sources])}, and not a .jinja file")
 
 
 def _own(name: str, source: str, tokenizer: Tokenizer, why: str) -> Template:

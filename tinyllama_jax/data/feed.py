@@ -1,5 +1,8 @@
 """Batches for training and validation. Each is a pure function of (sources, seed, step); Grain reads ahead."""
 
+import bisect
+import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +16,7 @@ from tinyllama_jax.base.config import Bos, Config
 from tinyllama_jax.base.dims import EXTRAS
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.schedule import NONE, batch_of, left_out
+from tinyllama_jax.base.values import LIMITS
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.blocks import Blocks, Sequences
 from tinyllama_jax.data.mixture import Mixture
@@ -52,6 +56,23 @@ def open_sources(config: Config) -> list[Blocks]:
                 "tokenizers; prepare one of them again"
             )
     return opened
+
+
+def in_epochs(config: Config, sources: list[Blocks]) -> tuple[Config, list[str]]:
+    """(`config` with the `train.steps` of `train.epochs`, a line about it); as it is without epochs.
+
+    Warm-up, decay and cool-down keep their shares of the run.
+    """
+    train, optim = config.train, config.optim
+    if not train.epochs:
+        return config, []
+    sequences = math.ceil(train.epochs * sum(map(len, sources)))
+    steps = bisect.bisect_left(range(LIMITS["train.steps"][1]), sequences * config.model.seq_len, lo=1, key=train.tokens_after)
+    long = dataclasses.replace(train, steps=steps)
+    share = long.tokens / train.tokens
+    parts = {name: round(getattr(optim, name) * share) for name in ("warmup_steps", "decay_steps", "cooldown_steps")}
+    config = dataclasses.replace(config, train=long, optim=dataclasses.replace(optim, **parts))
+    return config, [f"train.epochs={train.epochs:g}: {sequences:,} sequences, {steps:,} steps, {parts['warmup_steps']:,} of warm-up"]
 
 
 def dtype(sources: list[Blocks]) -> np.dtype:

@@ -1,19 +1,22 @@
 """The state that a run starts from: its newest checkpoint, the weights of `init.from`, or a random initialisation."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import exists
 from tinyllama_jax.core.program import Program
 from tinyllama_jax.core.step import TrainState
 from tinyllama_jax.data import feed, tokenizer
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.hub import llama
+from tinyllama_jax.data.export import added_tokens, gguf_tokenizer
+from tinyllama_jax.hub import gguf, llama
 from tinyllama_jax.run import checkpoint, metrics, seals
 from tinyllama_jax.run import folder as run_folder
 
@@ -48,6 +51,36 @@ def first_step(config: Config) -> int:
     return _step(config) if config.init.state == "all" else 0
 
 
+class Origin(NamedTuple):
+    """What a run folder, a Hugging Face folder or a GGUF file holds besides its weights."""
+
+    model: Model
+    tokenizer: tokenizer.Tokenizer
+    begin_with_bos: bool  # whether each text begins with bos
+    rows: int  # of the vocabulary, that have a token in the weights' own tokenizer
+
+
+def read_origin(path: Path, scratch: Path, added: str = "") -> Origin:
+    """Reads the description of `init.from`. `added`: see `model.added_tokens`; the model then has rows for them, 64 x n.
+
+    `scratch`: an empty folder, where files of the tokenizer may lie. Raises UserError.
+    """
+    folder = path
+    if (path / "checkpoints").is_dir():
+        model, tokens = checkpoint.load_config(path).model, tokenizer.load(path / "tokenizer")
+    elif gguf.is_gguf(path):
+        folder, whole = scratch, gguf.read(path)
+        model, tokens = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
+    else:
+        gguf.check_named(path, "--init.from")
+        model, tokens = llama.load_model(path), tokenizer.load(path)
+    rows, begin_with_bos = tokens.vocab_size, tokenizer.documents_begin_with_bos(folder)
+    tokens = added_tokens.extended(tokens, added, scratch / "added")
+    if tokens.vocab_size > rows:
+        model = dataclasses.replace(model, vocab_size=max(model.vocab_size, -(-tokens.vocab_size // 64) * 64))
+    return Origin(model, tokens, begin_with_bos, rows)
+
+
 def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, list[str]]:
     """(the folder of `init.from` or None, lines to print). Raises UserError if it does not fit `config`."""
     if not config.init.from_:
@@ -57,10 +90,13 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
     if not is_run and (init.step or init.state != "weights"):
         key, value = ("step", init.step) if init.step else ("state", init.state)
         raise UserError(f"--init.{key}={value}: {origin} is no run folder, and has weights only")
-    model = checkpoint.load_config(origin).model if is_run else llama.load_model(origin)
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokens, _, rows = read_origin(origin, Path(scratch), config.model.added_tokens)
     notes = run_folder.check_same_model(config.model, model, str(origin))
-    if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
+    if tokens.sha256 != sources[0].tokenizer_sha256:
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
+    if tokens.vocab_size > rows and init.state != "weights":
+        raise UserError(f"--init.state={init.state}: with new rows for model.added_tokens only the weights can be taken over")
     if init.state != "weights":
         step = _step(config)
         if not (origin / "checkpoints" / str(step) / "train").is_dir():
@@ -94,9 +130,11 @@ def initial_state(config: Config, program: Program, origin: Path | None) -> tupl
     """(the state that a run begins with, a description of its origin): random, or from `origin` as `init.state` asks."""
     if origin is None:
         return program.init(), f"from scratch (init {config.model.init}, seed {config.train.seed})"
-    if (origin / "checkpoints").is_dir():
+    is_run, source = (origin / "checkpoints").is_dir(), f"{origin} (Hugging Face)"
+    if is_run:
         step = _step(config)
         source = f"step {step:,} of {origin}"
+    if is_run and not config.model.added_tokens:
         if config.init.state == "weights":
             return program.start(checkpoint.restore_params(origin, step, program.state.params)), f"{source}, weights only"
         state = checkpoint.restore_state(origin, step, program.state)
@@ -104,9 +142,27 @@ def initial_state(config: Config, program: Program, origin: Path | None) -> tupl
             return state, f"{source}, which continues here"
         first = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (state.step, state.skipped))
         return dataclasses.replace(state, step=first[0], skipped=first[1]), f"{source}, weights and moments"
-    params, _ = llama.load_folder(origin)
+    if is_run:
+        params, *_ = checkpoint.load_params(origin, step)
+    elif gguf.is_gguf(origin):
+        (params, *_), source = gguf.load(origin), f"{origin} (GGUF)"
+    else:
+        params, _ = llama.load_folder(origin)
+    params, more = _with_rows(params, origin, config)
     params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
-    return program.start(params), f"{origin} (Hugging Face)"
+    return program.start(params), f"{source}, weights only{more}"
+
+
+def _with_rows(params: dict, origin: Path, config: Config) -> tuple[dict, str]:
+    """(`params` with rows for `model.added_tokens`, words about them): each is the mean of the old ones, as in the original."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokens, _, rows = read_origin(origin, Path(scratch), config.model.added_tokens)
+    if tokens.vocab_size == rows:
+        return params, ""
+    grown = lambda table: np.concatenate([table[:rows], np.tile(table[:rows].mean(0), (model.vocab_size - rows, 1))])
+    embedding, head = params["embed"]["embedding"], params["lm_head"]["kernel"]
+    params = params | {"embed": {"embedding": grown(embedding)}, "lm_head": {"kernel": grown(head.T).T}}
+    return params, f", with {tokens.vocab_size - rows} new tokens in {model.vocab_size:,} rows"
 
 
 # -- the data of a resumed run ----------------------------------------------------------------------------------------------

@@ -203,9 +203,7 @@ def finish(
     output: Place, job: Job, wanted: dict, sources: dict[str, list[Source]], planned: list[Shard], unplanned: dict
 ) -> dict:
     """Writes the manifest and TFDS's metadata, and moves everything to its place. `unplanned`: bad files in no shard."""
-    import tensorflow_datasets as tfds  # see `Record`
-
-    whole, splits, infos = job.whole, {}, []
+    whole, splits = job.whole, {}
     records = records_of(job, planned)
     last = _hold_out(job, planned, records)
     bad = unplanned | {key: why for key, (_, why) in bad_files_of(planned, records).items()}
@@ -238,18 +236,9 @@ def finish(
         counts |= {key: dict(sorted(total.items())) for key, total in sums.items()}
         counts |= {"last_blocks_of_train": last} if last and split == HELD_OUT else {}
         splits[split] = {**counts, "shards": entries, "sources": named, "bad_files": left_out}
-        size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
     manifest = {**wanted, "splits": splits}
     features = Record(wanted["seq_len"], wanted["dtype"]).features
-    with tempfile.TemporaryDirectory() as folder:
-        data = [Path(folder, file["file"]) for counts in splits.values() for file in counts["shards"]]
-        for file in data:
-            file.touch()  # `write_metadata` reads the files' names
-        tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
-        for file in data:
-            file.unlink()
-        store.copy(Path(folder), whole)
+    write_metadata(whole, features, {split: counts["shards"] for split, counts in splits.items()})
     store.write(whole / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     if isinstance(whole, Path):
         with concurrent.futures.ThreadPoolExecutor(32) as pool:  # many files at once take a disk no longer than one
@@ -257,6 +246,24 @@ def finish(
         _move(whole, output)
     store.remove(job.folder)
     return manifest
+
+
+def write_metadata(whole: Place, features: object, splits: dict[str, list[dict]]) -> None:
+    """Writes what TensorFlow Datasets needs to read the folder. `splits`: the manifest's files of each split."""
+    import tensorflow_datasets as tfds  # see `Record`
+
+    infos = []
+    with tempfile.TemporaryDirectory() as folder:
+        for split, entries in splits.items():
+            size, lengths = sum(entry["bytes"] for entry in entries), [entry["blocks"] for entry in entries]
+            infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
+        data = [Path(folder, file["file"]) for entries in splits.values() for file in entries]
+        for file in data:
+            file.touch()  # `write_metadata` reads the files' names
+        tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
+        for file in data:
+            file.unlink()
+        store.copy(Path(folder), whole)
 
 
 def _move(whole: Path, output: Path) -> None:

@@ -270,10 +270,10 @@ def hold_out(job: Job, shard: Shard, n: int) -> dict:
         with store.local_copy(job.whole, *(entry["file"] for entry in entries)) as folder:
             every = itertools.chain(*[_records(folder / entry["file"], entry["blocks"]) for entry in entries])
             for entry, temporary, size in zip(entries, temporaries, (blocks - n, n), strict=True):
-                writer = _written(temporary, array_record_module.ArrayRecordWriter, str(temporary), "group_size:1")
+                out = writer(temporary)
                 for block in itertools.islice(every, size):
-                    _written(temporary, writer.write, block)
-                _written(temporary, writer.close)
+                    written(temporary, out.write, block)
+                written(temporary, out.close)
                 n_tokens = min(size * (job.seq_len + 1), tokens)  # the very last block may be shorter
                 entry |= {"blocks": size, "tokens": n_tokens, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
                 tokens -= n_tokens
@@ -338,7 +338,7 @@ class _File:
         self._begins: list[int] = []  # indices of the parts that begin a document, and below, that end one
         self._ends: list[int] = []
         self._size = 0  # characters
-        self._writer = _written(self.temporary, array_record_module.ArrayRecordWriter, str(self.temporary), "group_size:1")
+        self._writer = writer(self.temporary)
 
     def add(self, document: Iterable[str]) -> None:
         """Adds a document, given in parts, with bos and eos as the job says."""
@@ -361,7 +361,7 @@ class _File:
         self._flush()
         if n := len(self._pending):
             self._write(np.pad(self._pending, (0, self._job.seq_len + 1 - n)), n)
-        _written(self.temporary, self._writer.close)
+        written(self.temporary, self._writer.close)
         return {"file": self.name, **self._counts, "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
 
     def _flush(self) -> None:
@@ -379,7 +379,7 @@ class _File:
         self._parts, self._begins, self._ends, self._size = [], [], [], 0
 
     def _write(self, block: np.ndarray, length: int) -> None:
-        _written(self.temporary, self._writer.write, self._record.encode(block, length))
+        written(self.temporary, self._writer.write, self._record.encode(block, length))
         self._counts["tokens"] += length
         self._counts["blocks"] += 1
 
@@ -390,7 +390,13 @@ def _tokenizer(folder: Place, _sha256: str) -> tokenizer.Tokenizer:  # once a wo
         return tokenizer.load(local)
 
 
-def _written(path: Path, call: Callable, *args: object) -> object:
+def writer(path: Path) -> array_record_module.ArrayRecordWriter:
+    """A new ArrayRecord file of records that can be read in any order."""
+    return written(path, array_record_module.ArrayRecordWriter, str(path), "group_size:1")
+
+
+def written(path: Path, call: Callable, *args: object) -> object:
+    """What `call` returns. Raises UserError naming the file if it fails."""
     try:
         return call(*args)
     except Exception as error:  # ArrayRecord's own, of no common type

@@ -1,0 +1,92 @@
+"""Fine-tuning on conversations: `python -m tinyllama_jax.sft --config configs/sft_guanaco.py --init.from=RUN`.
+
+The conversations of `data.sources` are written as blocks beside the run folder, and `train` learns from those.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends at once, without a traceback
+
+from tinyllama_jax.run import supervise
+
+if __name__ == "__main__":
+    supervise.supervise("tinyllama_jax.sft")  # of several processes; before the imports, which take seconds
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from tinyllama_jax import train
+from tinyllama_jax.base import cli, mixture_weights
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import chat
+from tinyllama_jax.data.blocks import MANIFEST
+from tinyllama_jax.data.prepare import chats
+from tinyllama_jax.run import cluster, initialize, seals
+from tinyllama_jax.run import folder as run_folder
+
+
+def main(argv: list[str]) -> int:
+    """Writes the conversations as blocks, unless they are kept from an earlier run, and trains. Returns the exit code."""
+    config = cli.load(argv, __doc__)
+    return train.main(as_training(config, argv))
+
+
+def as_training(config: Config, argv: list[str]) -> list[str]:
+    """The arguments of `train` that say the same as `argv`: with the model of the weights, and blocks for conversations."""
+    origin = _origin(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = initialize.read_origin(origin, Path(scratch), config.model.added_tokens)
+        model = _model_of(base, config, origin)
+        if all(_is_prepared(path) for path in config.data.sources):  # as in RUN/config.json
+            return [*model, *argv]
+        template = chat.choose(origin.absolute(), base.tokenizer, config.data.template or None, "--data.template")
+        chat.check_ends(template, base.tokenizer)
+        encoder = chats.Encoder(template, base.tokenizer, base.begin_with_bos, config.model.seq_len + 1)
+        _say(f"chat template {template.name} ({template.why})")
+        place, sources = Path(config.workdir).parent / "prepared", {}
+        for path, weight in config.data.sources.items():
+            folder = Path(path)
+            if not _is_prepared(path):
+                folder, line = chats.prepared(path, encoder, place, config.train.wait)
+                _say(line)
+            if str(folder) in sources:
+                raise UserError(f"--data.sources: {path} holds the same conversations as another source; name it once")
+            sources[str(folder)] = weight
+    return [*model, *argv, f"--data.sources={mixture_weights.sources_text(sources)}"]
+
+
+def _is_prepared(path: str) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def _say(line: str) -> None:
+    if cluster.identity()[0] in (0, -1):
+        print(line, flush=True)
+
+
+def _origin(config: Config) -> Path:
+    """Where the tokenizer and the shape of the weights are: the run itself once it has a checkpoint, else `init.from`."""
+    if seals.steps_in(config.workdir):
+        return Path(config.workdir)
+    if not config.init.from_:
+        raise UserError("--init.from is empty; name the weights to start from: a run folder, a Hugging Face folder or a GGUF file")
+    if not Path(config.init.from_).exists():
+        raise UserError(f"--init.from={config.init.from_}: no such file or folder")
+    return Path(config.init.from_)
+
+
+def _model_of(base: initialize.Origin, config: Config, origin: Path) -> list[str]:
+    """The arguments that give the run the model of its weights, where the config has another; the length stays the config's."""
+    names = [key.removeprefix("model.") for key in run_folder.FIXED if key.startswith("model.")]
+    own, theirs = dataclasses.asdict(config.model), dataclasses.asdict(base.model)
+    other = [name for name in names if name not in ("seq_len", "precision") and own[name] != theirs[name]]
+    if other:
+        _say(f"the model is that of {origin}: " + ", ".join(f"{name} {theirs[name]}, not {own[name]}" for name in other))
+    return [f"--model.{name}={theirs[name]}" for name in other]
+
+
+if __name__ == "__main__":
+    supervise.run(main)
