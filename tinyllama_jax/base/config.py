@@ -62,7 +62,12 @@ class Model(_Section):
         super().__post_init__()
         whole = self.head_dim or self.d_model % self.n_heads == 0
         check(whole, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}; or set model.head_dim")
-        check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
+        check(
+            self.n_heads % self.n_kv_heads == 0,
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"must divide model.n_heads={self.n_heads}",
+        )
         layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
         parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
         check(parameters <= 1e13, "model.d_model", self.d_model, f"makes {parameters:.3g} parameters; at most 1e+13")
@@ -129,7 +134,9 @@ class Data(_Section):
             everything = mixture_weights.sources_text(weights)
             check(positive, "data.sources", everything, f"at {at:,.0f} tokens no source has a positive weight")
         for first, last in self.skipped:
-            check(1 <= first <= last < 2**31, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31")
+            check(
+                1 <= first <= last < 2**31, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31"
+            )
         steps = sum(last - first + 1 for first, last in self.skipped)
         fits = len(self.skipped) <= 100 and steps <= 10**6
         check(fits, "data.skip", self.skip, f"{steps:,} steps in {len(self.skipped)} parts; at most 1,000,000 in 100")
@@ -193,6 +200,7 @@ class Train(_Section):
     seed: int = 0
     deterministic: bool = False  # on GPUs: only kernels with a fixed order of summation, so that a run resumes bit for bit
     z_loss: float = 0.0  # weight of the mean squared logsumexp of the logits in the objective (not in the loss shown)
+    dpo_beta: float = 0.1  # of DPO alone: how strongly the margin counts; larger values stay nearer to the reference model
     spike: float = 0.0  # the run stops at a loss this many nats above the mean of the last 100 finite steps; 0: never
     give_up: int = 100  # the run stops after this many skipped (not finite) steps in a row; fp16 begins with up to 15
     wait: float = 300.0  # seconds that a process waits for the others before it ends and names the late one

@@ -12,7 +12,7 @@ from jax import lax
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.core import optim
 from tinyllama_jax.core.losses import NEXT_TOKEN, Batch, Loss, count_tokens, sum_by_source
-from tinyllama_jax.kernels.cross_entropy import Sums, zero_sums
+from tinyllama_jax.kernels.cross_entropy import Sums
 
 FIRST_LOSS_SCALE = 2.0**15  # fp16 only; halves on each overflow, doubles after 2,000 steps without one
 
@@ -67,10 +67,8 @@ def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT
         (_, sums), grads = differentiate(state.params, micro)
         return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-    no_sums = zero_sums(len(config.data.sources))
-    if batch.source is None:
-        no_sums = no_sums._replace(rows=None)
-    zeros = jax.tree.map(jnp.zeros_like, (no_sums, state.params))
+    sums = jax.eval_shape(lambda micro: loss.sums(state.params, micro, config), jax.tree.map(lambda a: a[0], batch))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (sums, state.params))
     return lax.scan(add, zeros, batch)[0]
 
 
@@ -110,6 +108,7 @@ def train_step(
         "loss_scale": jnp.float32(scale.loss_scale),
         "real_tokens": jnp.where(predicts, n_tokens, 0),
         **({"z_loss": mean(sums.z)} if config.train.z_loss else {}),
+        **{name: mean(total) for name, total in (sums.more or {}).items()},
         **({} if batch.source is None else by_source(sums.rows, predicted, batch.source)),
         "checksum": checksum(batch),
     }
