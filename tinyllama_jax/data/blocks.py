@@ -129,7 +129,8 @@ class Record:
 
         Raises ValueError if it is not a block.
         """
-        if len(record) == self._size and record.startswith(self._head) and record.endswith(self._tail):
+        whole = len(record) == self._size and not extras
+        if whole and record.startswith(self._head) and record.endswith(self._tail):
             into[:] = np.frombuffer(record, self._dtype, self._width, self._start)
             return self._width
         try:  # a padded block, one with extras, or damage
