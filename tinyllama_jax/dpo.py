@@ -21,7 +21,7 @@ from tinyllama_jax.run.references import with_references
 
 
 def main(argv: list[str]) -> int:
-    """Writes the pairs and their reference as blocks, unless they are kept from an earlier run, and trains. Returns the exit code."""
+    """Writes the pairs with their reference as blocks, unless they are kept from an earlier run, and trains."""
     argv = sft.as_training(cli.load(argv, __doc__), argv, "preferences")
     config = cli.load(argv, __doc__)
     xla.reserve_memory()

@@ -71,8 +71,9 @@ class Log:
     def validation(self, step: int, scores: dict[str, float]) -> None:
         """Records the validation after `step`."""
         self._write(step, scores)
-        loss, perplexity = scores["val_loss"], scores["val_perplexity"]
-        self.say(f"step {step:,}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        perplexity, accuracy = scores.get("val_perplexity"), scores["val_accuracy"]
+        more = f"accuracy {accuracy:.3f}" if perplexity is None else f"perplexity {perplexity:.2f}"
+        self.say(f"step {step:,}: validation loss {scores['val_loss']:.4f}, {more}")
 
     def sync(self, step: int) -> None:
         """Waits until all lines up to `step` are on the disk: a checkpoint must not be ahead of them. Raises Spike."""

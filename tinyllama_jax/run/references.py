@@ -36,7 +36,7 @@ def with_references(config: Config) -> dict[str, str]:
         key = hashlib.sha256(json.dumps([checksum, weights, config.model.precision]).encode()).hexdigest()
         out[path] = f"{path}-{key[:16]}"
     missing = {path: Path(folder) for path, folder in out.items() if not (Path(folder) / MANIFEST).is_file()}
-    if missing and cluster.identity()[1] > 1:
+    if missing and cluster.identity() != (0, 1):
         what = "the reference log-probabilities are not computed yet, which one process does alone"
         raise UserError(f"{what}: run the same command first in a single process with --train.steps=1, then this one")
     if missing:
@@ -59,7 +59,7 @@ def _compute(config: Config, missing: dict[str, Path], weights: str) -> None:
     sources = feed.open_sources(config)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        program = build(config, mesh, Answers(feed.separator(sources)))
+        program = build(config, mesh, Answers())
         origin, _ = initialize.check_origin(config, sources)
         params = initialize.initial_state(config, program, origin)[0].params
         for path, output in missing.items():

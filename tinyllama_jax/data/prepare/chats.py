@@ -39,7 +39,11 @@ ONE_PROCESS = 1 << 25  # bytes of input; for more, several processes encode
 CHUNK = 256  # conversations that a process encodes at a time
 NO_ANSWER, TOO_LONG = "without an assistant turn", "whose first turn does not fit"
 REFUSED, ALIKE = "refused by the chat template", "whose two answers are the same"
-CUT, SHORT_PROMPT, SHORT_ANSWER = "cut after an answer that fits", "cut at the beginning of the prompt", "cut at the end of an answer"
+CUT, SHORT_PROMPT, SHORT_ANSWER = (
+    "cut after an answer that fits",
+    "cut at the beginning of the prompt",
+    "cut at the end of an answer",
+)
 KEPT = ("", CUT, SHORT_PROMPT, SHORT_ANSWER)
 
 
@@ -290,7 +294,13 @@ def _write(source: str, files: list[Path], made_of: list, encoder: Encoder, outp
     chat.keep(encoder.template, partial / "tokenizer")
     spm = encoder.tokenizer
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
-    manifest = {"format": FORMAT, "kind": encoder.kind, "seq_len": encoder.width - 1, "dtype": dtype, "bos": encoder.begin_with_bos}
+    manifest = {
+        "format": FORMAT,
+        "kind": encoder.kind,
+        "seq_len": encoder.width - 1,
+        "dtype": dtype,
+        "bos": encoder.begin_with_bos,
+    }
     manifest |= {"eos": False, "tokenizer": vocabulary, "splits": splits}
     record = Record(encoder.width - 1, dtype, encoder.kind)
     folder_lib.write_metadata(partial, record.features, {name: split["shards"] for name, split in splits.items()})
