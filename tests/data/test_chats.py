@@ -230,7 +230,9 @@ def test_packed_conversations_have_the_loss_of_each_alone(sp, tmp_path):
     data = c.Data({"a": 1}, document_mask=True)
     config = c.Config("w", cfg, data, c.Optim(1e-3, 1e-4, 1, 0.1, 1.0), c.Train(3, width - 1, 1), c.Checkpoint(1))
     params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), cfg))
-    folder, _ = written(tmp_path, [turns("Q", "A " * i, "Q2", "x") for i in range(1, 7)], chats.Encoder(TEMPLATES["zephyr"], sp, True, width))
+    folder, _ = written(
+        tmp_path, [turns("Q", "A " * i, "Q2", "x") for i in range(1, 7)], chats.Encoder(TEMPLATES["zephyr"], sp, True, width)
+    )
     blocks = Blocks(folder, "train")
     read = blocks.sequences(np.arange(len(blocks)))
     assert len(blocks) < 6

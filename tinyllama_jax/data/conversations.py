@@ -186,8 +186,12 @@ def _split_text(text: str) -> list[Message]:
         if parts:
             turns = zip(parts[::2], parts[1::2], strict=True)
             system = [_message("system", before.strip())] if before.strip() else []
-            return system + [_message(ROLES[role.lower()], content.strip().removesuffix("<|im_end|>")) for role, content in turns]
-    raise _BadRow(f"'text' has no turns: neither '### Human:' nor '<|im_start|>user' is in {_short(text)}; known shapes: {SHAPES}")
+            return system + [
+                _message(ROLES[role.lower()], content.strip().removesuffix("<|im_end|>")) for role, content in turns
+            ]
+    raise _BadRow(
+        f"'text' has no turns: neither '### Human:' nor '<|im_start|>user' is in {_short(text)}; known shapes: {SHAPES}"
+    )
 
 
 def _short(value: object) -> str:
@@ -223,7 +227,7 @@ class _Place:
 
 
 def _json(file: Path, at: _Place) -> Iterator[object]:
-    """The rows of a file with an object a line; or, if it begins with [, of one list. """
+    """The rows of a file with an object a line; or, if it begins with [, of one list."""
     with open_regular(file) as raw:
         packed = PACKED.get(file.suffix)
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), packed) if packed else raw
