@@ -5,13 +5,14 @@ python -m tinyllama_jax.sft --config configs/sft_guanaco.py --init.from=HF_FOLDE
 Data: `openassistant_best_replies_train.jsonl` of the Hugging Face data set timdettmers/openassistant-guanaco (9,846 conversations), as
 data/guanaco.jsonl. Weights: TinyLlama/TinyLlama-1.1B-step-240k-503b.
 
-The original: learning rate 1e-5, constant, 16 conversations a step of up to 768 tokens, 5 epochs (script.sh of its folder sft). It
-trained on the users' turns too, padded every conversation, and cut the end off long ones; here the loss is on the answers, whole
-conversations are packed, and long ones are cut after an answer. A step has about as many conversations: 8 x 1,024 tokens hold 16
-of 470 tokens each.
+The original (script.sh of its folder sft): learning rate 1e-5, constant, 5 epochs, 16 conversations a step, of which it kept 512
+tokens each. It trained on the users' turns too, padded every conversation, and cut off the end of long ones, eos included, so that
+the model did not stop. Here the loss is on the answers, whole conversations are packed, and one of more than 1,024 tokens is cut
+after an answer. A step has the original's 16 x 512 tokens.
 
 Loss: not yet run at this size here.
-Cost: COST
+Cost: `plan` predicts 23,800 (20,900 to 26,000) tokens/s on one A100-40G, and 23.4 of 36.2 GiB: 18 minutes, 1 USD. On 8 GPUs add
+--train.seqs_per_device=1.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ config = dataclasses.replace(
     ),
     train=Train(
         epochs=5,
-        steps=2_900,  # about 5 epochs; the command prints the number for the data at hand
+        steps=3_077,  # 9,846 / 16 x 5, the original's; `epochs` replaces it by the number for the packed data, which is printed
         tokens_per_step=8_192,  # 8 x 1,024
         seqs_per_device=8,
     ),
