@@ -243,3 +243,15 @@ def test_packed_conversations_have_the_loss_of_each_alone(sp, tmp_path):
         pad = lambda a, dtype: np.pad(np.array(a, dtype), (0, width - len(a)))[None]
         apart += total(Batch(pad(ids, np.uint16), np.full(1, len(ids), np.int32), marks=pad(marks, np.uint8)))
     np.testing.assert_allclose(packed, apart, rtol=1e-5)
+
+
+def test_an_audit_counts_conversations(sp, tmp_path):
+    from tinyllama_jax.data.audit.report import audit
+
+    folder, _ = written(tmp_path, ROWS, chats.Encoder(TEMPLATES["zephyr"], sp, True, 60))
+    assert not audit([str(folder)], tmp_path / "page.html", samples=0)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert audit([str(folder)], tmp_path / "page.html", samples=0)
+    assert "says 40 conversations; there are 39" in (tmp_path / "page.html").read_text()
