@@ -130,7 +130,9 @@ def answers(path):
     template, engine = chat.choose(Path(path), loaded.tokenizer), Engine(loaded)
     stops, out = chat.stop_ids(template, loaded.tokenizer), {}
     for question in FACTS:
-        ids = chat.encode(template, loaded.tokenizer, [{"role": "user", "content": question}], begin_with_bos=loaded.begin_with_bos)
+        ids = chat.encode(
+            template, loaded.tokenizer, [{"role": "user", "content": question}], begin_with_bos=loaded.begin_with_bos
+        )
         request = Request(ids, 24, Sampling(temperature=0.0), 0, 0, stops)
         engine.submit(request)
         while not request.finish:
@@ -152,7 +154,9 @@ def test_it_answers_and_stops_wherever_it_goes(tuned, folder):
         talk = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=False)
         ids = ids.new_tensor([[tokenizer.bos_token_id, *ids[0].tolist()]])
-        made = theirs.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=ids.new_ones(ids.shape))[0, ids.shape[1] :]
+        made = theirs.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=ids.new_ones(ids.shape))[
+            0, ids.shape[1] :
+        ]
         assert tokenizer.decode(made, skip_special_tokens=True).strip() == answer and made[-1] == tokenizer.eos_token_id
 
 

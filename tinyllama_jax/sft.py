@@ -72,7 +72,7 @@ def _origin(config: Config) -> Path:
     if seals.steps_in(config.workdir):
         return Path(config.workdir)
     if not config.init.from_:
-        raise UserError("--init.from is empty; name the weights to start from: a run folder, a Hugging Face folder or a GGUF file")
+        raise UserError("--init.from is empty; name the weights to start from: a run, a Hugging Face folder or a GGUF file")
     if not Path(config.init.from_).exists():
         raise UserError(f"--init.from={config.init.from_}: no such file or folder")
     return Path(config.init.from_)
@@ -81,11 +81,11 @@ def _origin(config: Config) -> Path:
 def _model_of(base: initialize.Origin, config: Config, origin: Path) -> list[str]:
     """The arguments that give the run the model of its weights, where the config has another; the length stays the config's."""
     names = [key.removeprefix("model.") for key in run_folder.FIXED if key.startswith("model.")]
-    own, theirs = dataclasses.asdict(config.model), dataclasses.asdict(base.model)
-    other = [name for name in names if name not in ("seq_len", "precision") and own[name] != theirs[name]]
+    own, wanted = dataclasses.asdict(config.model), dataclasses.asdict(base.model)
+    other = [name for name in names if name not in ("seq_len", "precision") and own[name] != wanted[name]]
     if other:
-        _say(f"the model is that of {origin}: " + ", ".join(f"{name} {theirs[name]}, not {own[name]}" for name in other))
-    return [f"--model.{name}={theirs[name]}" for name in other]
+        _say(f"the model is that of {origin}: " + ", ".join(f"{name} {wanted[name]}, not {own[name]}" for name in other))
+    return [f"--model.{name}={wanted[name]}" for name in other]
 
 
 if __name__ == "__main__":

@@ -51,10 +51,9 @@ def main(argv: list[str]) -> int:
         xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
-        verified = feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
+        notes += feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
         config, origin, more = initialize.find_origin(config, sources)
         notes += more + at_end.enter_context(run_folder.opened(config, initialize.described(sources), sources[0].tokenizer))
-        notes += verified
         startup.mark("data and devices")
 
         # -- the state: of the newest checkpoint, of another run, or from scratch

@@ -230,7 +230,9 @@ def test_packed_conversations_have_the_loss_of_each_alone(sp, tmp_path):
     data = c.Data({"a": 1}, document_mask=True)
     config = c.Config("w", cfg, data, c.Optim(1e-3, 1e-4, 1, 0.1, 1.0), c.Train(3, width - 1, 1), c.Checkpoint(1))
     params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), cfg))
-    folder, _ = written(tmp_path, [turns("Q", "A " * i, "Q2", "x") for i in range(1, 7)], chats.Encoder(TEMPLATES["zephyr"], sp, True, width))
+    folder, _ = written(
+        tmp_path, [turns("Q", "A " * i, "Q2", "x") for i in range(1, 7)], chats.Encoder(TEMPLATES["zephyr"], sp, True, width)
+    )
     blocks = Blocks(folder, "train")
     read = blocks.sequences(np.arange(len(blocks)))
     assert len(blocks) < 6
@@ -241,3 +243,15 @@ def test_packed_conversations_have_the_loss_of_each_alone(sp, tmp_path):
         pad = lambda a, dtype: np.pad(np.array(a, dtype), (0, width - len(a)))[None]
         apart += total(Batch(pad(ids, np.uint16), np.full(1, len(ids), np.int32), marks=pad(marks, np.uint8)))
     np.testing.assert_allclose(packed, apart, rtol=1e-5)
+
+
+def test_an_audit_counts_conversations(sp, tmp_path):
+    from tinyllama_jax.data.audit.report import audit
+
+    folder, _ = written(tmp_path, ROWS, chats.Encoder(TEMPLATES["zephyr"], sp, True, 60))
+    assert not audit([str(folder)], tmp_path / "page.html", samples=0)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert audit([str(folder)], tmp_path / "page.html", samples=0)
+    assert "says 40 conversations; there are 39" in (tmp_path / "page.html").read_text()

@@ -19,7 +19,7 @@ SHAPES = {
     "messages with parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TALK[1]]}, TALK),
     "ShareGPT": ({"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, TALK),
     "ShareGPT with a system message": (
-        {"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
+        {"conversations": [{"from": f, "value": v} for f, v in (("system", "S"), ("user", "Q"), ("assistant", "A"))]},
         SYSTEM + TALK,
     ),
     "conversation, role and content": ({"conversation": TALK}, TALK),
@@ -58,9 +58,9 @@ def write_dataset(folder, rows):
     """As `datasets` saves one."""
     folder.mkdir(parents=True)
     table = pyarrow.Table.from_pylist(rows)
-    with pyarrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink:
-        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+    file = str(folder / "data-00000-of-00001.arrow")
+    with pyarrow.OSFile(file, "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
     for name in ("state.json", "dataset_info.json"):
         (folder / name).write_text("{}")
 

@@ -62,12 +62,8 @@ class Model(_Section):
         super().__post_init__()
         whole = self.head_dim or self.d_model % self.n_heads == 0
         check(whole, "model.n_heads", self.n_heads, f"must divide model.d_model={self.d_model}; or set model.head_dim")
-        check(
-            self.n_heads % self.n_kv_heads == 0,
-            "model.n_kv_heads",
-            self.n_kv_heads,
-            f"must divide model.n_heads={self.n_heads}",
-        )
+        divides = self.n_heads % self.n_kv_heads == 0
+        check(divides, "model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads={self.n_heads}")
         layer = 2 * self.d_head * (self.n_heads + self.n_kv_heads) + 3 * self.d_ff
         parameters = self.d_model * (self.n_layers * layer + 2 * self.vocab_size)
         check(parameters <= 1e13, "model.d_model", self.d_model, f"makes {parameters:.3g} parameters; at most 1e+13")
@@ -133,10 +129,8 @@ class Data(_Section):
             positive = any(weight_at(weight, at) > 0 for weight in weights.values())
             everything = mixture_weights.sources_text(weights)
             check(positive, "data.sources", everything, f"at {at:,.0f} tokens no source has a positive weight")
-        for first, last in self.skipped:
-            check(
-                1 <= first <= last < 2**31, "data.skip", f"{first}:{last}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31"
-            )
+        for a, b in self.skipped:
+            check(1 <= a <= b < 2**31, "data.skip", f"{a}:{b}", "must be FIRST:LAST with 1 <= FIRST <= LAST < 2^31")
         steps = sum(last - first + 1 for first, last in self.skipped)
         fits = len(self.skipped) <= 100 and steps <= 10**6
         check(fits, "data.skip", self.skip, f"{steps:,} steps in {len(self.skipped)} parts; at most 1,000,000 in 100")
@@ -144,9 +138,8 @@ class Data(_Section):
     @property
     def skipped(self) -> list[tuple[int, int]]:
         """`skip` as (first, last) steps."""
-        parts = [part.split(":") for part in self.skip.split(",") if part]
         try:
-            return [(int(first), int(last)) for first, last in parts]
+            return [(int(first), int(last)) for first, last in (p.split(":") for p in self.skip.split(",") if p)]
         except ValueError:
             raise UserError(f"--data.skip={self.skip}: must be STEP:STEP or STEP:STEP,STEP:STEP") from None
 
@@ -310,8 +303,8 @@ class Init(_Section):
         if self.from_:
             check_local("--init.from", self.from_)
         check_one_of("init.state", self.state, ("weights", "moments", "all"))
-        alone = (self.step, self.state) == (0, "weights")
-        check(alone or bool(self.from_), "init.from", "", "is needed with --init.step and --init.state")
+        alone = not self.from_ and (self.step, self.state) != (0, "weights")
+        check(not alone, "init.from", "", "is needed with --init.step and --init.state")
 
 
 @dataclass(frozen=True)
@@ -366,10 +359,9 @@ class Config(_Section):
         at_once, per_step = each * n_batch_devices, [tokens // self.model.seq_len for _, _, tokens in self.train.stages]
         for sequences in per_step:
             if sequences % at_once:
-                fits = self.fitting(n_batch_devices)
-                near = sorted(sorted(fits, key=lambda n: abs(n - each))[:20])
+                near = sorted(sorted(self.fitting(n_batch_devices), key=lambda n: abs(n - each))[:20])
                 multiple = f"train.tokens_per_step as a multiple of {at_once * self.model.seq_len}, or other devices"
-                remedy = f"choose train.seqs_per_device among {near}" if fits else f"choose {multiple}"
+                remedy = f"choose train.seqs_per_device among {near}" if near else f"choose {multiple}"
                 what = f"{sequences} sequences a step do not divide into {n_batch_devices} devices x {each}; {remedy}"
                 check(False, "train.seqs_per_device", each, what)
         return [sequences // at_once for sequences in per_step]

@@ -72,7 +72,9 @@ def in_epochs(config: Config, sources: list[Blocks]) -> tuple[Config, list[str]]
     share = long.tokens / train.tokens
     parts = {name: round(getattr(optim, name) * share) for name in ("warmup_steps", "decay_steps", "cooldown_steps")}
     config = dataclasses.replace(config, train=long, optim=dataclasses.replace(optim, **parts))
-    return config, [f"train.epochs={train.epochs:g}: {sequences:,} sequences, {steps:,} steps, {parts['warmup_steps']:,} of warm-up"]
+    return config, [
+        f"train.epochs={train.epochs:g}: {sequences:,} sequences, {steps:,} steps, {parts['warmup_steps']:,} of warm-up"
+    ]
 
 
 def dtype(sources: list[Blocks]) -> np.dtype:

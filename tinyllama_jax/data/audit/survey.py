@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinyllama_jax.base.dims import FIRST
 from tinyllama_jax.base.files import sha256
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -65,7 +66,7 @@ class Survey:
             findings.add("tokenizer", self.name, f"{MANIFEST}: says {self.vocab_size:,} pieces; the tokenizer has {size:,}")
         self.apart = {self.bos: "bos", self.eos: "eos"}  # ids that never come twice in a row
         self.edges = sum(self.manifest[name] for name in ("bos", "eos")) if self.bos == self.eos else 1  # per document
-        if self.edges == 2:
+        if self.edges == 2 or blocks.kind != "text":
             self.apart = {}
         if self.tokenizer.decode([0]).strip(" ⁇") == "":  # otherwise it is a character, which text may repeat
             self.apart.setdefault(0, "0")
@@ -74,6 +75,7 @@ class Survey:
         self.counts_V = np.zeros(self.vocab_size, np.int64)
         self.lengths = np.zeros(blocks.seq_len + 2, np.int64)
         self.documents = np.zeros(64 * OCTAVE, np.int64)  # by length
+        self.conversations = 0  # of data with marks
         self.open = 0  # tokens since a document last began
         self.first: dict[int, int] = {}  # bos and eos -> the block that first has it
         self.hashes = np.zeros(len(blocks), np.uint64)  # of each block; 0: damaged or empty
@@ -82,7 +84,7 @@ class Survey:
         """Reads and counts the blocks [first, end); damaged blocks are findings."""
         indices = np.arange(first, end)
         try:
-            tokens, length = self.blocks.read(indices)
+            tokens, length, marks, _ = self.blocks.sequences(indices)
         except Damaged:
             good = []
             for i in indices:
@@ -93,7 +95,7 @@ class Survey:
                     self.findings.add("damage", self.name, str(error))
             self.damaged += len(indices) - len(good)
             indices = np.array(good, np.int64)
-            tokens, length = self.blocks.read(indices)
+            tokens, length, marks, _ = self.blocks.sequences(indices)
         self.lengths += np.bincount(length, minlength=len(self.lengths))
         hashed = [hashlib.blake2b(row[:n], digest_size=8).digest() for row, n in zip(tokens, length.tolist(), strict=True)]
         self.hashes[indices] = np.where(length > 0, np.frombuffer(b"".join(hashed), np.uint64), 0)
@@ -101,6 +103,10 @@ class Survey:
             self._count_filling(indices, length)
         flat = tokens.ravel() if (length == tokens.shape[1]).all() else tokens[np.arange(tokens.shape[1]) < length[:, None]]
         self._count(flat, np.cumsum(length), indices)
+        if marks is not None:
+            begins = np.flatnonzero(marks[np.arange(marks.shape[1]) < length[:, None]] & FIRST)
+            self.conversations += begins.size
+            self._documents(begins, len(flat))
 
     def _count(self, flat: np.ndarray, ends: np.ndarray, indices: np.ndarray) -> None:
         """`flat`: all tokens. `ends`: where each of the blocks `indices` ends in them."""
@@ -149,6 +155,8 @@ class Survey:
 
     def n_documents(self) -> int:
         """The number of documents, by their eos or bos. A document that is cut between two splits counts in both."""
+        if self.blocks.kind != "text":
+            return self.conversations
         edge = self._edge()
         cut = self.manifest["eos"] and self.open > 0
         return int(self.counts_V[edge]) // self.edges + cut if edge is not None else 0
@@ -159,7 +167,9 @@ class Survey:
         add = lambda kind, where, line: self.findings.add(kind, self.name, f"{where}: {line}")
         # blocks were held out instead of documents (`last_blocks_of_train`): documents of --train reach into them
         cut = any(split.get("blocks") and not split.get("documents", 1) for split in self.manifest["splits"].values())
-        for id_ in {self.bos, self.eos} - {-1}:  # the two may be the same
+        if self.blocks.kind != "text" and not self.damaged and self.conversations != listed["documents"]:
+            add("counts", MANIFEST, f"says {listed['documents']:,} conversations; there are {self.conversations:,}")
+        for id_ in {self.bos, self.eos} - {-1} if self.blocks.kind == "text" else ():  # the two may be the same
             names = [name for name in ("bos", "eos") if self.manifest["tokenizer"][f"{name}_id"] == id_]
             name, per_document, counted = "/".join(names), sum(self.manifest[n] for n in names), int(self.counts_V[id_])
             guessed = packed and not (self.manifest["bos"] or self.manifest["eos"])  # a sample showed neither

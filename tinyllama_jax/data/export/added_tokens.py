@@ -37,7 +37,10 @@ def extended(tokenizer: Tokenizer, added: str, folder: Path) -> Tokenizer:
     else:
         content = read_json(path, dict)
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        content["added_tokens"] = [*content.get("added_tokens", ()), *({"id": i, "content": name, **flags} for i, name in tokens)]
+        content["added_tokens"] = [
+            *content.get("added_tokens", ()),
+            *({"id": i, "content": name, **flags} for i, name in tokens),
+        ]
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     out = tokenizer_lib.load(folder)
     if [control.tokens(out).get(name) for _, name in tokens] != [i for i, _ in tokens]:

@@ -257,10 +257,14 @@ def _write(source: str, files: list[Path], made_of: list, encoder: Encoder, outp
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; nobody else writes there: see `prepared`
     partial.mkdir()
     scratch, lengths, digests, notes, examples = partial / "tokens", [], [], Counter(), {}
+    due = time.monotonic() + 30
     with scratch.open("wb") as spilled:  # so that memory is bounded
         size = sum(file.stat().st_size for file in files)
         for tokens, note, where in _encoded(conversations.read(files, encoder.kind), encoder, size):
             notes[note] += 1
+            if time.monotonic() > due:
+                print(f"{source}: {notes.total():,} conversations read", flush=True)
+                due += 30
             examples.setdefault(note, where)
             if tokens is not None:
                 spilled.write(tokens.tobytes())
