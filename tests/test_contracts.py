@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
 FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4, "inference": 5}
-COMMANDS = ("train", "sft", "generate", "chat", "serve", "prepare", "audit", "plan", "replay", "report", "convert")
+COMMANDS = ("train", "sft", "dpo", "generate", "chat", "serve", "prepare", "audit", "plan", "replay", "report", "convert")
 COMMANDS += ("train_tokenizer",)
-SHARED = {("sft", "train"), ("dpo", "train")}  # fine-tuning is pre-training on other data
+SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
     "base": "errors files dims mixture_weights values rope config cli schedule sharding",
@@ -31,7 +31,7 @@ ORDER = {
     "export.added_tokens export.litpkds "
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
-    "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
+    "run": "addresses cluster supervise seals checkpoint folder metrics initialize references stages progress spikes log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
     "web server listen",
