@@ -19,8 +19,9 @@ from tinyllama_jax.base import cli, dims
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core import model
-from tinyllama_jax.data import chat, control
+from tinyllama_jax.data import chat, control, feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
@@ -105,8 +106,9 @@ def test_the_loss_falls_and_all_is_said(tuned):
                   "train.epochs=24:", "weights only"):  # fmt: skip
         assert words in out, out
     config = checkpoint.load_config(run)
-    assert config.train.steps == steps[-1]["step"] != 10 and config.optim.warmup_steps == round(config.train.steps / 10)
     (source,) = config.data.sources
+    n = -(-24 * len(Blocks(source, "train")) // 8)
+    assert config.train.steps == steps[-1]["step"] == n != 10 and config.optim.warmup_steps == round(n / 10)
     assert Path(source).parent == run.parent / "prepared"
 
 
@@ -189,6 +191,20 @@ def test_added_tokens_get_rows_and_go_where_the_weights_go(folder, capfd):
     assert "new tokens" not in capfd.readouterr().out
 
 
+def test_steps_that_are_typed_replace_epochs_and_epochs_need_no_schedule(folder):
+    assert cli.load(command(folder, "x", train__steps=7)).train.epochs == 0
+    config = cli.load(command(folder, "x", train__batch_ramp="1024:1024", optim__cooldown_steps=5))
+    longer, (line,) = feed.in_epochs(config, [range(100)])
+    assert longer.train.tokens_after(longer.train.steps - 1) < 24 * 100 * 64 <= longer.train.tokens
+    assert longer.optim.cooldown_steps == round(5 * longer.train.tokens / config.train.tokens)
+    assert line.startswith("train.epochs=24: 2,400 sequences, ")
+
+
+def test_blocks_of_text_are_refused(folder, tiny_data):
+    with pytest.raises(UserError, match="was prepared as text; sft learns from conversations"):
+        sft.main(command(folder, "runs/wrong", data__sources=tiny_data / "a"))
+
+
 def test_new_rows_are_the_mean_of_the_old(folder):
     from tinyllama_jax.run import initialize
 
@@ -210,12 +226,14 @@ WRONG = [
     ({"data__document_mask": "false"}, r"--data.document_mask=false: the data are chat"),
     ({"model__n_layers": 3}, r"--model.n_layers=3: .*base is of a model with n_layers=2"),
     ({"model__seq_len": 8, "train__tokens_per_step": 64}, r"no conversation to learn from \(48 whose first turn does not fit"),
+    ({"workdir": "a,b/run"}, r"has a comma in its path; choose another --workdir"),
     ({"model__added_tokens": "a b"}, r"--model.added_tokens=a b: a token has no white space"),
 ]
 
 
 @pytest.mark.parametrize(("keys", "words"), WRONG, ids=lambda value: str(value)[:30])
-def test_wrong_input_is_one_line(folder, keys, words):
+def test_wrong_input_is_one_line(folder, keys, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as raised:
         sft.main(command(folder, "runs/wrong", **keys))
     assert "\n" not in str(raised.value)

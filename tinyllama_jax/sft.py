@@ -22,7 +22,7 @@ from tinyllama_jax.base import cli, mixture_weights
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import chat
-from tinyllama_jax.data.blocks import MANIFEST
+from tinyllama_jax.data.blocks import MANIFEST, read_manifest
 from tinyllama_jax.data.prepare import chats
 from tinyllama_jax.run import cluster, initialize, seals
 from tinyllama_jax.run import folder as run_folder
@@ -52,6 +52,8 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
             if not _is_prepared(path):
                 folder, line = chats.prepared(path, encoder, place, config.train.wait)
                 _say(line)
+            if "," in str(folder):  # it becomes an argument of `train`
+                raise UserError(f"{folder}: has a comma in its path; choose another --workdir, or rename the folder")
             if str(folder) in sources:
                 raise UserError(f"--data.sources: {path} holds the same conversations as another source; name it once")
             sources[str(folder)] = weight
@@ -59,7 +61,12 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
 
 
 def _is_prepared(path: str) -> bool:
-    return (Path(path) / MANIFEST).is_file()
+    """Whether `path` is a folder of blocks already. Raises UserError if these are not conversations."""
+    if not (Path(path) / MANIFEST).is_file():
+        return False
+    if (kind := read_manifest(path)[0].get("kind", "text")) != "chat":
+        raise UserError(f"--data.sources={path}: was prepared as {kind}; sft learns from conversations (see docs/sft.md)")
+    return True
 
 
 def _say(line: str) -> None:

@@ -86,6 +86,9 @@ def test_a_template_whose_end_is_not_learned_is_refused(sp):
     outside = OWN.replace("[end]{% endgeneration %}", "{% endgeneration %}[end]")
     with pytest.raises(UserError, match=r"what ends an answer \(\[end\] or </s>\) is outside \{% generation %\}"):
         chat.check_ends(Template("x", outside, ("[end]",)), sp)
+    last = OWN.replace("[end]{%", "{% if loop.last %}[end]{% endif %}{%")  # only the last answer ends within
+    with pytest.raises(UserError, match="so a model would not learn to stop"):
+        chat.check_ends(Template("x", last, ("[end]",)), sp)
     with pytest.raises(UserError, match="does not mark the answers"):
         chat.check_ends(Template("x", "{{ messages[0].content }}", ()), sp)
 
@@ -112,6 +115,14 @@ def test_long_conversations_are_cut_after_an_answer_and_short_of_one_left_out(sp
     assert f"left out 1 without an assistant turn, the first: {file}, line 4" in line
     dropped = Blocks(folder, "train").manifest["splits"]["train"]["dropped"]
     assert sum(dropped.values()) == 3
+
+
+def test_a_conversation_may_fill_a_block(sp):
+    encoder = chats.Encoder(TEMPLATES["zephyr"], sp, True, 1_000)
+    whole, _ = encoder.encode(turns("Q1", "A1", "Q2", "A2"))
+    for width, note in ((len(whole), ""), (len(whole) - 1, chats.CUT)):
+        tokens, cut = encoder._replace(width=width).encode(turns("Q1", "A1", "Q2", "A2"))
+        assert cut == note and (len(tokens) == width) == (not note)
 
 
 def test_nothing_to_learn_from_is_an_error(sp, tmp_path):

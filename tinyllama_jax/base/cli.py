@@ -38,6 +38,8 @@ def _parse(key: str, text: str, kind: type) -> object:
 def override(config: Config, arguments: dict[str, str]) -> Config:
     """Returns `config` with `{"section.key": "text"}` applied. Raises UserError for an unknown key, wrong type or bad value."""
     known = keys()
+    if "train.steps" in arguments:  # what is typed wins over the config's epochs
+        arguments = {"train.epochs": "0", **arguments}
     changes: dict[str, dict[str, object]] = {}
     for key, text in arguments.items():
         if key not in known:
