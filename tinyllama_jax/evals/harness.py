@@ -1,12 +1,23 @@
 """Our models in EleutherAI's lm-evaluation-harness (`lm_eval`): its three kinds of request, on our scorer and our engine."""
 
+import difflib
+import importlib.metadata
+import math
+import os
+from pathlib import Path
+
+import datasets
+import lm_eval
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer, Text
 from tinyllama_jax.inference import text as text_lib
 from tinyllama_jax.inference.engine import Engine, Request
@@ -18,6 +29,9 @@ SEED = 1_234  # of sampled answers; the harness's own default seed
 # what a task may say about drawing tokens -> our name for it
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 SAMPLING |= {"repetition_penalty": "repetition_penalty"}
+# folders of the harness's own tasks
+FOLDERS = {name: name for name in ("hellaswag", "openbookqa", "winogrande", "piqa", "wikitext", "mmlu", "bbh", "drop", "humaneval")}
+FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "lambada_openai": "lambada"}
 IGNORED = ("do_sample", "until", "max_gen_toks", "num_return_sequences")
 
 
@@ -139,3 +153,75 @@ def _sampling(settings: dict) -> Sampling:
     if not settings.get("do_sample") or values.get("temperature") == 0:
         values = {name: value for name, value in values.items() if name == "repetition_penalty"} | {"temperature": 0.0}
     return Sampling(**{"temperature": 1.0, **values})
+
+
+def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Task]:
+    """The tasks `names`. `include`: a folder with more YAML files. `data`: a folder with local files for `tasks.LOCAL`.
+
+    Raises UserError for a name that is not known, and for data that cannot be had.
+    """
+    own = {name: task_lib.local_rows(data, name) for name in names if data and name in task_lib.LOCAL}
+    # reading all of the harness's 13,000 YAML files takes seconds, so only those of the tasks' folders if we know these
+    folders = [Path(lm_eval.tasks.__file__).parent / FOLDERS[name] for name in names if name in FOLDERS]
+    more = [include] if include else []
+    manager = TaskManager(include_path=folders + more, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=more)
+    out = []
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
+            remedy = f"did you mean {near[0]}?" if near else "its README lists them; your own go into --include DIR"
+            raise UserError(f"--tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
+        spec: str | dict = name
+        if name in own:
+            split, rows = own[name]
+            read = lambda rows=rows, split=split, **_: datasets.DatasetDict({split: datasets.Dataset.from_list(rows)})
+            only = {"custom_dataset": read, "training_split": None, "validation_split": None, "test_split": None}
+            spec = {"group": "local", "task": [{"task": name, **only, f"{split}_split": split}]}
+        try:
+            out += manager.load([spec])["tasks"].values()
+        except (ConnectionError, FileNotFoundError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            local = f"--data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
+            remedy = f"give {local}run it once where the hub can be reached"
+            raise UserError(f"--tasks {name}: its data are neither here nor to be had ({why}); {remedy}") from None
+    return out
+
+
+def version() -> str:
+    """The harness's version."""
+    return importlib.metadata.version("lm_eval")
+
+
+def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bool = False) -> dict:
+    """Runs tasks; returns {"harness", "tasks": {name: {"metrics", "items", "version", "hash", "n_shot", ...}}, "samples"}.
+
+    `limit`: items of each task; None: all. `hash`: of all items, prompts and targets, as the harness's own `task_hashes`.
+    A metric is {"value", "stderr"}; the standard error is None where the harness knows none.
+    """
+    if unsafe := [task.task_name for task in wanted if getattr(task, "UNSAFE_CODE", False) and not run_code]:
+        raise UserError(f"--tasks {unsafe[0]}: runs programs that the model writes; say --run-code where they can do no harm")
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the package evaluate
+    results = lm_eval.simple_evaluate(
+        model, tasks=wanted, limit=limit, confirm_run_unsafe_code=run_code, bootstrap_iters=1_000
+    )
+    out = {}
+    for name, samples in results["samples"].items():
+        values = {key.removesuffix(",none"): value for key, value in results["results"][name].items() if "," in key}
+        errors = {key.replace("_stderr", "", 1): value for key, value in values.items() if "_stderr" in key}
+        number = lambda value: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        out[name] = {
+            "metrics": {
+                key: {"value": number(value), "stderr": number(errors.get(key))}
+                for key, value in values.items()
+                if "_stderr" not in key
+            },
+            "items": results["n-samples"][name]["effective"],
+            "of": results["n-samples"][name]["original"],
+            "version": results["versions"].get(name),
+            "n_shot": results["n-shot"].get(name),
+            "hash": utils.hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
+        }
+    return {"harness": f"lm-evaluation-harness {version()}", "tasks": out, "samples": results["samples"]}
