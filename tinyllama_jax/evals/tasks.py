@@ -37,7 +37,9 @@ def named(text: str) -> list[str]:
     """The tasks of a list such as "commonsense,wikitext", each once. Raises UserError for an empty list."""
     names = [name for part in text.split(",") for name in SUITES.get(part.strip(), (part.strip(),)) if name]
     if not names:
-        raise UserError(f"--tasks {text!r}: names no task; choose of {', '.join(SUITES)}, or name tasks of lm-evaluation-harness")
+        raise UserError(
+            f"--tasks {text!r}: names no task; choose of {', '.join(SUITES)}, or name tasks of lm-evaluation-harness"
+        )
     return list(dict.fromkeys(names))
 
 
