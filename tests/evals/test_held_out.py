@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import models
@@ -12,8 +11,6 @@ from tokenizers_for_tests import make
 
 from tinyllama_jax import evaluate, train
 from tinyllama_jax.base import cli
-from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare.pipeline import prepare
 from tinyllama_jax.evals import held_out
@@ -28,15 +25,8 @@ def run(request, tiny_data, tiny_config_file, tmp_path_factory):
     """(run folder, its last metrics of validation) of 4 steps."""
     out = tmp_path_factory.mktemp("runs") / "run"
     mask = [f"--data.{name}={str(request.param).lower()}" for name in ("document_mask", "eod_mask_loss")]
-    arguments = [
-        "--config",
-        str(tiny_config_file),
-        f"--workdir={out}",
-        "--train.steps=4",
-        "--log.eval_every=4",
-        "--train.seqs_per_device=1",
-        *mask,
-    ]
+    short = ["--train.steps=4", "--log.eval_every=4", "--train.seqs_per_device=1"]
+    arguments = ["--config", str(tiny_config_file), f"--workdir={out}", *short, *mask]
     train.main(arguments)
     return out, [row for row in metrics.read(out) if "val_loss" in row][-1]
 
@@ -66,7 +56,7 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
     data = dataclasses.replace(cli.read(str(Path(__file__).parents[2] / "configs" / "demo.py")).data, document_mask=False)
     scores = held_out.scores(Scorer(models.loaded(config)), tokenizer, blocks, data, -1)
     assert scores["bytes"] == sum(len(text.encode()) for text in DOCUMENTS)  # the first token is bos
-    tokens, (length,) = blocks.read(np.array([0]))
+    _, (length,) = blocks.read(np.array([0]))
     assert scores["tokens"] == length - 1
     half = held_out.bytes_of(tokenizer)[0]
     emoji = np.array(tokenizer.encode("a😀")[1:])

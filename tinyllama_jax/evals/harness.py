@@ -30,9 +30,7 @@ SEED = 1_234  # of sampled answers; the harness's own default seed
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 SAMPLING |= {"repetition_penalty": "repetition_penalty"}
 # folders of the harness's own tasks
-FOLDERS = {
-    name: name for name in ("hellaswag", "openbookqa", "winogrande", "piqa", "wikitext", "mmlu", "bbh", "drop", "humaneval")
-}
+FOLDERS = {name: name for name in ("hellaswag", "openbookqa", "winogrande", "piqa", "wikitext", *task_lib.SUITES["knowledge"])}
 FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "lambada_openai": "lambada"}
 IGNORED = ("do_sample", "until", "max_gen_toks", "num_return_sequences")
 
@@ -206,7 +204,10 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
         raise UserError(f"--tasks {unsafe[0]}: runs programs that the model writes; say --run-code where they can do no harm")
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the package evaluate
-    results = lm_eval.simple_evaluate(model, tasks=wanted, limit=limit, confirm_run_unsafe_code=run_code, bootstrap_iters=1_000)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors are resampled by forks of this process, which has threads
+    manager = TaskManager(include_defaults=False)  # else it reads all YAML files again
+    options = {"limit": limit, "confirm_run_unsafe_code": run_code, "bootstrap_iters": 1_000, "task_manager": manager}
+    results = lm_eval.simple_evaluate(model, tasks=wanted, **options)
     out = {}
     for name, samples in results["samples"].items():
         values = {key.removesuffix(",none"): value for key, value in results["results"][name].items() if "," in key}

@@ -91,8 +91,8 @@ def check_tokenizer(tokenizer: Tokenizer, blocks: Blocks) -> None:
 def bytes_of(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], str | None]:
     """(the number of bytes of text that each token stands for, given the tokens before them; why it is not known, or None).
 
-    Counted from the tokens' own bytes: a token that is half of a character counts its half. Control tokens count none. The space
-    that SentencePiece puts before a document's first word is not in the text, and does not count after a control token.
+    Counted from the tokens' own bytes: a token that is half of a character counts its half. Control tokens count none. The
+    space that SentencePiece puts before a document's first word is not in the text, and does not count after a control token.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = exporter.read(tokenizer.path, lambda *_: None).pieces
