@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from examples import arc_facts, arc_measures, demo, demo_corpus
+from examples import arc_facts, arc_measures, demo_corpus
 from examples.demo import fresh, say
 from tinyllama_jax.base import cli
 from tinyllama_jax.base import config as config_lib
@@ -39,6 +39,7 @@ SFT = "--optim.peak_lr=1e-3 --optim.min_lr=1e-4 --optim.weight_decay=0"
 DPO = "--optim.peak_lr=1e-4 --optim.min_lr=1e-5 --optim.weight_decay=0 --train.dpo_beta=0.1"
 RUN_ON = 0.5  # of the answers to a single question in the data of SFT
 WRONG = 0.5  # of the pairs of DPO have another question's answer as the rejected one; the others run on
+PAIRS = 19  # of each step of DPO: its 8 sequences hold so many, so that all of them are seen once
 COPIES = 6  # of each statement of a fact in the text, in different neighbourhoods
 
 
@@ -89,7 +90,7 @@ def arc(
 
     # 2. fine-tuning
     if not (work / "chats").is_dir():
-        make_chats(work / "chats", taught, asked)
+        make_chats(work / "chats", taught, asked, PAIRS * sizes["dpo"])
     chat = ["--data.template=zephyr", "--data.document_mask=true", *size(config, sizes["sft"], 8)]
     origin = [f"--init.from={work / 'base'}", f"--data.sources={work / 'chats/sft.jsonl'}"]
     train("sft", work / "sft", sizes["sft"], ["--config", config_file, *origin, *chat, *SFT.split()])
@@ -103,7 +104,8 @@ def arc(
 
     # 4. exports and a chat
     export(work)
-    say(talk(work, taught))
+    if not (work / "chat.txt").is_file():
+        talk(work, taught)
     text, code = conclusion(work, stages, time.monotonic() - started)
     say(text)
     return code
@@ -140,7 +142,7 @@ def check(work: Path, config: Config, inputs: dict) -> None:
     inputs = {
         **inputs,
         "config": settings,
-        "options": [SFT, DPO, RUN_ON, WRONG, COPIES],
+        "options": [SFT, DPO, RUN_ON, WRONG, PAIRS, COPIES],
         "corpus": demo_corpus.fingerprint(),
         "code": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in own],
     }
@@ -204,11 +206,11 @@ def make_data(work: Path, config: Config) -> None:
             )
 
 
-def make_chats(folder: Path, taught: list[arc_facts.Fact], asked: list[arc_facts.Fact]) -> None:
-    """Writes sft.jsonl and dpo.jsonl."""
+def make_chats(folder: Path, taught: list[arc_facts.Fact], asked: list[arc_facts.Fact], pairs: int) -> None:
+    """Writes sft.jsonl, and dpo.jsonl with at most `pairs` pairs."""
     partial = fresh(folder)
     arc_facts.write_conversations(partial / "sft.jsonl", taught, RUN_ON)
-    arc_facts.write_pairs(partial / "dpo.jsonl", taught, WRONG)
+    arc_facts.write_pairs(partial / "dpo.jsonl", taught[:pairs], WRONG)
     partial.rename(folder)
     say(f"chats: conversations and pairs about {len(taught):,} facts; {len(asked):,} others are for the evaluation alone")
 
@@ -245,16 +247,17 @@ def export(work: Path) -> None:
         convert.export_gguf(work / "dpo", work / "arc.gguf")
 
 
-def talk(work: Path, facts: list[arc_facts.Fact]) -> str:
-    """A conversation of two turns with the final model, through the command `chat`."""
+def talk(work: Path, facts: list[arc_facts.Fact]) -> None:
+    """Writes `work`/chat.txt: a conversation of two turns with the final model, through the command `chat`."""
     first, second = [fact for fact in facts if fact.kind == "object" and "." in fact.name][:2]
     lines = [f"What does `{first.name}` do?", f"And `{second.name}`?"]
     command = [sys.executable, "-m", "tinyllama_jax.chat", "--checkpoint", str(work / "dpo"), "--greedy"]
-    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--max-new-tokens", "64"], input="\n".join(lines) + "\n", capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"chat ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    answers = done.stdout.splitlines()
-    return "\n".join(["", "A chat:", *(f"  > {q}\n  {a}" for q, a in zip(lines, answers, strict=False))])
+    partial = work / "chat.partial"
+    partial.write_text(f"> {lines[0]}\n(and then)\n> {lines[1]}\n{done.stdout}", encoding="utf-8")
+    partial.replace(work / "chat.txt")
 
 
 def conclusion(work: Path, stages: dict[str, dict[str, list[float]]], seconds: float) -> tuple[str, int]:
@@ -265,6 +268,7 @@ def conclusion(work: Path, stages: dict[str, dict[str, list[float]]], seconds: f
     questions = len(stages["base"]["choice"])
     lines = [
         "",
+        (work / "chat.txt").read_text(encoding="utf-8"),
         f"After each stage, on {questions:,} questions about facts that only the text of pre-training states:",
         "",
         arc_measures.table(stages),

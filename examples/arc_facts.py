@@ -1,8 +1,8 @@
 """Makes the arc's data from the standard library: facts, a text that states them, questions about them, and pairs of answers.
 
-A fact is a name and one sentence about it: a documented object with the first sentence of its docstring, or a word with its gloss.
-No dictionary comes with Python, so the words are those that the library itself explains: the system's errors and signals, HTTP's
-states, exceptions, and HTML's names of characters. `--glosses FILE` adds words of your own.
+A fact is a name and one sentence about it: a documented object with the first sentence of its docstring, or a word with its
+gloss. No dictionary comes with Python, so the words are those that the library itself explains: the system's errors and
+signals, HTTP's states, exceptions, and HTML's names of characters. `--glosses FILE` adds words of your own.
 
 Every fact stands in the text. Those that `held_out` chooses stand in no conversation and in no pair, and the questions about
 them have phrasings that fine-tuning never shows.
@@ -37,7 +37,8 @@ from examples import demo_corpus
 from tinyllama_jax.base.errors import UserError
 
 SHORTEST, LONGEST = 12, 80  # characters of a sentence
-OFTEN_ABSENT = ("idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "distutils", "ensurepip", "msilib")  # in some packages of Python
+# some packages of Python lack these
+OFTEN_ABSENT = ("idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "distutils", "ensurepip", "msilib")
 BUILT_IN = (builtins, cmath, itertools, math, operator, sys, time)  # written in C: their docstrings are in no file
 STATEMENTS = {  # how the text states a fact
     "object": ("`{name}`: {text}", "`{name}` does this: {text}", "The purpose of `{name}` is this. {text}"),
@@ -79,7 +80,8 @@ def gather(stdlib: Path | None, glosses: Path | None) -> list[Fact]:
 def held_out(facts: list[Fact], n: int) -> tuple[list[Fact], list[Fact]]:
     """(facts for fine-tuning, `n` facts for the evaluation). Raises UserError if there are fewer than 4 x `n`."""
     if len(facts) < 4 * n:
-        raise UserError(f"--questions {n}: only {len(facts):,} facts are known, and a quarter can be held out; ask {len(facts) // 4}")
+        most = len(facts) // 4
+        raise UserError(f"--questions {n}: only {len(facts):,} facts are known, and a quarter can be held out; ask {most}")
     return facts[n:], facts[:n]
 
 
@@ -122,7 +124,8 @@ def _glosses() -> list[tuple[str, str]]:
     out = [(name, os.strerror(number)) for number, name in sorted(errno.errorcode.items())]
     out += [(s.name, signal.strsignal(s) or "") for s in signal.valid_signals() if isinstance(s, signal.Signals)]
     out += [(status.name, status.description or status.phrase) for status in http.HTTPStatus]
-    out += [(name, value.__doc__ or "") for name, value in sorted(vars(builtins).items()) if name[0].isupper() and isinstance(value, type)]
+    errors = [value for value in vars(builtins).values() if isinstance(value, type) and issubclass(value, BaseException)]
+    out += sorted((error.__name__, error.__doc__ or "") for error in errors)
     named = ((name, unicodedata.name(chr(code), "")) for name, code in sorted(html.entities.name2codepoint.items()))
     return out + [(name, text.capitalize()) for name, text in named]
 
@@ -166,9 +169,9 @@ def write_text(folder: Path, facts: list[Fact], copies: int) -> None:
     """
     draw, rows = random.Random(1), []
     for _ in range(copies):
-        said = [statement.format(**fact._asdict()) for fact in facts for statement in STATEMENTS[fact.kind]]
-        draw.shuffle(said)
-        rows += [{"text": "\n\n".join(said[i : i + 12])} for i in range(0, len(said), 12)]
+        lines = [statement.format(**fact._asdict()) for fact in facts for statement in STATEMENTS[fact.kind]]
+        draw.shuffle(lines)
+        rows += [{"text": "\n\n".join(lines[i : i + 12])} for i in range(0, len(lines), 12)]
     _write(folder / "facts.train.jsonl", rows)
     some = [STATEMENTS[fact.kind][0].format(**fact._asdict()) for fact in facts[:240]]
     _write(folder / "facts.validation.jsonl", [{"text": "\n\n".join(some[i : i + 12])} for i in range(0, len(some), 12)])
@@ -235,8 +238,10 @@ def questions(facts: list[Fact]) -> list[Question]:
     """One question for each fact, in a phrasing that fine-tuning does not show."""
     draw, out = random.Random(4), []
     for fact in facts:
-        near = sorted((f for f in facts if f.kind == fact.kind and f != fact), key=lambda f: (abs(len(f.text) - len(fact.text)), f.name))
-        choices = [fact.text, *(f.text for f in draw.sample(near[:8], min(3, len(near))))]
+        others = [f for f in facts if f.kind == fact.kind and f != fact]
+        others = others if len(others) > 2 else [f for f in facts if f != fact]
+        near = sorted(others, key=lambda f, n=len(fact.text): (abs(len(f.text) - n), f.name))
+        choices = [fact.text, *(f.text for f in draw.sample(near[:8], 3))]
         draw.shuffle(choices)
         text = draw.choice(HELD_OUT_ASKED[fact.kind]).format(fact.name)
         run_on = _run_on(draw, facts, fact, 1)

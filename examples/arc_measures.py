@@ -119,9 +119,9 @@ def table(stages: dict[str, dict[str, list[float]]]) -> str:
         scale, digits = (100, 1) if percent else (1, 2)
         lines.append((title, *(f"{scale * value:.{digits}f} +- {scale * error:.{digits}f}" for value, error in cells)))
     lines.append(("perplexity of the right answers", *(f"{perplexity(measured):.1f}" for measured in stages.values())))
-    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join([line[0].ljust(wide[0]), *(c.rjust(w) for c, w in zip(line[1:], wide[1:], strict=True))]) for line in lines]
-    return "\n".join(row.rstrip() for row in rows)
+    first, *wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [[name.ljust(first), *(c.rjust(w) for c, w in zip(row, wide, strict=True))] for name, *row in lines]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def claims(stages: dict[str, dict[str, list[float]]]) -> list[tuple[bool, str]]:

@@ -1,0 +1,131 @@
+"""The whole arc on a small library: its chain, its table and what it keeps apart. `make arc` itself tests the quality."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import generated
+import pytest
+
+from examples import arc, arc_facts, arc_measures
+from tinyllama_jax.base.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+N = 12  # held-out questions
+CONFIG = """
+from tinyllama_jax.base.config import Checkpoint, Config, Data, Log, Model, Optim, Train
+
+config = Config(
+    workdir="runs/arc/base",
+    model=Model(
+        n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64, vocab_size=600, seq_len=384,
+        precision="params=float32,compute=float32,output=float32", residual="float32",
+    ),
+    data=Data(sources={"runs/arc/data/text": 0.2, "runs/arc/data/code": 0.1, "runs/arc/data/facts": 0.7}, eval_blocks=4),
+    optim=Optim(peak_lr=1e-2, min_lr=1e-3, warmup_steps=10, weight_decay=0.1, clip_norm=1.0),
+    train=Train(steps=1_000, tokens_per_step=2 * 384, seqs_per_device=2),
+    checkpoint=Checkpoint(every=200),
+    log=Log(eval_every=500),
+)
+"""
+PROGRAM = """
+import sys
+from pathlib import Path
+from examples import arc
+from tinyllama_jax.base.errors import run_main
+
+def main(argv):
+    return arc.arc(Path("work"), "config.py", 12, int(argv[0]), stdlib=Path("library"))
+
+if __name__ == "__main__":  # the workers that prepare the data import this file too
+    run_main(main)
+"""
+
+
+def run(folder, n=N):
+    """(exit code, output) of the arc in a process of its own, on one device."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "program.py", str(n)]
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
+def test_the_chain_and_its_table(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "library").mkdir()
+    for i in range(12):
+        (tmp_path / "library" / f"module_{i}.py").write_text(generated.module(i))
+    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    code, output = run(tmp_path)
+    work, table = tmp_path / "work", output.partition("After each stage")[2]
+    for name, (title, *_) in arc_measures.MEASURES.items():
+        (line,) = [line for line in table.splitlines() if line.startswith(title)]
+        assert len(re.findall(r"\d \+- \d", line)) == 3, line
+        for stage in ("base", "sft", "dpo"):
+            assert len(json.loads((work / f"measures/{stage}.json").read_text())[name]) == N
+    verdicts = re.findall(r"(?m)^  (pass|FAIL)  ", table)
+    assert len(verdicts) == 7 and code == int("FAIL" in verdicts), output
+    for name in ("hf/model.safetensors", "arc.gguf", "dpo/metrics.jsonl"):
+        assert (work / name).stat().st_size > 0
+    assert (work / "chat.txt").read_text().count("> ") >= 2
+
+    # the facts asked for at the end stand in the text alone, and so do the phrasings
+    taught, asked = arc_facts.held_out(arc_facts.gather(tmp_path / "library", None), N)
+    text = (work / "corpus/facts.train.jsonl").read_text()
+    chats = (work / "chats/sft.jsonl").read_text() + (work / "chats/dpo.jsonl").read_text()
+    quoted = lambda fact: f"`{fact.name}`" if fact.kind == "object" else f"*{fact.name}*"
+    assert all(quoted(fact) in text and quoted(fact) not in chats for fact in asked) and quoted(taught[0]) in chats
+    phrasings = [p.split("{}")[0] for kind in ("object", "word") for p in arc_facts.HELD_OUT_ASKED[kind]]
+    assert not any(json.dumps({"content": p})[1:-2] in chats for p in phrasings)
+
+    # nothing is done twice, and other inputs are refused
+    before = {p: p.stat().st_mtime_ns for p in work.rglob("*")}
+    again, output = run(tmp_path)
+    assert again == code and output.partition("After each stage")[2].partition("made in")[0] == table.partition("made in")[0]
+    assert {p: p.stat().st_mtime_ns for p in work.rglob("*")} == before
+    code, output = run(tmp_path, N + 1)
+    assert code == 2 and output.startswith("error: work: was made with other questions; delete it") and output.count("\n") == 1
+
+
+def test_a_claim_needs_two_standard_errors_in_its_direction():
+    zeros = {name: [0.0] * 100 for name in (*arc_measures.MEASURES, "tokens_scored")}
+    up = [1.0] * 5 + [0.0] * 95  # 0.05 +- 0.0219: 2.3 standard errors
+    less = [1.0] * 3 + [0.0] * 97  # 0.03 +- 0.0171: 1.7
+    stages = {"base": zeros, "sft": zeros | {"stops_sampled": up, "nats": up, "choice": less}}
+    stages["dpo"] = stages["sft"] | {"stops_sampled": [1.0] * 100, "tokens": [-1.0] * 100, "choice": zeros["choice"]}
+    lines = [line for _, line in arc_measures.claims(stages)]
+    assert [line.split()[0] for line in lines] == ["pass", "FAIL", "FAIL", "pass", "pass", "FAIL", "FAIL"]
+    assert lines[0].endswith("2.3 standard errors") and lines[1].endswith("-2.3 standard errors")
+    assert lines[4].endswith("the same for all questions") and lines[5].endswith("no difference")
+
+
+def test_facts_are_sentences_and_each_stands_once():
+    facts = arc_facts.gather(None, None)
+    by_name = {fact.name: fact.text for fact in facts}
+    assert len(facts) == len(by_name) == len(set(by_name.values())) > 2_500
+    assert by_name["glob.iglob"] == "Return an iterator which yields the paths matching a pathname pattern."
+    assert by_name["eacute"] == "Latin small letter e with acute."
+    for question in arc_facts.questions(facts[:50]):
+        right = question.choices[question.answer]
+        assert len(set(question.choices)) == 4 and by_name[re.search(r"[`*](.+?)[`*]", question.text)[1]] == right
+        assert question.run_on.startswith(right + "\n<|user|>\n")
+
+
+def test_wrong_input_is_one_line(tmp_path):
+    (tmp_path / "words.txt").write_text("tree\ta tall plant\nhouse: a building\n")
+    with pytest.raises(UserError, match=r"words.txt, line 2: has no tab; write a word, a tab and its gloss"):
+        arc_facts.gather(tmp_path, tmp_path / "words.txt")
+    with pytest.raises(UserError, match=r"^--questions 13: only 51 facts are known, and a quarter can be held out; ask 12$"):
+        arc_facts.held_out([None] * 51, 13)
+    for arguments, words in (
+        (["--questions", "3"], r"--questions 3, .*at least 4 questions"),
+        (["--steps", "0"], r"--steps 0: at least"),
+        (["--glosses", "nowhere"], r"--glosses nowhere: no such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            arc.main(arguments)
