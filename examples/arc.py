@@ -104,6 +104,9 @@ def arc(
 
     # 4. exports and a chat
     export(work)
+    if not (work / "task/arc_choices.yaml").is_file():
+        (work / "task").mkdir(exist_ok=True)
+        arc_measures.write_task(work / "task", work / "dpo", questions)
     if not (work / "chat.txt").is_file():
         talk(work, taught)
     text, code = conclusion(work, stages, time.monotonic() - started)
@@ -282,6 +285,8 @@ def conclusion(work: Path, stages: dict[str, dict[str, list[float]]], seconds: f
         f"  {python} tinyllama_jax.chat --checkpoint {work / 'dpo'}",
         f"  {python} tinyllama_jax.serve --checkpoint {work / 'dpo'}",
         f"  {python} tinyllama_jax.generate --checkpoint {work / 'base'} --prompt 'The purpose of'",
+        "Score it again, with lm-evaluation-harness:",
+        f"  {python} tinyllama_jax.evaluate --checkpoint {work / 'dpo'} --tasks arc_choices --include {work / 'task'}",
     ]
     return "\n".join(lines), 0 if all(holds for holds, _ in claims) else 1
 

@@ -240,8 +240,8 @@ def questions(facts: list[Fact]) -> list[Question]:
     for fact in facts:
         others = [f for f in facts if f.kind == fact.kind and f != fact]
         others = others if len(others) > 2 else [f for f in facts if f != fact]
-        near = sorted(others, key=lambda f, n=len(fact.text): (abs(len(f.text) - n), f.name))
-        choices = [fact.text, *(f.text for f in draw.sample(near[:8], 3))]
+        near = sorted((abs(len(f.text) - len(fact.text)), f.name, f.text) for f in others)
+        choices = [fact.text, *(text for _, _, text in draw.sample(near[:8], 3))]
         draw.shuffle(choices)
         text = draw.choice(HELD_OUT_ASKED[fact.kind]).format(fact.name)
         run_on = _run_on(draw, facts, fact, 1)

@@ -30,6 +30,21 @@ MEASURES = {
     "choice": Measure("right of four choices, %", 1),
     "prefers": Measure("prefers the end to running on, %", 1),
 }
+TASK = """\
+task: arc_choices
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: prompt
+doc_to_choice: choices
+doc_to_target: label
+target_delimiter: ""
+metric_list:
+  - metric: acc_norm
+"""
 # stage -> (the stage before it, what it has to improve)
 CLAIMS = {
     "sft": ("base", ("stops_sampled", "nats", "choice")),
@@ -136,6 +151,20 @@ def claims(stages: dict[str, dict[str, list[float]]]) -> list[tuple[bool, str]]:
             size = f"{gain / error:.1f} standard errors" if error else "the same for all questions" if gain else "no difference"
             out.append((holds, f"{'pass' if holds else 'FAIL'}  {stage} against {before}: {MEASURES[name].title}: {size}"))
     return out
+
+
+def write_task(folder: Path, run: Path, questions: list[Question]) -> None:
+    """Writes the four-choice questions as a task of lm-evaluation-harness, arc_choices, for `evaluate --include`."""
+    from tinyllama_jax.data import chat, tokenizer
+
+    spm = tokenizer.load(run / "tokenizer")
+    template = chat.choose(run, spm, "zephyr")
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as f:
+        for question in questions:
+            prompt = chat.render(template, spm, [{"role": "user", "content": question.text}])
+            row = {"prompt": prompt, "choices": question.choices, "label": question.answer}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (folder / "arc_choices.yaml").write_text(TASK.format(file=json.dumps(str((folder / "questions.jsonl").absolute()))))
 
 
 def saved(path: Path, run: Path, questions: list[Question]) -> dict[str, list[float]]:

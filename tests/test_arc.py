@@ -63,6 +63,7 @@ def test_the_chain_and_its_table(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     code, output = run(tmp_path)
     work, table = tmp_path / "work", output.partition("After each stage")[2]
+    assert table, output
     for name, (title, *_) in arc_measures.MEASURES.items():
         (line,) = [line for line in table.splitlines() if line.startswith(title)]
         assert len(re.findall(r"\d \+- \d", line)) == 3, line
@@ -70,7 +71,7 @@ def test_the_chain_and_its_table(tmp_path):
             assert len(json.loads((work / f"measures/{stage}.json").read_text())[name]) == N
     verdicts = re.findall(r"(?m)^  (pass|FAIL)  ", table)
     assert len(verdicts) == 7 and code == int("FAIL" in verdicts), output
-    for name in ("hf/model.safetensors", "arc.gguf", "dpo/metrics.jsonl"):
+    for name in ("hf/model.safetensors", "arc.gguf", "task/arc_choices.yaml"):
         assert (work / name).stat().st_size > 0
     assert (work / "chat.txt").read_text().count("> ") >= 2
 
