@@ -33,13 +33,13 @@ from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, run_main
 
 CONFIG = "configs/arc.py"
-QUESTIONS = 600  # held out
-SFT_STEPS, DPO_STEPS = 300, 120  # for the pre-training steps of CONFIG; fewer of these give fewer of those
+QUESTIONS = 500  # held out
+SFT_STEPS, DPO_STEPS = 120, 100  # for the pre-training steps of CONFIG; fewer of these give fewer of those
 SFT = "--optim.peak_lr=1e-3 --optim.min_lr=1e-4 --optim.weight_decay=0"
-DPO = "--optim.peak_lr=1e-4 --optim.min_lr=1e-5 --optim.weight_decay=0 --train.dpo_beta=0.1"
+DPO = "--optim.peak_lr=2e-4 --optim.min_lr=2e-5 --optim.weight_decay=0 --train.dpo_beta=0.1"
 RUN_ON = 0.5  # of the answers to a single question in the data of SFT
 WRONG = 0.5  # of the pairs of DPO have another question's answer as the rejected one; the others run on
-PAIRS = 19  # of each step of DPO: its 8 sequences hold so many, so that all of them are seen once
+PAIRS = 19  # of each step of DPO: its 8 sequences hold so many, so that all are seen once
 COPIES = 6  # of each statement of a fact in the text, in different neighbourhoods
 
 
@@ -210,10 +210,10 @@ def make_data(work: Path, config: Config) -> None:
 
 
 def make_chats(folder: Path, taught: list[arc_facts.Fact], asked: list[arc_facts.Fact], pairs: int) -> None:
-    """Writes sft.jsonl, and dpo.jsonl with at most `pairs` pairs."""
+    """Writes sft.jsonl, and dpo.jsonl with `pairs` pairs."""
     partial = fresh(folder)
     arc_facts.write_conversations(partial / "sft.jsonl", taught, RUN_ON)
-    arc_facts.write_pairs(partial / "dpo.jsonl", taught[:pairs], WRONG)
+    arc_facts.write_pairs(partial / "dpo.jsonl", taught, pairs, WRONG)
     partial.rename(folder)
     say(f"chats: conversations and pairs about {len(taught):,} facts; {len(asked):,} others are for the evaluation alone")
 

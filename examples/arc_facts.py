@@ -36,7 +36,8 @@ from typing import NamedTuple
 from examples import demo_corpus
 from tinyllama_jax.base.errors import UserError
 
-SHORTEST, LONGEST = 12, 80  # characters of a sentence
+SHORTEST, LONGEST = 12, 60  # characters of a sentence
+MOST = 1_500  # facts: of 3,600, seen half as often for each, a model of this size keeps too little
 # some packages of Python lack these
 OFTEN_ABSENT = ("idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "distutils", "ensurepip", "msilib")
 BUILT_IN = (builtins, cmath, itertools, math, operator, sys, time)  # written in C: their docstrings are in no file
@@ -73,15 +74,17 @@ def gather(stdlib: Path | None, glosses: Path | None) -> list[Fact]:
         sentence = _sentence(text)
         if sentence and name not in facts:
             facts.setdefault(sentence, Fact(kind, name, sentence))
-    names: dict[str, Fact] = {fact.name: fact for fact in facts.values()}
-    return sorted(names.values(), key=lambda fact: _hash(fact.name))
+    # all words, and of the objects the most general: functions and classes of modules before methods
+    each = sorted(facts.values(), key=lambda fact: (fact.kind == "object", fact.name.count("."), _hash(fact.name)))
+    names = {fact.name: fact for fact in each}
+    return sorted(list(names.values())[:MOST], key=lambda fact: _hash(fact.name))
 
 
 def held_out(facts: list[Fact], n: int) -> tuple[list[Fact], list[Fact]]:
-    """(facts for fine-tuning, `n` facts for the evaluation). Raises UserError if there are fewer than 4 x `n`."""
-    if len(facts) < 4 * n:
-        most = len(facts) // 4
-        raise UserError(f"--questions {n}: only {len(facts):,} facts are known, and a quarter can be held out; ask {most}")
+    """(facts for fine-tuning, `n` facts for the evaluation). Raises UserError if there are fewer than 3 x `n`."""
+    if len(facts) < 3 * n:
+        most = len(facts) // 3
+        raise UserError(f"--questions {n}: only {len(facts):,} facts are known, and a third can be held out; ask {most}")
     return facts[n:], facts[:n]
 
 
@@ -213,10 +216,10 @@ def write_conversations(path: Path, facts: list[Fact], run_on: float) -> None:
     _write(path, rows)
 
 
-def write_pairs(path: Path, facts: list[Fact], wrong: float) -> None:
-    """Writes pairs: the chosen answer is right and stops; the rejected one runs on or, in the share `wrong`, is another's."""
+def write_pairs(path: Path, facts: list[Fact], n: int, wrong: float) -> None:
+    """Writes `n` pairs: the chosen answer is right and stops; the rejected one runs on or, in the share `wrong`, is another's."""
     draw, rows = random.Random(3), []
-    for fact in facts:
+    for fact in itertools.islice(itertools.cycle(facts), n):
         other = draw.choice([f for f in draw.sample(facts, min(8, len(facts))) if f.kind == fact.kind] or [facts[0]])
         rejected = other.text if draw.random() < wrong else _run_on(draw, facts, fact, 1)
         if rejected != fact.text:
