@@ -35,8 +35,9 @@ from tinyllama_jax.base.errors import UserError, run_main
 CONFIG = "configs/arc.py"
 QUESTIONS = 500  # held out
 SFT_STEPS, DPO_STEPS = 120, 100  # for the pre-training steps of CONFIG; fewer of these give fewer of those
-SFT = "--optim.peak_lr=1e-3 --optim.min_lr=1e-4 --optim.weight_decay=0"
-DPO = "--optim.peak_lr=2e-4 --optim.min_lr=2e-5 --optim.weight_decay=0 --train.dpo_beta=0.1"
+CHAT = "--data.template=zephyr --data.document_mask=true --optim.weight_decay=0"
+SFT = f"{CHAT} --optim.peak_lr=1e-3 --optim.min_lr=1e-4"
+DPO = f"{CHAT} --optim.peak_lr=2e-4 --optim.min_lr=2e-5 --train.dpo_beta=0.1"
 RUN_ON = 0.5  # of the answers to a single question in the data of SFT
 WRONG = 0.5  # of the pairs of DPO have another question's answer as the rejected one; the others run on
 PAIRS = 19  # of each step of DPO: its 8 sequences hold so many, so that all are seen once
@@ -73,7 +74,12 @@ def arc(
     config, sizes = placed(config_file, work, steps)
     facts = arc_facts.gather(stdlib, glosses)
     taught, asked = arc_facts.held_out(facts, n)
-    check(work, config, {"facts": hashlib.sha256(repr(facts).encode()).hexdigest()[:16], "questions": n, "sizes": sizes})
+    corpus = demo_corpus.fingerprint(stdlib)
+    check(
+        work,
+        config,
+        {"corpus": corpus, "facts": hashlib.sha256(repr(facts).encode()).hexdigest()[:16], "questions": n, "sizes": sizes},
+    )
     from tinyllama_jax.hub import gguf
 
     gguf.package()  # refuses at once if it is not installed: it is needed at the end
@@ -91,15 +97,13 @@ def arc(
     # 2. fine-tuning
     if not (work / "chats").is_dir():
         make_chats(work / "chats", taught, asked, PAIRS * sizes["dpo"])
-    chat = ["--data.template=zephyr", "--data.document_mask=true", *size(config, sizes["sft"], 8)]
     origin = [f"--init.from={work / 'base'}", f"--data.sources={work / 'chats/sft.jsonl'}"]
-    train("sft", work / "sft", sizes["sft"], ["--config", config_file, *origin, *chat, *SFT.split()])
+    train("sft", work / "sft", sizes["sft"], ["--config", config_file, *origin, *SFT.split(), *size(config, sizes["sft"], 8)])
     stages["sft"] = measured(work, "sft", questions)
 
     # 3. preferences
-    chat = ["--data.template=zephyr", "--data.document_mask=true", *size(config, sizes["dpo"], 8)]
     origin = [f"--init.from={work / 'sft'}", f"--data.sources={work / 'chats/dpo.jsonl'}"]
-    train("dpo", work / "dpo", sizes["dpo"], ["--config", config_file, *origin, *chat, *DPO.split()])
+    train("dpo", work / "dpo", sizes["dpo"], ["--config", config_file, *origin, *DPO.split(), *size(config, sizes["dpo"], 8)])
     stages["dpo"] = measured(work, "dpo", questions)
 
     # 4. exports and a chat
@@ -146,7 +150,6 @@ def check(work: Path, config: Config, inputs: dict) -> None:
         **inputs,
         "config": settings,
         "options": [SFT, DPO, RUN_ON, WRONG, PAIRS, COPIES],
-        "corpus": demo_corpus.fingerprint(),
         "code": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in own],
     }
     inputs, file = json.loads(json.dumps(inputs)), work / "made_from.json"
