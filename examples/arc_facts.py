@@ -217,7 +217,7 @@ def write_conversations(path: Path, facts: list[Fact], run_on: float) -> None:
 
 
 def write_pairs(path: Path, facts: list[Fact], n: int, wrong: float) -> None:
-    """Writes `n` pairs: the chosen answer is right and stops; the rejected one runs on or, in the share `wrong`, is another's."""
+    """Writes `n` pairs of a right answer that stops and one that runs on, or, in the share `wrong`, that is another's."""
     draw, rows = random.Random(3), []
     for fact in itertools.islice(itertools.cycle(facts), n):
         other = draw.choice([f for f in draw.sample(facts, min(8, len(facts))) if f.kind == fact.kind] or [facts[0]])
