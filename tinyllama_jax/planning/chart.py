@@ -6,10 +6,10 @@ import typing
 
 import numpy as np
 
-from tinyllama_jax.planning.history import Points, thinned
+from tinyllama_jax.planning.history import Points
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 350, 22, 184  # of the frame, in units of the picture
+LEFT, RIGHT, TOP, BOTTOM = 46, 342, 22, 184  # of the frame, in units of the picture
 
 
 class Curve(typing.NamedTuple):
@@ -30,6 +30,7 @@ class Scale(typing.NamedTuple):
     start: float
     end: float
     log: bool = False
+    whole: bool = False  # only whole numbers have a tick
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """The positions of `values`; those outside the scale lie on its ends."""
@@ -39,10 +40,13 @@ class Scale(typing.NamedTuple):
 
     def ticks(self) -> list[float]:
         """Round numbers on the scale."""
-        if self.log and self.high / self.low >= 30:
-            exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            return [10.0**e for e in exponents][:: max(1, len(exponents) // 5)]
+        if self.log and self.high / self.low >= 10:
+            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            factors = (1, 2, 5) if self.high / self.low < 1e3 else (1,)
+            values = [factor * 10.0**e for e in exponents[:: max(1, len(exponents) // 5)] for factor in factors]
+            return [value for value in values if self.low <= value <= self.high]
         rough = (self.high - self.low) / 4
+        rough = max(rough, 1.0) if self.whole else rough
         size = 10.0 ** math.floor(math.log10(rough))
         each = size * next(k for k in (1, 2, 5, 10) if k * size >= rough * 0.999)
         first = math.ceil(self.low / each - 1e-9)
@@ -58,7 +62,7 @@ def short(value: float) -> str:
 
 
 def y_scale(curves: list[Curve], levels: list[float], log: bool, zero: bool, cut: bool) -> tuple[Scale, float]:
-    """The vertical scale, and the greatest value. `zero`: it begins there. `cut`: a few far higher values do not set its end."""
+    """The vertical scale, and the greatest value. `zero`: it begins at 0. `cut`: few far higher values do not set its end."""
     means, lows, highs = (np.concatenate([getattr(c.points, name) for c in curves]) for name in ("mean", "low", "high"))
     if log:
         means, lows, highs = (values[values > 0] for values in (means, lows, highs))
@@ -113,7 +117,7 @@ def svg(
     """A picture of curves with their x values. `levels`: name -> value of horizontal lines. `marks`: (run, class, x values)."""
     ends = [v for _, values in curves for v in (values[0], values[-1])]
     low, high = (min(ends), max(ends)) if min(ends) < max(ends) else (min(ends) - 1, max(ends) + 1)
-    x = Scale(0 if 0 <= low < 0.1 * high else low, high, LEFT, RIGHT)
+    x = Scale(0 if 0 <= low < 0.1 * high else low, high, LEFT, RIGHT, whole=True)
     parts = [
         f'<svg class="{x_name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(text)}" '
         f'data-x="{x.low} {x.high}" data-y="{y.low} {y.high} {int(y.log)}">'
@@ -140,8 +144,3 @@ def svg(
         d = "".join(f"M{a} {TOP}V{BOTTOM}" if kind == "start" else f"M{a} {BOTTOM - 8}v8" for a in at)
         parts.append(f'<path class="{kind} r{run}" d="{d}"/>')
     return "".join([*parts, "</svg>"])
-
-
-def few(curve: Curve, n: int) -> Curve:
-    """The curve in at most `n` points."""
-    return curve._replace(points=thinned(curve.points, n))

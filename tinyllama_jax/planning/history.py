@@ -8,7 +8,6 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from tinyllama_jax.base.errors import UserError
@@ -50,6 +49,7 @@ class Run:
     """A run as its folder describes it. `faults`: (step, what) in order of the steps; None: of no one step."""
 
     path: Path
+    name: str = ""  # on the page
     points: dict[str, Points] = dataclasses.field(default_factory=dict)
     last: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of each number
     steps: int = 0
@@ -116,20 +116,26 @@ def _as_fault(run: Run, name: str) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        run.faults.append((None, f"{name} cannot be read: {error}"))
+        what = f"{name} cannot be read: {error}".encode(errors="backslashreplace").decode()
+        run.faults.append((None, what))
 
 
 def _numbers(run: Run) -> None:
     """Reads metrics.jsonl. Holds only the lines of one of `POINTS` parts of the file at a time."""
     parts: dict[str, list[tuple]] = {}
-    group: dict[str, list[tuple[int, float]]] = {}
+    group: list[dict[str, metrics.Value]] = []
     damaged, more = [], set()
 
     def flush() -> None:
-        for key, pairs in group.items():
-            step, value = np.array(pairs, float).T
-            parts.setdefault(key, []).append((step.mean(), value.mean(), value.min(), value.max(), len(pairs)))
-            run.last[key] = pairs[-1][1]
+        for key in {key: 0 for row in group for key in row if key not in NOT_DRAWN}:
+            values = ((row["step"], row.get(key)) for row in group)
+            pairs = [(s, v) for s, v in values if type(v) in (float, int) and -LARGEST < v < LARGEST]
+            if pairs and (key in parts or len(parts) < KEYS):
+                step, value = np.array(pairs, float).T
+                parts.setdefault(key, []).append((step.mean(), value.mean(), value.min(), value.max(), len(pairs)))
+                run.last[key] = pairs[-1][1]
+            elif pairs:
+                more.add(hash(key))
         group.clear()
 
     size = os.path.getsize(run.path / "metrics.jsonl") if exists(run.path / "metrics.jsonl") else 0
@@ -144,12 +150,7 @@ def _numbers(run: Run) -> None:
         elif "blocks" in row:
             run.spikes.append(step)
             run.faults.append((step, f"a spike: loss {row.get('loss')}"))
-        for key, value in row.items():
-            if (type(value) is float or type(value) is int) and key not in NOT_DRAWN and -LARGEST < value < LARGEST:
-                if key not in group and key not in parts and len(parts) + len(group) >= KEYS:
-                    more.add(hash(key))
-                    continue
-                group.setdefault(key, []).append((step, value))
+        group.append(row)
         if end >= edge:
             flush()
             edge = end + each
@@ -186,9 +187,7 @@ def _events(run: Run) -> None:
                 run.samples[step] = event["text"]
                 continue
             if kind == "start" and not ended:
-                run.events.append(
-                    (step, "", "the process before it ended without a word: it was killed, or its machine failed")
-                )
+                run.events.append((step, "", "the process before it did not end by itself: killed, or its machine failed"))
             if kind == "start" and run.events:
                 run.starts.append(step)
             ended = kind == "end" if kind in ("start", "end") else ended
@@ -202,12 +201,12 @@ def _when(seconds: float) -> str:
 
 
 def _processes(run: Run) -> None:
-    """What RUN/processes says of processes that did not end by themselves."""
+    """What RUN/processes says of processes that ended with an error, or named another one."""
     folder = run.path / "processes"
     for name in listed(folder) if folder.is_dir() else ():
         if name.endswith(".json"):
             with contextlib.suppress(UserError, OSError, TypeError, KeyError):  # being written at this moment
-                record = msgspec.convert(read_json(folder / name, dict), dict[str, typing.Any])
+                record = read_json(folder / name, dict[str, typing.Any])
                 if record["why"] or record["ended"]:
                     code = f" with exit code {record['ended']}" if record["ended"] else ""
                     what = f"process {record['process']} on {record['host']} ended{code} {record['why']}".strip()
@@ -237,9 +236,8 @@ def _scores(run: Run, evaluated: Evaluated) -> None:
                 continue
             name, comma, kind = metric.partition(",")
             error = number(values.get(f"{name}_stderr{comma}{kind}", values.get("stderr"))) or 0.0
-            run.scores.setdefault((task, name if kind in ("", "none") else metric), []).append(
-                (evaluated["step"], float(value), error)
-            )
+            name = name if kind in ("", "none") else metric
+            run.scores.setdefault((task, name), []).append((evaluated["step"], float(value), error))
 
 
 def flat(config: dict) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The numbers of each step: RUN/metrics.jsonl, TensorBoard and Weights & Biases; starts, stops and samples: RUN/events.jsonl."""
+"""The numbers of each step (metrics.jsonl, TensorBoard, Weights & Biases); starts, ends and samples (events.jsonl)."""
 
 import contextlib
 import json
