@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+import re
 import threading
 import time
 import typing
@@ -171,7 +172,12 @@ def _wandb(config: Config):
     except ImportError:
         raise UserError(f"--log.wandb={config.log.wandb}: W&B is not installed; pip install wandb") from None
     name = Path(config.workdir).name
-    return wandb.init(project=config.log.wandb, name=name, id=name, resume="allow", dir=config.workdir)
+    identity = re.sub("[:;,#?/']", "-", name)  # W&B accepts none of these there
+    try:
+        return wandb.init(project=config.log.wandb, name=name, id=identity, resume="allow", dir=config.workdir)
+    except wandb.Error as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"--log.wandb={config.log.wandb}: {what}; WANDB_MODE=offline needs no account") from None
 
 
 def truncate_after(path: Path, step: int) -> None:
