@@ -69,10 +69,10 @@ def y_scale(curves: list[Curve], levels: list[float], log: bool, zero: bool, cut
     low, high = min([*lows, *levels]), max([*highs, *levels])
     top = high
     if cut and len(means) >= 20:
-        small, large = np.quantile(means, [0.02, 0.98])
-        room = (large / small) ** 0.5 if log else (large - small) * 0.5
-        limit = max([large * room if log else large + room, *levels])
-        top = limit if small < large and limit < high else high
+        small, large, least, most = (np.log(v) if log else v for v in (*np.quantile(means, [0.02, 0.98]), low, high))
+        limit = max([large + (large - small) / 2, *(np.log(level) if log else level for level in levels)])
+        if small < large and most - least > 1.5 * (limit - least):
+            top = float(np.exp(limit) if log else limit)
     low = min(low, 0.0) if zero else low
     if not low < top:
         low, top = (low / 2, low * 2) if log else (low - (abs(low) or 1) * 0.1, low + (abs(low) or 1) * 0.1)

@@ -135,7 +135,7 @@ def _figure(
 
     `levels`, `marks`: see `chart.svg`; the marks are steps.
     """
-    levels, share = levels or {}, max(BUDGET // max(len(curves), 1), 24)
+    levels, share = levels or {}, min(max(BUDGET // max(len(curves), 1), 24), 300)
     curves = [c._replace(points=thinned(c.points, share)) for c in curves]
     if "log" in how:
         curves = [c._replace(points=Points(*(column[c.points.low > 0] for column in c.points))) for c in curves]
