@@ -33,7 +33,7 @@ ORDER = {
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint folder metrics initialize references stages progress spikes log "
     "evaluation",
-    "planning": "targets hlo timing compiled search laws law_report report",
+    "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
     "web server listen",
 }

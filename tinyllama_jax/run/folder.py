@@ -3,8 +3,9 @@
 RUN/config.json      the resolved configuration          RUN/data.json        hash of each source's manifest
 RUN/tokenizer/       the tokenizer of the data           RUN/versions.json    packages, Python, devices
 RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
-RUN/set_aside/N-...  checkpoints no longer used          RUN/newest.json      the newest step that was saved
-RUN/processes/       see supervise.py                    RUN/lock             held by process 0 while it trains
+RUN/set_aside/N-...  checkpoints no longer used          RUN/events.jsonl     starts, ends and samples: see metrics.py
+RUN/processes/       see supervise.py                    RUN/newest.json      the newest step that was saved
+RUN/lock             held by process 0 while it trains
 """
 
 import contextlib
