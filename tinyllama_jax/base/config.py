@@ -17,6 +17,8 @@ from tinyllama_jax.base.values import LIMITS, check, check_one_of, checked
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
 ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "pallas_tpu", "cudnn")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+NF4_BLOCK = 64  # inputs that share a scale
 TOKENS = 2**53  # 9.0e15, at most: every whole number up to this one is exact in a float
 
 
@@ -306,6 +308,35 @@ class Init(_Section):
 
 
 @dataclass(frozen=True)
+class Lora(_Section):
+    """Low-rank adapters (arXiv:2106.09685): training changes only them; the weights that a run starts from are frozen."""
+
+    rank: int = 0  # of the adapters; 0: off, all weights train
+    alpha: float = 16.0  # an adapter's product is scaled by alpha / rank
+    targets: str = "q,k,v,o,gate,up,down"  # the matrices of a layer that have adapters
+    base: str = ""  # how the frozen weights are kept: as params of model.precision, in "bfloat16", or in "nf4" (QLoRA)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.names:
+            check_one_of("lora.targets", name, LORA_TARGETS)
+        check(len(set(self.names)) == len(self.names), "lora.targets", self.targets, "names a matrix twice")
+        check_one_of("lora.base", self.base, ("", "bfloat16", "nf4"))
+        for key, (value, default) in {"base": (self.base, ""), "alpha": (self.alpha, 16.0)}.items():
+            check(self.rank > 0 or value == default, f"lora.{key}", value, "needs adapters: add --lora.rank=16")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`targets` one by one."""
+        return tuple(self.targets.split(","))
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class Config(_Section):
     """All settings of a run. Each of `configs/*.py` defines one, named `config`."""
 
@@ -318,6 +349,7 @@ class Config(_Section):
     mesh: Mesh = field(default_factory=Mesh)
     log: Log = field(default_factory=Log)
     init: Init = field(default_factory=Init)
+    lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self):
         super().__post_init__()
@@ -330,6 +362,10 @@ class Config(_Section):
         model, most = self.model, max(tokens for _, _, tokens in self.train.stages)
         wide = max(model.seq_len * model.n_heads, model.n_layers * max(model.d_model, model.d_ff, model.n_heads * model.d_head))
         check(most * wide <= 2**55, "train.tokens_per_step", most, f"with {wide:,} numbers a token arrays exceed 2^55 numbers")
+        for key, inputs in (("d_model", model.d_model), ("n_heads", model.n_heads * model.d_head), ("d_ff", model.d_ff)):
+            whole = self.lora.base != "nf4" or inputs % NF4_BLOCK == 0
+            what = f"with --lora.base=nf4 a matrix's {inputs:,} inputs must be a multiple of {NF4_BLOCK}; use --lora.base=bfloat16"
+            check(whole, f"model.{key}", getattr(model, key), what)
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps
         too_many = f"is more than train.steps={self.train.steps}"

@@ -13,7 +13,7 @@ LIMITS = {
     for limits, keys in {
         (1, 2**10): "model.n_layers model.n_heads model.n_kv_heads",
         (1, 2**20): "model.d_model model.d_ff model.seq_len model.loss_chunk train.seqs_per_device",
-        (0, 2**16): "model.head_dim",
+        (0, 2**16): "model.head_dim lora.rank",
         (1, 2**24): "model.vocab_size",
         (1, 2**30): "train.tokens_per_step",
         (1, 2**31 - 1): "train.steps train.give_up checkpoint.every checkpoint.keep log.every log.eval_every",
@@ -25,7 +25,7 @@ LIMITS = {
         (1.0, 1e15): "model.rope_theta",
         (1.0, 1e6): "model.rope_scaling",
         (1e-30, 1.0): "model.norm_eps optim.eps",  # less is 0 in fp32
-        (1e-30, 1e4): "optim.peak_lr",
+        (1e-30, 1e4): "optim.peak_lr lora.alpha",
         (0.0, 1e4): "optim.min_lr optim.cooldown_lr optim.weight_decay",
         (1e-30, math.inf): "optim.clip_norm",  # inf: no clipping
         (0.0, 0.999_999): "optim.b1 optim.b2",  # more is 1 in fp32

@@ -62,7 +62,7 @@ class NextToken:
             cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
             labels_BS = tokens_BS[:, 1:]
             real_BS = self.counted(batch, config).astype(jnp.float32)
-            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config))
+            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config), config.lora)
             kernel_XDV = sharding.gather_per_part(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
             chunk = chunk_of(cfg.seq_len, config.train.seqs_per_device, cfg.loss_chunk)
             # a loss for each of the X parts of the batch: the head's gradient crosses devices once, not once per chunk
@@ -80,7 +80,7 @@ class NextToken:
         """See `Loss`; nats, fp32. At padding it means nothing."""
         with jax.numpy_dtype_promotion("strict"):
             cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
-            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config))
+            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(tokens_BS[:, :-1], config), config.lora)
             kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
             chunk = chunk_of(cfg.seq_len, config.train.seqs_per_device, cfg.loss_chunk)
             return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], chunk)
