@@ -21,14 +21,15 @@ FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "pla
 COMMANDS = ("train", "generate", "chat", "serve", "prepare", "audit", "plan", "replay", "report", "convert", "train_tokenizer")
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files dims mixture_weights values rope config cli schedule sharding",
-    "kernels": "attention.plain attention.library attention.triton attention cross_entropy",
-    "core": "xla model optim losses step program",
-    "hub": "tensor_files card llama gguf_header gguf_keys gguf litgpt",
+    "base": "errors files dims mixture_weights values lora rope config cli schedule sharding",
+    "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
+    "core": "xla linear lora model optim losses step program",
+    "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
     "data": "tokenizer control chat blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer export.litpkds "
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.vocabulary prepare.pipeline audit.survey audit.report",
-    "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
+    "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize stages progress spikes log "
+    "evaluation",
     "planning": "targets hlo timing compiled search laws law_report report",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
     "web server listen",

@@ -1,7 +1,9 @@
 """Types and limits of configuration values, and the checks that reject others with one line: key, value, remedy."""
 
+import dataclasses
 import difflib
 import math
+import typing
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import typed
@@ -78,3 +80,16 @@ def checked(key: str, value: object, kind: type) -> object:
         check(len(text) <= LONGEST, key, text, f"has more than {LONGEST:,} characters")
         check(not set("\0\r\n") & set(text), key, repr(text), "holds a NUL character or a line break")
     return out
+
+
+class Section:
+    """Base of every section: checks the type, limits and length of each value, from a config file or the command line."""
+
+    def __post_init__(self):
+        section = "" if type(self).__name__ == "Config" else type(self).__name__.lower() + "."
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if dataclasses.is_dataclass(kind):
+                check(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
+            else:
+                object.__setattr__(self, name, checked(section + name.rstrip("_"), value, kind))

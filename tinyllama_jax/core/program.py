@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax.base import schedule, sharding
+from tinyllama_jax.base import dims, schedule, sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.core import model, xla
 from tinyllama_jax.core.losses import NEXT_TOKEN, Batch, Loss
@@ -57,8 +57,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
         keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
         return sharding.state_sharding("/".join(keys), leaf.shape, by_name)
 
-    shapes, weights = jax.eval_shape(fresh), jax.eval_shape(partial(model.init, model=config.model), jax.random.key(0))
-    whole = model.unflatten(sharding.parameter_shardings(mesh, config.model))
+    shapes, whole = jax.eval_shape(fresh), sharding.parameter_shardings(mesh, config.model)
+    abstract = lambda p: jax.ShapeDtypeStruct(dims.shape(p, config.model), jnp.float32, sharding=whole[p.name])
     state = jax.tree_util.tree_map_with_path(place, shapes)
     rows, eval_rows = (NamedSharding(mesh, PartitionSpec(*axes, sharding.BATCH)) for axes in ((None,), ()))
     batch = Batch(rows, rows, rows if len(config.data.sources) > 1 else None)
@@ -70,11 +70,10 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
     def token_losses(params: dict, micro: Batch) -> jax.Array:
         return loss.token_losses(params, micro, config)
 
-    described = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
     jit = partial(jax.jit, compiler_options=xla.compiler_options(config, mesh))
     return Program(
         init=jit(fresh, out_shardings=state),
-        start=jit(lambda params: new_state(params, config), in_shardings=(whole,), out_shardings=state),
+        start=jit(lambda params: new_state(params, config), in_shardings=(model.unflatten(whole),), out_shardings=state),
         train=jit(
             lambda s, b: train_step(s, b, config, loss),
             in_shardings=(state, batch),
@@ -83,8 +82,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
         ),
         evaluate=jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         token_losses=jit(token_losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
-        state=jax.tree.map(described, shapes, state),
-        weights=jax.tree.map(described, weights, whole),
+        state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
+        weights=model.unflatten({p.name: abstract(p) for p in dims.PARAMETERS}),
         batch=batch,
         eval_batch=eval_batch,
         shape=(accumulation, config.train.seqs_per_device * n_devices),

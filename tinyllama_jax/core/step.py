@@ -51,7 +51,8 @@ def scaler(state: TrainState) -> jmp.LossScale:
 def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN) -> tuple[Sums, dict]:
     """Returns the loss sums over all micro-batches, and the gradient of the mean of loss + z (times the loss scale).
 
-    The gradient is that of the parameters that train: see `lora.split`. The mean is over all counted tokens of the step, so every token has the same weight, whatever its micro-batch's padding.
+    The gradient is that of the parameters that train (see `lora.split`). The mean is over all counted tokens of the step, so
+    every token has the same weight, whatever its micro-batch's padding.
     """
     n_tokens = count_tokens(loss.predicted(batch, config))
     trained, frozen = lora.split(state.params)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax.base.config import NF4_BLOCK
+from tinyllama_jax.base.lora import NF4_BLOCK
 
 BLOCK, GROUP = NF4_BLOCK, 256
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (the paper's appendix E)
@@ -19,8 +19,8 @@ LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, 
           -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
           0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 
-# One matrix. "codes": uint8, shaped as the matrix but with half its last input dimension; a byte holds two inputs, the first one
-# high. "scale": uint8 [blocks], "scale_scale": fp32 [groups], "scale_mean": fp32
+# One matrix. "codes": uint8, shaped as the matrix, but its last input dimension halved: a byte holds two inputs, the first one
+# high; "scale": uint8 [blocks]; "scale_scale": fp32 [groups]; "scale_mean": fp32
 Nf4 = dict[str, jax.Array]
 
 

@@ -13,7 +13,7 @@ from tinyllama_jax.core.program import Program
 from tinyllama_jax.core.step import TrainState
 from tinyllama_jax.data import feed, tokenizer
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.hub import llama
+from tinyllama_jax.hub import peft
 from tinyllama_jax.run import checkpoint, metrics, seals
 from tinyllama_jax.run import folder as run_folder
 
@@ -51,20 +51,25 @@ def first_step(config: Config) -> int:
 def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, list[str]]:
     """(the folder of `init.from` or None, lines to print). Raises UserError if it does not fit `config`."""
     if not config.init.from_:
+        if config.lora.rank:
+            raise UserError(f"--lora.rank={config.lora.rank}: adapters need trained weights; add --init.from=RUN_OR_FOLDER")
         return None, []
     origin, init = Path(config.init.from_), config.init
     is_run = (origin / "checkpoints").is_dir()
     if not is_run and (init.step or init.state != "weights"):
         key, value = ("step", init.step) if init.step else ("state", init.state)
         raise UserError(f"--init.{key}={value}: {origin} is no run folder, and has weights only")
-    model = checkpoint.load_config(origin).model if is_run else llama.load_model(origin)
+    model = checkpoint.load_config(origin).model if is_run else peft.load_model(origin)
     notes = run_folder.check_same_model(config.model, model, str(origin))
-    if tokenizer.load(origin / "tokenizer" if is_run else origin).sha256 != sources[0].tokenizer_sha256:
+    if tokenizer.load(origin / "tokenizer" if is_run else peft.with_tokenizer(origin)).sha256 != sources[0].tokenizer_sha256:
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if init.state != "weights":
         step = _step(config)
         if not (origin / "checkpoints" / str(step) / "train").is_dir():
             what = f"{origin} was imported without AdamW's moments"
+            raise UserError(f"--init.state={init.state}: {what}; use --init.state=weights")
+        if (lora := checkpoint.load_config(origin).lora) != config.lora:
+            what = f"{origin} has {lora}, and this run {config.lora}, so AdamW's moments are of other arrays"
             raise UserError(f"--init.state={init.state}: {what}; use --init.state=weights")
     if init.state == "all":
         if step > config.train.steps:
@@ -98,14 +103,14 @@ def initial_state(config: Config, program: Program, origin: Path | None) -> tupl
         step = _step(config)
         source = f"step {step:,} of {origin}"
         if config.init.state == "weights":
-            return program.start(checkpoint.restore_params(origin, step, program.state.params)), f"{source}, weights only"
+            return program.start(checkpoint.restore_params(origin, step, program.weights)), f"{source}, weights only"
         state = checkpoint.restore_state(origin, step, program.state)
         if config.init.state == "all":
             return state, f"{source}, which continues here"
         first = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (state.step, state.skipped))
         return dataclasses.replace(state, step=first[0], skipped=first[1]), f"{source}, weights and moments"
-    params, _ = llama.load_folder(origin)
-    params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
+    params, _ = peft.load_folder(origin)
+    params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.weights)
     return program.start(params), f"{origin} (Hugging Face)"
 
 
