@@ -321,10 +321,8 @@ class Config(Section):
         check(most * wide <= 2**55, "train.tokens_per_step", most, f"with {wide:,} numbers a token arrays exceed 2^55 numbers")
         for key, inputs in (("d_model", model.d_model), ("n_heads", model.n_heads * model.d_head), ("d_ff", model.d_ff)):
             whole = self.lora.base != "nf4" or inputs % NF4_BLOCK == 0
-            what = (
-                f"with --lora.base=nf4 a matrix's {inputs:,} inputs must be a multiple of {NF4_BLOCK}; use --lora.base=bfloat16"
-            )
-            check(whole, f"model.{key}", getattr(model, key), what)
+            remedy = f"{inputs:,} inputs are not whole blocks of {NF4_BLOCK}, which --lora.base=nf4 needs; use bfloat16"
+            check(whole, f"model.{key}", getattr(model, key), remedy)
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps
         too_many = f"is more than train.steps={self.train.steps}"

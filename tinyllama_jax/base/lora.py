@@ -22,7 +22,8 @@ class Lora(Section):
         for name in self.names:
             check_one_of("lora.targets", name, TARGETS)
         check(len(set(self.names)) == len(self.names), "lora.targets", self.targets, "names a matrix twice")
-        check_one_of("lora.base", self.base, ("", "bfloat16", "nf4"))
+        bases = "must be bfloat16, nf4, or empty for the dtype of the parameters"
+        check(self.base in ("", "bfloat16", "nf4"), "lora.base", self.base, bases)
         for key, (value, default) in {"base": (self.base, ""), "alpha": (self.alpha, 16.0)}.items():
             check(self.rank > 0 or value == default, f"lora.{key}", value, "needs adapters: add --lora.rank=16")
 

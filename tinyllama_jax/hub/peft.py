@@ -88,7 +88,8 @@ def base_of(path: str | Path) -> Path:
     name = _read_config(path).get("base_model_name_or_path") or ""
     base = Path(name) if Path(name).is_absolute() else path / name
     if not name or not (base / "config.json").is_file() or not llama.describes(base):
-        what = f"names the base model {tensor_files.shown(name) or '(none)'}, which is no Hugging Face folder on this machine"
+        shown = tensor_files.shown(name) if name else "(none)"
+        what = f"names the base model {shown}, which is no Hugging Face folder on this machine"
         remedy = "write the folder of the base model (for a run: convert --format hf) into base_model_name_or_path"
         raise UserError(f"{path / CONFIG}: {what}; {remedy}")
     return base
