@@ -232,9 +232,7 @@ def import_checkpoint(
     gguf.check_named(source)
     given = cli.read(config_file) if config_file else None
     if given and given.lora.rank:
-        raise UserError(
-            f"--config {config_file}: trains adapters (lora.rank), which start from weights with --init.from={source}"
-        )
+        raise UserError(f"--config {config_file}: trains adapters; import without it, and train with --init.from={output}")
     beside = source.parent if source.is_file() else peft.with_tokenizer(source)
     is_gguf = gguf.is_gguf(source)
     has_own = is_gguf or any((beside / f"tokenizer.{end}").is_file() for end in ("model", "json"))

@@ -27,7 +27,6 @@ def runs(tiny_config_file, tmp_path_factory):
     params = jax.tree.map(lambda w: np.asarray(3 * w), model.init(jax.random.key(3), config.model))
     checkpoint.save_import(folder / "base", dataclasses.replace(config, workdir=str(folder / "base")), params)
     source = next(iter(config.data.sources))
-    (folder / "base" / "tokenizer").mkdir()
     convert.tokenizer_lib.load(f"{source}/tokenizer").save(folder / "base" / "tokenizer")
     convert.export(folder / "base", folder / "hf")
     assert train.main(argv(tiny_config_file, folder / "run", folder / "hf", "--train.steps=6")) == 0
@@ -88,7 +87,7 @@ def test_every_reader_has_the_merged_weights(runs, tmp_path):
     loaded = weights.load(runs / "run")
     np.testing.assert_allclose(loaded.weights.layers[1]["q"], merged["layers"]["q"]["kernel"][1].reshape(32, -1), rtol=1e-6)
     sampled = weights.of_params(raw(runs / "run"), loaded.model, loaded.mesh, config.lora)
-    np.testing.assert_allclose(sampled.layers[1]["down"], loaded.weights.layers[1]["down"], rtol=1e-6)
+    np.testing.assert_allclose(sampled.layers[1]["down"], loaded.weights.layers[1]["down"], rtol=1e-5, atol=1e-7)
     convert.export(runs / "run", tmp_path / "hf")
     same(llama.load_folder(tmp_path / "hf")[0], merged)
     abstract = model.unflatten({name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(
@@ -133,7 +132,7 @@ def test_what_cannot_be_is_refused(runs, tiny_config_file, tmp_path, capsys):
 def test_a_run_on_adapters_starts_from_their_merged_weights(runs, tiny_config_file, tmp_path, capsys):
     """Of the base run: PEFT cannot read it, and the export says so."""
     assert train.main(argv(tiny_config_file, tmp_path / "run", runs / "run", "--train.steps=1", "--lora.rank=2")) == 0
-    assert "lora: rank 2, alpha 8, on q,o,up,down: 1,408 parameters train; the weights are frozen in bfloat16" in (
+    assert "lora: rank 2, alpha 8, on q,o,up,down: 1,280 parameters train; the weights are frozen in bfloat16" in (
         capsys.readouterr().out
     )
     merged, own = checkpoint.load_params(runs / "run")[0], raw(tmp_path / "run")
