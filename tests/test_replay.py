@@ -56,11 +56,11 @@ def garbage(monkeypatch, tiny_config_file):
     bad, gather, config = [], feed.gather, cli.read(str(tiny_config_file))
 
     def damaged(sources, source, block):
-        tokens, length = gather(sources, source, block)
+        read = gather(sources, source, block)
         for i, key in enumerate(zip(source.tolist(), block.tolist(), strict=True)):
             if key in bad:
-                tokens[i] = np.random.default_rng(key).integers(131, 259, tokens.shape[1])
-        return tokens, length
+                read.tokens[i] = np.random.default_rng(key).integers(131, 259, read.tokens.shape[1])
+        return read
 
     monkeypatch.setattr(feed, "gather", damaged)
     bad += blocks_of(config, 15)

@@ -25,10 +25,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax.base import cli, sharding
 from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.dims import FIRST, LEARNED
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.base.files import check_local, read_json
 from tinyllama_jax.core import xla
-from tinyllama_jax.core.losses import NextToken
+from tinyllama_jax.core.losses import for_data
 from tinyllama_jax.core.program import Program, attention_scope, build, choose_attention, on_devices
 from tinyllama_jax.core.step import TrainState, weight_of
 from tinyllama_jax.data import feed
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     check_data(args.run, config, sources)
     mesh = mesh_of(args.run, config, overrides)
     with jax.set_mesh(mesh):
-        program = build(config, mesh, NextToken(feed.eos_id(config, sources)))
+        program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
         base = base_of(args.run, config, args.step, min(written))
         run = Run(args.run, config, sources, written, mesh, program, checksums(program, mesh), base)
         state, origin = begin(run)
@@ -308,29 +309,34 @@ def by_loss(run: Run, params: dict, step: int, top: int) -> tuple[list[dict], in
     """
     batch = run.program.shape[1]
     source, block = feed.order(run.config, run.sources).at(step)
-    tokens, length = feed.gather(run.sources, source, block)
+    read = feed.gather(run.sources, source, block)
+    fields = (read.tokens, read.length, None, read.marks, read.reference)
     tokenizer = tokenizer_lib.load(run.folder / "tokenizer")
     rows = feed.rows_here(run.program.eval_batch.length, (batch,), axis=0)
     documents = []
     for first in range(0, len(block), batch):
-        micro = on_devices((tokens[first + rows], length[first + rows]), run.program.eval_batch, batch)
+        local = tuple(a if a is None else a[first + rows] for a in fields)
+        micro = on_devices(local, run.program.eval_batch, batch)
         losses = np.asarray(run.program.token_losses(params, micro), np.float64)
         for row in range(first, first + batch):
-            for start, end in spans(tokens[row, : length[row]], tokenizer.bos_id, tokenizer.eos_id):
+            marks = None if read.marks is None else read.marks[row]
+            for start, end in spans(read.tokens[row, : read.length[row]], tokenizer.bos_id, tokenizer.eos_id, marks):
                 predicted = losses[row - first, max(start, 1) - 1 : end - 1]  # the block's first token is not predicted
+                if marks is not None:
+                    predicted = predicted[marks[max(start, 1) : end] & LEARNED > 0]
                 if predicted.size:
                     documents.append((float(np.nan_to_num(predicted.mean(), nan=np.inf)), predicted.size, row, start, end))
     paths, out = list(run.config.data.sources), []
     for loss, size, row, start, end in sorted(documents, reverse=True)[:top]:
-        text = one_line(tokenizer.decode(tokens[row, start:end][:200].tolist()))
+        text = one_line(tokenizer.decode(read.tokens[row, start:end][:200].tolist()))
         place = {"source": paths[source[row]], "block": int(block[row]), "start": start, "end": end}
         out.append({**place, "tokens": size, "loss": loss, "text": text})
     return out, len(documents)
 
 
-def spans(tokens: np.ndarray, bos: int, eos: int) -> list[tuple[int, int]]:
-    """[start, end) of each document in a block: a document ends with eos, and begins with bos."""
-    begins = (tokens[1:] == bos) | (tokens[:-1] == eos)
+def spans(tokens: np.ndarray, bos: int, eos: int, marks: np.ndarray | None = None) -> list[tuple[int, int]]:
+    """[start, end) of each document in a block: it ends with eos, and begins with bos. With `marks`: of each conversation."""
+    begins = (tokens[1:] == bos) | (tokens[:-1] == eos) if marks is None else marks[1 : len(tokens)] & FIRST > 0
     edges = [0, *(np.flatnonzero(begins) + 1).tolist(), len(tokens)]
     return list(itertools.pairwise(edges))
 

@@ -18,7 +18,7 @@ import jax
 from tinyllama_jax.base import cli, sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.core import xla
-from tinyllama_jax.core.losses import Batch, NextToken
+from tinyllama_jax.core.losses import Batch, for_data
 from tinyllama_jax.core.program import Program, StepCompiler, build, on_devices
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
-        program = build(config, mesh, NextToken(feed.eos_id(config, sources)))
+        program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
         verified = feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
         config, origin, notes = initialize.find_origin(config, sources)
         notes += at_end.enter_context(run_folder.opened(config, initialize.described(sources), sources[0].tokenizer)) + verified

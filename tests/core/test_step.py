@@ -181,8 +181,9 @@ def test_with_the_document_mask_each_document_is_as_if_alone(impl):
     params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0), cfg))
     tokens = np.random.default_rng(0).integers(3, 104, (1, 17)).astype(np.int32)
     tokens[0, [4, 5, 11]] = EOS  # documents of 5, 1, 6 and 5 tokens
-    assert NextToken(EOS).documents(jnp.asarray(tokens), config).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
-    assert NextToken(Bos(EOS)).documents(jnp.asarray(tokens), config).tolist() == [[0] * 4 + [1] + [2] * 6 + [3] * 6]
+    whole = Batch(np.pad(tokens, ((0, 0), (0, 1))), jnp.full((1,), 17))
+    assert NextToken(EOS).documents(whole, config).tolist() == [[0] * 5 + [1] + [2] * 6 + [3] * 5]
+    assert NextToken(Bos(EOS)).documents(whole, config).tolist() == [[0] * 4 + [1] + [2] * 6 + [3] * 6]
     batch = Batch(jnp.asarray(tokens), jnp.full((1,), 17))
     losses = np.asarray(NextToken(EOS).token_losses(params, batch, config))
     for first, end in ((0, 5), (5, 6), (6, 12), (12, 16)):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tinyllama_jax.base.dims import EXTRAS
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import blocks as blocks_lib
 from tinyllama_jax.data.blocks import Blocks, Record
@@ -223,6 +224,22 @@ def test_every_width_and_value(dtype, seq_len):
             into = np.empty_like(tokens)
             assert record.decode(record.encode(tokens, length), into) == length
             np.testing.assert_array_equal(into, tokens)
+
+
+@pytest.mark.parametrize("kind", ["chat", "preferences"])
+@pytest.mark.parametrize("length", [5, S + 1])
+def test_marks_and_reference_stand_beside_each_token(kind, length):
+    record, rng = Record(S, "uint16", kind), np.random.default_rng(0)
+    values = {"marks": rng.integers(0, 4, S + 1).astype(np.uint8), "reference": rng.normal(size=S + 1).astype(np.float32)}
+    extras = {name: values[name] for name in EXTRAS[kind]}
+    tokens, into = rng.integers(0, 65_535, S + 1).astype(np.uint16), np.zeros(S + 1, np.uint16)
+    back = {name: np.zeros_like(value) for name, value in extras.items()}
+    encoded = record.encode(tokens, length, **extras)
+    assert record.decode(encoded, into, **back) == length
+    for want, got in ((tokens, into), *((extras[name], back[name]) for name in extras)):
+        np.testing.assert_array_equal(want, got)
+    with pytest.raises(ValueError, match="is not a block"):  # of another kind
+        record.decode(Record(S, "uint16").encode(tokens, length), into, **back)
 
 
 # -- what is no data set ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_each_block_exactly_once_an_epoch_over_all_readers(tiny_config, readers)
     seen = [[] for _ in range(readers)]
     for _ in range(steps):
         for r in range(readers):
-            tokens, length, _ = next(read[r])
+            tokens, length, *_ = next(read[r])
             assert tokens.shape[:2] == length.shape == (1, batch // readers)
             seen[r] += [(t.tobytes(), int(n)) for t, n in zip(tokens[0], length[0], strict=True)]
     # the readers' rows, put back into the order of the global batch
@@ -54,7 +54,7 @@ def test_the_batch_is_a_function_of_the_step_alone(tiny_config):
     sources = feed.open_sources(tiny_config)
     whole = list(itertools.islice(batches(tiny_config, sources, (4, 2), [0, 1]), 30))
     for start in (0, 1, 17, 29):  # a resume reads nothing of what came before
-        tokens, length, _ = next(batches(tiny_config, sources, (4, 2), [0, 1], start))
+        tokens, length, *_ = next(batches(tiny_config, sources, (4, 2), [0, 1], start))
         np.testing.assert_array_equal(tokens, whole[start][0])
         np.testing.assert_array_equal(length, whole[start][1])
     for shape in ((1, 8), (2, 4), (8, 1)):  # other micro-batches: the same rows in the same order
@@ -93,7 +93,7 @@ def test_the_last_recorded_batches_are_read_again(tiny_config, tmp_path, changes
     sources = feed.open_sources(config)
     order, lines = feed.order(config, sources), []
     for step in range(1, 21):
-        tokens, length = feed.gather(sources, *order.at(step))
+        tokens, length, *_ = feed.gather(sources, *order.at(step))
         checksum = int(step_lib.checksum(Batch(tokens.reshape(2, -1, 17), length.reshape(2, -1))))
         lines.append({"step": step, "loss": None, "checksum": checksum})
     write = lambda lines, end="": (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + end)
@@ -115,7 +115,7 @@ def test_at_least_three_batches_are_read_again_and_not_too_many_tokens(tiny_conf
     config = cli.override(tiny_config, {"workdir": str(tmp_path)})
     sources = feed.open_sources(config)
     batches = [feed.gather(sources, *feed.order(config, sources).at(step)) for step in (1, 2, 3, 5, 7)]
-    lines = [{"step": s, "checksum": feed.checksum(*batch)} for s, batch in zip((1, 2, 3, 5, 7), batches, strict=True)]
+    lines = [{"step": s, "checksum": feed.checksum(batch)} for s, batch in zip((1, 2, 3, 5, 7), batches, strict=True)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(initialize, "READ_AGAIN", tokens)
     assert initialize.check_batches(config, sources, 9) == [f"the last {n} recorded batches are as they were"]
@@ -163,7 +163,7 @@ def test_a_data_set_of_one_block(tiny_config, tiny_data):
     config = cli.override(tiny_config, {"data.sources": str(tiny_data / "one")})
     sources = feed.open_sources(config)
     assert len(sources[0]) == 1
-    tokens, length, _ = next(batches(config, sources, (2, 4), np.arange(4)))
+    tokens, length, *_ = next(batches(config, sources, (2, 4), np.arange(4)))
     assert (tokens == tokens[0, 0]).all() and (length == length[0, 0]).all() and length[0, 0] > 1
 
 

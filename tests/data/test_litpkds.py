@@ -269,7 +269,7 @@ def test_packed_files_are_a_source_like_any_other(tiny_config, tiny_data, tmp_pa
     assert list(held_out) == list(both)
     want = np.concatenate(list(export_litpkds.stream(Blocks(tiny_data / "a", "validation")))).tolist()
     assert [t for block in everything(held_out[f"{tmp_path}/train_a*"]) for t in block] == want
-    tokens, length, _ = next(feed.training(config, sources, 8, np.arange(8), 17))
+    tokens, length, *_ = next(feed.training(config, sources, 8, np.arange(8), 17))
     source, block = feed.order(config, sources).locate(np.arange(17 * 8, 18 * 8))
     for row, (j, index) in enumerate(zip(source, block, strict=True)):
         (one,), (n,) = sources[j].read([index])

@@ -59,7 +59,7 @@ def of_first_batch(config):
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         state, _ = initialize.initial_state(config, program, initialize.check_origin(config, sources)[0])
-        tokens, length = feed.gather(sources, *feed.order(config, sources).at(1))
+        tokens, length, *_ = feed.gather(sources, *feed.order(config, sources).at(1))
         sums, n = program.evaluate(state.params, on_devices((tokens, length), program.eval_batch, 8))
         return float(sums.loss) / float(n), tokens
 

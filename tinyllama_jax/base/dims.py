@@ -14,6 +14,11 @@ The same letters stand in variable suffixes (`q_BSNH`), einsum strings, this tab
 import math
 from typing import NamedTuple
 
+# What a block of data has for each of its S + 1 tokens besides the token, by the kind of the data: field -> dtype.
+# marks: LEARNED and FIRST, added up. reference: the log-probability of the token under DPO's reference model; 0 if not learned
+EXTRAS = {"text": {}, "chat": {"marks": "uint8"}, "preferences": {"marks": "uint8", "reference": "float32"}}
+LEARNED, FIRST = 1, 2  # the token is one to predict; it is the first of a conversation, before which attention does not look
+
 
 class Parameter(NamedTuple):
     """One tensor of the model. `name`: its path in the parameter tree. A leading `L` in `dims`: the scan over layers."""

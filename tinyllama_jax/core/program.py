@@ -61,8 +61,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
     abstract = lambda p: jax.ShapeDtypeStruct(dims.shape(p, config.model), jnp.float32, sharding=whole[p.name])
     state = jax.tree_util.tree_map_with_path(place, shapes)
     rows, eval_rows = (NamedSharding(mesh, PartitionSpec(*axes, sharding.BATCH)) for axes in ((None,), ()))
-    batch = Batch(rows, rows, rows if len(config.data.sources) > 1 else None)
-    eval_batch = Batch(eval_rows, eval_rows)
+    batch = Batch(rows, rows, rows if len(config.data.sources) > 1 else None, **dict.fromkeys(loss.extras, rows))
+    eval_batch = Batch(eval_rows, eval_rows, **dict.fromkeys(loss.extras, eval_rows))
 
     def evaluate(params: dict, micro: Batch) -> tuple[Sums, jax.Array]:
         return loss.sums(params, micro, config), loss.predicted(micro, config).sum().astype(jnp.float32)
@@ -130,13 +130,14 @@ def shape_of_batch(program: Program, seq_len: int, accumulation: int = 0, dtype:
     `accumulation`: A; 0: that of the first steps. `dtype` of tokens: uint16 for vocabularies of up to 65,536, or int32.
     """
     shape = (accumulation or program.shape[0], program.shape[1])
-    kinds = Batch(((*shape, seq_len + 1), dtype), (shape, jnp.int32), (shape, jnp.int32))
+    wide = (*shape, seq_len + 1)
+    kinds = Batch((wide, dtype), (shape, jnp.int32), (shape, jnp.int32), (wide, jnp.uint8), (wide, jnp.float32))
     make = lambda sharding, kind: jax.ShapeDtypeStruct(*kind, sharding=sharding) if sharding else None
     return Batch(*map(make, program.batch, kinds))
 
 
 def on_devices(local: tuple[np.ndarray | None, ...], shardings: Batch, batch: int) -> Batch:
-    """Makes the global (micro-)batch of `batch` sequences from this process's rows (tokens, lengths, sources)."""
+    """Makes the global (micro-)batch of `batch` sequences from this process's rows of each field."""
 
     def place(sharding: NamedSharding | None, part: np.ndarray | None) -> jax.Array | None:
         if sharding is None:
@@ -144,7 +145,7 @@ def on_devices(local: tuple[np.ndarray | None, ...], shardings: Batch, batch: in
         b = len(sharding.spec) - 1  # the axis of sequences
         return jax.make_array_from_process_local_data(sharding, part, (*part.shape[:b], batch, *part.shape[b + 1 :]))
 
-    return Batch(*map(place, shardings, (*local, None)))
+    return Batch(*map(place, shardings, Batch(*local)))
 
 
 def choose_attention(config: Config, device: jax.Device) -> tuple[str, str]:

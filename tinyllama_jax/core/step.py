@@ -126,8 +126,10 @@ def by_source(losses: jax.Array, predicted: jax.Array, source: jax.Array) -> dic
 
 
 def checksum(batch: Batch) -> jax.Array:
-    """A uint32 of the batch's real tokens and their places; the same however the batch is split over devices."""
+    """A uint32 of the batch's real tokens, their marks and their places; the same however it is split over devices."""
     tokens = batch.tokens.astype(jnp.uint32)
+    if batch.marks is not None:
+        tokens ^= batch.marks.astype(jnp.uint32) << 24
     width = tokens.shape[-1]
     # in the shape [A, B, W]: a reshape to [A B, W] would gather all tokens on every device
     iota = partial(lax.broadcasted_iota, jnp.uint32, tokens.shape)

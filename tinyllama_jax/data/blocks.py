@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from array_record.python import array_record_module
 
+from tinyllama_jax.base.dims import EXTRAS
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, check_utf8, read_json, sha256
 
@@ -70,6 +71,7 @@ class Manifest(typing.TypedDict, total=False):
     """manifest.json. The optional keys record how the data were made."""
 
     format: typing.Required[typing.Literal[FORMAT]]
+    kind: typing.Literal["text", "chat", "preferences"]  # text if it is left out
     seq_len: typing.Required[typing.Annotated[int, msgspec.Meta(ge=1, le=LONGEST)]]
     dtype: typing.Required[typing.Literal["uint16", "int32"]]
     bos: typing.Required[bool]
@@ -87,17 +89,27 @@ class Damaged(UserError):
     """A file of a data set has changed since it was written."""
 
 
-class Record:
-    """Encodes and decodes a block as TFDS serialises it: `tokens` [S + 1] and `length`, the number of real tokens."""
+class Sequences(typing.NamedTuple):
+    """Blocks: `tokens` [n, S + 1] as stored, `length` [n] int32, the number of real tokens, and the EXTRAS of their kind."""
 
-    def __init__(self, seq_len: int, dtype: str):
+    tokens: np.ndarray
+    length: np.ndarray
+    marks: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+
+class Record:
+    """Encodes and decodes a block as TFDS serialises it: `tokens` [S + 1], `length`, and those of EXTRAS [S + 1]."""
+
+    def __init__(self, seq_len: int, dtype: str, kind: str = "text"):
         """`dtype`: "uint16" or "int32", of the stored tokens."""
         import tensorflow_datasets as tfds  # takes a third of a second, which other commands save
 
-        tensor = tfds.features.Tensor(shape=(seq_len + 1,), dtype=np.dtype(dtype), encoding=tfds.features.Encoding.BYTES)
-        length = tfds.features.Scalar(dtype=np.int32)
-        self.features = tfds.features.FeaturesDict({"tokens": tensor, "length": length})
-        self._tokens, self._length = (tfds.features.FeaturesDict(f) for f in ({"tokens": tensor}, {"length": length}))
+        row = lambda dtype: tfds.features.Tensor(shape=(seq_len + 1,), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+        extras = {name: row(np.dtype(dtype)) for name, dtype in EXTRAS[kind].items()}
+        fields = {"tokens": row(np.dtype(dtype)), "length": tfds.features.Scalar(dtype=np.int32), **extras}
+        self.features = tfds.features.FeaturesDict(fields)
+        self._each = {name: tfds.features.FeaturesDict({name: field}) for name, field in fields.items()}
         # where the tokens are in the record of a full block, and the bytes before and after them
         self._dtype, self._width = np.dtype(dtype), seq_len + 1
         marks = np.full(seq_len + 1, 0x5A5A, dtype)
@@ -106,19 +118,26 @@ class Record:
         self._head, self._tail = probe[: self._start], probe[self._start + len(inside) :]
         self._end, self._size = self._start + len(inside), len(probe)
 
-    def encode(self, tokens: np.ndarray, length: int) -> bytes:
+    def encode(self, tokens: np.ndarray, length: int, **extras: np.ndarray) -> bytes:
         """One record: a tf.train.Example."""
+        values = {"tokens": tokens, "length": length, **extras}
         # one feature at a time: protobuf may write the entries of a map in any order, and concatenated messages are merged
-        return self._tokens.serialize_example({"tokens": tokens}) + self._length.serialize_example({"length": length})
+        return b"".join(self._each[name].serialize_example({name: value}) for name, value in values.items())
 
-    def decode(self, record: bytes, into: np.ndarray) -> int:
-        """Writes the tokens of `record` to `into` [S + 1] and returns its length. Raises ValueError if it is not a block."""
-        if len(record) == self._size and record.startswith(self._head) and record.endswith(self._tail):
+    def decode(self, record: bytes, into: np.ndarray, **extras: np.ndarray) -> int:
+        """Writes the tokens of `record` to `into` [S + 1], and each of `extras`, and returns its length.
+
+        Raises ValueError if it is not a block.
+        """
+        whole = len(record) == self._size and not extras
+        if whole and record.startswith(self._head) and record.endswith(self._tail):
             into[:] = np.frombuffer(record, self._dtype, self._width, self._start)
             return self._width
-        try:  # a padded block, or damage
+        try:  # a padded block, one with extras, or damage
             example = self.features.deserialize_example_np(record)
             into[:] = example["tokens"]
+            for name, row in extras.items():
+                row[:] = example[name]
             length = int(example["length"])
         except Exception as error:  # protobuf, TFDS and numpy raise different types
             raise ValueError(f"is not a block of {self._width} tokens of {self._dtype}: {error}") from None
@@ -160,12 +179,14 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
 class Blocks:
     """The blocks of one split of a folder that `prepare` wrote. Files are opened when first read. Can be pickled.
 
-    manifest: contents of manifest.json      seq_len: S      dtype: of the tokens      tokenizer: its folder or file
+    manifest: contents of manifest.json      kind: of EXTRAS      seq_len: S      dtype: of the tokens
+    tokenizer: its folder or file
     manifest_sha256, tokenizer_sha256: hashes of both
     sha256: hash of all files, set by `verify` if no manifest has hashes
     """
 
     sha256: str | None = None
+    kind: str = "text"
 
     def __init__(self, directory: str | Path, split: str):
         """Raises UserError if the folder is incomplete, has another format or has no `split`."""
@@ -175,6 +196,7 @@ class Blocks:
         if split not in splits:
             raise UserError(f"{directory}: has no split {split!r}, only {', '.join(splits)}; prepare it again with --{split}")
         self.seq_len, self.dtype = self.manifest["seq_len"], np.dtype(self.manifest["dtype"])
+        self.kind = self.manifest.get("kind", "text")
         self.tokenizer, self.tokenizer_sha256 = self.directory / "tokenizer", self.manifest["tokenizer"]["sha256"]
         shards = splits[split]["shards"]
         self._files = [self.directory / shard["file"] for shard in shards]
@@ -199,16 +221,21 @@ class Blocks:
     def _open(self) -> None:
         self._readers: list = [None] * len(self._files)
         self._lock = threading.Lock()
-        self._record = Record(self.seq_len, self.dtype.name)
+        self._record = Record(self.seq_len, self.dtype.name, self.kind)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks by index [n] -> tokens [n, S + 1] as stored, and the number of real tokens [n] int32 (S + 1 unless padded).
+        """(tokens, length) of `sequences`."""
+        return self.sequences(indices)[:2]
+
+    def sequences(self, indices: np.ndarray) -> Sequences:
+        """Blocks by index [n]; `length` is S + 1 unless a block is padded.
 
         Thread-safe. Raises IndexError, and UserError naming a damaged file and record.
         """
         indices = self._checked(indices)
         tokens = np.empty((len(indices), self.seq_len + 1), self.dtype)
         length = np.empty(len(indices), np.int32)
+        extras = {name: np.empty(tokens.shape, dtype) for name, dtype in EXTRAS[self.kind].items()}
         files = np.searchsorted(self._ends, indices, side="right")
         order = np.argsort(files, kind="stable")
         for rows in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(indices) else ():
@@ -216,10 +243,10 @@ class Blocks:
             positions = (indices[rows] - (self._ends[file - 1] if file else 0)).tolist()
             for row, position, record in zip(rows, positions, self._records(file, positions), strict=True):
                 try:
-                    length[row] = self._record.decode(record, tokens[row])
+                    length[row] = self._record.decode(record, tokens[row], **{name: a[row] for name, a in extras.items()})
                 except ValueError as error:
                     raise self._damaged(file, position, error) from None
-        return tokens, length
+        return Sequences(tokens, length, **extras)
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, np.int64)

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from tinyllama_jax.base.config import Bos, Config
+from tinyllama_jax.base.dims import EXTRAS
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.schedule import NONE, batch_of, left_out
 from tinyllama_jax.data import litpkds
-from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.data.blocks import Blocks, Sequences
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
 
@@ -42,6 +43,9 @@ def open_sources(config: Config) -> list[Blocks]:
                 f"--model.vocab_size={config.model.vocab_size}: {path} was prepared with a tokenizer of {size} "
                 f"pieces; set it to {size} or more"
             )
+        if blocks.kind != opened[0].kind:
+            first = f"{next(iter(config.data.sources))} {opened[0].kind}"
+            raise UserError(f"--data.sources: {path} holds {blocks.kind}, and {first}; a run learns from one kind of data")
         if blocks.tokenizer_sha256 != opened[0].tokenizer_sha256:
             raise UserError(
                 f"--data.sources: {path} and {next(iter(config.data.sources))} were prepared with different "
@@ -71,6 +75,9 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
     Raises UserError if a source has no such token. `data.eod_mask_loss` needs eos.
     """
     manifests, vocabulary = [blocks.manifest for blocks in sources], sources[0].manifest["tokenizer"]
+    if sources[0].kind != "text":
+        _check_conversations(config, sources[0].kind)
+        return vocabulary["eos_id"]
     if all(manifest["eos"] for manifest in manifests) or not (config.data.document_mask or config.data.eod_mask_loss):
         return vocabulary["eos_id"]
     if not config.data.eod_mask_loss and all(manifest["bos"] for manifest in manifests):
@@ -81,6 +88,15 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
     raise UserError(
         f"--data.{option}=true: needs eos after every document{more} in all sources: {without}; prepare it with --eos"
     )
+
+
+def _check_conversations(config: Config, kind: str) -> None:
+    """Raises UserError if `config` does not fit conversations, which lie side by side in a block."""
+    if not config.data.document_mask:
+        what = f"the data are {kind}, packed several to a block"
+        raise UserError(f"--data.document_mask=false: {what}; set it to true, so that none sees its neighbours")
+    if config.data.eod_mask_loss:
+        raise UserError(f"--data.eod_mask_loss=true: the data are {kind}, whose marks say which tokens count; set it to false")
 
 
 def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
@@ -180,7 +196,8 @@ def names(paths: Iterable[str]) -> list[str]:
 class Steps(grain.sources.RandomAccessDataSource):
     """Element s is this process's part of step s + 1, in A micro-batches.
 
-    `tokens` [A, rows, S + 1], `length` [A, rows], and `source` [A, rows] if there are several sources (else None).
+    `tokens` [A, rows, S + 1], `length` [A, rows], `source` [A, rows] if there are several sources (else None), and what EXTRAS
+    names [A, rows, S + 1]: the fields of `losses.Batch`.
     """
 
     def __init__(self, sources: list[Blocks], order: Order, steps: int, batch: int, rows: np.ndarray):
@@ -190,28 +207,36 @@ class Steps(grain.sources.RandomAccessDataSource):
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray | None, ...]:
         accumulation = self._order.size(index + 1) // self._batch
         in_step = np.arange(accumulation)[:, None] * self._batch + self._rows[None, :]
         source, block = self._order.at(index + 1, in_step.ravel())
-        tokens, length = gather(self._sources, source, block)
-        source = source.astype(np.int32).reshape(in_step.shape) if len(self._sources) > 1 else None
-        return tokens.reshape(*in_step.shape, -1), length.reshape(in_step.shape), source
+        read = gather(self._sources, source, block)
+        source = source.astype(np.int32) if len(self._sources) > 1 else None
+        by_step = lambda a: None if a is None else a.reshape(*in_step.shape, *a.shape[1:])
+        return tuple(map(by_step, (read.tokens, read.length, source, read.marks, read.reference)))
 
 
-def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks by (source [n], block [n]) -> tokens [n, S + 1], length [n]; one batched read per source."""
+def gather(sources: list[Blocks], source: np.ndarray, block: np.ndarray) -> Sequences:
+    """Blocks by (source [n], block [n]); one batched read per source."""
     if len(sources) == 1:
-        return sources[0].read(block)
-    tokens, length = np.empty((len(source), sources[0].seq_len + 1), dtype(sources)), np.empty(len(source), np.int32)
+        return sources[0].sequences(block)
+    shape = (len(source), sources[0].seq_len + 1)
+    extras = {name: np.empty(shape, dtype) for name, dtype in EXTRAS[sources[0].kind].items()}
+    out = Sequences(np.empty(shape, dtype(sources)), np.empty(len(source), np.int32), **extras)
     for j in np.unique(source):
         rows = source == j
-        tokens[rows], length[rows] = sources[j].read(block[rows])
-    return tokens, length
+        for whole, part in zip(out, sources[j].sequences(block[rows]), strict=True):
+            if whole is not None:
+                whole[rows] = part
+    return out
 
 
-def checksum(tokens: np.ndarray, length: np.ndarray) -> int:
-    """`step.checksum` of a whole batch, tokens [n, S + 1] and length [n], on the host."""
+def checksum(sequences: Sequences) -> int:
+    """`step.checksum` of a whole batch, on the host."""
+    tokens, length, marks, _ = sequences
+    if marks is not None:
+        tokens = tokens.astype(np.uint32) ^ (marks.astype(np.uint32) << np.uint32(24))
     place = np.arange(tokens.size, dtype=np.uint32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         place = (place ^ (place >> np.uint32(shift))) * np.uint32(factor)
@@ -226,17 +251,20 @@ def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int
 
 
 def training(config: Config, sources: list[Blocks], batch: int, rows: np.ndarray, start: int) -> Iterator:
-    """(tokens, length, source) of steps `start` + 1, `start` + 2, ... as in `Steps`. No earlier step is read."""
+    """Steps `start` + 1, `start` + 2, ... as in `Steps`. No earlier step is read."""
     dataset = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, batch, rows))
     # two steps ahead per thread; a step of 2 M tokens is 4 MB
     ahead = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
     return iter(dataset[start:].to_iter_dataset(ahead))
 
 
-def validation(blocks: Blocks, limit: int, batch: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `limit` blocks (0: all) once each, `batch` at a time over all processes. Missing rows have length 0."""
+def validation(blocks: Blocks, limit: int, batch: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray | None, ...]]:
+    """The first `limit` blocks (0: all) once each, `batch` at a time over all processes. Missing rows have length 0.
+
+    The parts of a batch are the fields of `losses.Batch`, as in `Steps` but without A and without sources.
+    """
     n = min(limit, len(blocks)) if limit else len(blocks)
     for first in range(0, n, batch):
         index = first + rows
-        tokens, length = blocks.read(np.minimum(index, n - 1))
-        yield tokens, np.where(index < n, length, 0).astype(np.int32)
+        read = blocks.sequences(np.minimum(index, n - 1))
+        yield read.tokens, np.where(index < n, read.length, 0).astype(np.int32), None, read.marks, read.reference

@@ -20,7 +20,7 @@ import numpy as np
 from tinyllama_jax.base import files
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import tokenizer as tokenizer_lib
-from tinyllama_jax.data.blocks import Blocks, Damaged, may_open
+from tinyllama_jax.data.blocks import Blocks, Damaged, Sequences, may_open
 
 HEADER = struct.Struct("<7sQBQ")
 MAGIC, VERSION = b"LITPKDS", 1
@@ -101,8 +101,8 @@ class Packed(Blocks):
         self._readers: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Blocks.read`."""
+    def sequences(self, indices: np.ndarray) -> Sequences:
+        """As `Blocks.sequences`."""
         indices, width = self._checked(indices), self.seq_len + 1
         file, block = np.divmod(indices, self._per_file)
         tokens, length = np.empty((len(indices), width), self.dtype), self.stored(indices)
@@ -120,7 +120,7 @@ class Packed(Blocks):
                 tokens[row, : len(part)], tokens[row, len(part) :] = part, 0
         for row in np.flatnonzero(self._padded(tokens, length)):
             length[row] = self._without_padding(tokens[row, : length[row]])
-        return tokens, length
+        return Sequences(tokens, length)
 
     def stored(self, indices: np.ndarray) -> np.ndarray:
         """How many tokens the blocks [n] have on the disk [n] int32, padding included."""

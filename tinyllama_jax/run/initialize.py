@@ -128,7 +128,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
         source, block = data_order.at(row["step"])
         if checked >= 3 and (checked + 1) * len(block) * config.model.seq_len > READ_AGAIN:
             break
-        checksum = feed.checksum(*feed.gather(sources, source, block))
+        checksum = feed.checksum(feed.gather(sources, source, block))
         if checksum != row["checksum"]:
             files = {sources[j].place(b)[0] for j, b in zip(source.tolist(), block.tolist(), strict=True)}
             newest = max(files, key=lambda file: file.stat().st_mtime)
