@@ -10,7 +10,7 @@ import numpy as np
 from tinyllama_jax.base import dims, mixture_weights, schedule
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.mixture_weights import knots_of, weight_at
-from tinyllama_jax.core import lora, optim, xla
+from tinyllama_jax.core import optim, xla
 from tinyllama_jax.core.program import Program, attention_scope, choose_attention
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
@@ -73,7 +73,7 @@ def adapters(config: Config) -> list[str]:
     """A line on what trains and what is frozen; none without `lora`."""
     if not config.lora.rank:
         return []
-    trained = sum(math.prod(a.shape) for a in dims.arrays(config.model, config.lora) if a.name.endswith(lora.ADAPTERS))
+    trained = sum(math.prod(a.shape) for a in dims.arrays(config.model, config.lora) if a.trains)
     kept = {"": "float32", "bfloat16": "bfloat16", "nf4": "nf4 (4.127 bits a number; embedding and head in bfloat16)"}
     return [
         f"lora: rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {config.lora.targets}: {trained:,} parameters train; "
