@@ -42,7 +42,7 @@ PACKAGES = (
 FIXED = (  # a run cannot change these, or its config would no longer describe its past
     "model.n_layers", "model.d_model", "model.n_heads", "model.n_kv_heads", "model.d_ff", "model.vocab_size", "model.seq_len",
     "model.head_dim", "model.rope_theta", "model.rope_scaling", "model.rope_type", "model.norm_eps", "model.precision",
-    "train.tokens_per_step", "train.seed",
+    "train.tokens_per_step", "train.seed", "lora.rank", "lora.alpha", "lora.targets", "lora.base",
 )  # fmt: skip
 FREE = (  # a change of these is not reported: it changes neither the batches nor, except for rounding, the losses
     "workdir", "data.sources", "data.workers", "data.verify", "data.eval_blocks", "train.spike", "train.give_up", "train.wait",
