@@ -263,7 +263,7 @@ def unwanted(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh) -> list
         collective = f"{c.kind} of {c.dtype} over {' x '.join(c.axes)}"
         if c.kind == "all-reduce" and "fsdp" in c.axes and "tensor" not in c.axes:
             out[f"{collective}: a whole gradient, where a reduce-scatter would send half"] += c.bytes * c.trips
-        elif c.kind == "all-to-all" or (c.kind == "all-gather" and not c.dtype.startswith(("bf", "f"))):
+        elif c.kind == "all-to-all" or (c.kind == "all-gather" and not c.dtype.startswith(("bf", "f", "u8"))):
             out[f"{collective}: moves tokens or activations, which should stay where they are"] += c.bytes * c.trips
     return [f"{line} ({gib(n)} a step)" for line, n in out.items()]
 
