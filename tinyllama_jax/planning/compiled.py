@@ -213,9 +213,10 @@ def asked(jaxpr, name: str = "") -> Counter:
             if cost := eqn.params.get("cost_estimate"):
                 total["flops"] += cost.flops
             elif "splash" in str(eqn.params.get("name")):  # it has no cost estimate
-                B, N, S, H = next(v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
+                floats = [v.aval.shape for v in eqn.invars if "float" in str(v.aval.dtype)]
+                *B, N, S, H = max(floats, key=len)  # the queries come first; a single sequence has no B
                 matmuls = next(n for part, n in timing.ATTENTION.items() if part in eqn.params["name"])
-                total["flops"] += matmuls * 2 * B * N * H * S * S / 2
+                total["flops"] += matmuls * 2 * math.prod(B) * N * H * S * S / 2
         else:
             times = eqn.params["length"] if kind == "scan" else 1
             devices = eqn.params["mesh"].size if kind == "shard_map" else 1
