@@ -112,5 +112,14 @@ def test_a_few_far_values_do_not_flatten_the_curve():
     cut, greatest = chart.y_scale([curve], [], False, False, True)
     assert cut.high < 3 and greatest == 1e9
     assert chart.y_scale([curve], [], False, False, False)[0].high > 1e9
-    level, _ = chart.y_scale([Curve("a", 0, 0, points([1], [0.0]))], [], False, True, False)  # of one value
-    assert level.low < level.high
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 3.0, -1e29, 2.0**62])
+@pytest.mark.parametrize("log", [False, True])
+def test_one_value_has_a_scale(value, log):
+    if log and value < 1e-30:
+        return  # left out of such a picture
+    curve = Curve("<a>", 0, 0, points([2.0**62], [abs(value) if log else value]))
+    scale, _ = chart.y_scale([curve], [], log, not log, False)
+    assert scale.low < scale.high and scale.ticks()
+    assert "nan" not in chart.svg([(curve, curve.points.step)], scale, "step", "<u>", {}, [], "<t>")
