@@ -64,13 +64,12 @@ def short(value: float) -> str:
 
 def y_scale(curves: list[Curve], levels: list[float], log: bool, zero: bool, cut: bool) -> tuple[Scale, float]:
     """The vertical scale, and the greatest value. `zero`: it begins at 0. `cut`: few far higher values do not set its end."""
-    means, lows, highs = (np.concatenate([getattr(c.points, name) for c in curves]) for name in ("mean", "low", "high"))
-    if log:
-        means, lows, highs = (values[values > 0] for values in (means, lows, highs))
+    lows, highs = (np.concatenate([getattr(c.points, name) for c in curves]) for name in ("low", "high"))
     low, high = min([*lows, *levels]), max([*highs, *levels])
     top = high
-    if cut and len(means) >= 20:
-        small, large, least, most = (np.log(v) if log else v for v in (*np.quantile(means, [0.02, 0.98]), low, high))
+    if cut and len(lows) >= 20:
+        ends = np.quantile(lows, 0.02), np.quantile(highs, 0.98), low, high
+        small, large, least, most = (np.log(v) if log else v for v in ends)
         limit = max([large + (large - small) / 2, *(np.log(level) if log else level for level in levels)])
         if small < large and most - least > 1.5 * (limit - least) > 0:
             top = float(np.exp(limit) if log else limit)
