@@ -117,7 +117,7 @@ def test_the_lowest_files_need_no_jax(name):
     assert not {m.split(".")[0] for m in imports(ROOT / "tinyllama_jax/base" / f"{name}.py")} & {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["train", "generate", "serve", "replay", "convert"])
+@pytest.mark.parametrize("module", ["train", "sft", "generate", "serve", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
     heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn"}
     code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"

@@ -232,8 +232,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("keys", "words"), WRONG, ids=lambda value: str(value)[:30])
-def test_wrong_input_is_one_line(folder, keys, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_input_is_one_line(folder, keys, words):
     with pytest.raises(UserError, match=words) as raised:
-        sft.main(command(folder, "runs/wrong", **keys))
+        sft.main(command(folder, **{"workdir": "runs/wrong", **keys}))
     assert "\n" not in str(raised.value)

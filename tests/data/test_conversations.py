@@ -22,6 +22,7 @@ SHAPES = {
         {"conversations": [{"from": f, "value": v} for f, v in (("system", "S"), ("user", "Q"), ("assistant", "A"))]},
         SYSTEM + TALK,
     ),
+    "ShareGPT by column": ({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}, TALK),
     "conversation, role and content": ({"conversation": TALK}, TALK),
     "guanaco": ({"text": "### Human: Q### Assistant: A### Human: Q2### Assistant: A2"}, TWO),
     "guanaco on lines": ({"text": "S\n### Human: Q\n### Assistant: A\n"}, SYSTEM + TALK),
@@ -124,6 +125,7 @@ def test_a_test_set_is_not_trained_on_by_mistake(files, advice, tmp_path):
 BAD = {
     '{"query": "Q", "reply": "A"}': "line 2: has 'query', 'reply', and fits no known shape (messages; conversations; ",
     '{"messages": "hello"}': "line 2: 'messages' is a text, and must be a list of turns",
+    '{"messages": {"role": ["user"], "content": []}}': "line 2: messages[0] needs role and content",
     '{"messages": []}': "line 2: 'messages' is an empty list",
     '{"messages": [{"role": "user"}]}': "line 2: messages[0] needs role and content",
     '{"messages": [{"role": "user", "content": null}]}': "line 2: messages[0] needs role and content",

@@ -147,6 +147,9 @@ def messages_of(row: object) -> list[Message]:
 def _turns(value: object, key: str) -> list[Message]:
     if isinstance(value, str):
         raise _BadRow(f"{key!r} is a text, and must be a list of turns: {_short(value)}")
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        n = max(map(len, value.values()))  # a sequence of structs, as `datasets` stores it by column
+        value = [{name: column[i] for name, column in value.items() if i < len(column)} for i in range(n)]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise _BadRow(f"{key!r} must be a list of turns with role and content, or from and value, but is {_short(value)}")
     out = []
