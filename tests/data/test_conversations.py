@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import re
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -174,3 +176,18 @@ def test_sources_that_are_none(tmp_path):
             conversations.files_of(str(tmp_path / name))
     with pytest.raises(UserError, match="is a URL"):
         conversations.files_of("https://huggingface.co/datasets/x")
+
+
+def test_a_damaged_file_is_named_and_never_ends_the_process(tmp_path):
+    write_all(tmp_path)
+    rng = random.Random(1)
+    for name in ("a.arrow", "saved/data-00000-of-00001.arrow", "a.parquet", "a.jsonl.gz", "list.json") * 40:
+        data = bytearray((tmp_path / name).read_bytes())
+        for _ in range(rng.choice((1, 3))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        file = tmp_path / f"damaged-{Path(name).name}"
+        file.write_bytes(data)
+        try:
+            list(conversations.read([file]))  # some damage is within a text
+        except UserError as error:
+            assert str(error).startswith(str(file)) and "\n" not in str(error)

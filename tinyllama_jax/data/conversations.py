@@ -214,7 +214,7 @@ def _rows(file: Path) -> Iterator[tuple[str, object]]:
             yield f"{file}, {at}", row
     except _BadRow as error:
         raise UserError(f"{file}, {at}: {error}") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}, after {at}: cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -282,6 +282,7 @@ def _arrow(file: Path, at: _Place) -> Iterator[object]:
 
 
 def _counted(batch: pyarrow.RecordBatch, at: _Place) -> Iterator[object]:
+    batch.validate(full=True)  # Arrow trusts its offsets: a damaged one would end this process
     for start in range(0, batch.num_rows, 256):  # a batch of `datasets` has 1,000 rows or more
         for row in batch.slice(start, 256).to_pylist():
             at.number += 1
