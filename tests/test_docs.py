@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("launch/*")]
 SOURCES = [*ROOT.glob("configs/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("tinyllama_jax/*.py")]
 PLACEHOLDERS = {" TRAIN": " --config configs/demo.py", "--step N": "--step 1", " --section.key=value": ""}
-OVERRIDES = ("train", "sft", "plan", "audit", "replay")  # take --section.key=value
+OVERRIDES = ("train", "sft", "dpo", "plan", "audit", "replay")  # take --section.key=value
 
 
 class Parsed(Exception):

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     return train.main(as_training(config, argv))
 
 
-def as_training(config: Config, argv: list[str]) -> list[str]:
+def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str]:
     """The arguments of `train` that say the same as `argv`: with the model of the weights, and blocks for conversations."""
     origin = _origin(config)
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,7 +44,7 @@ def as_training(config: Config, argv: list[str]) -> list[str]:
             return [*model, *argv]
         template = chat.choose(origin.absolute(), base.tokenizer, config.data.template or None, "--data.template")
         chat.check_ends(template, base.tokenizer)
-        encoder = chats.Encoder(template, base.tokenizer, base.begin_with_bos, config.model.seq_len + 1)
+        encoder = chats.Encoder(template, base.tokenizer, base.begin_with_bos, config.model.seq_len + 1, kind)
         _say(f"chat template {template.name} ({template.why})")
         place, sources = Path(config.workdir).parent / "prepared", {}
         for path, weight in config.data.sources.items():

@@ -72,6 +72,7 @@ class Manifest(typing.TypedDict, total=False):
 
     format: typing.Required[typing.Literal[FORMAT]]
     kind: typing.Literal["text", "chat", "preferences"]  # text if it is left out
+    reference: str  # of preferences: what their reference log-probabilities were computed from
     seq_len: typing.Required[typing.Annotated[int, msgspec.Meta(ge=1, le=LONGEST)]]
     dtype: typing.Required[typing.Literal["uint16", "int32"]]
     bos: typing.Required[bool]

@@ -46,16 +46,17 @@ PAIRS = (
 TURNS = {
     r"### (Human|Assistant):": ("### ", ":"),
     r"<\|im_start\|>(system|user|assistant)\n": ("<|im_start|>", "\n"),
+    r"(?:^|\n\n)(Human|Assistant):": ("", ":"),
 }
 SHAPES = "messages; conversations; instruction and output; prompt and completion; question and answer; input and output; text"
 SPLITS = ("train", "test", "valid", "val", "eval", "dev")  # how the names of splits begin
 
 
 class Row(NamedTuple):
-    """A conversation and where it was read."""
+    """A conversation, or a pair of them, and where it was read."""
 
     where: str  # "FILE, line N"
-    messages: list[Message]
+    messages: list[Message] | tuple[list[Message], list[Message]]
 
 
 class _BadRow(Exception):
@@ -112,12 +113,13 @@ def _split(file: Path, folder: Path) -> str:
 # -- rows ---------------------------------------------------------------------------------------------------------------
 
 
-def read(files: list[Path]) -> Iterator[Row]:
-    """The conversations of `files`, in order. Raises UserError naming file and line of a row that is none."""
+def read(files: list[Path], kind: str = "chat") -> Iterator[Row]:
+    """The conversations of `files`, in order, or with "preferences" the pairs. Raises UserError naming a row that is none."""
+    parsed = {"chat": messages_of, "preferences": pair_of}[kind]
     for file in files:
         for where, row in _rows(file):
             try:
-                yield Row(where, messages_of(row))
+                yield Row(where, parsed(row))
             except _BadRow as error:
                 raise UserError(f"{where}: {error}") from None
 
@@ -139,9 +141,26 @@ def messages_of(row: object) -> list[Message]:
             content = "\n\n".join(text for text in texts if text)
             return [*system, _message("user", content), _message("assistant", _text(given[answer], answer))]
     if "text" in given:
-        return _split_text(_text(given["text"], "text"))
+        return _split_text(_text(given["text"], "text"), "text")
     keys = ", ".join(map(repr, row)) or "no keys"
     raise _BadRow(f"has {keys:.300}, and fits no known shape ({SHAPES}); see docs/sft.md to convert it in one line")
+
+
+def pair_of(row: object) -> tuple[list[Message], list[Message]]:
+    """(chosen, rejected) conversations of a row: `chosen` and `rejected`, each whole or what follows `prompt`."""
+    if not isinstance(row, dict) or row.get("chosen") is None or row.get("rejected") is None:
+        raise _BadRow(f"is no pair: it needs 'chosen' and 'rejected', and has {_short(row)}; see docs/dpo.md")
+    prompt, out = row.get("prompt"), []
+    asked = _turns(prompt, "prompt") if isinstance(prompt, list) else prompt and [_message("user", _text(prompt, "prompt"))]
+    for key in ("chosen", "rejected"):
+        if isinstance(row[key], list) and row[key] and isinstance(row[key][0], dict):
+            turns = _turns(row[key], key)
+        elif asked:
+            turns = [_message("assistant", _text(row[key], key))]
+        else:
+            turns = _split_text(_text(row[key], key), key)
+        out.append(turns if any(turn["role"] == "user" for turn in turns) else [*(asked or ()), *turns])
+    return out[0], out[1]
 
 
 def _turns(value: object, key: str) -> list[Message]:
@@ -183,7 +202,7 @@ def _text(value: object, key: str) -> str:
     return value
 
 
-def _split_text(text: str) -> list[Message]:
+def _split_text(text: str, key: str) -> list[Message]:
     for pattern in TURNS:
         before, *parts = re.split(pattern, text)
         if parts:
@@ -193,7 +212,7 @@ def _split_text(text: str) -> list[Message]:
                 _message(ROLES[role.lower()], content.strip().removesuffix("<|im_end|>")) for role, content in turns
             ]
     raise _BadRow(
-        f"'text' has no turns: neither '### Human:' nor '<|im_start|>user' is in {_short(text)}; known shapes: {SHAPES}"
+        f"{key!r} has no turns: neither '### Human:' nor '<|im_start|>user' is in {_short(text)}; known shapes: {SHAPES}"
     )
 
 

@@ -100,6 +100,8 @@ def eos_id(config: Config, sources: list[Blocks]) -> int:
     manifests, vocabulary = [blocks.manifest for blocks in sources], sources[0].manifest["tokenizer"]
     if sources[0].kind != "text":
         _check_conversations(config, sources[0].kind)
+        if sources[0].kind == "preferences" and not all("reference" in manifest for manifest in manifests):
+            raise UserError("--data.sources: the pairs have no reference log-probabilities; use `python -m tinyllama_jax.dpo`")
         return vocabulary["eos_id"]
     if all(manifest["eos"] for manifest in manifests) or not (config.data.document_mask or config.data.eod_mask_loss):
         return vocabulary["eos_id"]

@@ -16,6 +16,7 @@ class Sums(NamedTuple):
     correct: jax.Array  # positions where the label is the likeliest token
     z: jax.Array  # z_loss x logsumexp^2; the step minimises loss + z (PaLM, arXiv:2204.02311, section 5: z_loss 1e-4)
     rows: jax.Array  # [B]: the loss of each sequence, for reports; it has no gradient
+    more: dict[str, jax.Array] | None = None  # what else a loss reports, by name
 
 
 def zero_sums(n_rows: int) -> Sums:

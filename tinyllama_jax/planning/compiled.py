@@ -17,6 +17,7 @@ import jax
 from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import lora
 from tinyllama_jax.core.losses import NextToken
 from tinyllama_jax.core.program import Program, build, choose_attention, shape_of_batch
 from tinyllama_jax.planning import hlo, targets, timing
@@ -141,7 +142,7 @@ def _on_device(tree) -> int:
 def measured_memory(config: Config, program: Program, buffers: list[hlo.Buffer], peak: int) -> dict[str, int]:
     """Splits `peak` by kind: parameters, optimizer, gradients, activations, temporaries."""
     parts = Counter()
-    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.state.params)]
+    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(lora.split(program.state.params)[0])]
     like_a_parameter = {tuple(sorted(n for n in shape if n > 1)) for shape in shards}
     for buffer in buffers:
         shape = tuple(sorted(n for n in buffer.shape if n > 1))
@@ -162,7 +163,7 @@ def expected_memory(config: Config, mesh: jax.sharding.Mesh, program: Program, j
     return {
         "params": params,
         "optimizer": _on_device(program.state.opt_state),
-        "gradients": copies * params,
+        "gradients": copies * _on_device(lora.split(program.state.params)[0]),
         "activations": activations,
     }
 

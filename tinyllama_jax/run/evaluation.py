@@ -15,6 +15,7 @@ from tinyllama_jax.run import cluster
 def evaluate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int) -> dict[str, float]:
     """Held-out loss (nats a token), perplexity and next-token accuracy; with several sources also the loss of each.
 
+    Of preferences the loss of a pair, and the share of pairs with a positive margin; `val_tokens` then counts pairs.
     `step`: the step of the parameters.
     """
     batch = program.shape[1]
@@ -33,4 +34,6 @@ def evaluate(program: Program, config: Config, params: dict, held_out: dict[str,
     if not tokens:  # blocks of a single token
         return {"val_loss": math.nan, "val_perplexity": math.nan, "val_accuracy": math.nan, "val_tokens": 0}
     scores = {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700)), "val_accuracy": correct / tokens}
+    if any(blocks.kind == "preferences" for blocks in held_out.values()):
+        del scores["val_perplexity"]
     return {**scores, "val_tokens": int(tokens), **(out if len(out) > 1 else {})}

@@ -1,5 +1,6 @@
 """The log of a run: the progress line, the line of each step in metrics.jsonl, and the clocks."""
 
+import contextlib
 import json
 import signal
 import typing
@@ -46,33 +47,46 @@ class Log:
         self._order, self._names = feed.order(config, sources), feed.names(config.data.sources)
         self._counts = self._order.counts(start)  # samples of each source up to the last line written
         self._pending: tuple[int, dict] | None = None
+        self._step = start
         self.timed = self._timer.timed
 
     def __enter__(self) -> typing.Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
         if self._writer:
+            what = f"{type(error).__name__}: {error}".partition("\n")[0] if error else f"after step {self._step:,}"
+            with contextlib.suppress(OSError):  # a full disk may be the error itself
+                self._writer.event(self._step, "end", what)
             self._progress.close()
             self._writer.close()
 
-    def say(self, text: str) -> None:
-        """Prints lines above the progress line."""
+    def say(self, text: str, event: str = "") -> None:
+        """Prints lines above the progress line; records them as an `event` too (see `metrics.Event`) if it is given."""
         if self._progress:
             self._progress.say(text)
+            if event:
+                self._writer.event(self._step, event, text)
+
+    def sample(self, step: int, text: str) -> None:
+        """Prints and records the text that the model wrote after `step`."""
+        if self._writer:
+            self._writer.event(step, "sample", text)
+        self.say(f"step {step:,}: {text}")
 
     def step(self, step: int, on_device: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has started, and records those of the step before. Raises Spike."""
         self.record_pending()
-        self._pending = (step, on_device)
+        self._step, self._pending = step, (step, on_device)
         if step == self._start + 2:  # the first step is done
             self.say(self._startup.line())
 
     def validation(self, step: int, scores: dict[str, float]) -> None:
         """Records the validation after `step`."""
         self._write(step, scores)
-        loss, perplexity = scores["val_loss"], scores["val_perplexity"]
-        self.say(f"step {step:,}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        perplexity, accuracy = scores.get("val_perplexity"), scores["val_accuracy"]
+        more = f"accuracy {accuracy:.3f}" if perplexity is None else f"perplexity {perplexity:.2f}"
+        self.say(f"step {step:,}: validation loss {scores['val_loss']:.4f}, {more}")
 
     def sync(self, step: int) -> None:
         """Waits until all lines up to `step` are on the disk: a checkpoint must not be ahead of them. Raises Spike."""

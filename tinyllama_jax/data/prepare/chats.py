@@ -38,8 +38,13 @@ WINDOW = 1 << 14  # conversations that are packed together; with more, less padd
 ONE_PROCESS = 1 << 25  # bytes of input; for more, several processes encode
 CHUNK = 256  # conversations that a process encodes at a time
 NO_ANSWER, TOO_LONG = "without an assistant turn", "whose first turn does not fit"
-REFUSED = "refused by the chat template"
-CUT = "cut after an answer that fits"
+REFUSED, ALIKE = "refused by the chat template", "whose two answers are the same"
+CUT, SHORT_PROMPT, SHORT_ANSWER = (
+    "cut after an answer that fits",
+    "cut at the beginning of the prompt",
+    "cut at the end of an answer",
+)
+KEPT = ("", CUT, SHORT_PROMPT, SHORT_ANSWER)
 
 
 class Encoder(NamedTuple):
@@ -49,13 +54,17 @@ class Encoder(NamedTuple):
     tokenizer: Tokenizer
     begin_with_bos: bool
     width: int  # S + 1, the most tokens of a conversation
+    kind: str = "chat"  # or "preferences": pairs of a chosen and a rejected conversation, one after the other
 
     def identity(self) -> list:
         """What the tokens depend on, besides the messages."""
-        return [CODE, self.template.source, self.tokenizer.sha256, self.begin_with_bos, self.width]
+        return [CODE, self.template.source, self.tokenizer.sha256, self.begin_with_bos, self.width, self.kind]
 
-    def encode(self, messages: list[Message]) -> tuple[np.ndarray, str]:
-        """(tokens with their marks in the bits from 24 up, uint32 [n]; "" or CUT). Raises _LeftOut, which says why."""
+    def encode(self, row: list[Message] | tuple[list[Message], list[Message]]) -> tuple[np.ndarray, str]:
+        """(tokens with their marks in the bits from 24 up, uint32 [n]; one of KEPT). Raises _LeftOut, which says why."""
+        return self._pair(*row) if self.kind == "preferences" else self._conversation(row)
+
+    def _conversation(self, messages: list[Message]) -> tuple[np.ndarray, str]:
         answers = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
         if not answers:
             raise _LeftOut(NO_ANSWER)
@@ -74,9 +83,54 @@ class Encoder(NamedTuple):
             raise _LeftOut(REFUSED, f": {error}") from None
         if not any(mask):
             raise _LeftOut(NO_ANSWER)
-        out = np.array(ids, np.uint32) | np.array(mask, np.uint32) * np.uint32(LEARNED << 24)
-        out[0] |= np.uint32(FIRST << 24)
-        return out, CUT if fits < len(answers) else ""
+        return _marked(ids, mask), CUT if fits < len(answers) else ""
+
+    def _pair(self, chosen: list[Message], rejected: list[Message]) -> tuple[np.ndarray, str]:
+        """Both conversations, in at most half of a block each; only what differs is learned.
+
+        If they are too long, the prompt loses its beginning, down to a quarter of the block, and then the answers their ends.
+        """
+        if chosen == rejected:
+            raise _LeftOut(ALIKE)
+        common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        common = min(len(chosen), len(rejected)) if common is None else common
+        sides = [self._prompt_and_answer(messages, common) for messages in (chosen, rejected)]
+        half, out, notes = self.width // 2, [], []
+        longest = max(len(answer) for _, answer, _ in sides)
+        for prompt, answer, learned in sides:
+            keep = min(len(prompt), max(half - longest, half // 2))
+            bos = prompt[: int(self.begin_with_bos and keep < len(prompt))]
+            ids = [*bos, *prompt[len(prompt) - keep + len(bos) :], *answer][:half]
+            mask = [False] * keep + learned
+            notes += [SHORT_PROMPT] * (keep < len(prompt)) + [SHORT_ANSWER] * (keep + len(answer) > half)
+            if not any(mask[: len(ids)]):
+                raise _LeftOut(NO_ANSWER)
+            out.append(_marked(ids, mask[: len(ids)]))
+        return np.concatenate(out), max(notes, key=KEPT.index, default="")
+
+    def _prompt_and_answer(self, messages: list[Message], common: int) -> tuple[list[int], list[int], list[bool]]:
+        """(tokens of the prompt, those of the answer, whether each of these is learned) after the `common` first messages."""
+        last = max((i for i, message in enumerate(messages, 1) if message["role"] == "assistant"), default=0)
+        answers = sum(message["role"] == "assistant" for message in messages[common:last])
+        if not answers or not common:
+            raise _LeftOut(NO_ANSWER)
+        try:
+            ids, mask = chat.encode_with_mask(
+                self.template, self.tokenizer, messages[:last], begin_with_bos=self.begin_with_bos
+            )
+        except UserError as error:
+            raise _LeftOut(REFUSED, f": {error}") from None
+        begins = [i for i, learned in enumerate(mask) if learned and not (i and mask[i - 1])]
+        if len(begins) < answers:
+            raise _LeftOut(NO_ANSWER)
+        first, end = begins[-answers], len(mask) - mask[::-1].index(True)
+        return ids[:first], ids[first:end], mask[first:end]
+
+
+def _marked(ids: list[int], mask: list[bool]) -> np.ndarray:
+    out = np.array(ids, np.uint32) | np.array(mask, np.uint32) * np.uint32(LEARNED << 24)
+    out[0] |= np.uint32(FIRST << 24)
+    return out
 
 
 class _LeftOut(Exception):
@@ -206,7 +260,7 @@ def _write(source: str, files: list[Path], made_of: list, encoder: Encoder, outp
     due = time.monotonic() + 30
     with scratch.open("wb") as spilled:  # so that memory is bounded
         size = sum(file.stat().st_size for file in files)
-        for tokens, note, where in _encoded(conversations.read(files), encoder, size):
+        for tokens, note, where in _encoded(conversations.read(files, encoder.kind), encoder, size):
             notes[note] += 1
             if time.monotonic() > due:
                 print(f"{source}: {notes.total():,} conversations read", flush=True)
@@ -231,10 +285,10 @@ def _write(source: str, files: list[Path], made_of: list, encoder: Encoder, outp
         blocks = pack(lengths[index], encoder.width)
         file = partial / f"blocks-{split}.array_record-00000-of-00001"
         members = ([everything[ends[i] - lengths[i] : ends[i]] for i in index[block]] for block in blocks)
-        learned = write_blocks(file, members, encoder.width, dtype)
+        learned = write_blocks(file, members, encoder.width, dtype, encoder.kind)
         entry = {"file": file.name, "blocks": len(blocks), "tokens": int(lengths[index].sum())}
         entry |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        dropped = {note: n for note, n in sorted(notes.items()) if note not in ("", CUT)} if split == "train" else {}
+        dropped = {note: n for note, n in sorted(notes.items()) if note not in KEPT} if split == "train" else {}
         counts = {"documents": len(index), "empty_documents": 0, "tokens": entry["tokens"], "blocks": len(blocks)}
         splits[split] = {**counts, "learned": learned, "dropped": dropped, "shards": [entry]}
         splits[split]["sources"] = inputs if split == "train" else []
@@ -244,41 +298,49 @@ def _write(source: str, files: list[Path], made_of: list, encoder: Encoder, outp
     chat.keep(encoder.template, partial / "tokenizer")
     spm = encoder.tokenizer
     vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
-    manifest = {"format": FORMAT, "kind": "chat", "seq_len": encoder.width - 1, "dtype": dtype, "bos": encoder.begin_with_bos}
+    manifest = {
+        "format": FORMAT,
+        "kind": encoder.kind,
+        "seq_len": encoder.width - 1,
+        "dtype": dtype,
+        "bos": encoder.begin_with_bos,
+    }
     manifest |= {"eos": False, "tokenizer": vocabulary, "splits": splits}
-    record = Record(encoder.width - 1, dtype, "chat")
+    record = Record(encoder.width - 1, dtype, encoder.kind)
     folder_lib.write_metadata(partial, record.features, {name: split["shards"] for name, split in splits.items()})
-    write(partial / "conversations.json", json.dumps({"line": _line(splits, notes, examples, encoder.width)}) + "\n")
+    write(partial / "conversations.json", json.dumps({"line": _line(splits, notes, examples, encoder)}) + "\n")
     write(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     settle(partial)
     os.rename(partial, output)
 
 
-def write_blocks(file: Path, blocks: Iterable[list[np.ndarray]], width: int, dtype: str) -> int:
+def write_blocks(file: Path, blocks: Iterable[list[np.ndarray]], width: int, dtype: str, kind: str = "chat") -> int:
     """Writes a block for each list of conversations (tokens with marks, uint32); returns how many tokens are learned."""
-    record, writer, learned = Record(width - 1, dtype, "chat"), shards.writer(file), 0
+    record, writer, learned = Record(width - 1, dtype, kind), shards.writer(file), 0
+    extras = {"reference": np.zeros(width, np.float32)} if kind == "preferences" else {}  # `with_reference` fills it in
     for block in blocks:
         whole = np.zeros(width, np.uint32)
         joined = np.concatenate(block)
         whole[: len(joined)] = joined
         marks = (whole >> 24).astype(np.uint8)
         tokens = (whole & 0xFFFFFF).astype(dtype)
-        shards.written(file, writer.write, record.encode(tokens, len(joined), marks=marks))
+        shards.written(file, writer.write, record.encode(tokens, len(joined), marks=marks, **extras))
         learned += int((marks & LEARNED).sum())
     shards.written(file, writer.close)
     return learned
 
 
-def _line(splits: dict[str, dict], notes: Counter[str], examples: dict[str, str], width: int) -> str:
+def _line(splits: dict[str, dict], notes: Counter[str], examples: dict[str, str], encoder: Encoder) -> str:
     """What a person should know about the data."""
     total = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "learned", "blocks")}
+    what, width = {"chat": "conversations", "preferences": "pairs"}[encoder.kind], encoder.width
     held = splits.get(HELD_OUT, {}).get("documents", 0)
     padding = 1 - total["tokens"] / (total["blocks"] * width)
     parts = [
-        f"{total['documents']:,} conversations ({held:,} held out) of {total['tokens']:,} tokens, {total['learned']:,} of them "
+        f"{total['documents']:,} {what} ({held:,} held out) of {total['tokens']:,} tokens, {total['learned']:,} of them "
         f"learned, in {total['blocks']:,} blocks of {width:,} with {padding:.1%} padding"
     ]
-    parts += [f"{notes[CUT]:,} {CUT}"] if notes[CUT] else []
-    left = [(note, n) for note, n in sorted(notes.items()) if note not in ("", CUT)]
+    parts += [f"{notes[note]:,} {note}" for note in KEPT[1:] if notes[note]]
+    left = [(note, n) for note, n in sorted(notes.items()) if note not in KEPT]
     parts += [f"left out {n:,} {note}, the first: {examples[note]}" for note, n in left]
     return "; ".join(parts)
