@@ -227,6 +227,7 @@ WRONG = [
     ({"model__n_layers": 3}, r"--model.n_layers=3: .*base is of a model with n_layers=2"),
     ({"model__seq_len": 8, "train__tokens_per_step": 64}, r"no conversation to learn from \(48 whose first turn does not fit"),
     ({"workdir": "a,b/run"}, r"has a comma in its path; choose another --workdir"),
+    ({"model__added_tokens": "<x>", "lora__rank": 4}, r"the rows of new tokens are not part of any adapter"),
     ({"model__added_tokens": "a b"}, r"--model.added_tokens=a b: a token has no white space"),
 ]
 

@@ -100,6 +100,9 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if tokens.vocab_size > rows and init.state != "weights":
         raise UserError(f"--init.state={init.state}: with new rows for model.added_tokens only the weights can be taken over")
+    if tokens.vocab_size > rows and config.lora.rank:
+        what = "the rows of new tokens are not part of any adapter, and would not be trained"
+        raise UserError(f"--model.added_tokens={config.model.added_tokens}: {what}; leave it empty, or set --lora.rank=0")
     if init.state != "weights":
         step = _step(config)
         if not (origin / "checkpoints" / str(step) / "train").is_dir():
