@@ -220,6 +220,7 @@ def test_new_rows_are_the_mean_of_the_old(folder):
 WRONG = [
     ({"init__from": ""}, r"--init.from is empty; name the weights to start from"),
     ({"init__from": "nowhere"}, r"--init.from=nowhere: no such file or folder"),
+    ({"init__from": "tests"}, r"--init.from=tests: is neither a run folder, a Hugging Face folder nor a GGUF file"),
     ({"data__sources": "nowhere.jsonl"}, r"--data.sources=nowhere.jsonl: no such file or folder"),
     ({"data__template": "zephir"}, r"--data.template zephir: is none of guanaco, chatml, zephyr"),
     ({"data__template": ""}, r"has no chat template.*: say --data.template NAME"),

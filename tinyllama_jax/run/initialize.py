@@ -73,6 +73,8 @@ def read_origin(path: Path, scratch: Path, added: str = "") -> Origin:
         model, tokens = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
     else:
         gguf.check_named(path, "--init.from")
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UserError(f"--init.from={path}: is neither a run folder, a Hugging Face folder nor a GGUF file")
         folder = peft.with_tokenizer(path)
         model, tokens = peft.load_model(path), tokenizer.load(folder)
     rows, begin_with_bos = tokens.vocab_size, tokenizer.documents_begin_with_bos(folder)
