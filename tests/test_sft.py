@@ -201,7 +201,7 @@ def test_steps_that_are_typed_replace_epochs_and_epochs_need_no_schedule(folder)
 
 
 def test_blocks_of_text_are_refused(folder, tiny_data):
-    with pytest.raises(UserError, match="was prepared as text; sft learns from conversations"):
+    with pytest.raises(UserError, match="was prepared as text, for `train`; this command learns from chat"):
         sft.main(command(folder, "runs/wrong", data__sources=tiny_data / "a"))
 
 
@@ -238,3 +238,12 @@ def test_wrong_input_is_one_line(folder, keys, words):
     with pytest.raises(UserError, match=words) as raised:
         sft.main(command(folder, **{"workdir": "runs/wrong", **keys}))
     assert "\n" not in str(raised.value)
+
+
+def test_blocks_that_are_prepared_are_taken_as_they_are(tuned, folder):
+    config = checkpoint.load_config(tuned[0])
+    (source,) = config.data.sources
+    argv = command(folder, "runs/again", data__sources=source)
+    assert f"--data.sources={source}" in sft.as_training(cli.load(argv), argv)
+    with pytest.raises(UserError, match="was prepared as chat, for `sft`; this command learns from preferences"):
+        sft.as_training(cli.load(argv), argv, "preferences")
