@@ -118,7 +118,7 @@ def test_the_lowest_files_need_no_jax(name):
     assert not {m.split(".")[0] for m in imports(ROOT / "tinyllama_jax/base" / f"{name}.py")} & {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["train", "generate", "serve", "replay", "convert"])
+@pytest.mark.parametrize("module", ["train", "sft", "generate", "serve", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
     heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn"}
     code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
@@ -147,7 +147,7 @@ def test_variables_have_the_names_of_their_things(path):
 
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
-    assert len(c.keys()) <= 72  # the budget: raise it only by a diff that someone has to defend
+    assert len(c.keys()) <= 74  # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys
 
 
 def test_imports_leave_jax_its_devices():
