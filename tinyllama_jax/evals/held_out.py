@@ -1,12 +1,15 @@
 """Loss, perplexity, accuracy and bits per byte of a model on a prepared data set."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.base.config import Bos, Data
+from tinyllama_jax.base import rope
+from tinyllama_jax.base.config import Bos, Data, Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -17,6 +20,7 @@ from tinyllama_jax.data.tokenizer import SPACE, SentencePieceTokenizer, Tokenize
 from tinyllama_jax.evals.score import Scorer, Text
 
 READ = 64  # blocks read and scored at a time
+PARTS = 8  # of the context, in `by_position`
 
 
 def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edge: int, limit: int | None = None) -> dict:
@@ -63,6 +67,45 @@ def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edg
         "bits_per_byte": nats_of_bytes / math.log(2) / n_bytes if n_bytes else None,
         **({"no_bytes": why} if why else {}),
     }
+
+
+def by_position(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, limit: int | None = None) -> list[dict]:
+    """Loss and perplexity of tokens by their position in the context, of which there are PARTS equal parts.
+
+    Texts of the context's length + 1 are cut from the blocks in their order, and see across documents. `limit`: texts; None:
+    all. Raises UserError if the data do not fill one text, or have another tokenizer.
+    """
+    check_tokenizer(tokenizer, blocks)
+    context, texts, waiting = scorer.context, [], []
+    for first in range(0, len(blocks), READ):
+        if limit and len(texts) >= limit:
+            break
+        tokens, length = blocks.read(np.arange(first, min(first + READ, len(blocks))))
+        waiting += [token for row, size in zip(tokens, length, strict=True) for token in row[:size].tolist()]
+        while len(waiting) > context:
+            texts.append(Text(waiting[: context + 1], context))
+            del waiting[: context + 1]
+    if not texts:
+        raise UserError(f"{blocks.directory}: the split {blocks.split} has fewer than the {context + 1:,} tokens of one text")
+    losses = [-scored.logprobs.astype(np.float64) for scored in scorer(texts[:limit])]
+    edges = [context * i // PARTS for i in range(PARTS + 1)]
+    parts = [(a, b, float(np.mean([row[a:b] for row in losses]))) for a, b in itertools.pairwise(edges) if b > a]
+    return [{"from": a, "to": b, "loss": loss, "perplexity": math.exp(min(loss, 700))} for a, b, loss in parts]
+
+
+def lengthened(model: Model, factor: float, kind: str | None) -> Model:
+    """`model` with a context of `factor` times its own, and RoPE scaled by that for it as `kind` says; None: as it is.
+
+    Raises UserError for a kind that this model cannot have.
+    """
+    length = round(model.seq_len * factor)
+    if kind is None or factor == 1:
+        return dataclasses.replace(model, seq_len=length)
+    if model.rope_scaling != 1:
+        raise UserError(f"--rope {kind}: the model's RoPE is scaled by {model.rope_scaling:g} already ({model.rope_type})")
+    text = f"yarn,{rope.LENGTH}={model.seq_len}" if kind == "yarn" else kind
+    scaled = dataclasses.replace(model, seq_len=length, rope_type=text, rope_scaling=float(factor))
+    return dataclasses.replace(scaled, rope_type=rope.checked(scaled))
 
 
 def _texts(tokens: np.ndarray, mask: bool, edge: int, context: int) -> Iterator[Text]:
