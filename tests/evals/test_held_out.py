@@ -34,14 +34,16 @@ def run(request, tiny_data, tiny_config_file, tmp_path_factory):
 
 
 def test_scores_are_those_of_the_trainer(run, tiny_data, tmp_path, capsys):
-    folder, row = run
+    (folder, row), tokens = run, 0
     for source in ("a", "b"):
         line = ["--checkpoint", str(folder), "--data-set", str(tiny_data / source), "--output", str(tmp_path / "out.json")]
         assert evaluate.main(line) == 0
         record = json.loads((tmp_path / "out.json").read_text())
         assert record["data_set"]["loss"] == pytest.approx(row[f"val_loss/{source}"], rel=2e-5)
+        tokens += record["data_set"]["tokens"]
         assert record["step"] == 4 and record["precision"] == "float32"
         assert f"loss {record['data_set']['loss']:.4f} +- " in capsys.readouterr().out
+    assert tokens == row["val_tokens"]
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece", "SentencePiece as Llama's", "Hugging Face", "byte-level BPE"])
