@@ -42,13 +42,13 @@ def main() -> None:
     file = args.checkpoint
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name} if file.is_file() else {
         "pretrained_model_name_or_path": str(file)}  # fmt: skip
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     loaded = weights.load(file, weights="float32")
     bos = loaded.begin_with_bos
     scored = {"ours": harness.HarnessModel(loaded, bos, quiet=True)}
     for batch in (1, 8, 32):
-        scored[f"hf, batch {batch}"] = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=batch, add_bos_token=bos)
+        scored[f"hf, batch {batch}"] = HFLM(pretrained=reference, tokenizer=tokenizer, batch_size=batch, add_bos_token=bos)
     (task,) = harness.tasks([args.task], None, args.data)
     task.set_config(key="num_fewshot", value=0)
     task.build_all_requests(limit=args.items, rank=0, world_size=1)
