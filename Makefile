@@ -65,13 +65,14 @@ bench: $(VENV)/.dev
 vllm-venv: $(VENV)-vllm/.base
 
 # 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
-# others. Then an export in vLLM, and 1,000 requests to a server.
+# others. Then an export in vLLM, 1,000 requests to a server, and all of PIQA by SmolLM2, ours and by lm-eval.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
 	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
 	$(PY) tests/vllm_greedy.py
 	$(PY) tests/serve_load.py --clients 64 --requests 1000
+	PYTHONPATH=.:tests:tests/inference $(PY) tests/evals/test_harness.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-newer $(VENV)-plan $(VENV)-vllm runs
