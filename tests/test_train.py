@@ -168,7 +168,7 @@ def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_pa
     step = checkpoint.find_step(tmp_path / "run")
     assert error.splitlines() == [
         "standard output cannot be written: nobody reads the output any more",
-        f"stopped by a failed standard output after step {step}, which is saved; run the same command to resume",
+        f"stopped by a failed standard output after step {step}, which is saved; the same command resumes",
     ]
 
 
