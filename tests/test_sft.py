@@ -201,7 +201,7 @@ def test_steps_that_are_typed_replace_epochs_and_epochs_need_no_schedule(folder)
 
 
 def test_blocks_of_text_are_refused(folder, tiny_data):
-    with pytest.raises(UserError, match="was prepared as text; sft learns from conversations"):
+    with pytest.raises(UserError, match="was prepared as text, for `train`; this command learns from chat"):
         sft.main(command(folder, "runs/wrong", data__sources=tiny_data / "a"))
 
 
@@ -220,6 +220,7 @@ def test_new_rows_are_the_mean_of_the_old(folder):
 WRONG = [
     ({"init__from": ""}, r"--init.from is empty; name the weights to start from"),
     ({"init__from": "nowhere"}, r"--init.from=nowhere: no such file or folder"),
+    ({"init__from": "tests"}, r"--init.from=tests: is neither a run folder, a Hugging Face folder nor a GGUF file"),
     ({"data__sources": "nowhere.jsonl"}, r"--data.sources=nowhere.jsonl: no such file or folder"),
     ({"data__template": "zephir"}, r"--data.template zephir: is none of guanaco, chatml, zephyr"),
     ({"data__template": ""}, r"has no chat template.*: say --data.template NAME"),
@@ -227,13 +228,22 @@ WRONG = [
     ({"model__n_layers": 3}, r"--model.n_layers=3: .*base is of a model with n_layers=2"),
     ({"model__seq_len": 8, "train__tokens_per_step": 64}, r"no conversation to learn from \(48 whose first turn does not fit"),
     ({"workdir": "a,b/run"}, r"has a comma in its path; choose another --workdir"),
+    ({"model__added_tokens": "<x>", "lora__rank": 4}, r"the rows of new tokens are not part of any adapter"),
     ({"model__added_tokens": "a b"}, r"--model.added_tokens=a b: a token has no white space"),
 ]
 
 
 @pytest.mark.parametrize(("keys", "words"), WRONG, ids=lambda value: str(value)[:30])
-def test_wrong_input_is_one_line(folder, keys, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_input_is_one_line(folder, keys, words):
     with pytest.raises(UserError, match=words) as raised:
-        sft.main(command(folder, "runs/wrong", **keys))
+        sft.main(command(folder, **{"workdir": "runs/wrong", **keys}))
     assert "\n" not in str(raised.value)
+
+
+def test_blocks_that_are_prepared_are_taken_as_they_are(tuned, folder):
+    config = checkpoint.load_config(tuned[0])
+    (source,) = config.data.sources
+    argv = command(folder, "runs/again", data__sources=source)
+    assert f"--data.sources={source}" in sft.as_training(cli.load(argv), argv)
+    with pytest.raises(UserError, match="was prepared as chat, for `sft`; this command learns from preferences"):
+        sft.as_training(cli.load(argv), argv, "preferences")

@@ -168,7 +168,7 @@ def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_pa
     step = checkpoint.find_step(tmp_path / "run")
     assert error.splitlines() == [
         "standard output cannot be written: nobody reads the output any more",
-        f"stopped by a failed standard output after step {step}, which is saved; run the same command to resume",
+        f"stopped by a failed standard output after step {step}, which is saved; the same command resumes",
     ]
 
 
@@ -324,7 +324,8 @@ def test_a_run_that_only_skips_gives_up_also_over_a_restart(bad_weights, tiny_co
     keys |= {"train__steps": 9, "train__give_up": 5}
     with pytest.raises(UserError, match=r"since step 1 all 5 steps, up to 5, were skipped .*\(train.give_up=5\)") as error:
         train.main(command(tiny_config_file, tmp_path / "run", **keys))
-    assert next(text for _, step, text in events(tmp_path / "run") if step == 5).startswith("Spike: since step 1 all 5 steps")
+    ended = next(text for _, step, text in events(tmp_path / "run") if step == 5)
+    assert ended.startswith("Spike: since step 1 all 5 steps")
     assert error.value.code == 3 and checkpoint.steps_in(tmp_path / "run") == [3]
 
 

@@ -92,8 +92,7 @@ def main(argv: list[str]) -> int:
                 with log.timed("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
-                what = f"{cluster.stopped_by(stopping)} after step {step:,}, which is saved; run the same command to resume"
-                log.say(what, "stop")
+                log.say(f"{cluster.stopped_by(stopping)} after step {step:,}, which is saved; the same command resumes", "stop")
                 return 128 + stopping
         return log.end(max(start, config.train.steps))
 

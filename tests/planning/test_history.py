@@ -112,5 +112,17 @@ def test_a_few_far_values_do_not_flatten_the_curve():
     cut, greatest = chart.y_scale([curve], [], False, False, True)
     assert cut.high < 3 and greatest == 1e9
     assert chart.y_scale([curve], [], False, False, False)[0].high > 1e9
-    level, _ = chart.y_scale([Curve("a", 0, 0, points([1], [0.0]))], [], False, True, False)  # of one value
-    assert level.low < level.high
+    level = np.full(200, 2.0)  # as of a long run: means that hardly change, and noise around them
+    noisy = Curve("a", 0, 0, Points(np.arange(200.0), level + np.arange(200) / 1e6, level - 1, level + 3, level))
+    assert all(chart.y_scale([noisy], [], log, False, True)[0].high >= 5 for log in (False, True))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 3.0, -1e29, 2.0**62])
+@pytest.mark.parametrize("log", [False, True])
+def test_one_value_has_a_scale(value, log):
+    if log and value < 1e-30:
+        return  # left out of such a picture
+    curve = Curve("<a>", 0, 0, points([2.0**62], [abs(value) if log else value]))
+    scale, _ = chart.y_scale([curve], [], log, not log, False)
+    assert scale.low < scale.high and scale.ticks()
+    assert "nan" not in chart.svg([(curve, curve.points.step)], scale, "step", "<u>", {}, [], "<t>")

@@ -1,6 +1,7 @@
 """The forward pass of inference: tokens at any positions of each row, with a cache of the keys and values before them."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +36,29 @@ def forward(
     """The head's input [B, S, D] for tokens at `positions_BS`, and the cache with their keys and values.
 
     A token sees the positions up to its own. The positions of a row are consecutive and lie within the cache.
+    """
+    new_cache = []
+
+    def attend(q_BSNH, k_BSKH, v_BSKH):
+        old = cache[len(new_cache)]
+        new_cache.append(tuple(_put(c, x, positions_BS) for c, x in zip(old, (k_BSKH, v_BSKH), strict=True)))
+        return over_cache(q_BSNH, *new_cache[-1], positions_BS)
+
+    return through_layers(weights, tokens_BS, positions_BS, model, attend), tuple(new_cache)
+
+
+def through_layers(
+    weights: Weights, tokens_BS: jax.Array, positions_BS: jax.Array, model: Model, attend: Callable[..., jax.Array]
+) -> jax.Array:
+    """The head's input [B, S, D]. `attend`: (q, k, v) of a layer, from the first on, -> its attention's output [B, S, N, H].
+
     The layers are written out, not scanned: a scan would copy each layer's weights out of a stack.
     """
     policy, (B, S) = jmp.get_policy(model.precision), tokens_BS.shape
     sizes = dims.sizes(model) | {"B": B, "S": S}
     x_BSD = sharding.constrain(lookup(weights.embed_VD, tokens_BS, model.residual_dtype), "BSD")
-    table, new_cache = model_lib.rope_table(positions_BS, model), []
-    for layer, (k_BKTH, v_BKTH) in zip(weights.layers, cache, strict=True):
-
-        def attend(q_BSNH, k_BSKH, v_BSKH, old=(k_BKTH, v_BKTH)):
-            new = tuple(_put(c, x, positions_BS) for c, x in zip(old, (k_BSKH, v_BSKH), strict=True))
-            new_cache.append(new)
-            return over_cache(q_BSNH, *new, positions_BS)
+    table = model_lib.rope_table(positions_BS, model)
+    for layer in weights.layers:
 
         def project(name, einsum, x, layer=layer):
             y = matmul(x.reshape(B, S, -1), layer[name])
@@ -56,7 +68,7 @@ def forward(
             return matmul(jax.nn.silu(gate_BSF) * up_BSF, layer["down"])
 
         x_BSD = model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
-    return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps)), tuple(new_cache)
+    return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps))
 
 
 def logits(weights: Weights, x_BSD: jax.Array) -> jax.Array:
@@ -78,11 +90,15 @@ def _put(cache_BKTH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) ->
 
 
 def over_cache(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """Attention [B, S, N, H] of queries at `positions_BS` over the cache; the scores in fp32 as in training."""
+    """Attention [B, S, N, H] of queries at `positions_BS` over the cache."""
+    return attention(q_BSNH, k_BKTH, v_BKTH, jnp.arange(k_BKTH.shape[2]) <= positions_BS[:, :, None])
+
+
+def attention(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, visible_BST: jax.Array) -> jax.Array:
+    """Attention [B, S, N, H] over the keys that are visible to each query; the scores in fp32 as in training."""
     B, S, N, H = q_BSNH.shape
     q_BSKGH = q_BSNH.reshape(B, S, k_BKTH.shape[1], -1, H)
     scores_BKGST = jnp.einsum("bskgh,bkth->bkgst", q_BSKGH, k_BKTH, preferred_element_type=jnp.float32)
-    visible_BST = jnp.arange(k_BKTH.shape[2]) <= positions_BS[:, :, None]
     scores_BKGST = jnp.where(visible_BST[:, None, None], scores_BKGST * jnp.float32(1 / math.sqrt(H)), -jnp.inf)
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSNH.dtype)
     # bkgsh, the batched matmul's own order: with any other, XLA's CPU backend refuses bf16 for more than one row

@@ -1,4 +1,4 @@
-"""The options that `generate`, `chat` and `serve` share."""
+"""The options that `generate`, `chat`, `serve` and `evaluate` share."""
 
 import argparse
 
@@ -14,8 +14,8 @@ from tinyllama_jax.inference.speculative import MOST_TOKENS, check_vocabulary
 from tinyllama_jax.inference.weights import Loaded
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The options that name a checkpoint and say how it is computed."""
+def add_checkpoint(parser: argparse.ArgumentParser, draft: bool = True) -> None:
+    """The options that name a checkpoint and say how it is computed. `draft`: whether another one may draft."""
     parser.add_argument("--checkpoint", required=True, help="a run folder, a Hugging Face folder or a GGUF file")
     parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
     parser.add_argument(
@@ -24,6 +24,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="their type in memory; auto: fp32 on a CPU, the model's compute dtype elsewhere (auto)",
     )
+    if not draft:
+        parser.set_defaults(draft=None)
+        return
     parser.add_argument(
         "--draft", metavar="DIR|ngram", help="a smaller checkpoint of the same vocabulary, or ngram: prompt lookup (no draft)"
     )

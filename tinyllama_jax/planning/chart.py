@@ -10,6 +10,7 @@ from tinyllama_jax.planning.history import Points
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 342, 22, 184  # of the frame, in units of the picture
+NEAR = 1e-9  # two numbers this near, as a share of their size, are one
 
 
 class Curve(typing.NamedTuple):
@@ -63,23 +64,29 @@ def short(value: float) -> str:
 
 def y_scale(curves: list[Curve], levels: list[float], log: bool, zero: bool, cut: bool) -> tuple[Scale, float]:
     """The vertical scale, and the greatest value. `zero`: it begins at 0. `cut`: few far higher values do not set its end."""
-    means, lows, highs = (np.concatenate([getattr(c.points, name) for c in curves]) for name in ("mean", "low", "high"))
-    if log:
-        means, lows, highs = (values[values > 0] for values in (means, lows, highs))
+    lows, highs = (np.concatenate([getattr(c.points, name) for c in curves]) for name in ("low", "high"))
     low, high = min([*lows, *levels]), max([*highs, *levels])
     top = high
-    if cut and len(means) >= 20:
-        small, large, least, most = (np.log(v) if log else v for v in (*np.quantile(means, [0.02, 0.98]), low, high))
+    if cut and len(lows) >= 20:
+        ends = np.quantile(lows, 0.02), np.quantile(highs, 0.98), low, high
+        small, large, least, most = (np.log(v) if log else v for v in ends)
         limit = max([large + (large - small) / 2, *(np.log(level) if log else level for level in levels)])
-        if small < large and most - least > 1.5 * (limit - least):
+        if small < large and most - least > 1.5 * (limit - least) > 0:
             top = float(np.exp(limit) if log else limit)
     low = min(low, 0.0) if zero else low
-    if not low < top:
-        low, top = (low / 2, low * 2) if log else (low - (abs(low) or 1) * 0.1, low + (abs(low) or 1) * 0.1)
-    elif not log:
+    if log:
+        low, top = (low, top) if top > low * (1 + NEAR) else (low / 2, low * 2)
+    else:
         margin = (top - low) * 0.04
-        low, top = low - (0 if zero and low == 0 else margin), top + margin
+        low, top = _apart(low - (0 if zero and low == 0 else margin), top + margin, 0.1)
     return Scale(low, top, BOTTOM, TOP, log), high
+
+
+def _apart(low: float, high: float, least: float) -> tuple[float, float]:
+    """The two, or around them a range that floats can divide, by a tenth of their size or `least`."""
+    size = max(abs(low), abs(high))
+    room = size * 0.1 if size > 1e-30 else least
+    return (low, high) if high - low > max(size * NEAR, 1e-30) else (low - room, high + room)
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
@@ -116,7 +123,7 @@ def svg(
 ) -> str:
     """A picture of curves with their x values. `levels`: name -> value of horizontal lines. `marks`: (run, class, x values)."""
     ends = [v for _, values in curves for v in (values[0], values[-1])]
-    low, high = (min(ends), max(ends)) if min(ends) < max(ends) else (min(ends) - 1, max(ends) + 1)
+    low, high = _apart(min(ends), max(ends), 1)
     x = Scale(0 if 0 <= low < 0.1 * high else low, high, LEFT, RIGHT, whole=True)
     parts = [
         f'<svg class="{x_name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(text)}" '

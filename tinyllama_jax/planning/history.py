@@ -17,7 +17,8 @@ from tinyllama_jax.run import metrics
 UNIGRAM = "unigram.json"  # optional: {"val_loss": ...} of a unigram model on the run's validation tokens
 POINTS = 2_000  # that are kept of each number of a run, whatever its length
 KEYS = 300  # different numbers of a run; the page names how many more there are
-LARGEST = 1e30  # numbers beyond it are not drawn
+NAME = 200  # characters of the name of a number
+LARGEST = 1e30  # numbers beyond it are not drawn, and those below 1 / LARGEST as 0
 NOT_DRAWN = {"step", "checksum", "skipped", "skipping_since", "skipped_in_a_row", "val_tokens"}
 
 
@@ -80,7 +81,7 @@ def thinned(points: Points, n: int) -> Points:
     count = np.add.reduceat(points.count, at)
     mean = lambda values: np.add.reduceat(values * points.count, at) / count
     low, high = np.minimum.reduceat(points.low, at), np.maximum.reduceat(points.high, at)
-    return Points(mean(points.step), mean(points.mean), low, high, count)
+    return Points(mean(points.step), np.clip(mean(points.mean), low, high), low, high, count)  # a sum may lose small values
 
 
 def unigram(run: Path) -> float | None:
@@ -129,10 +130,13 @@ def _numbers(run: Run) -> None:
     def flush() -> None:
         for key in {key: 0 for row in group for key in row if key not in NOT_DRAWN}:
             values = ((row["step"], row.get(key)) for row in group)
-            pairs = [(s, v) for s, v in values if type(v) in (float, int) and -LARGEST < v < LARGEST]
-            if pairs and (key in parts or len(parts) < KEYS):
+            pairs = [
+                (s, v if abs(v) > 1 / LARGEST else 0.0) for s, v in values if type(v) in (float, int) and -LARGEST < v < LARGEST
+            ]
+            if pairs and len(key) <= NAME and (key in parts or len(parts) < KEYS):
                 step, value = np.array(pairs, float).T
-                parts.setdefault(key, []).append((step.mean(), value.mean(), value.min(), value.max(), len(pairs)))
+                low, high = value.min(), value.max()
+                parts.setdefault(key, []).append((step.mean(), np.clip(value.mean(), low, high), low, high, len(pairs)))
                 run.last[key] = pairs[-1][1]
             elif pairs:
                 more.add(hash(key))
@@ -162,7 +166,7 @@ def _numbers(run: Run) -> None:
         some = "; ".join(damaged[:5]) + ("; ..." if len(damaged) > 5 else "")
         run.faults.append((None, f"metrics.jsonl: {len(damaged):,} damaged lines are left out: {some}"))
     if more:
-        run.faults.append((None, f"metrics.jsonl: only the first {KEYS} of {KEYS + len(more):,} different numbers are shown"))
+        run.faults.append((None, f"metrics.jsonl: {len(more):,} numbers are left out: more than {KEYS}, or long names"))
 
 
 def _events(run: Run) -> None:
@@ -235,9 +239,9 @@ def _scores(run: Run, evaluated: Evaluated) -> None:
             if "stderr" in metric or number(value) is None:
                 continue
             name, comma, kind = metric.partition(",")
-            error = number(values.get(f"{name}_stderr{comma}{kind}", values.get("stderr"))) or 0.0
+            error = abs(number(values.get(f"{name}_stderr{comma}{kind}", values.get("stderr"))) or 0.0)
             name = name if kind in ("", "none") else metric
-            run.scores.setdefault((task, name), []).append((evaluated["step"], float(value), error))
+            run.scores.setdefault((task[:NAME], name[:NAME]), []).append((evaluated["step"], float(value), error))
 
 
 def flat(config: dict) -> dict[str, str]:

@@ -102,13 +102,17 @@ def _note(text: str) -> str:
     return f'<p class="note">{text}</p>'
 
 
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + " ..."
+
+
 def _swatch(color: int) -> str:
     return f'<i class="c{color % 8} d{color // 8 % 2}"></i>'
 
 
 def _table(header: list[str], rows: list[list[object]], by_run: bool = False) -> str:
     """A table that scrolls by itself where it is too wide. `by_run`: row i is hidden with run i."""
-    line = lambda cells, tag: "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+    line = lambda cells, tag: "".join(f"<{tag}>{escape(_cut(str(cell), LONG))}</{tag}>" for cell in cells)
     body = "".join(f"<tr{f' class=r{i}' if by_run else ''}>{line(row, 'td')}</tr>" for i, row in enumerate(rows[:ROWS]))
     more = _note(f"... and {len(rows) - ROWS:,} more") if len(rows) > ROWS else ""
     head = (
@@ -288,8 +292,7 @@ def _samples(runs: list[Run]) -> str:
     for i, run in enumerate(runs):
         steps = sorted(run.samples)
         for step in [steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(len(steps), SAMPLES))]:
-            text = run.samples[step]
-            text = text[:LONG] + " ..." if len(text) > LONG else text
+            text = _cut(run.samples[step], LONG)
             name = f"{run.name}, " if len(runs) > 1 else ""
             out += f'<article class="r{i}"><h3>{escape(name)}step {step:,}</h3><pre>{escape(text)}</pre></article>'
     return (
@@ -299,7 +302,7 @@ def _samples(runs: list[Run]) -> str:
 
 def _configuration(runs: list[Run]) -> str:
     """What differs between the runs, then all keys."""
-    out, cut = "", lambda value: "–" if value is None else value if len(value) < 500 else value[:500] + " ..."
+    out, cut = "", lambda value: "–" if value is None else _cut(value, 500)
     names = [run.name for run in runs]
     if len(runs) > 1:
         different = differences([run.config for run in runs])

@@ -73,6 +73,8 @@ def read_origin(path: Path, scratch: Path, added: str = "") -> Origin:
         model, tokens = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
     else:
         gguf.check_named(path, "--init.from")
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UserError(f"--init.from={path}: is neither a run folder, a Hugging Face folder nor a GGUF file")
         folder = peft.with_tokenizer(path)
         model, tokens = peft.load_model(path), tokenizer.load(folder)
     rows, begin_with_bos = tokens.vocab_size, tokenizer.documents_begin_with_bos(folder)
@@ -100,6 +102,9 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if tokens.vocab_size > rows and init.state != "weights":
         raise UserError(f"--init.state={init.state}: with new rows for model.added_tokens only the weights can be taken over")
+    if tokens.vocab_size > rows and config.lora.rank:
+        what = "the rows of new tokens are not part of any adapter, and would not be trained"
+        raise UserError(f"--model.added_tokens={config.model.added_tokens}: {what}; leave it empty, or set --lora.rank=0")
     if init.state != "weights":
         step = _step(config)
         if not (origin / "checkpoints" / str(step) / "train").is_dir():

@@ -1,0 +1,228 @@
+"""Our models in EleutherAI's lm-evaluation-harness (`lm_eval`): its three kinds of request, on our scorer and our engine."""
+
+import difflib
+import importlib.metadata
+import math
+import os
+from pathlib import Path
+
+import datasets
+import lm_eval
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.evals import tasks as task_lib
+from tinyllama_jax.evals.score import Scorer, Text
+from tinyllama_jax.inference import text as text_lib
+from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference.sampling import Sampling
+from tinyllama_jax.inference.weights import Loaded
+
+MOST_NEW_TOKENS = 256  # of an answer, where a task does not say; the harness's own default
+SEED = 1_234  # of sampled answers; the harness's own default seed
+# what a task may say about drawing tokens -> our name for it
+SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+SAMPLING |= {"repetition_penalty": "repetition_penalty"}
+# folders of the harness's own tasks
+FOLDERS = {name: name for name in ("hellaswag", "openbookqa", "winogrande", "piqa", "wikitext", *task_lib.SUITES["knowledge"])}
+FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "lambada_openai": "lambada"}
+IGNORED = ("do_sample", "until", "max_gen_toks", "num_return_sequences")
+
+
+class HarnessModel(TemplateLM):
+    """A loaded model for `lm_eval.simple_evaluate`.
+
+    Results are those of the harness's own `hf` model on the same weights, with two differences on purpose: a text of which
+    every token is scored (`loglikelihood_rolling`) has one bos in front, where `hf` puts two if the tokenizer adds bos itself;
+    and the first word of an answer keeps the space before it, which `hf` loses with SentencePiece.
+    """
+
+    def __init__(self, loaded: Loaded, bos: bool, batch: int | None = None, quiet: bool = False):
+        """`bos`: whether each text begins with bos. `batch`: rows scored and answers written at a time. Raises UserError."""
+        super().__init__()
+        self._loaded, self._bos, self._quiet = loaded, bos, quiet
+        if bos and loaded.tokenizer.bos_id < 0:
+            raise UserError("--bos yes: the tokenizer has no bos; say --bos no")
+        if loaded.tokenizer.bos_id < 0 and loaded.tokenizer.eos_id < 0:
+            raise UserError(f"{loaded.tokenizer.path}: has neither bos nor eos, and a text without context needs one before it")
+        self.scorer, self._engine = Scorer(loaded, batch), None
+        self._slots = batch or 8
+
+    @property
+    def eot_token_id(self) -> int:
+        """eos, or -1."""
+        return self._loaded.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context: bos, or eos where there is no bos, whatever `bos` says; as `hf`."""
+        tokenizer = self._loaded.tokenizer
+        return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+
+    @property
+    def max_length(self) -> int:
+        """The model's context."""
+        return self._loaded.model.seq_len
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+        """Ids, with bos in front as `bos` says unless `add_special_tokens` says otherwise."""
+        bos = self._bos if add_special_tokens is None else add_special_tokens and self._loaded.tokenizer.bos_id >= 0
+        return ([self._loaded.tokenizer.bos_id] if bos else []) + self._loaded.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: object
+    ) -> list[tuple[float, bool]]:
+        """(sum of the continuation's log-probabilities, whether each of its tokens is the most likely one) of each request.
+
+        A text that is too long loses its beginning, as with `hf`. Raises UserError for a continuation that is too long.
+        """
+        most, texts = self.max_length, []
+        for _pair, context, continuation in requests:
+            if not 1 <= len(continuation) <= most:
+                raise UserError(f"a continuation has {len(continuation):,} tokens, and must have 1 to {most:,}, the context")
+            texts.append(Text((context + continuation)[-(most + 1) :], len(continuation)))
+        with tqdm(total=len(texts), disable=disable_tqdm or self._quiet, desc="scoring") as bar:
+            scores = self.scorer(texts, bar.update)
+        out = [(float(s.logprobs.sum(dtype="float64")), bool(s.greedy.all())) for s in scores]
+        for (pair, *_tokens), answer in zip(requests, out, strict=True):
+            if pair is not None:
+                self.cache_hook.add_partial("loglikelihood", pair, answer)
+        return out
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text: in windows of the model's context, each token scored once."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            rolling = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows += [(None, *window) for window in map(utils.make_disjoint_window, rolling)]
+            owners += [i] * (len(windows) - len(owners))
+        out = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            out[i] += logprob
+        for request, total in zip(requests, out, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return out
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """An answer to each context; it ends before a stop string, at eos, or at the task's number of tokens.
+
+        A context that leaves no room for these loses its beginning, as with `hf`. Raises UserError for a setting we lack.
+        """
+        self._engine = self._engine or Engine(self._loaded, self._slots)
+        running, out = {}, [""] * len(requests)
+        stops = text_lib.eos_ids(self._loaded.tokenizer)
+        with tqdm(total=len(requests), disable=disable_tqdm or self._quiet, desc="writing") as bar:
+            for i, (context, settings) in enumerate(request.args for request in requests):
+                settings = normalize_gen_kwargs(settings, MOST_NEW_TOKENS)
+                new = settings["max_gen_toks"]
+                if not 1 <= new < self.max_length:
+                    raise UserError(f"max_gen_toks {new}: must lie between 1 and the model's context of {self.max_length:,}")
+                prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - new) :]
+                request = Request(prompt, new, _sampling(settings), SEED, i, stops)
+                until = handle_stop_sequences(settings.get("until"), None)
+                running[request] = i, text_lib.Text(self._loaded.tokenizer, until, before=prompt), 0
+                self._engine.submit(request)
+            while running:
+                for request in self._engine.step():
+                    if request not in running:  # cancelled below
+                        continue
+                    i, text, given = running[request]
+                    new = [token for token in request.tokens[given:] if token not in stops]
+                    out[i] += text.add(new, last=request.finish is not None)
+                    running[request] = i, text, len(request.tokens)
+                    if text.stopped or request.finish:
+                        self._engine.cancel(request)
+                        del running[request]
+                        self.cache_hook.add_partial("generate_until", requests[i].args, out[i])
+                        bar.update()
+        return out
+
+
+def _sampling(settings: dict) -> Sampling:
+    """How a task wants tokens to be drawn. Raises UserError for a setting that we do not have."""
+    if wrong := [name for name in settings if name not in (*SAMPLING, *IGNORED)]:
+        raise UserError(f"generation_kwargs of a task: {wrong[0]!r} is none of {', '.join((*SAMPLING, *IGNORED))}")
+    values = {SAMPLING[name]: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    if not settings.get("do_sample") or values.get("temperature") == 0:
+        values = {name: value for name, value in values.items() if name == "repetition_penalty"} | {"temperature": 0.0}
+    return Sampling(**{"temperature": 1.0, **values})
+
+
+def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Task]:
+    """The tasks `names`. `include`: a folder with more YAML files. `data`: a folder with local files for `tasks.LOCAL`.
+
+    Raises UserError for a name that is not known, and for data that cannot be had.
+    """
+    own = {name: task_lib.local_rows(data, name) for name in names if data and name in task_lib.LOCAL}
+    # reading all of the harness's 13,000 YAML files takes seconds, so only those of the tasks' folders if we know these
+    folders = [Path(lm_eval.tasks.__file__).parent / FOLDERS[name] for name in names if name in FOLDERS]
+    more = [include] if include else []
+    manager = TaskManager(include_path=folders + more, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=more)
+    out = []
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
+            remedy = f"did you mean {near[0]}?" if near else "its README lists them; your own go into --include DIR"
+            raise UserError(f"--tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
+        spec: str | dict = name
+        if name in own:
+            split, rows = own[name]
+            read = lambda rows=rows, split=split, **_: datasets.DatasetDict({split: datasets.Dataset.from_list(rows)})
+            only = {"custom_dataset": read, "training_split": None, "validation_split": None, "test_split": None}
+            spec = {"group": "local", "task": [{"task": name, **only, f"{split}_split": split}]}
+        try:
+            out += manager.load([spec])["tasks"].values()
+        except (ConnectionError, FileNotFoundError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            local = f"--data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
+            remedy = f"give {local}run it once where the hub can be reached"
+            raise UserError(f"--tasks {name}: its data are neither here nor to be had ({why}); {remedy}") from None
+    return out
+
+
+def version() -> str:
+    """The harness's version."""
+    return importlib.metadata.version("lm_eval")
+
+
+def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bool = False) -> dict:
+    """Runs tasks; returns {"harness", "tasks": {name: {"metrics", "items", "version", "hash", "n_shot", ...}}, "samples"}.
+
+    `limit`: items of each task; None: all. `hash`: of all items, prompts and targets, as the harness's own `task_hashes`.
+    A metric is {"value", "stderr"}; the standard error is None where the harness knows none.
+    """
+    if unsafe := [task.task_name for task in wanted if getattr(task, "UNSAFE_CODE", False) and not run_code]:
+        raise UserError(f"--tasks {unsafe[0]}: runs programs that the model writes; say --run-code where they can do no harm")
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the package evaluate
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors are resampled by forks of this process, which has threads
+    manager = TaskManager(include_defaults=False)  # else it reads all YAML files again
+    options = {"limit": limit, "confirm_run_unsafe_code": run_code, "bootstrap_iters": 1_000, "task_manager": manager}
+    results = lm_eval.simple_evaluate(model, tasks=wanted, **options)
+    out = {}
+    for name, samples in results["samples"].items():
+        values = {key.removesuffix(",none"): value for key, value in results["results"][name].items() if "," in key}
+        errors = {key.replace("_stderr", "", 1): value for key, value in values.items() if "_stderr" in key}
+        number = lambda value: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        out[name] = {
+            "metrics": {
+                key: {"value": number(value), "stderr": number(errors.get(key))}
+                for key, value in values.items()
+                if "_stderr" not in key
+            },
+            "items": results["n-samples"][name]["effective"],
+            "of": results["n-samples"][name]["original"],
+            "version": results["versions"].get(name),
+            "n_shot": results["n-shot"].get(name),
+            "hash": utils.hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
+        }
+    return {"harness": f"lm-evaluation-harness {version()}", "tasks": out, "samples": results["samples"]}

@@ -1,0 +1,159 @@
+"""Scores a checkpoint: tasks of lm-evaluation-harness, or perplexity and bits per byte on a prepared data set.
+
+python -m tinyllama_jax.evaluate --checkpoint PATH --tasks commonsense
+python -m tinyllama_jax.evaluate --checkpoint PATH --data-set DIR
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+from tinyllama_jax.base import files
+from tinyllama_jax.base.config import Data
+from tinyllama_jax.base.errors import UserError, run_main
+from tinyllama_jax.data import feed
+from tinyllama_jax.evals import held_out
+from tinyllama_jax.evals import tasks as task_lib
+from tinyllama_jax.evals.score import Scorer
+from tinyllama_jax.inference import options, weights
+from tinyllama_jax.inference.weights import Loaded
+from tinyllama_jax.run.checkpoint import load_config
+from tinyllama_jax.run.seals import find_step
+
+
+def main(argv: list[str]) -> int:
+    """Prints scores, and writes them to --output; returns the exit code."""
+    args = _arguments(argv)
+    step = find_step(args.checkpoint, args.step) if (Path(args.checkpoint) / "checkpoints").is_dir() else None
+    with contextlib.redirect_stdout(sys.stderr):
+        # before the weights, which can take minutes: a wrong name or a missing file is known at once
+        wanted = [] if args.tasks is None else _harness().tasks(task_lib.named(args.tasks), args.include, args.data)
+        loaded = weights.load(args.checkpoint, args.step, args.weights)
+    print(options.introduced(args.checkpoint, args, loaded), file=sys.stderr, flush=True)
+    record = {
+        "checkpoint": str(args.checkpoint),
+        "step": step,
+        "precision": loaded.model.compute_dtype,
+        "weights": args.weights,
+    }
+    if wanted:
+        record |= _tasks(args, loaded, wanted, f"{args.checkpoint}" + ("" if step is None else f", step {step:,}"))
+    if args.data_set:
+        record |= {"data_set": _held_out(args, loaded, step)}
+    if args.longer:
+        record |= {"by_position": _by_position(args, loaded)}
+    if args.output:
+        files.write(args.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) -> dict:
+    """Runs tasks and prints their scores; returns what is recorded."""
+    harness = _harness()
+    bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
+    with contextlib.redirect_stdout(sys.stderr):
+        results = harness.run(harness.HarnessModel(loaded, bos, args.batch), wanted, args.limit, args.run_code)
+    del results["samples"]
+    for task, row in results["tasks"].items():
+        for metric, score in row["metrics"].items():
+            value = "none" if score["value"] is None else f"{score['value']:.4f}"
+            error = "" if score["stderr"] is None else f" +- {score['stderr']:.4f}"
+            print(f"{task}: {metric} {value}{error}, {row['items']:,} of {row['of']:,} items")
+    metrics = {task: results["tasks"][task]["metrics"] for task in task_lib.COMMONSENSE if task in results["tasks"]}
+    scores = {task: metrics[task][task_lib.METRIC[task]] for task in metrics}
+    if scores:
+        print("\n" + task_lib.table(name, {task: (score["value"], score["stderr"]) for task, score in scores.items()}))
+        print("\nThe other rows: EVAL.md of github.com/jzhang38/TinyLlama, and the card of TinyLlama_v1.1: 0-shot, fp32, most")
+        print(f"likely without bos. Ours: {loaded.model.compute_dtype}, {'with' if bos else 'without'} bos.")
+    average = (
+        sum(score["value"] for score in scores.values()) / len(scores) if len(scores) == len(task_lib.COMMONSENSE) else None
+    )
+    return {"bos": {"asked": args.bos, "used": bos}, "limit": args.limit, "commonsense_average": average, **results}
+
+
+def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dict:
+    """Scores a prepared data set and prints the scores; returns what is recorded."""
+    blocks = feed.open_source(args.data_set, args.split, loaded.model.seq_len)
+    config = None if step is None else load_config(args.checkpoint)
+    data = config.data if config else Data({str(args.data_set): 1})  # only a run says how documents were masked
+    edge = feed.eos_id(config, [blocks]) if config else -1
+    scores = held_out.scores(Scorer(loaded, args.batch), loaded.tokenizer, blocks, data, edge, args.limit)
+    error = "" if scores["loss_stderr"] is None else f" +- {scores['loss_stderr']:.4f}"
+    print(f"{args.data_set}, {args.split}: loss {scores['loss']:.4f}{error}, perplexity {scores['perplexity']:.3f}, "
+          f"accuracy {scores['accuracy']:.4f}; {scores['tokens']:,} tokens of {scores['blocks']:,} blocks")  # fmt: skip
+    if scores["bits_per_byte"] is None:
+        print(f"bits per byte: not known: {scores.get('no_bytes', 'no token stands for a byte')}")
+    else:
+        print(f"bits per byte: {scores['bits_per_byte']:.4f} over {scores['bytes']:,} bytes")
+    where = {"path": str(args.data_set), "split": args.split, "manifest": blocks.manifest_sha256}
+    return where | {"document_mask": data.document_mask, "eod_mask_loss": data.eod_mask_loss} | scores
+
+
+def _by_position(args: argparse.Namespace, loaded: Loaded) -> dict:
+    """Scores a prepared data set by position in a longer context and prints the scores; returns what is recorded."""
+    model = held_out.lengthened(loaded.model, args.longer, args.rope)
+    blocks = feed.open_source(args.data_set, args.split, model.seq_len)
+    parts = held_out.by_position(Scorer(loaded._replace(model=model), args.batch), loaded.tokenizer, blocks, args.limit)
+    print(f"context {model.seq_len:,}, {args.longer:g} times the trained one; RoPE {model.rope_type} x {model.rope_scaling:g}")
+    for part in parts:
+        print(f"positions {part['from']:,} to {part['to'] - 1:,}: perplexity {part['perplexity']:.3f}")
+    return {"context": model.seq_len, "rope_type": model.rope_type, "rope_scaling": model.rope_scaling, "parts": parts}
+
+
+def _harness():
+    """The module that needs lm-eval. Raises UserError if it is not installed."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        from tinyllama_jax.evals import harness
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-eval ({error}): pip install 'tinyllama_jax[eval]'") from None
+    return harness
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllama_jax.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    options.add_checkpoint(parser, draft=False)
+    add = parser.add_argument
+    add("--tasks", help=f"{', '.join(task_lib.SUITES)}, or names of tasks of lm-evaluation-harness, separated by commas")
+    add("--bos", choices=("auto", "yes", "no"), default="auto", help="begin each text with bos; auto: as in training (auto)")
+    add("--limit", type=int, metavar="N", help="the first N items of each task, or blocks (all)")
+    add("--batch", type=int, metavar="N", help="rows computed at a time (as many as 1,024 tokens on a CPU, 16,384 elsewhere)")
+    add("--data", type=Path, metavar="DIR", help="local files DIR/TASK in place of the hub's data, for the commonsense tasks")
+    add("--data-set", metavar="DIR", help="a folder that `prepare` wrote, or LITPKDS files: loss, perplexity, bits per byte")
+    add("--split", default="validation", help="which split of --data-set (validation)")
+    add("--longer", type=float, metavar="F", help="also perplexity of --data-set by position in a context F times as long")
+    add("--rope", choices=("linear", "ntk", "yarn"), help="scale RoPE for --longer (as the model has it)")
+    add("--include", type=Path, metavar="DIR", help="a folder with your own tasks' YAML files")
+    add("--run-code", action="store_true", help="let humaneval run the programs that the model writes")
+    add("--output", type=Path, metavar="FILE", help="write the scores there as JSON")
+    args = parser.parse_args(argv)
+    if args.tasks is None and args.data_set is None:
+        raise UserError("nothing to score: say --tasks commonsense, or --data-set DIR")
+    if args.data_set is not None:
+        files.check_local("--data-set", args.data_set)
+    if args.longer is not None and not (args.data_set and 1 <= args.longer <= 64):
+        raise UserError(f"--longer {args.longer:g}: must lie between 1 and 64, and needs --data-set")
+    if args.rope and args.longer is None:
+        raise UserError(f"--rope {args.rope}: needs --longer, such as --longer 2")
+    for name in ("limit", "batch"):
+        if (value := getattr(args, name)) is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name} {value}: must be at least 1, and less than 2^31")
+    for name in ("data", "include"):
+        if (path := getattr(args, name)) is not None:
+            files.check_local(f"--{name}", path)
+            if not path.is_dir():
+                raise UserError(f"--{name} {path}: no such folder")
+    if args.output:
+        files.check_local("--output", args.output)
+        if args.output.is_dir() or not args.output.parent.is_dir():
+            raise UserError(f"--output {args.output}: must be a file in a folder that exists")
+    return args
+
+
+if __name__ == "__main__":
+    run_main(main)
