@@ -14,7 +14,7 @@ from cluster import PATIENCE
 from test_train import curve, curve_so_far, exact
 from tiny import train_tokenizer
 
-from tinyllama_jax import convert, sft
+from tinyllama_jax import convert, evaluate, sft
 from tinyllama_jax.base import cli, dims
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
@@ -110,6 +110,15 @@ def test_the_loss_falls_and_all_is_said(tuned):
     n = -(-24 * len(Blocks(source, "train")) // 8)
     assert config.train.steps == steps[-1]["step"] == n != 10 and config.optim.warmup_steps == round(n / 10)
     assert Path(source).parent == run.parent / "prepared"
+
+
+def test_evaluate_scores_its_conversations_as_training_did(tuned, tmp_path):
+    run, _ = tuned
+    (source,) = checkpoint.load_config(run).data.sources
+    arguments = ["--checkpoint", str(run), "--data-set", source, "--split", "validation", "--output", str(tmp_path / "it.json")]
+    assert evaluate.main(arguments) == 0
+    scores, last = json.loads((tmp_path / "it.json").read_text())["data_set"], curve(run)[1][-1]
+    assert scores["loss"] == pytest.approx(last["val_loss"], rel=1e-4) and scores["tokens"] == last["val_tokens"]
 
 
 def test_killed_it_goes_on_to_the_same_bits(tuned, folder):

@@ -79,7 +79,7 @@ def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dic
     blocks = feed.open_source(args.data_set, args.split, loaded.model.seq_len)
     config = None if step is None else load_config(args.checkpoint)
     data = config.data if config else Data({str(args.data_set): 1})  # only a run says how documents were masked
-    edge = feed.eos_id(config, [blocks]) if config else -1
+    edge = feed.eos_id(config, [blocks]) if config and blocks.kind == "text" else -1
     scores = held_out.scores(Scorer(loaded, args.batch), loaded.tokenizer, blocks, data, edge, args.limit)
     error = "" if scores["loss_stderr"] is None else f" +- {scores['loss_stderr']:.4f}"
     print(f"{args.data_set}, {args.split}: loss {scores['loss']:.4f}{error}, perplexity {scores['perplexity']:.3f}, "

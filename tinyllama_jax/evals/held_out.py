@@ -10,6 +10,7 @@ import numpy as np
 
 from tinyllama_jax.base import rope
 from tinyllama_jax.base.config import Bos, Data, Model
+from tinyllama_jax.base.dims import FIRST, LEARNED
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -27,25 +28,31 @@ def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edg
     """What the trainer reports of a split as `val_...`, with the standard error of the loss over blocks, and bits per byte.
 
     `data`: for `document_mask` and `eod_mask_loss`, which decide what a token sees and which tokens count. `edge`: the token
-    that separates documents, as `feed.eos_id`. `limit`: blocks; None: all.
+    that separates documents, as `feed.eos_id`. Of conversations only the answers count, each within its conversation.
+    `limit`: blocks; None: all.
     Bits per byte leave out tokens that stand for no byte, such as eos, and are None, with `no_bytes` saying why, where the
     tokens' bytes cannot be known. A block longer than the context is scored in parts. Raises UserError for another tokenizer.
     """
     check_tokenizer(tokenizer, blocks)
+    if blocks.kind == "preferences":
+        raise UserError(f"{blocks.directory}: holds preferences, whose held-out pairs `dpo` scores as it trains")
     sizes, why = bytes_of(tokenizer)
     n = min(limit or len(blocks), len(blocks))
     per_block, totals = [], np.zeros(5)  # nats, tokens, right ones, nats of tokens with bytes, bytes
     for first in range(0, n, READ):
-        tokens, length = blocks.read(np.arange(first, min(first + READ, n)))
+        read = blocks.sequences(np.arange(first, min(first + READ, n)))
         owners, texts = [], []
-        for i, (row, size) in enumerate(zip(tokens.astype(np.int32), length, strict=True)):
-            parts = list(_texts(row[:size], data.document_mask, edge, scorer.context))
+        for i, (row, size) in enumerate(zip(read.tokens.astype(np.int32), read.length, strict=True)):
+            if read.marks is None:
+                parts = [(text, None) for text in _texts(row[:size], data.document_mask, edge, scorer.context)]
+            else:
+                parts = list(_conversations(row[:size], read.marks[i, :size]))
             texts += parts
             owners += [i] * len(parts)
-        sums = np.zeros((len(tokens), 5))
-        for i, text, scored in zip(owners, texts, scorer(texts), strict=True):
+        sums = np.zeros((len(read.tokens), 5))
+        for i, (text, learned), scored in zip(owners, texts, scorer([text for text, _ in texts]), strict=True):
             labels, before = np.array(text.ids[1:]), np.array(text.ids[:-1])
-            counted = np.full(len(labels), True) if not data.eod_mask_loss else before != edge
+            counted = learned if learned is not None else before != edge if data.eod_mask_loss else np.full(len(labels), True)
             nats = -scored.logprobs.astype(np.float64) * counted
             n_bytes = sizes(before, labels) * counted
             sums[i] += nats.sum(), counted.sum(), (scored.greedy & counted).sum(), nats[n_bytes > 0].sum(), n_bytes.sum()
@@ -118,6 +125,13 @@ def _texts(tokens: np.ndarray, mask: bool, edge: int, context: int) -> Iterator[
         for part in range(start, end, context):
             ids = tokens[part : min(part + context, end) + 1].tolist()
             yield Text(ids, len(ids) - 1)
+
+
+def _conversations(tokens: np.ndarray, marks: np.ndarray) -> Iterator[tuple[Text, np.ndarray]]:
+    """(each conversation of a block, whether each of its tokens but the first is learned)."""
+    starts = np.flatnonzero(marks & FIRST).tolist()
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        yield Text(tokens[start:end].tolist(), end - start - 1), marks[start + 1 : end] & LEARNED > 0
 
 
 def check_tokenizer(tokenizer: Tokenizer, blocks: Blocks) -> None:
