@@ -13,6 +13,7 @@ from test_generate import folders  # noqa: F401
 from tinyllama_jax import evaluate
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.evals import tasks
+from tinyllama_jax.planning import history
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("harness")]  # lm-eval and its libraries warn
 ASKED = {"stem": "Which is an animal?", "choices": [{"text": t, "label": a} for t, a in (("cat", "A"), ("cup", "B"))]}
@@ -80,6 +81,13 @@ def test_the_seven_tasks_from_local_files(folders, data, tmp_path, capsys):  # n
     assert record["commonsense_average"] == pytest.approx(sum(ours) / 7)
     table = [row for row in out.splitlines() if row.startswith(f"{folders['run']}, step 5")]
     assert len(table) == 1 and table[0].split()[-8:] == [f"{100 * x:.2f}" for x in [*ours, sum(ours) / 7]]
+    (kept,) = (folders["run"] / "evals").iterdir()
+    assert kept.name.startswith("5-") and kept.read_text() == output.read_text()
+    (metrics := folders["run"] / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    drawn = history.read(folders["run"]).scores
+    metrics.unlink()
+    piqa = record["tasks"]["piqa"]["metrics"]["acc_norm"]
+    assert drawn["piqa", "acc_norm"] == [(5, piqa["value"], piqa["stderr"])]
     assert "Pythia-1.0B, 300B tokens" in out and "TinyLlama v1.1 chinese" in out and "EVAL.md" in out
 
 

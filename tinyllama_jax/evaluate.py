@@ -45,9 +45,34 @@ def main(argv: list[str]) -> int:
         record |= {"data_set": _held_out(args, loaded, step)}
     if args.longer:
         record |= {"by_position": _by_position(args, loaded)}
+    record["results"] = _results(record)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if args.output:
-        files.write(args.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+        files.write(args.output, text)
+    if step is not None and args.limit is None and record["results"]:
+        _keep(Path(args.checkpoint) / "evals" / f"{step}-{'-'.join(record['results'])[:100]}.json".replace("/", "_"), text)
     return 0
+
+
+def _results(record: dict) -> dict[str, dict[str, float | None]]:
+    """Task or data set -> metric -> score, and its standard error: what `report` draws."""
+    metrics = {task: row["metrics"] for task, row in record.get("tasks", {}).items()}
+    if prepared := record.get("data_set"):
+        loss = {"value": prepared["loss"], "stderr": prepared["loss_stderr"]}
+        per_byte = {"value": prepared["bits_per_byte"], "stderr": None}
+        metrics[f"{Path(prepared['path']).name} {prepared['split']}"] = {"loss": loss, "bits_per_byte": per_byte}
+    ends = {"": "value", "_stderr": "stderr"}
+    named = lambda scores: {f"{metric}{end}": score[key] for metric, score in scores.items() for end, key in ends.items()}
+    return {task: named(scores) for task, scores in metrics.items()}
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes scores into the run folder, for `report`; says so if it cannot."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.write(path, text)
+    except OSError as error:
+        print(f"the scores are not kept in the run folder: {error}", file=sys.stderr)
 
 
 def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) -> dict:
