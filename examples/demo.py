@@ -64,7 +64,7 @@ def demo(work: Path, config_file: str, stdlib: Path | None = None) -> int:
         if code := train(config, ["--config", config_file, *overrides]):
             return code
     if stages.todo("picture", work / "run/loss.png"):
-        report.draw(work / "run")
+        report.main([str(work / "run"), "--png"])
         stages.done("picture")
     if stages.todo("export", work / "hf"):
         export(work)
@@ -266,7 +266,7 @@ def conclusion(work: Path, arguments: list[str], seconds: float) -> str:
         work / "corpus": "text and code, a jsonl file for each source and split",
         work / "tokenizer": "the SentencePiece model",
         work / "data": "the corpus in blocks of tokens, with manifests",
-        run: "checkpoints, config, metrics.jsonl, TensorBoard events, the loss curve loss.png",
+        run: "checkpoints, config, metrics.jsonl, TensorBoard events, report.html, the loss curve loss.png",
         work / "hf": "the model for Hugging Face Transformers",
         samples: "the samples above",
     }

@@ -484,3 +484,11 @@ def test_bench_loading(tmp_path, tiny_data, monkeypatch):
     ours = [row.astype(np.int64).tobytes() for row in source.read(np.arange(48))[0]]
     assert windows[0] == windows[2] == set(ours[:24]) and windows[1] == set(ours[24:])
     assert bench_loading.as_the_original(paths["LITPKDS"], None)["tokens/s"] > 0
+
+
+def test_bench_finetune(monkeypatch, tmp_path, capsys):
+    bench_finetune = importlib.import_module("bench_finetune")
+    command = ["x", "--model", "tiny", "--seq-len", "256", "--repeats", "1", "--output", str(tmp_path / "it.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_finetune.main() == 0 and capsys.readouterr().out.startswith("right\ntext ")
+    assert json.loads((tmp_path / "it.json").read_text())["rows"].keys() == {"text", "chat", "preferences"}

@@ -23,17 +23,17 @@ COMMANDS += ("convert", "train_tokenizer")
 SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files dims mixture_weights values rope config cli schedule sharding",
-    "kernels": "attention.plain attention.library attention.triton attention cross_entropy",
-    "core": "xla model optim losses step program",
-    "hub": "tensor_files card llama gguf_header gguf_keys gguf litgpt",
+    "base": "errors files dims mixture_weights values lora rope config cli schedule sharding",
+    "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
+    "core": "xla linear lora model optim losses step program",
+    "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
     "data": "tokenizer control chat conversations blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer "
     "export.added_tokens export.litpkds "
     "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
-    "run": "addresses cluster supervise seals checkpoint folder metrics initialize references stages progress spikes log "
-    "evaluation",
-    "planning": "targets hlo timing compiled search laws law_report report",
+    "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
+    "log evaluation",
+    "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
     "web server listen",
     "evals": "tasks score held_out harness",
@@ -121,7 +121,7 @@ def test_the_lowest_files_need_no_jax(name):
     assert not {m.split(".")[0] for m in imports(ROOT / "tinyllama_jax/base" / f"{name}.py")} & {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["train", "generate", "serve", "evaluate", "replay", "convert"])
+@pytest.mark.parametrize("module", ["train", "sft", "generate", "serve", "evaluate", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
     heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn", "lm_eval"}
     code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
@@ -150,7 +150,7 @@ def test_variables_have_the_names_of_their_things(path):
 
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
-    assert len(c.keys()) <= 72  # the budget: raise it only by a diff that someone has to defend
+    assert len(c.keys()) <= 74  # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys
 
 
 def test_imports_leave_jax_its_devices():
@@ -177,8 +177,8 @@ def test_sizes_stay_within_budget():
         "run.",
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
-    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 6_640
-    assert sum(lines.values()) <= 18_500 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 7_450
+    assert sum(lines.values()) <= 22_200 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature

@@ -228,7 +228,7 @@ def test_a_run_with_a_tied_head_is_written_once(run, tmp_path):
         ("--format gguf --output {tmp}/it --shard-size nan", "--shard-size nan: must lie between 1 and 1,000,000 megabytes"),
         ("--format gguf --output {tmp}/it.gguf --dtype float16", "--dtype float16: has no meaning with --format gguf"),
         ("--format hf --output {tmp}/it --quantize q4_0", "--quantize q4_0: has no meaning with --format hf"),
-        ("--format gguf", "--output is missing; the command needs --checkpoint PATH --format gguf|hf|web --output PATH"),
+        ("--format gguf", "--output is missing; the command needs --checkpoint PATH --format gguf|hf|peft|web --output PATH"),
         ("--output {tmp}/it.gguf", "--format is missing; the command needs"),
         ("--format gguf --output {tmp}/it.gguf --step 8", "--step 8: "),
         ("--format gguf --output s3://bucket/it.gguf", "--output=s3://bucket/it.gguf: is a URL"),

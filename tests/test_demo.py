@@ -144,6 +144,7 @@ def test_an_interrupted_demo_ends_with_the_same_losses(small):
     for name in ("corpus/text.train.jsonl", "tokenizer/tokenizer.model", "data/code/manifest.json", "hf/model.safetensors"):
         assert (made / name).stat().st_size > 0
     assert list((made / "run" / "tensorboard").iterdir()) and (made / "run" / "loss.png").stat().st_size > 10_000
+    assert "<svg" in (made / "run" / "report.html").read_text()
     assert output.count("--- ") == len(demo.PROMPTS) and all(prompt in output for prompt in demo.PROMPTS)
     final = [row["val_loss"] for row in rows(small, "whole") if "val_loss" in row][-1]
     baseline = json.loads((made / "run" / "unigram.json").read_text())["val_loss"]

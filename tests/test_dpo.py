@@ -14,7 +14,8 @@ from cluster import PATIENCE
 from test_sft import command, folder  # noqa: F401  a fixture
 from test_train import curve, exact
 
-from tinyllama_jax import dpo, sft
+from tinyllama_jax import dpo, sft, train
+from tinyllama_jax.base import cli
 from tinyllama_jax.base.dims import FIRST, LEARNED
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import chat, conversations
@@ -90,7 +91,8 @@ def test_the_reference_is_the_log_probability_of_each_answer_s_token(prepared, t
     assert ((read.marks & FIRST > 0).sum(1) % 2 == 0).all()
     with pytest.raises(UserError, match="have no reference log-probabilities; use `python -m tinyllama_jax.dpo`"):
         pairs_alone = path.with_name(path.name.rsplit("-", 1)[0])
-        sft.main(arguments(prepared, "dpo/wrong", data__sources=pairs_alone))
+        argv = arguments(prepared, "dpo/wrong", data__sources=pairs_alone)
+        train.main(sft.as_training(cli.load(argv), argv, "preferences"))
 
 
 # -- pairs of every shape, and too long ones ------------------------------------------------------------------------------

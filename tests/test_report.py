@@ -85,8 +85,13 @@ def test_nothing_to_draw_is_one_line(tmp_path, rows, message):
 
 def test_command_line(tmp_path, capsys):
     write(tmp_path, ROWS)
-    assert report.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}\n1 step skipped as not finite: 3\n"
+    assert report.main([str(tmp_path), "--png"]) == 0
+    page, skipped = tmp_path / "report.html", "1 step skipped as not finite: 3; their weights stayed as they were"
+    assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}\n{page}\n{skipped}\n"
+    (tmp_path / "loss.png").unlink()
+    write(tmp_path, [{"step": 1, "loss": None, "finite": False}])  # no curve, and yet a page
+    assert report.main([str(tmp_path)]) == 0 and "1 step skipped" in page.read_text()
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_skipped_steps_are_counted_and_named():

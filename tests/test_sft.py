@@ -14,7 +14,7 @@ from cluster import PATIENCE
 from test_train import curve, curve_so_far, exact
 from tiny import train_tokenizer
 
-from tinyllama_jax import convert, sft
+from tinyllama_jax import convert, evaluate, sft
 from tinyllama_jax.base import cli, dims
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
@@ -112,6 +112,15 @@ def test_the_loss_falls_and_all_is_said(tuned):
     assert Path(source).parent == run.parent / "prepared"
 
 
+def test_evaluate_scores_its_conversations_as_training_did(tuned, tmp_path):
+    run, _ = tuned
+    (source,) = checkpoint.load_config(run).data.sources
+    arguments = ["--checkpoint", str(run), "--data-set", source, "--split", "validation", "--output", str(tmp_path / "it.json")]
+    assert evaluate.main(arguments) == 0
+    scores, last = json.loads((tmp_path / "it.json").read_text())["data_set"], curve(run)[1][-1]
+    assert scores["loss"] == pytest.approx(last["val_loss"], rel=1e-4) and scores["tokens"] == last["val_tokens"]
+
+
 def test_killed_it_goes_on_to_the_same_bits(tuned, folder):
     process, deadline = start(folder, "runs/killed"), time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline and max(curve_so_far(folder / "runs/killed"), default=0) < 13:
@@ -201,7 +210,7 @@ def test_steps_that_are_typed_replace_epochs_and_epochs_need_no_schedule(folder)
 
 
 def test_blocks_of_text_are_refused(folder, tiny_data):
-    with pytest.raises(UserError, match="was prepared as text; sft learns from conversations"):
+    with pytest.raises(UserError, match="was prepared as text, for `train`; this command learns from chat"):
         sft.main(command(folder, "runs/wrong", data__sources=tiny_data / "a"))
 
 
@@ -220,6 +229,7 @@ def test_new_rows_are_the_mean_of_the_old(folder):
 WRONG = [
     ({"init__from": ""}, r"--init.from is empty; name the weights to start from"),
     ({"init__from": "nowhere"}, r"--init.from=nowhere: no such file or folder"),
+    ({"init__from": "tests"}, r"--init.from=tests: is neither a run folder, a Hugging Face folder nor a GGUF file"),
     ({"data__sources": "nowhere.jsonl"}, r"--data.sources=nowhere.jsonl: no such file or folder"),
     ({"data__template": "zephir"}, r"--data.template zephir: is none of guanaco, chatml, zephyr"),
     ({"data__template": ""}, r"has no chat template.*: say --data.template NAME"),
@@ -227,13 +237,22 @@ WRONG = [
     ({"model__n_layers": 3}, r"--model.n_layers=3: .*base is of a model with n_layers=2"),
     ({"model__seq_len": 8, "train__tokens_per_step": 64}, r"no conversation to learn from \(48 whose first turn does not fit"),
     ({"workdir": "a,b/run"}, r"has a comma in its path; choose another --workdir"),
+    ({"model__added_tokens": "<x>", "lora__rank": 4}, r"the rows of new tokens are not part of any adapter"),
     ({"model__added_tokens": "a b"}, r"--model.added_tokens=a b: a token has no white space"),
 ]
 
 
 @pytest.mark.parametrize(("keys", "words"), WRONG, ids=lambda value: str(value)[:30])
-def test_wrong_input_is_one_line(folder, keys, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_input_is_one_line(folder, keys, words):
     with pytest.raises(UserError, match=words) as raised:
-        sft.main(command(folder, "runs/wrong", **keys))
+        sft.main(command(folder, **{"workdir": "runs/wrong", **keys}))
     assert "\n" not in str(raised.value)
+
+
+def test_blocks_that_are_prepared_are_taken_as_they_are(tuned, folder):
+    config = checkpoint.load_config(tuned[0])
+    (source,) = config.data.sources
+    argv = command(folder, "runs/again", data__sources=source)
+    assert f"--data.sources={source}" in sft.as_training(cli.load(argv), argv)
+    with pytest.raises(UserError, match="was prepared as chat, for `sft`; this command learns from preferences"):
+        sft.as_training(cli.load(argv), argv, "preferences")

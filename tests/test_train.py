@@ -112,6 +112,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(quiet, tiny_config_fil
     (steps, validations), (quiet_steps, quiet_validations) = curve(workdir), curve(quiet[0])
     assert exact(steps) == exact(quiet_steps)
     assert validations == quiet_validations
+    starts = events(workdir)
+    assert [event for event, _, _ in starts] == ["start"] * (kills + 1) + ["end"] and starts[0][2] == "from step 0"
+    assert any(f"from step {step}; the steps up to" in text for _, step, text in starts[1:-1])
     ours, theirs = (checkpoint.load_params(w)[0] for w in (workdir, quiet[0]))
     for name in ("q", "down"):
         np.testing.assert_array_equal(ours["layers"][name]["kernel"], theirs["layers"][name]["kernel"])
@@ -121,6 +124,11 @@ def curve_so_far(workdir):
     path = Path(workdir) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def events(workdir):
+    lines = map(json.loads, (Path(workdir) / "events.jsonl").read_text().splitlines())
+    return [(line["event"], line["step"], line["text"]) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,8 @@ def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code
     steps, _ = curve(tmp_path / "run")
     known = exact(curve(quiet[0])[0])[:step]
     assert exact(steps)[: len(known)] == known
+    _, stop, end = events(tmp_path / "run")
+    assert stop[:2] == ("stop", step) and stop[2] in out and end == ("end", step, f"after step {step}")
 
 
 def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_path):
@@ -158,7 +168,7 @@ def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_pa
     step = checkpoint.find_step(tmp_path / "run")
     assert error.splitlines() == [
         "standard output cannot be written: nobody reads the output any more",
-        f"stopped by a failed standard output after step {step}, which is saved; run the same command to resume",
+        f"stopped by a failed standard output after step {step}, which is saved; the same command resumes",
     ]
 
 
@@ -203,7 +213,11 @@ def test_a_text_is_continued_after_each_validation(tiny_config_file, tmp_path, c
     prompt = first_tokens(loaded.tokenizer, loaded.begin_with_bos, "x = 1")
     request = Request(prompt, 64, Sampling(0.8), seed=12, stop_ids=(loaded.tokenizer.eos_id,))
     assert list(Engine(loaded).stream(request))
-    assert f"step 12: {loaded.tokenizer.decode(prompt + request.tokens)}\n" in printed
+    text = loaded.tokenizer.decode(prompt + request.tokens)
+    assert f"step 12: {text}\n" in printed
+    start, *samples, end = events(tmp_path / "run")
+    assert [s[:2] for s in samples] == [("sample", 10), ("sample", 12)] and samples[-1][2] == text
+    assert (start, end) == (("start", 0, "from step 0"), ("end", 12, "after step 12"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny_config_file, tmp_path):
@@ -310,6 +324,8 @@ def test_a_run_that_only_skips_gives_up_also_over_a_restart(bad_weights, tiny_co
     keys |= {"train__steps": 9, "train__give_up": 5}
     with pytest.raises(UserError, match=r"since step 1 all 5 steps, up to 5, were skipped .*\(train.give_up=5\)") as error:
         train.main(command(tiny_config_file, tmp_path / "run", **keys))
+    ended = next(text for _, step, text in events(tmp_path / "run") if step == 5)
+    assert ended.startswith("Spike: since step 1 all 5 steps")
     assert error.value.code == 3 and checkpoint.steps_in(tmp_path / "run") == [3]
 
 

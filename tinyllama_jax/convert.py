@@ -2,6 +2,7 @@
 
 python -m tinyllama_jax.convert --checkpoint RUN --format gguf --output FILE       a run, Hugging Face or GGUF -> GGUF
 python -m tinyllama_jax.convert --checkpoint RUN --format hf --output DIR          a run or GGUF -> a Hugging Face folder
+python -m tinyllama_jax.convert --checkpoint RUN --format peft --output DIR        a run with lora.rank -> a PEFT adapter folder
 python -m tinyllama_jax.convert --checkpoint RUN --format web --output DIR         any of these -> a page for a phone's browser
 python -m tinyllama_jax.convert to-torch --checkpoint RUN --output DIR             a run or GGUF -> a Hugging Face folder
 python -m tinyllama_jax.convert from-torch --checkpoint DIR --output RUN           Hugging Face, lit-gpt or GGUF -> a run folder
@@ -24,16 +25,16 @@ import numpy as np
 
 from tinyllama_jax.base import cli, dims, files, schedule
 from tinyllama_jax.base import config as config_lib
-from tinyllama_jax.base.config import Config, Model
+from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.base.mixture_weights import weight_at
 from tinyllama_jax.data import chat
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import gguf_tokenizer, litpkds
 from tinyllama_jax.data.export import tokenizer as export_tokenizer
-from tinyllama_jax.hub import card, gguf, litgpt, llama, tensor_files
+from tinyllama_jax.hub import card, gguf, litgpt, llama, peft, tensor_files
 from tinyllama_jax.inference import web
-from tinyllama_jax.run import checkpoint
+from tinyllama_jax.run import adapter, checkpoint
 from tinyllama_jax.run import folder as run_folder
 
 
@@ -62,8 +63,8 @@ def _open(path: Path, step: int | None, scratch: Path) -> _Opened:
         gguf_tokenizer.from_gguf(metadata, scratch, str(path))
         return _Opened(params, model, scratch, scratch, str(path), None)
     gguf.check_named(path)
-    params, model = llama.load_folder(path, allow_non_finite=True)
-    folder = path.parent if path.is_file() else path
+    params, model = peft.load_folder(path, allow_non_finite=True)
+    folder = path.parent if path.is_file() else peft.with_tokenizer(path)
     return _Opened(params, model, folder, folder, str(path), None)
 
 
@@ -140,6 +141,13 @@ def _history(run: Path, step: int) -> str:
     tokens = schedule.in_steps(config).tokens_after(step)
     weights = [(Path(source["path"]).name, float(weight_at(source["weight"], tokens))) for source in sources]
     return card.training(config, step, tokens, weights)
+
+
+def export_adapter(run: str | Path, output: str | Path, step: int | None = None, allow_non_finite: bool = False) -> str:
+    """Writes the adapters of a run, without its weights, as a folder for PEFT; returns a line about it. Raises UserError."""
+    files.check_local("--checkpoint", run)
+    with _new(Path(output)) as folder:
+        return f"{output}: {adapter.write(Path(run), folder, step, allow_non_finite)}"
 
 
 def export_gguf(
@@ -223,7 +231,9 @@ def import_checkpoint(
         raise UserError(f"--checkpoint {source}: is a run folder already; use it as it is, or with --init.from")
     gguf.check_named(source)
     given = cli.read(config_file) if config_file else None
-    beside = source.parent if source.is_file() else source
+    if given and given.lora.rank:
+        raise UserError(f"--config {config_file}: trains adapters; import without it, and train with --init.from={output}")
+    beside = source.parent if source.is_file() else peft.with_tokenizer(source)
     is_gguf = gguf.is_gguf(source)
     has_own = is_gguf or any((beside / f"tokenizer.{end}").is_file() for end in ("model", "json"))
     if source.exists() and not (tokenizer or has_own):
@@ -238,10 +248,10 @@ def import_checkpoint(
         if is_gguf:
             params, model, metadata = gguf.load(source, allow_non_finite)
         else:
-            params, model = llama.load_folder(source, allow_non_finite)
+            params, model = peft.load_folder(source, allow_non_finite)
         if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
-        config = given or _unscheduled(model)
+        config = given or checkpoint.unscheduled(model)
     with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
         if metadata and not tokenizer:
             gguf_tokenizer.from_gguf(metadata, Path(scratch), str(source))
@@ -250,18 +260,6 @@ def import_checkpoint(
         tokenizer_lib.load(tokenizer or beside).save(folder / "tokenizer")
     what = f"{dims.n_parameters(config.model):,} weights" + (f" and AdamW's moments after step {step:,}" if moments else "")
     return f"{output}: {what} of {source}"
-
-
-def _unscheduled(model: Model) -> Config:
-    """The config of a run of which only the model is known; the other sections are placeholders that nothing reads."""
-    return Config(
-        workdir="unknown",
-        model=model,
-        data=config_lib.Data(sources={"unknown": 1.0}),
-        optim=config_lib.Optim(peak_lr=4e-4, min_lr=4e-5, warmup_steps=0, weight_decay=0.1, clip_norm=1.0),
-        train=config_lib.Train(steps=1, tokens_per_step=model.seq_len, seqs_per_device=1),
-        checkpoint=config_lib.Checkpoint(every=1),
-    )
 
 
 @contextlib.contextmanager
@@ -293,8 +291,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tinyllama_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--checkpoint", metavar="PATH", help="a run folder, a Hugging Face folder or a GGUF file (needed)")
-    what = "what to write: GGUF for llama.cpp, a Hugging Face folder, or a page that runs the model in a browser (needed)"
-    parser.add_argument("--format", choices=["gguf", "hf", "web"], help=what)
+    what = "what to write: GGUF for llama.cpp, a folder for Hugging Face or PEFT, or a page for a browser (needed)"
+    parser.add_argument("--format", choices=["gguf", "hf", "peft", "web"], help=what)
     parser.add_argument(
         "--output", metavar="PATH", help="the file NAME.gguf to make; a folder with --shard-size, hf or web (needed)"
     )
@@ -355,16 +353,20 @@ def _add_named(kinds: argparse._SubParsersAction) -> None:
 
 def _convert(args: argparse.Namespace) -> str:
     """The command without a name: `--format` says what to write. Returns a line about it."""
+    no_gguf = ("quantize", "shard_size", "wllama")
+    others = {"gguf": ("dtype", "wllama"), "hf": no_gguf, "peft": (*no_gguf, "dtype"), "web": ("dtype",)}
     for option in ("checkpoint", "format", "output"):
         if getattr(args, option) is None:
-            raise UserError(f"--{option} is missing; the command needs --checkpoint PATH --format gguf|hf|web --output PATH")
-    others = {"gguf": ("dtype", "wllama"), "hf": ("quantize", "shard_size", "wllama"), "web": ("dtype",)}[args.format]
-    for option in (name for name in others if getattr(args, name) is not None):
+            command = f"--checkpoint PATH --format {'|'.join(others)} --output PATH"
+            raise UserError(f"--{option} is missing; the command needs {command}")
+    for option in (name for name in others[args.format] if getattr(args, name) is not None):
         raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: has no meaning with --format {args.format}")
     if args.format == "hf":
         dtype = args.dtype or "float32"
         step = export(args.checkpoint, args.output, args.step, dtype, allow_non_finite=args.allow_non_finite)
         return f"{args.output}: {'' if step is None else f'step {step:,} of '}{args.checkpoint} in {dtype}"
+    if args.format == "peft":
+        return export_adapter(args.checkpoint, args.output, args.step, args.allow_non_finite)
     if args.shard_size is not None and not 1 <= args.shard_size <= 1e6:
         raise UserError(f"--shard-size {args.shard_size:g}: must lie between 1 and 1,000,000 megabytes")
     is_web = args.format == "web"

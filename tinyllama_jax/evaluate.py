@@ -43,9 +43,36 @@ def main(argv: list[str]) -> int:
         record |= _tasks(args, loaded, wanted, f"{args.checkpoint}" + ("" if step is None else f", step {step:,}"))
     if args.data_set:
         record |= {"data_set": _held_out(args, loaded, step)}
+    if args.longer:
+        record |= {"by_position": _by_position(args, loaded)}
+    record["results"] = _results(record)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if args.output:
-        files.write(args.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+        files.write(args.output, text)
+    if step is not None and args.limit is None and record["results"]:
+        _keep(Path(args.checkpoint) / "evals" / f"{step}-{'-'.join(record['results'])[:100]}.json".replace("/", "_"), text)
     return 0
+
+
+def _results(record: dict) -> dict[str, dict[str, float | None]]:
+    """Task or data set -> metric -> score, and its standard error: what `report` draws."""
+    metrics = {task: row["metrics"] for task, row in record.get("tasks", {}).items()}
+    if prepared := record.get("data_set"):
+        loss = {"value": prepared["loss"], "stderr": prepared["loss_stderr"]}
+        per_byte = {"value": prepared["bits_per_byte"], "stderr": None}
+        metrics[f"{Path(prepared['path']).name} {prepared['split']}"] = {"loss": loss, "bits_per_byte": per_byte}
+    ends = {"": "value", "_stderr": "stderr"}
+    named = lambda scores: {f"{metric}{end}": score[key] for metric, score in scores.items() for end, key in ends.items()}
+    return {task: named(scores) for task, scores in metrics.items()}
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes scores into the run folder, for `report`; says so if it cannot."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.write(path, text)
+    except OSError as error:
+        print(f"the scores are not kept in the run folder: {error}", file=sys.stderr)
 
 
 def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) -> dict:
@@ -77,7 +104,7 @@ def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dic
     blocks = feed.open_source(args.data_set, args.split, loaded.model.seq_len)
     config = None if step is None else load_config(args.checkpoint)
     data = config.data if config else Data({str(args.data_set): 1})  # only a run says how documents were masked
-    edge = feed.eos_id(config, [blocks]) if config else -1
+    edge = feed.eos_id(config, [blocks]) if config and blocks.kind == "text" else -1
     scores = held_out.scores(Scorer(loaded, args.batch), loaded.tokenizer, blocks, data, edge, args.limit)
     error = "" if scores["loss_stderr"] is None else f" +- {scores['loss_stderr']:.4f}"
     print(f"{args.data_set}, {args.split}: loss {scores['loss']:.4f}{error}, perplexity {scores['perplexity']:.3f}, "
@@ -88,6 +115,17 @@ def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dic
         print(f"bits per byte: {scores['bits_per_byte']:.4f} over {scores['bytes']:,} bytes")
     where = {"path": str(args.data_set), "split": args.split, "manifest": blocks.manifest_sha256}
     return where | {"document_mask": data.document_mask, "eod_mask_loss": data.eod_mask_loss} | scores
+
+
+def _by_position(args: argparse.Namespace, loaded: Loaded) -> dict:
+    """Scores a prepared data set by position in a longer context and prints the scores; returns what is recorded."""
+    model = held_out.lengthened(loaded.model, args.longer, args.rope)
+    blocks = feed.open_source(args.data_set, args.split, model.seq_len)
+    parts = held_out.by_position(Scorer(loaded._replace(model=model), args.batch), loaded.tokenizer, blocks, args.limit)
+    print(f"context {model.seq_len:,}, {args.longer:g} times the trained one; RoPE {model.rope_type} x {model.rope_scaling:g}")
+    for part in parts:
+        print(f"positions {part['from']:,} to {part['to'] - 1:,}: perplexity {part['perplexity']:.3f}")
+    return {"context": model.seq_len, "rope_type": model.rope_type, "rope_scaling": model.rope_scaling, "parts": parts}
 
 
 def _harness():
@@ -113,6 +151,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="local files DIR/TASK in place of the hub's data, for the commonsense tasks")
     add("--data-set", metavar="DIR", help="a folder that `prepare` wrote, or LITPKDS files: loss, perplexity, bits per byte")
     add("--split", default="validation", help="which split of --data-set (validation)")
+    add("--longer", type=float, metavar="F", help="also perplexity of --data-set by position in a context F times as long")
+    add("--rope", choices=("linear", "ntk", "yarn"), help="scale RoPE for --longer (as the model has it)")
     add("--include", type=Path, metavar="DIR", help="a folder with your own tasks' YAML files")
     add("--run-code", action="store_true", help="let humaneval run the programs that the model writes")
     add("--output", type=Path, metavar="FILE", help="write the scores there as JSON")
@@ -121,6 +161,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError("nothing to score: say --tasks commonsense, or --data-set DIR")
     if args.data_set is not None:
         files.check_local("--data-set", args.data_set)
+    if args.longer is not None and not (args.data_set and 1 <= args.longer <= 64):
+        raise UserError(f"--longer {args.longer:g}: must lie between 1 and 64, and needs --data-set")
+    if args.rope and args.longer is None:
+        raise UserError(f"--rope {args.rope}: needs --longer, such as --longer 2")
     for name in ("limit", "batch"):
         if (value := getattr(args, name)) is not None and not 1 <= value < 2**31:
             raise UserError(f"--{name} {value}: must be at least 1, and less than 2^31")

@@ -1,26 +1,21 @@
-"""A picture of a run from its metrics.jsonl: losses, learning rate, and the batch and mixture if they change.
+"""A page about one or several runs: losses, speed, faults and restarts, scores, samples, and what differs between them.
 
-python -m tinyllama_jax.report RUN      writes RUN/loss.png
+python -m tinyllama_jax.report RUN [RUN ...]      writes the first RUN's report.html
 """
 
-import argparse
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from tinyllama_jax.base import cli
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.base.files import Nats, check_local, exists, read_json
+from tinyllama_jax.base.files import check_local, write
+from tinyllama_jax.planning import history, run_page
+from tinyllama_jax.planning.history import UNIGRAM, unigram
 from tinyllama_jax.run import metrics
 
-UNIGRAM = "unigram.json"  # optional: {"val_loss": ...} of a unigram model on the run's validation tokens
-
-
-class Baseline(typing.TypedDict):
-    """unigram.json."""
-
-    val_loss: Nats
+__all__ = ["UNIGRAM", "curves_of", "draw", "main", "unigram"]
 
 
 def draw(run: str | Path) -> Path:
@@ -85,11 +80,6 @@ def curves_of(train: list[dict], steps: np.ndarray, tokens: np.ndarray, mean: Ca
     return curves
 
 
-def unigram(run: Path) -> float | None:
-    """The unigram model's validation loss, or None if it was not computed."""
-    return read_json(run / UNIGRAM, Baseline)["val_loss"] if exists(run / UNIGRAM) else None
-
-
 def _add_tokens(axes, steps: np.ndarray, tokens: np.ndarray) -> None:
     """Adds an axis of tokens at the top of `axes`."""
     from matplotlib.ticker import EngFormatter
@@ -103,12 +93,26 @@ def _add_tokens(axes, steps: np.ndarray, tokens: np.ndarray) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Draws; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m tinyllama_jax.report", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", help="a run folder")
-    run = parser.parse_args(argv).run
-    check_local("RUN", run)
-    print(*filter(None, (draw(run), metrics.skipped(metrics.read(run)))), sep="\n")
+    """Writes the page, and the curves as pictures if asked; returns the exit code."""
+    parser = cli.Parser("python -m tinyllama_jax.report", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; several are laid over one another")
+    parser.add_argument("--output", metavar="FILE", help="where to write the page (the first RUN's report.html)")
+    parser.add_argument("--png", action="store_true", help="also write the curves as a picture, each RUN's loss.png")
+    args = parser.parse_args(argv)
+    for run in args.runs:
+        check_local("RUN", run)
+    if args.output is not None:
+        check_local("--output", args.output)
+    paths = list(dict.fromkeys(map(Path, args.runs)))
+    for path in paths if args.png else ():
+        print(draw(path))
+    runs = [history.read(path) for path in paths]
+    output = Path(args.output or paths[0] / "report.html")
+    write(output, run_page.page(runs))
+    print(output)
+    for run in runs:
+        for _, what in run.faults:
+            print(f"{run.path}: {what}" if len(runs) > 1 else what)
     return 0
 
 

@@ -40,7 +40,7 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
     with tempfile.TemporaryDirectory() as scratch:
         base = initialize.read_origin(origin, Path(scratch), config.model.added_tokens)
         model = _model_of(base, config, origin)
-        if all(_is_prepared(path) for path in config.data.sources):  # as in RUN/config.json
+        if all(_is_prepared(path, kind) for path in config.data.sources):  # as in RUN/config.json
             return [*model, *argv]
         template = chat.choose(origin.absolute(), base.tokenizer, config.data.template or None, "--data.template")
         chat.check_ends(template, base.tokenizer)
@@ -49,7 +49,7 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
         place, sources = Path(config.workdir).parent / "prepared", {}
         for path, weight in config.data.sources.items():
             folder = Path(path)
-            if not _is_prepared(path):
+            if not _is_prepared(path, kind):
                 folder, line = chats.prepared(path, encoder, place, config.train.wait)
                 _say(line)
             if "," in str(folder):  # it becomes an argument of `train`
@@ -60,12 +60,13 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
     return [*model, *argv, f"--data.sources={mixture_weights.sources_text(sources)}"]
 
 
-def _is_prepared(path: str) -> bool:
-    """Whether `path` is a folder of blocks already. Raises UserError if these are not conversations."""
+def _is_prepared(path: str, kind: str) -> bool:
+    """Whether `path` is a folder of blocks already. Raises UserError if they are of another kind than `kind`."""
     if not (Path(path) / MANIFEST).is_file():
         return False
-    if (kind := read_manifest(path)[0].get("kind", "text")) != "chat":
-        raise UserError(f"--data.sources={path}: was prepared as {kind}; sft learns from conversations (see docs/sft.md)")
+    if (written := read_manifest(path)[0].get("kind", "text")) != kind:
+        use = {"text": "train", "chat": "sft", "preferences": "dpo"}[written]
+        raise UserError(f"--data.sources={path}: was prepared as {written}, for `{use}`; this command learns from {kind}")
     return True
 
 

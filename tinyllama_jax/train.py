@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         if start >= config.train.steps:
             log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps resumes it")
         if stop and jax.process_count() == 1:  # several processes agree on a step first
-            log.say(f"{cluster.stopped_by(stop[0])} before its first step")
+            log.say(f"{cluster.stopped_by(stop[0])} before its first step", "stop")
             return 128 + stop[0]
         if origin and held_out:  # the weights as they came
             validate(program, config, state.params, held_out, start, log)
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
                 with log.timed("checkpoint"):
                     checkpoints.save(step, state)
             if stopping:
-                log.say(f"{cluster.stopped_by(stopping)} after step {step:,}, which is saved; run the same command to resume")
+                log.say(f"{cluster.stopped_by(stopping)} after step {step:,}, which is saved; the same command resumes", "stop")
                 return 128 + stopping
         return log.end(max(start, config.train.steps))
 
@@ -118,7 +118,7 @@ def validate(program: Program, config: Config, params: dict, held_out: dict[str,
     log.validation(step, scores)
     if config.log.sample:
         with log.timed("elsewhere"):
-            log.say(f"step {step:,}: {samples.continued(config, params, step)}")
+            log.sample(step, samples.continued(config, params, step))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tinyllama_jax.core.losses import Answers, Preferences
 from tinyllama_jax.hub import llama
 
 batch = test_preferences.batch
-WHY = "pip install --no-deps trl datasets dill multiprocess xxhash pandas"
+WHY = "pip install --no-deps trl"
 
 
 @pytest.fixture

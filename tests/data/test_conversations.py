@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import re
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -22,6 +24,7 @@ SHAPES = {
         {"conversations": [{"from": f, "value": v} for f, v in (("system", "S"), ("user", "Q"), ("assistant", "A"))]},
         SYSTEM + TALK,
     ),
+    "ShareGPT by column": ({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}, TALK),
     "conversation, role and content": ({"conversation": TALK}, TALK),
     "guanaco": ({"text": "### Human: Q### Assistant: A### Human: Q2### Assistant: A2"}, TWO),
     "guanaco on lines": ({"text": "S\n### Human: Q\n### Assistant: A\n"}, SYSTEM + TALK),
@@ -124,6 +127,7 @@ def test_a_test_set_is_not_trained_on_by_mistake(files, advice, tmp_path):
 BAD = {
     '{"query": "Q", "reply": "A"}': "line 2: has 'query', 'reply', and fits no known shape (messages; conversations; ",
     '{"messages": "hello"}': "line 2: 'messages' is a text, and must be a list of turns",
+    '{"messages": {"role": ["user"], "content": []}}': "line 2: messages[0] needs role and content",
     '{"messages": []}': "line 2: 'messages' is an empty list",
     '{"messages": [{"role": "user"}]}': "line 2: messages[0] needs role and content",
     '{"messages": [{"role": "user", "content": null}]}': "line 2: messages[0] needs role and content",
@@ -172,3 +176,18 @@ def test_sources_that_are_none(tmp_path):
             conversations.files_of(str(tmp_path / name))
     with pytest.raises(UserError, match="is a URL"):
         conversations.files_of("https://huggingface.co/datasets/x")
+
+
+def test_a_damaged_file_is_named_and_never_ends_the_process(tmp_path):
+    write_all(tmp_path)
+    rng = random.Random(1)
+    for name in ("a.arrow", "saved/data-00000-of-00001.arrow", "a.parquet", "a.jsonl.gz", "list.json") * 40:
+        data = bytearray((tmp_path / name).read_bytes())
+        for _ in range(rng.choice((1, 3))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        file = tmp_path / f"damaged-{Path(name).name}"
+        file.write_bytes(data)
+        try:
+            list(conversations.read([file]))  # some damage is within a text
+        except UserError as error:
+            assert str(error).startswith(str(file)) and "\n" not in str(error)

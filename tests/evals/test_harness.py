@@ -192,7 +192,8 @@ def test_words_that_name_nothing(folder):
 
 # -- a real model and real data -----------------------------------------------------------------------------------------
 
-PIQA = Path(os.environ.get("PIQA", "/work/shared/data/piqa"))  # with valid.jsonl and valid-labels.lst, as published
+# a folder with valid.jsonl and valid-labels.lst, as published
+PIQA = Path(os.environ.get("PIQA", Path(__file__).parents[3] / "shared/data/piqa"))
 
 
 def smollm2_on_piqa(limit: int | None) -> dict:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from tokenizers_for_tests import make
 
 from tinyllama_jax import evaluate, train
-from tinyllama_jax.base import cli
+from tinyllama_jax.base import cli, rope
+from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare.pipeline import prepare
 from tinyllama_jax.evals import held_out
@@ -32,14 +34,16 @@ def run(request, tiny_data, tiny_config_file, tmp_path_factory):
 
 
 def test_scores_are_those_of_the_trainer(run, tiny_data, tmp_path, capsys):
-    folder, row = run
+    (folder, row), tokens = run, 0
     for source in ("a", "b"):
         line = ["--checkpoint", str(folder), "--data-set", str(tiny_data / source), "--output", str(tmp_path / "out.json")]
         assert evaluate.main(line) == 0
         record = json.loads((tmp_path / "out.json").read_text())
         assert record["data_set"]["loss"] == pytest.approx(row[f"val_loss/{source}"], rel=2e-5)
+        tokens += record["data_set"]["tokens"]
         assert record["step"] == 4 and record["precision"] == "float32"
         assert f"loss {record['data_set']['loss']:.4f} +- " in capsys.readouterr().out
+    assert tokens == row["val_tokens"]
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece", "SentencePiece as Llama's", "Hugging Face", "byte-level BPE"])
@@ -62,3 +66,45 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
     emoji = np.array(tokenizer.encode("a😀")[1:])
     assert half(emoji, emoji).sum() == 4 and half(emoji, emoji).max() < 4  # a token that is no whole character counts its bytes
     assert scores["bits_per_byte"] < scores["loss"] / np.log(2) * scores["tokens"] / scores["bytes"]  # eos and bos left out
+
+
+class FiveBlocks:
+    """Blocks of 25 random tokens."""
+
+    directory, split, tokenizer_sha256 = "data", "validation", "x"
+
+    def __len__(self) -> int:
+        return 5
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([models.ids(25, int(i)) for i in index]), np.full(len(index), 25)
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "ntk", "yarn"])
+def test_longer_contexts_are_those_of_transformers(kind):
+    """The loss by position at 2 times the trained length, with RoPE scaled as it is exported."""
+    torch = pytest.importorskip("torch")
+    trained = dataclasses.replace(models.TINY, d_model=48, seq_len=24)  # H = 8
+    model = held_out.lengthened(trained, 2, kind)
+    assert (model.seq_len, model.rope_scaling) == (48, 2.0 if kind else 1.0)
+    blocks, tokenizer, params = FiveBlocks(), SimpleNamespace(sha256="x"), models.some_params(trained)
+    parts = held_out.by_position(Scorer(models.loaded(model, params)), tokenizer, blocks)
+    stream = torch.tensor([models.ids(25, i) for i in range(5)]).ravel()[:98].reshape(2, 49)  # two texts; the rest fill none
+    if kind == "ntk":  # exported as another theta
+        model = dataclasses.replace(model, rope_theta=rope.theta(model), rope_type="linear", rope_scaling=1.0)
+    with torch.no_grad():
+        logits = models.transformers_model(model, params)(stream[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), stream[:, 1:], reduction="none").numpy()
+    assert [(part["from"], part["to"]) for part in parts] == [(i, i + 6) for i in range(0, 48, 6)]
+    for part in parts:
+        assert part["loss"] == pytest.approx(losses[:, part["from"] : part["to"]].mean(), abs=1e-3)
+    with pytest.raises(UserError, match="has fewer than the 1,537 tokens of one text"):
+        longest = models.loaded(held_out.lengthened(trained, 64, None), params)
+        held_out.by_position(Scorer(longest), tokenizer, blocks)
+
+
+def test_rope_that_is_scaled_already_is_left_alone():
+    model = dataclasses.replace(models.TINY, rope_scaling=4.0)
+    assert held_out.lengthened(model, 1, "ntk").rope_scaling == 4
+    with pytest.raises(UserError, match=r"--rope yarn: the model's RoPE is scaled by 4 already \(linear\)"):
+        held_out.lengthened(model, 2, "yarn")

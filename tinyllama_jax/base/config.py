@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from tinyllama_jax.base import mixture_weights, rope
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import check_local
+from tinyllama_jax.base.lora import NF4_BLOCK, Lora
 from tinyllama_jax.base.mixture_weights import Weight, exact, knots_of, weight_at
-from tinyllama_jax.base.values import LIMITS, check, check_one_of, checked
+from tinyllama_jax.base.values import LIMITS, Section, check, check_one_of
 
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("none", "save_matmuls_and_attention", "save_matmuls", "full")
@@ -20,21 +21,8 @@ ATTENTION = ("auto", "reference", "xla", "pallas_triton", "pallas_mosaic_gpu", "
 TOKENS = 2**53  # 9.0e15, at most: every whole number up to this one is exact in a float
 
 
-class _Section:
-    """Base of every section: checks the type, limits and length of each value, from a config file or the command line."""
-
-    def __post_init__(self):
-        section = "" if isinstance(self, Config) else type(self).__name__.lower() + "."
-        for name, kind in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if dataclasses.is_dataclass(kind):
-                check(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
-            else:
-                object.__setattr__(self, name, checked(section + name.rstrip("_"), value, kind))
-
-
 @dataclass(frozen=True)
-class Model(_Section):
+class Model(Section):
     """A Llama 2 architecture. Fields without a default define the experiment."""
 
     n_layers: int
@@ -97,7 +85,7 @@ class Model(_Section):
 
 
 @dataclass(frozen=True)
-class Data(_Section):
+class Data(Section):
     """Where the blocks come from. Together with `train.seed` and the step, it determines every batch."""
 
     # folder written by `prepare`, or DIR/PREFIX of LITPKDS files -> mixture weight, constant or ((tokens, weight), ...): see
@@ -149,7 +137,7 @@ class Bos(int):
 
 
 @dataclass(frozen=True)
-class Optim(_Section):
+class Optim(Section):
     """AdamW and its learning rate: warm-up, a schedule, and an optional cool-down.
 
     A step here is train.tokens_per_step tokens: a step that train.batch_ramp makes k times larger counts as k.
@@ -182,7 +170,7 @@ class Optim(_Section):
 
 
 @dataclass(frozen=True)
-class Train(_Section):
+class Train(Section):
     """How long, and how much at once. Every quantity is global: no number here is per host."""
 
     steps: int
@@ -237,7 +225,7 @@ class Train(_Section):
 
 
 @dataclass(frozen=True)
-class Mesh(_Section):
+class Mesh(Section):
     """Devices per axis; -1: all that are left. data: replicas. fsdp: shards of parameters and optimizer. tensor: heads, ffn."""
 
     data: int = 1
@@ -254,7 +242,7 @@ class Mesh(_Section):
 
 
 @dataclass(frozen=True)
-class Checkpoint(_Section):
+class Checkpoint(Section):
     """When to save, and what to keep. The last step is always saved."""
 
     every: int
@@ -280,7 +268,7 @@ class Checkpoint(_Section):
 
 
 @dataclass(frozen=True)
-class Log(_Section):
+class Log(Section):
     """What is recorded during training."""
 
     every: int = 1  # steps between lines of metrics.jsonl
@@ -290,7 +278,7 @@ class Log(_Section):
 
 
 @dataclass(frozen=True)
-class Init(_Section):
+class Init(Section):
     """Where the weights of a new run come from."""
 
     from_: str = ""  # --init.from: a run folder, a Hugging Face folder or a GGUF file; empty: from scratch
@@ -308,7 +296,7 @@ class Init(_Section):
 
 
 @dataclass(frozen=True)
-class Config(_Section):
+class Config(Section):
     """All settings of a run. Each of `configs/*.py` defines one, named `config`."""
 
     workdir: str
@@ -320,6 +308,7 @@ class Config(_Section):
     mesh: Mesh = field(default_factory=Mesh)
     log: Log = field(default_factory=Log)
     init: Init = field(default_factory=Init)
+    lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self):
         super().__post_init__()
@@ -332,6 +321,10 @@ class Config(_Section):
         model, most = self.model, max(tokens for _, _, tokens in self.train.stages)
         wide = max(model.seq_len * model.n_heads, model.n_layers * max(model.d_model, model.d_ff, model.n_heads * model.d_head))
         check(most * wide <= 2**55, "train.tokens_per_step", most, f"with {wide:,} numbers a token arrays exceed 2^55 numbers")
+        for key, inputs in (("d_model", model.d_model), ("n_heads", model.n_heads * model.d_head), ("d_ff", model.d_ff)):
+            whole = self.lora.base != "nf4" or inputs % NF4_BLOCK == 0
+            remedy = f"{inputs:,} inputs are not whole blocks of {NF4_BLOCK}, which --lora.base=nf4 needs; use bfloat16"
+            check(whole, f"model.{key}", getattr(model, key), remedy)
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps
         too_many = f"is more than train.steps={self.train.steps}"

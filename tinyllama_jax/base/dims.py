@@ -79,6 +79,38 @@ def n_elements(parameter: Parameter, model) -> int:
     return math.prod(shape(parameter, model))
 
 
+class Array(NamedTuple):
+    """One array of the weights as a run keeps them. A letter of `dims` may be "R", the rank, or "." (in no alphabet)."""
+
+    name: str
+    dims: str
+    shape: tuple[int, ...]
+    dtype: str
+    trains: bool
+
+
+def arrays(model, lora) -> list[Array]:
+    """The arrays of the weights: with `lora.rank` 0 the `PARAMETERS`, otherwise the frozen ones and the adapters."""
+    out, frozen = [], lora.rank > 0
+    for p in PARAMETERS:
+        whole, n = shape(p, model), 1 + len(p.fan_in)  # n: the leading dimensions of a layer's matrix, L and its inputs
+        in_layer = p.dims.startswith("L") and bool(p.fan_in)
+        if in_layer and lora.base == "nf4":  # see kernels/nf4.py
+            blocks = math.prod(whole[1:]) // 64
+            out += [
+                Array(f"{p.name}/codes", p.dims, (*whole[: n - 1], whole[n - 1] // 2, *whole[n:]), "uint8", False),
+                Array(f"{p.name}/scale", "L.", (whole[0], blocks), "uint8", False),
+                Array(f"{p.name}/scale_scale", "L.", (whole[0], -(-blocks // 256)), "float32", False),
+                Array(f"{p.name}/scale_mean", "L", whole[:1], "float32", False),
+            ]
+        else:
+            out.append(Array(p.name, p.dims, whole, "bfloat16" if lora.base and p.kind != "norm" else "float32", not frozen))
+        if in_layer and frozen and (name := p.name.split("/")[1]) in lora.names:
+            out.append(Array(f"layers/{name}/lora_a", f"{p.dims[:n]}R", (*whole[:n], lora.rank), "float32", True))
+            out.append(Array(f"layers/{name}/lora_b", f"LR{p.dims[n:]}", (whole[0], lora.rank, *whole[n:]), "float32", True))
+    return out
+
+
 def n_parameters(model) -> int:
     """Number of parameters: 1,100,048,384 for the 1.1B model."""
     return sum(n_elements(p, model) for p in PARAMETERS)

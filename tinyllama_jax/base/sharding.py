@@ -11,10 +11,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tinyllama_jax.base import dims
+from tinyllama_jax.base.config import Lora, Model
 from tinyllama_jax.base.config import Mesh as MeshConfig
-from tinyllama_jax.base.config import Model
 from tinyllama_jax.base.errors import UserError
 
+NO_LORA = Lora()
 BATCH = ("data", "fsdp")  # a batch is split over both; parameters, their gradients and moments over fsdp and tensor
 PARAMETER_AXES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 ACTIVATION_AXES = {"B": BATCH, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
@@ -43,14 +44,14 @@ def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def parameter_shardings(mesh: jax.sharding.Mesh, model: Model) -> dict[str, NamedSharding]:
-    """Parameter name -> sharding, from `PARAMETER_AXES`. Raises UserError, with a remedy.
+def parameter_shardings(mesh: jax.sharding.Mesh, model: Model, lora: Lora = NO_LORA) -> dict[str, NamedSharding]:
+    """Name of an array of the weights -> sharding, from `PARAMETER_AXES`. Raises UserError, with a remedy.
 
     Errors: an axis does not divide a dimension, two dimensions of a parameter use one axis, or a rule has no parameter.
     """
     out = {}
-    for p in dims.PARAMETERS:
-        shape, axes = dims.shape(p, model), [PARAMETER_AXES.get(letter) for letter in p.dims]
+    for p in dims.arrays(model, lora):
+        shape, axes = p.shape, [PARAMETER_AXES.get(letter) for letter in p.dims]
         for letter, size, axis in zip(p.dims, shape, axes, strict=True):
             if axis and axes.count(axis) > 1:
                 both = " and ".join(other for other in p.dims if PARAMETER_AXES.get(other) == axis)

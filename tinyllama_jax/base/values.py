@@ -1,7 +1,9 @@
 """Types and limits of configuration values, and the checks that reject others with one line: key, value, remedy."""
 
+import dataclasses
 import difflib
 import math
+import typing
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import typed
@@ -13,7 +15,7 @@ LIMITS = {
     for limits, keys in {
         (1, 2**10): "model.n_layers model.n_heads model.n_kv_heads",
         (1, 2**20): "model.d_model model.d_ff model.seq_len model.loss_chunk train.seqs_per_device",
-        (0, 2**16): "model.head_dim",
+        (0, 2**16): "model.head_dim lora.rank",
         (1, 2**24): "model.vocab_size",
         (1, 2**30): "train.tokens_per_step",
         (1, 2**31 - 1): "train.steps train.give_up checkpoint.every checkpoint.keep log.every log.eval_every",
@@ -25,7 +27,7 @@ LIMITS = {
         (1.0, 1e15): "model.rope_theta",
         (1.0, 1e6): "model.rope_scaling",
         (1e-30, 1.0): "model.norm_eps optim.eps",  # less is 0 in fp32
-        (1e-30, 1e4): "optim.peak_lr",
+        (1e-30, 1e4): "optim.peak_lr lora.alpha",
         (0.0, 1e4): "optim.min_lr optim.cooldown_lr optim.weight_decay",
         (1e-30, math.inf): "optim.clip_norm",  # inf: no clipping
         (0.0, 0.999_999): "optim.b1 optim.b2",  # more is 1 in fp32
@@ -79,3 +81,16 @@ def checked(key: str, value: object, kind: type) -> object:
         check(len(text) <= LONGEST, key, text, f"has more than {LONGEST:,} characters")
         check(not set("\0\r\n") & set(text), key, repr(text), "holds a NUL character or a line break")
     return out
+
+
+class Section:
+    """Base of every section: checks the type, limits and length of each value, from a config file or the command line."""
+
+    def __post_init__(self):
+        section = "" if type(self).__name__ == "Config" else type(self).__name__.lower() + "."
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if dataclasses.is_dataclass(kind):
+                check(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
+            else:
+                object.__setattr__(self, name, checked(section + name.rstrip("_"), value, kind))

@@ -79,7 +79,7 @@ class NextToken:
         A loss for each of the X parts of the batch: the head's gradient crosses devices once, not once per chunk.
         """
         cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
-        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(batch, config))
+        x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(batch, config), config.lora)
         kernel_XDV = sharding.gather_per_part(params["lm_head"]["kernel"], "DV", cfg.compute_dtype, cfg.reduce_dtype)
         return _split(x_BSD, len(kernel_XDV)), kernel_XDV, _split(tokens_BS[:, 1:], len(kernel_XDV))
 
@@ -94,7 +94,7 @@ class NextToken:
         """See `Loss`; nats, fp32. At padding it means nothing."""
         with jax.numpy_dtype_promotion("strict"):
             cfg, tokens_BS = config.model, batch.tokens.astype(jnp.int32)
-            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(batch, config))
+            x_BSD = model.hidden(params, tokens_BS[:, :-1], cfg, self.documents(batch, config), config.lora)
             kernel_DV = jmp.get_policy(cfg.precision).cast_to_compute(params["lm_head"]["kernel"])
             return head_losses(x_BSD, kernel_DV, tokens_BS[:, 1:], self._chunk(config))
 

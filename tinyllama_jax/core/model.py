@@ -13,9 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base import rope as rope_lib
-from tinyllama_jax.base.config import Model
+from tinyllama_jax.base.config import Lora, Model
+from tinyllama_jax.core import lora as lora_lib
+from tinyllama_jax.core.linear import down, linear
 from tinyllama_jax.kernels import attention as attention_kernels
 
+NO_LORA = Lora()
 # The activations of a layer that are saved for backward, by their checkpoint_name; the others are computed again.
 _MATMULS = ("q", "k", "v", "residual", "gate", "up")
 REMAT_POLICIES = {
@@ -46,57 +49,6 @@ class Weight(nn.Module):
         shape = dims.shape(parameter, self.model)[parameter.dims.startswith("L") :]
         dtype = jmp.get_policy(self.model.precision).param_dtype
         return self.param(self.entry.rpartition("/")[2], _initializer(parameter, self.model), shape, dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def linear(einsum: str, reduce_dtype: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns `jnp.einsum(einsum, x, kernel)` in x's dtype. The matmul for the kernel's gradient returns `reduce_dtype`.
-
-    That is then also the dtype of the gradient's sum over devices. The backward matmuls are written out because autodiff
-    computes the kernel's gradient transposed, for which XLA's CPU backend copies the activations: the MLP's forward and
-    backward took 1.6 times the CPU time.
-    """
-    return jnp.einsum(einsum, x, kernel.astype(x.dtype))
-
-
-def _linear_forward(einsum, reduce_dtype, x, kernel):
-    return linear(einsum, reduce_dtype, x, kernel), (x, kernel)
-
-
-def _linear_backward(einsum, reduce_dtype, residuals, dy):
-    (x, kernel), (inputs, y) = residuals, einsum.split("->")
-    x_dims, kernel_dims = inputs.split(",")
-    dx = jnp.einsum(f"{y},{kernel_dims}->{x_dims}", dy, kernel.astype(dy.dtype))
-    dkernel = jnp.einsum(f"{x_dims},{y}->{kernel_dims}", x, dy, preferred_element_type=reduce_dtype)
-    return dx, dkernel.astype(kernel.dtype)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def down(reduce_dtype: str, gate_BSF: jax.Array, up_BSF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """SwiGLU's second half: (silu(gate) * up) kernel, [B, S, D]. Backward saves only gate and up; otherwise like `linear`."""
-    return jnp.einsum("bsf,fd->bsd", _swiglu(gate_BSF, up_BSF), kernel_FD.astype(gate_BSF.dtype))
-
-
-def _swiglu(gate_BSF: jax.Array, up_BSF: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate_BSF) * up_BSF
-
-
-def _down_forward(reduce_dtype, gate_BSF, up_BSF, kernel_FD):
-    return down(reduce_dtype, gate_BSF, up_BSF, kernel_FD), (gate_BSF, up_BSF, kernel_FD)
-
-
-def _down_backward(reduce_dtype, residuals, dy_BSD):
-    gate_BSF, up_BSF, kernel_FD = residuals
-    h_BSF, vjp = jax.vjp(_swiglu, gate_BSF, up_BSF)
-    dkernel_FD = jnp.einsum("bsf,bsd->fd", h_BSF, dy_BSD, preferred_element_type=reduce_dtype)
-    dgate_BSF, dup_BSF = vjp(jnp.einsum("bsd,fd->bsf", dy_BSD, kernel_FD.astype(dy_BSD.dtype)))
-    return dgate_BSF, dup_BSF, dkernel_FD.astype(kernel_FD.dtype)
-
-
-down.defvjp(_down_forward, _down_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -175,6 +127,7 @@ class Block(nn.Module):
     """`layer` in training: its parameters, and what backward saves of it."""
 
     model: Model
+    lora: Lora = NO_LORA
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, ids_BS: jax.Array | None, table: tuple[jax.Array, jax.Array]):
@@ -185,7 +138,10 @@ class Block(nn.Module):
             return Weight(f"layers/{name}/{kind}", model, name=name)()
 
         def project(name: str, einsum: str, x: jax.Array) -> jax.Array:
-            y = linear(einsum, model.reduce_dtype, x, weight(name))
+            if self.lora.rank:
+                y = lora_lib.project(einsum, model.reduce_dtype, x, self.variables["params"][name], self.lora)
+            else:
+                y = linear(einsum, model.reduce_dtype, x, weight(name))
             # saved without H as a dimension of its own: TPUs pad the last dimension to 128, twice the memory for H = 64
             return checkpoint_name(y.reshape(*y.shape[:2], -1), name).reshape(y.shape)
 
@@ -200,14 +156,19 @@ class Block(nn.Module):
                 run = sharding.per_device(run, ("BSNH", "BSKH", "BSKH", "BS")[: len(arrays)], "BSNH")
             return run(*arrays)
 
-        parts = Parts(weight, project, lambda gate, up: down(model.reduce_dtype, gate, up, weight("down")), attend)
-        return layer(x_BSD, table, parts, model), None
+        def second_half(gate_BSF: jax.Array, up_BSF: jax.Array) -> jax.Array:
+            if self.lora.rank:
+                return lora_lib.down(model.reduce_dtype, gate_BSF, up_BSF, self.variables["params"]["down"], self.lora)
+            return down(model.reduce_dtype, gate_BSF, up_BSF, weight("down"))
+
+        return layer(x_BSD, table, Parts(weight, project, second_half, attend), model), None
 
 
 class Llama(nn.Module):
-    """Embedding, L blocks under one scan, final norm, head."""
+    """Embedding, L blocks under one scan, final norm, head. Under `lora` it reads the parameters of core/lora.py."""
 
     model: Model
+    lora: Lora = NO_LORA
 
     def setup(self):
         model = self.model
@@ -221,7 +182,7 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=model.n_layers,
-        )(model)
+        )(model, self.lora)
         self.final_norm = Weight("final_norm/scale", model)
         self.lm_head = Weight("lm_head/kernel", model)
 
@@ -252,9 +213,11 @@ def init(key: jax.Array, model: Model) -> dict:
     return Llama(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def hidden(params: dict, tokens_BS: jax.Array, model: Model, segment_ids_BS: jax.Array | None = None) -> jax.Array:
+def hidden(
+    params: dict, tokens_BS: jax.Array, model: Model, segment_ids_BS: jax.Array | None = None, lora: Lora = NO_LORA
+) -> jax.Array:
     """The head's input [B, S, D] in the compute dtype. With segments, a token sees only its own segment."""
-    return Llama(model).apply({"params": params}, tokens_BS, segment_ids_BS, method="hidden")
+    return Llama(model, lora).apply({"params": params}, tokens_BS, segment_ids_BS, method="hidden")
 
 
 def logits(params: dict, tokens_BS: jax.Array, model: Model) -> jax.Array:

@@ -47,8 +47,8 @@ def decays(params: dict, which: str) -> dict:
     """True for each parameter with weight decay: "all", or "matrices" (neither norms nor the embedding)."""
     flat = model.flatten(params)
     return model.unflatten(
-        {name: which == "all" or bool(dims.BY_NAME[name].fan_in) for name in flat}
-    )  # the embedding has no fan-in
+        {name: which == "all" or name not in dims.BY_NAME or bool(dims.BY_NAME[name].fan_in) for name in flat}
+    )  # the embedding has no fan-in; adapters are matrices
 
 
 def adamw(config: Config) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax.base import schedule, sharding
+from tinyllama_jax.base import dims, schedule, sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.core import model, xla
 from tinyllama_jax.core.losses import NEXT_TOKEN, Batch, Loss
@@ -29,6 +29,7 @@ class Program(NamedTuple):
     evaluate: Callable[[dict, Batch], tuple[Sums, jax.Array]]  # sums, and the number of tokens they count (fp32)
     token_losses: Callable[[dict, Batch], jax.Array]
     state: TrainState  # of ShapeDtypeStructs with their shardings
+    weights: dict  # the parameters that `start` takes, likewise: `state.params` without adapters
     batch: Batch  # of shardings
     eval_batch: Batch
     shape: tuple[int, int]  # (A, B) of a training batch; A of the first steps
@@ -46,7 +47,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
     )
     n_devices = sharding.batch_devices(mesh)
     accumulation = config.accumulation(n_devices)[0]
-    by_name = sharding.parameter_shardings(mesh, config.model)
+    by_name = sharding.parameter_shardings(mesh, config.model, config.lora)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def fresh() -> TrainState:
@@ -56,7 +57,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
         keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
         return sharding.state_sharding("/".join(keys), leaf.shape, by_name)
 
-    shapes = jax.eval_shape(fresh)
+    shapes, whole = jax.eval_shape(fresh), sharding.parameter_shardings(mesh, config.model)
+    abstract = lambda p: jax.ShapeDtypeStruct(dims.shape(p, config.model), jnp.float32, sharding=whole[p.name])
     state = jax.tree_util.tree_map_with_path(place, shapes)
     rows, eval_rows = (NamedSharding(mesh, PartitionSpec(*axes, sharding.BATCH)) for axes in ((None,), ()))
     batch = Batch(rows, rows, rows if len(config.data.sources) > 1 else None, **dict.fromkeys(loss.extras, rows))
@@ -71,7 +73,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
     jit = partial(jax.jit, compiler_options=xla.compiler_options(config, mesh))
     return Program(
         init=jit(fresh, out_shardings=state),
-        start=jit(lambda params: new_state(params, config), in_shardings=(state.params,), out_shardings=state),
+        start=jit(lambda params: new_state(params, config), in_shardings=(model.unflatten(whole),), out_shardings=state),
         train=jit(
             lambda s, b: train_step(s, b, config, loss),
             in_shardings=(state, batch),
@@ -81,6 +83,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
         evaluate=jit(evaluate, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         token_losses=jit(token_losses, in_shardings=(state.params, eval_batch), out_shardings=replicated),
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state),
+        weights=model.unflatten({p.name: abstract(p) for p in dims.PARAMETERS}),
         batch=batch,
         eval_batch=eval_batch,
         shape=(accumulation, config.train.seqs_per_device * n_devices),

@@ -10,7 +10,7 @@ import jmp
 from jax import lax
 
 from tinyllama_jax.base.config import Config
-from tinyllama_jax.core import optim
+from tinyllama_jax.core import lora, optim
 from tinyllama_jax.core.losses import NEXT_TOKEN, Batch, Loss, count_tokens, sum_by_source
 from tinyllama_jax.kernels.cross_entropy import Sums
 
@@ -23,18 +23,19 @@ class TrainState:
 
     step: jax.Array  # int32: steps taken
     params: dict
-    opt_state: tuple
+    opt_state: tuple  # with the moments of the parameters that train: see `lora.split`
     loss_scale: dict  # for fp16 compute: jmp's dynamic loss scale and its counter; otherwise empty
     skipped: jax.Array  # int32: steps that were not finite and changed nothing
 
 
 def new_state(params: dict, config: Config) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step. `params`: in the layout of `dims.PARAMETERS`, also with `lora.rank`."""
+    params = lora.start(params, config) if config.lora.rank else params
     fp16 = config.model.compute_dtype == "float16"
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optim.adamw(config).init(params),
+        opt_state=optim.adamw(config).init(lora.split(params)[0]),
         loss_scale={"scale": jnp.float32(FIRST_LOSS_SCALE), "counter": jnp.int32(0)} if fp16 else {},
         skipped=jnp.int32(0),
     )
@@ -50,25 +51,27 @@ def scaler(state: TrainState) -> jmp.LossScale:
 def gradients(state: TrainState, batch: Batch, config: Config, loss: Loss = NEXT_TOKEN) -> tuple[Sums, dict]:
     """Returns the loss sums over all micro-batches, and the gradient of the mean of loss + z (times the loss scale).
 
-    The mean is over all counted tokens of the step, so every token has the same weight, whatever its micro-batch's padding.
+    The gradient is that of the parameters that train (see `lora.split`). The mean is over all counted tokens of the step, so
+    every token has the same weight, whatever its micro-batch's padding.
     """
     n_tokens = count_tokens(loss.predicted(batch, config))
+    trained, frozen = lora.split(state.params)
 
-    def micro_batch(params: dict, micro: Batch) -> tuple[jax.Array, Sums]:
-        sums = loss.sums(params, micro, config)
+    def micro_batch(trained: dict, micro: Batch) -> tuple[jax.Array, Sums]:
+        sums = loss.sums(lora.join(trained, frozen), micro, config)
         return scaler(state).scale((sums.loss + sums.z) / n_tokens), sums
 
     differentiate = jax.value_and_grad(micro_batch, has_aux=True)
     if batch.tokens.shape[0] == 1:
-        (_, sums), grads = differentiate(state.params, jax.tree.map(lambda a: a[0], batch))
+        (_, sums), grads = differentiate(trained, jax.tree.map(lambda a: a[0], batch))
         return sums, grads
 
     def add(total, micro):
-        (_, sums), grads = differentiate(state.params, micro)
+        (_, sums), grads = differentiate(trained, micro)
         return jax.tree.map(jnp.add, total, (sums, grads)), None
 
     sums = jax.eval_shape(lambda micro: loss.sums(state.params, micro, config), jax.tree.map(lambda a: a[0], batch))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (sums, state.params))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (sums, trained))
     return lax.scan(add, zeros, batch)[0]
 
 
@@ -87,15 +90,15 @@ def train_step(
     predicted = loss.predicted(batch, config)
     n_tokens, predicts = count_tokens(predicted), (predicted > 0).any()
     mean = lambda total: jnp.where(predicts, total / n_tokens, jnp.nan)
-    step = state.step + 1
-    params, opt_state, metrics = optim.update(grads, state.opt_state, state.params, step, config)
+    step, (trained, frozen) = state.step + 1, lora.split(state.params)
+    updated, opt_state, metrics = optim.update(grads, state.opt_state, trained, step, config)
     # finite gradients can have squares that overflow
-    finite = jmp.all_finite((sums.loss, grads, metrics["grad_norm"], params)) | ~predicts
+    finite = jmp.all_finite((sums.loss, grads, metrics["grad_norm"], updated)) | ~predicts
     learns, scale_after = finite & predicts, scale.adjust(finite)
     loss_scale = {"scale": scale_after.loss_scale, "counter": scale_after.counter} if state.loss_scale else {}
     new = TrainState(
         step=step,
-        params=jmp.select_tree(learns, params, state.params),
+        params=lora.join(jmp.select_tree(learns, updated, trained), frozen),
         opt_state=jmp.select_tree(learns, opt_state, state.opt_state),
         loss_scale=jmp.select_tree(predicts, loss_scale, state.loss_scale),
         skipped=state.skipped + jnp.int32(~finite),

@@ -1,5 +1,6 @@
 """XLA's settings, each with its reason: compiler options, the reserved part of a GPU's memory, the compilation cache."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -86,9 +87,10 @@ def reserve_memory() -> None:
 
 
 def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError if a device lacks the memory for its part of the weights and the two moments.
+    """Raises UserError if a device lacks the memory for its part of the weights and the two moments of those that train.
 
-    Virtual CPU devices share the machine's memory. `plan` tells how much more a step needs.
+    A run with adapters starts from all weights in fp32. Virtual CPU devices share the machine's memory. `plan` tells how much
+    more a step needs.
     """
     first = mesh.local_devices[0]
     if stats := first.memory_stats() if first.platform != "cpu" else None:
@@ -96,7 +98,9 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     else:
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
     parameters, split = dims.n_parameters(config.model), mesh.shape["fsdp"] * mesh.shape["tensor"]
-    needs = 3 * jnp.dtype("float32").itemsize * parameters // split
+    size = lambda array: math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+    kept = sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
+    needs = (kept + (4 * parameters if config.lora.rank else 0)) // split
     if needs > has:
         raise UserError(
             f"the weights and moments of {parameters:,} parameters over fsdp x tensor = {split} devices take "

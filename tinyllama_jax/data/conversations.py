@@ -166,6 +166,9 @@ def pair_of(row: object) -> tuple[list[Message], list[Message]]:
 def _turns(value: object, key: str) -> list[Message]:
     if isinstance(value, str):
         raise _BadRow(f"{key!r} is a text, and must be a list of turns: {_short(value)}")
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        n = max(map(len, value.values()))  # a sequence of structs, as `datasets` stores it by column
+        value = [{name: column[i] for name, column in value.items() if i < len(column)} for i in range(n)]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise _BadRow(f"{key!r} must be a list of turns with role and content, or from and value, but is {_short(value)}")
     out = []
@@ -230,7 +233,7 @@ def _rows(file: Path) -> Iterator[tuple[str, object]]:
             yield f"{file}, {at}", row
     except _BadRow as error:
         raise UserError(f"{file}, {at}: {error}") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}, after {at}: cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -298,6 +301,7 @@ def _arrow(file: Path, at: _Place) -> Iterator[object]:
 
 
 def _counted(batch: pyarrow.RecordBatch, at: _Place) -> Iterator[object]:
+    batch.validate(full=True)  # Arrow trusts its offsets: a damaged one would end this process
     for start in range(0, batch.num_rows, 256):  # a batch of `datasets` has 1,000 rows or more
         for row in batch.slice(start, 256).to_pylist():
             at.number += 1

@@ -1,12 +1,16 @@
 """Loss, perplexity, accuracy and bits per byte of a model on a prepared data set."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.base.config import Bos, Data
+from tinyllama_jax.base import rope
+from tinyllama_jax.base.config import Bos, Data, Model
+from tinyllama_jax.base.dims import FIRST, LEARNED
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import read_json
 from tinyllama_jax.data import tokenizer as tokenizer_lib
@@ -17,31 +21,38 @@ from tinyllama_jax.data.tokenizer import SPACE, SentencePieceTokenizer, Tokenize
 from tinyllama_jax.evals.score import Scorer, Text
 
 READ = 64  # blocks read and scored at a time
+PARTS = 8  # of the context, in `by_position`
 
 
 def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edge: int, limit: int | None = None) -> dict:
     """What the trainer reports of a split as `val_...`, with the standard error of the loss over blocks, and bits per byte.
 
     `data`: for `document_mask` and `eod_mask_loss`, which decide what a token sees and which tokens count. `edge`: the token
-    that separates documents, as `feed.eos_id`. `limit`: blocks; None: all.
+    that separates documents, as `feed.eos_id`. Of conversations only the answers count, each within its conversation.
+    `limit`: blocks; None: all.
     Bits per byte leave out tokens that stand for no byte, such as eos, and are None, with `no_bytes` saying why, where the
     tokens' bytes cannot be known. A block longer than the context is scored in parts. Raises UserError for another tokenizer.
     """
     check_tokenizer(tokenizer, blocks)
+    if blocks.kind == "preferences":
+        raise UserError(f"{blocks.directory}: holds preferences, whose held-out pairs `dpo` scores as it trains")
     sizes, why = bytes_of(tokenizer)
     n = min(limit or len(blocks), len(blocks))
     per_block, totals = [], np.zeros(5)  # nats, tokens, right ones, nats of tokens with bytes, bytes
     for first in range(0, n, READ):
-        tokens, length = blocks.read(np.arange(first, min(first + READ, n)))
+        read = blocks.sequences(np.arange(first, min(first + READ, n)))
         owners, texts = [], []
-        for i, (row, size) in enumerate(zip(tokens.astype(np.int32), length, strict=True)):
-            parts = list(_texts(row[:size], data.document_mask, edge, scorer.context))
+        for i, (row, size) in enumerate(zip(read.tokens.astype(np.int32), read.length, strict=True)):
+            if read.marks is None:
+                parts = [(text, None) for text in _texts(row[:size], data.document_mask, edge, scorer.context)]
+            else:
+                parts = list(_conversations(row[:size], read.marks[i, :size]))
             texts += parts
             owners += [i] * len(parts)
-        sums = np.zeros((len(tokens), 5))
-        for i, text, scored in zip(owners, texts, scorer(texts), strict=True):
+        sums = np.zeros((len(read.tokens), 5))
+        for i, (text, learned), scored in zip(owners, texts, scorer([text for text, _ in texts]), strict=True):
             labels, before = np.array(text.ids[1:]), np.array(text.ids[:-1])
-            counted = np.full(len(labels), True) if not data.eod_mask_loss else before != edge
+            counted = learned if learned is not None else before != edge if data.eod_mask_loss else np.full(len(labels), True)
             nats = -scored.logprobs.astype(np.float64) * counted
             n_bytes = sizes(before, labels) * counted
             sums[i] += nats.sum(), counted.sum(), (scored.greedy & counted).sum(), nats[n_bytes > 0].sum(), n_bytes.sum()
@@ -65,6 +76,45 @@ def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edg
     }
 
 
+def by_position(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, limit: int | None = None) -> list[dict]:
+    """Loss and perplexity of tokens by their position in the context, of which there are PARTS equal parts.
+
+    Texts of the context's length + 1 are cut from the blocks in their order, and see across documents. `limit`: texts; None:
+    all. Raises UserError if the data do not fill one text, or have another tokenizer.
+    """
+    check_tokenizer(tokenizer, blocks)
+    context, texts, waiting = scorer.context, [], []
+    for first in range(0, len(blocks), READ):
+        if limit and len(texts) >= limit:
+            break
+        tokens, length = blocks.read(np.arange(first, min(first + READ, len(blocks))))
+        waiting += [token for row, size in zip(tokens, length, strict=True) for token in row[:size].tolist()]
+        while len(waiting) > context:
+            texts.append(Text(waiting[: context + 1], context))
+            del waiting[: context + 1]
+    if not texts:
+        raise UserError(f"{blocks.directory}: the split {blocks.split} has fewer than the {context + 1:,} tokens of one text")
+    losses = [-scored.logprobs.astype(np.float64) for scored in scorer(texts[:limit])]
+    edges = [context * i // PARTS for i in range(PARTS + 1)]
+    parts = [(a, b, float(np.mean([row[a:b] for row in losses]))) for a, b in itertools.pairwise(edges) if b > a]
+    return [{"from": a, "to": b, "loss": loss, "perplexity": math.exp(min(loss, 700))} for a, b, loss in parts]
+
+
+def lengthened(model: Model, factor: float, kind: str | None) -> Model:
+    """`model` with a context of `factor` times its own, and RoPE scaled by that for it as `kind` says; None: as it is.
+
+    Raises UserError for a kind that this model cannot have.
+    """
+    length = round(model.seq_len * factor)
+    if kind is None or factor == 1:
+        return dataclasses.replace(model, seq_len=length)
+    if model.rope_scaling != 1:
+        raise UserError(f"--rope {kind}: the model's RoPE is scaled by {model.rope_scaling:g} already ({model.rope_type})")
+    text = f"yarn,{rope.LENGTH}={model.seq_len}" if kind == "yarn" else kind
+    scaled = dataclasses.replace(model, seq_len=length, rope_type=text, rope_scaling=float(factor))
+    return dataclasses.replace(scaled, rope_type=rope.checked(scaled))
+
+
 def _texts(tokens: np.ndarray, mask: bool, edge: int, context: int) -> Iterator[Text]:
     """The parts of a block whose tokens see only one another, each of which ends with the first token of the next part."""
     starts = [0]
@@ -75,6 +125,13 @@ def _texts(tokens: np.ndarray, mask: bool, edge: int, context: int) -> Iterator[
         for part in range(start, end, context):
             ids = tokens[part : min(part + context, end) + 1].tolist()
             yield Text(ids, len(ids) - 1)
+
+
+def _conversations(tokens: np.ndarray, marks: np.ndarray) -> Iterator[tuple[Text, np.ndarray]]:
+    """(each conversation of a block, whether each of its tokens but the first is learned)."""
+    starts = np.flatnonzero(marks & FIRST).tolist()
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        yield Text(tokens[start:end].tolist(), end - start - 1), marks[start + 1 : end] & LEARNED > 0
 
 
 def check_tokenizer(tokenizer: Tokenizer, blocks: Blocks) -> None:

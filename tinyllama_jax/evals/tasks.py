@@ -56,7 +56,7 @@ class HellaSwag(typing.TypedDict):
     ctx_b: str
     activity_label: str
     endings: list[str]
-    label: int | str
+    label: str
 
 
 class OpenBookQA(typing.TypedDict):
@@ -95,6 +95,7 @@ def _asked(name: str) -> Callable[[dict], dict]:
     """A row of AllenAI's own jsonl files, whose question holds its choices, with the columns of the hub."""
 
     def rewritten(row: dict) -> dict:
+        row = row | {"answerKey": str(row.get("answerKey")).strip()}
         question = row.get("question")
         if not isinstance(question, dict) or not isinstance(question.get("choices"), list):
             return row
@@ -110,6 +111,10 @@ def _yes_or_no(row: dict) -> dict:
     return row | {"label": int(label) if isinstance(label, bool) else label}
 
 
+def _as_text(row: dict) -> dict:
+    return row | {"label": str(row["label"])} if isinstance(row.get("label"), int) else row  # a text on the hub
+
+
 class Local(typing.NamedTuple):
     """Where a task's local rows come from."""
 
@@ -119,10 +124,10 @@ class Local(typing.NamedTuple):
     answers: Callable[[dict], tuple[object, typing.Collection]] = lambda row: (int(row["label"]), range(2))  # (right one, all)
 
 
-_by_letter = lambda row: (row["answerKey"].strip(), row["choices"]["label"])
+_by_letter = lambda row: (row["answerKey"], row["choices"]["label"])
 _ARC = Local("test", Arc, _asked("question"), _by_letter)
 LOCAL = {
-    "hellaswag": Local("validation", HellaSwag, answers=lambda row: (int(row["label"]), range(len(row["endings"])))),
+    "hellaswag": Local("validation", HellaSwag, _as_text, lambda row: (int(row["label"]), range(len(row["endings"])))),
     "openbookqa": Local("test", OpenBookQA, _asked("question_stem"), _by_letter),
     "winogrande": Local("validation", WinoGrande, answers=lambda row: ("_", row["sentence"])),
     "arc_challenge": _ARC,

@@ -22,7 +22,7 @@ def continued(config: Config, params: dict, step: int) -> str:
     tokenizer = tokenizer_lib.load(run / "tokenizer")
     model, mesh = dataclasses.replace(config.model, attention="auto"), jax.sharding.get_mesh()
     begin_with_bos = tokenizer_lib.documents_begin_with_bos(run)
-    loaded = Loaded(weights.of_params(params, model, mesh), model, tokenizer, begin_with_bos, run, mesh)
+    loaded = Loaded(weights.of_params(params, model, mesh, config.lora), model, tokenizer, begin_with_bos, run, mesh)
     prompt = first_tokens(tokenizer, begin_with_bos, config.log.sample)
     request = Request(prompt, TOKENS, Sampling(0.8), seed=step, stop_ids=eos_ids(tokenizer))
     for _ in Engine(loaded).stream(request):

@@ -17,12 +17,14 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax.base import dims, files, sharding
-from tinyllama_jax.base.config import Mesh, Model
+from tinyllama_jax.base.config import Lora, Mesh, Model
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import lora as lora_lib
+from tinyllama_jax.core.model import NO_LORA
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.export import gguf_tokenizer
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.hub import gguf, llama
+from tinyllama_jax.hub import gguf, llama, peft
 from tinyllama_jax.inference.quantize import GROUP, Int4, Int8, int4, int8
 from tinyllama_jax.run import checkpoint
 
@@ -50,7 +52,9 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | Path, step: int | None = None, weights: str = "auto", option: str = "--checkpoint") -> Loaded:
-    """Reads a run folder (its newest step, or `step`), a Hugging Face folder or a GGUF file.
+    """Reads a run folder (its newest step, or `step`), a Hugging Face folder, a PEFT adapter folder or a GGUF file.
+
+    Adapters are merged into the weights.
 
     `weights`: their type in memory, one of KINDS; auto: fp32 on a CPU, elsewhere the compute dtype. `option`: what error
     messages call `path`. Rows of the vocabulary without a token (padding) are left out. Needs the memory of the result and of
@@ -71,7 +75,8 @@ def load(path: str | Path, step: int | None = None, weights: str = "auto", optio
         arrays = llama.arrays(whole.tensors, model, str(path))
     else:
         gguf.check_named(path, option)
-        (tensors, model), tokenizer = llama.open_folder(path), tokenizer_lib.load(path)
+        (tensors, model), folder = peft.open_folder(path), peft.with_tokenizer(path)
+        tokenizer = tokenizer_lib.load(folder)
         arrays = llama.arrays(tensors, model, str(path))
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model only {model.vocab_size:,}")
@@ -143,14 +148,16 @@ def place(
     return _assembled(((p, layer, put(p, array)) for p, layer, array in arrays), model)
 
 
-def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh) -> Weights:
+def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh, lora: Lora = NO_LORA) -> Weights:
     """A copy of a trainer's parameters as `Weights` in the compute dtype, sharded as these are; both are then in memory."""
     with jax.set_mesh(mesh):
-        return _of_params(params, model)
+        return _of_params(params, model, lora)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _of_params(params: dict, model: Model) -> Weights:
+@functools.partial(jax.jit, static_argnames=("model", "lora"))
+def _of_params(params: dict, model: Model, lora: Lora) -> Weights:
+    params = lora_lib.merge(params, model, lora) if lora.rank else params
+
     def put(p: dims.Parameter, array: jax.Array) -> jax.Array:
         array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
         return lax.with_sharding_constraint(array, PartitionSpec(*axes))

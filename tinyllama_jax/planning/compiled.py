@@ -17,6 +17,7 @@ import jax
 from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import lora
 from tinyllama_jax.core.losses import NextToken
 from tinyllama_jax.core.program import Program, build, choose_attention, shape_of_batch
 from tinyllama_jax.planning import hlo, targets, timing
@@ -141,7 +142,7 @@ def _on_device(tree) -> int:
 def measured_memory(config: Config, program: Program, buffers: list[hlo.Buffer], peak: int) -> dict[str, int]:
     """Splits `peak` by kind: parameters, optimizer, gradients, activations, temporaries."""
     parts = Counter()
-    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.state.params)]
+    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(lora.split(program.state.params)[0])]
     like_a_parameter = {tuple(sorted(n for n in shape if n > 1)) for shape in shards}
     for buffer in buffers:
         shape = tuple(sorted(n for n in buffer.shape if n > 1))
@@ -162,7 +163,7 @@ def expected_memory(config: Config, mesh: jax.sharding.Mesh, program: Program, j
     return {
         "params": params,
         "optimizer": _on_device(program.state.opt_state),
-        "gradients": copies * params,
+        "gradients": copies * _on_device(lora.split(program.state.params)[0]),
         "activations": activations,
     }
 
@@ -212,9 +213,10 @@ def asked(jaxpr, name: str = "") -> Counter:
             if cost := eqn.params.get("cost_estimate"):
                 total["flops"] += cost.flops
             elif "splash" in str(eqn.params.get("name")):  # it has no cost estimate
-                B, N, S, H = next(v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
+                floats = [v.aval.shape for v in eqn.invars if "float" in str(v.aval.dtype)]
+                *B, N, S, H = max(floats, key=len)  # the queries come first; a single sequence has no B
                 matmuls = next(n for part, n in timing.ATTENTION.items() if part in eqn.params["name"])
-                total["flops"] += matmuls * 2 * B * N * H * S * S / 2
+                total["flops"] += matmuls * 2 * math.prod(B) * N * H * S * S / 2
         else:
             times = eqn.params["length"] if kind == "scan" else 1
             devices = eqn.params["mesh"].size if kind == "shard_map" else 1
@@ -262,7 +264,7 @@ def unwanted(collectives: list[hlo.Collective], mesh: jax.sharding.Mesh) -> list
         collective = f"{c.kind} of {c.dtype} over {' x '.join(c.axes)}"
         if c.kind == "all-reduce" and "fsdp" in c.axes and "tensor" not in c.axes:
             out[f"{collective}: a whole gradient, where a reduce-scatter would send half"] += c.bytes * c.trips
-        elif c.kind == "all-to-all" or (c.kind == "all-gather" and not c.dtype.startswith(("bf", "f"))):
+        elif c.kind == "all-to-all" or (c.kind == "all-gather" and not c.dtype.startswith(("bf", "f", "u8"))):
             out[f"{collective}: moves tokens or activations, which should stay where they are"] += c.bytes * c.trips
     return [f"{line} ({gib(n)} a step)" for line, n in out.items()]
 

@@ -21,7 +21,8 @@ def guess(compiled: Compiled, sequences: int) -> float:
     scaled = max(compiled.peak - fixed, 0) * sequences / compiled.config.train.seqs_per_device
     most = compiled.config.fitting(sharding.batch_devices(compiled.mesh))[-1]
     no_accumulation = sequences == most  # then there is no sum of gradients in memory
-    return fixed + scaled + known["params"] * ((compiled.accumulation == 1) - no_accumulation)
+    a_copy = compiled.expected["gradients"] / (1 if compiled.accumulation == 1 else 2)
+    return fixed + scaled + a_copy * ((compiled.accumulation == 1) - no_accumulation)
 
 
 def sizes(compiled: Compiled) -> list[Compiled]:

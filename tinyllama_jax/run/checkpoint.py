@@ -18,10 +18,10 @@ import orbax.checkpoint as ocp
 
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base import dims, files
-from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import exists
-from tinyllama_jax.core import model, optim
+from tinyllama_jax.core import lora, model, optim
 from tinyllama_jax.core.step import TrainState, new_state
 from tinyllama_jax.run import seals
 from tinyllama_jax.run.seals import damage, find_step, steps_in
@@ -165,17 +165,25 @@ def load_config(run: str | Path) -> Config:
         return config_lib.from_json(f.read(1 << 20), str(path))
 
 
-def load_params(run: str | Path, step: int | None = None) -> tuple[dict, Config, int]:
-    """Reads (parameters as a nested dict of fp32 numpy arrays, config, step) of a run folder. Raises UserError."""
+def load_params(run: str | Path, step: int | None = None, merge: bool = True) -> tuple[dict, Config, int]:
+    """Reads (parameters as a nested dict of fp32 numpy arrays, config, step) of a run folder. Raises UserError.
+
+    Adapters are merged into the weights; `merge=False` returns the arrays of `dims.arrays` instead.
+    """
     step, config = find_step(run, step), load_config(run)
     path = _undamaged(run, step, "params")
-    as_numpy = {p.name: ocp.RestoreArgs(restore_type=np.ndarray) for p in dims.PARAMETERS}
+    as_numpy = {a.name: ocp.RestoreArgs(restore_type=np.ndarray) for a in dims.arrays(config.model, config.lora)}
     with ocp.PyTreeCheckpointer() as reader, _read_errors(path.parent):
-        return reader.restore(path, restore_args=model.unflatten(as_numpy)), config, step
+        params = reader.restore(path, restore_args=model.unflatten(as_numpy))
+    if merge and config.lora.rank:
+        params = lora.merge(params, config.model, config.lora, np.asarray)
+    return params, config, step
 
 
 def restore_params(run: str | Path, step: int, abstract: dict) -> dict:
-    """Reads the parameters after `step` of a run folder into the shardings of `abstract`."""
+    """Reads the parameters after `step` of a run folder, with its adapters merged, into the shardings of `abstract`."""
+    if load_config(run).lora.rank:
+        return jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), load_params(run, step)[0], abstract)
     path = _undamaged(run, step, "params")
     with ocp.StandardCheckpointer() as reader, _read_errors(path.parent):
         return reader.restore(path, abstract)
@@ -218,3 +226,15 @@ def save_import(run: Path, config: Config, params: dict, moments: tuple[dict, di
     if moments:
         seals.remember(run, step)
     files.write(run / "config.json", config_lib.to_json(config))
+
+
+def unscheduled(model: Model) -> Config:
+    """The config of a run of which only the model is known; the other sections are placeholders that nothing reads."""
+    return Config(
+        workdir="unknown",
+        model=model,
+        data=config_lib.Data(sources={"unknown": 1.0}),
+        optim=config_lib.Optim(peak_lr=4e-4, min_lr=4e-5, warmup_steps=0, weight_decay=0.1, clip_norm=1.0),
+        train=config_lib.Train(steps=1, tokens_per_step=model.seq_len, seqs_per_device=1),
+        checkpoint=config_lib.Checkpoint(every=1),
+    )

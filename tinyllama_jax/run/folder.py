@@ -3,8 +3,9 @@
 RUN/config.json      the resolved configuration          RUN/data.json        hash of each source's manifest
 RUN/tokenizer/       the tokenizer of the data           RUN/versions.json    packages, Python, devices
 RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
-RUN/set_aside/N-...  checkpoints no longer used          RUN/newest.json      the newest step that was saved
-RUN/processes/       see supervise.py                    RUN/lock             held by process 0 while it trains
+RUN/set_aside/N-...  checkpoints no longer used          RUN/events.jsonl     starts, ends and samples: see metrics.py
+RUN/processes/       see supervise.py                    RUN/newest.json      the newest step that was saved
+RUN/lock             held by process 0 while it trains
 """
 
 import contextlib
@@ -41,7 +42,7 @@ PACKAGES = (
 FIXED = (  # a run cannot change these, or its config would no longer describe its past
     "model.n_layers", "model.d_model", "model.n_heads", "model.n_kv_heads", "model.d_ff", "model.vocab_size", "model.seq_len",
     "model.head_dim", "model.rope_theta", "model.rope_scaling", "model.rope_type", "model.norm_eps", "model.precision",
-    "train.tokens_per_step", "train.seed",
+    "train.tokens_per_step", "train.seed", "lora.rank", "lora.alpha", "lora.targets", "lora.base",
 )  # fmt: skip
 FREE = (  # a change of these is not reported: it changes neither the batches nor, except for rounding, the losses
     "workdir", "data.sources", "data.workers", "data.verify", "data.eval_blocks", "train.spike", "train.give_up", "train.wait",

@@ -16,7 +16,7 @@ from tinyllama_jax.core.step import TrainState
 from tinyllama_jax.data import feed, tokenizer
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.export import added_tokens, gguf_tokenizer
-from tinyllama_jax.hub import gguf, llama
+from tinyllama_jax.hub import gguf, peft
 from tinyllama_jax.run import checkpoint, metrics, seals
 from tinyllama_jax.run import folder as run_folder
 
@@ -73,7 +73,10 @@ def read_origin(path: Path, scratch: Path, added: str = "") -> Origin:
         model, tokens = whole.model, gguf_tokenizer.from_gguf(whole.metadata, folder, str(path))
     else:
         gguf.check_named(path, "--init.from")
-        model, tokens = llama.load_model(path), tokenizer.load(path)
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UserError(f"--init.from={path}: is neither a run folder, a Hugging Face folder nor a GGUF file")
+        folder = peft.with_tokenizer(path)
+        model, tokens = peft.load_model(path), tokenizer.load(folder)
     rows, begin_with_bos = tokens.vocab_size, tokenizer.documents_begin_with_bos(folder)
     tokens = added_tokens.extended(tokens, added, scratch / "added")
     if tokens.vocab_size > rows:
@@ -84,6 +87,8 @@ def read_origin(path: Path, scratch: Path, added: str = "") -> Origin:
 def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, list[str]]:
     """(the folder of `init.from` or None, lines to print). Raises UserError if it does not fit `config`."""
     if not config.init.from_:
+        if config.lora.rank:
+            raise UserError(f"--lora.rank={config.lora.rank}: adapters need trained weights; add --init.from=RUN_OR_FOLDER")
         return None, []
     origin, init = Path(config.init.from_), config.init
     is_run = (origin / "checkpoints").is_dir()
@@ -97,10 +102,16 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if tokens.vocab_size > rows and init.state != "weights":
         raise UserError(f"--init.state={init.state}: with new rows for model.added_tokens only the weights can be taken over")
+    if tokens.vocab_size > rows and config.lora.rank:
+        what = "the rows of new tokens are not part of any adapter, and would not be trained"
+        raise UserError(f"--model.added_tokens={config.model.added_tokens}: {what}; leave it empty, or set --lora.rank=0")
     if init.state != "weights":
         step = _step(config)
         if not (origin / "checkpoints" / str(step) / "train").is_dir():
             what = f"{origin} was imported without AdamW's moments"
+            raise UserError(f"--init.state={init.state}: {what}; use --init.state=weights")
+        if (lora := checkpoint.load_config(origin).lora) != config.lora:
+            what = f"{origin} has {lora}, and this run {config.lora}, so AdamW's moments are of other arrays"
             raise UserError(f"--init.state={init.state}: {what}; use --init.state=weights")
     if init.state == "all":
         if step > config.train.steps:
@@ -136,7 +147,7 @@ def initial_state(config: Config, program: Program, origin: Path | None) -> tupl
         source = f"step {step:,} of {origin}"
     if is_run and not config.model.added_tokens:
         if config.init.state == "weights":
-            return program.start(checkpoint.restore_params(origin, step, program.state.params)), f"{source}, weights only"
+            return program.start(checkpoint.restore_params(origin, step, program.weights)), f"{source}, weights only"
         state = checkpoint.restore_state(origin, step, program.state)
         if config.init.state == "all":
             return state, f"{source}, which continues here"
@@ -147,9 +158,9 @@ def initial_state(config: Config, program: Program, origin: Path | None) -> tupl
     elif gguf.is_gguf(origin):
         (params, *_), source = gguf.load(origin), f"{origin} (GGUF)"
     else:
-        params, _ = llama.load_folder(origin)
+        params, _ = peft.load_folder(origin)
     params, more = _with_rows(params, origin, config)
-    params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.state.params)
+    params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), params, program.weights)
     return program.start(params), f"{source}, weights only{more}"
 
 

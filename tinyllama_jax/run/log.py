@@ -1,5 +1,6 @@
 """The log of a run: the progress line, the line of each step in metrics.jsonl, and the clocks."""
 
+import contextlib
 import json
 import signal
 import typing
@@ -46,25 +47,37 @@ class Log:
         self._order, self._names = feed.order(config, sources), feed.names(config.data.sources)
         self._counts = self._order.counts(start)  # samples of each source up to the last line written
         self._pending: tuple[int, dict] | None = None
+        self._step = start
         self.timed = self._timer.timed
 
     def __enter__(self) -> typing.Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
         if self._writer:
+            what = f"{type(error).__name__}: {error}".partition("\n")[0] if error else f"after step {self._step:,}"
+            with contextlib.suppress(OSError):  # a full disk may be the error itself
+                self._writer.event(self._step, "end", what)
             self._progress.close()
             self._writer.close()
 
-    def say(self, text: str) -> None:
-        """Prints lines above the progress line."""
+    def say(self, text: str, event: str = "") -> None:
+        """Prints lines above the progress line; records them as an `event` too (see `metrics.Event`) if it is given."""
         if self._progress:
             self._progress.say(text)
+            if event:
+                self._writer.event(self._step, event, text)
+
+    def sample(self, step: int, text: str) -> None:
+        """Prints and records the text that the model wrote after `step`."""
+        if self._writer:
+            self._writer.event(step, "sample", text)
+        self.say(f"step {step:,}: {text}")
 
     def step(self, step: int, on_device: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has started, and records those of the step before. Raises Spike."""
         self.record_pending()
-        self._pending = (step, on_device)
+        self._step, self._pending = step, (step, on_device)
         if step == self._start + 2:  # the first step is done
             self.say(self._startup.line())
 

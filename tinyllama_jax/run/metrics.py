@@ -1,16 +1,19 @@
-"""The numbers of each step: RUN/metrics.jsonl, TensorBoard and Weights & Biases."""
+"""The numbers of each step (metrics.jsonl, TensorBoard, Weights & Biases); starts, ends and samples (events.jsonl)."""
 
 import contextlib
 import json
 import math
 import mmap
 import os
+import re
 import threading
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event as Summaries
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -29,6 +32,15 @@ _OTHERS = {"step": typing.Required[Count], "finite": bool, "recent_losses": list
 Line = typing.TypedDict("Line", _NUMBERS | _COUNTS | _OTHERS, total=False)
 
 
+class Event(typing.TypedDict):
+    """A line of events.jsonl, which is only appended to: its steps go back where a run went back to a checkpoint."""
+
+    step: Count
+    time: float  # seconds since 1970
+    event: str  # start; stop: what made it end early; end: of the process, unless it is killed; sample
+    text: str
+
+
 def parse_line(text: bytes) -> dict[str, Value]:
     """Decodes a line of metrics.jsonl. Raises ValueError if it is damaged."""
     values = decode_json(text, dict[str, Value]) | decode_json(text, Line)
@@ -40,22 +52,37 @@ def parse_line(text: bytes) -> dict[str, Value]:
 
 def read(run: str | Path) -> list[dict[str, Value]]:
     """Reads the lines of RUN/metrics.jsonl in order, without an incomplete last one. Raises UserError, OSError."""
+    out: list[dict] = []
+    for number, _, row in each(run):
+        if isinstance(row, ValueError):
+            raise UserError(f"{Path(run) / 'metrics.jsonl'}, line {number}: is damaged ({row}); take it out")
+        out.append(row)
+    return out
+
+
+def each(run: str | Path) -> Iterator[tuple[int, int, dict[str, Value] | ValueError]]:
+    """(line number, bytes up to its end, line) of RUN/metrics.jsonl, in order, without an incomplete last one.
+
+    A damaged line, or one of an earlier step than the line before it, is a ValueError. Raises UserError, OSError.
+    """
     check_utf8(run)
     path = Path(run) / "metrics.jsonl"
     if not exists(path):
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
-    out: list[dict] = []
+    end = step = 0
     with open_regular(path) as f:
         for number, text in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
             if not text.endswith(b"\n") and len(text) < LONGEST:
                 break
+            end += len(text)
             try:
-                out.append(parse_line(text))
-                if out[-1]["step"] < out[max(len(out) - 2, 0)]["step"]:
-                    raise ValueError(f"step {out[-1]['step']:,} after step {out[-2]['step']:,}")
+                row = parse_line(text)
+                if row["step"] < step:
+                    raise ValueError(f"step {row['step']:,} after step {step:,}")
+                step = row["step"]
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: is damaged ({error}); take it out") from None
-    return out
+                row = error
+            yield number, end, row
 
 
 def tail(run: str | Path) -> list[dict[str, Value]]:
@@ -87,12 +114,18 @@ class Writer:
         """Removes the lines of steps after `start`, which will be trained again. Raises UserError."""
         run = Path(config.workdir)
         self._wandb = _wandb(config) if config.log.wandb else None
+        last = max((row["step"] for row in tail(run)), default=start)
         truncate_after(run / "metrics.jsonl", start)
-        self._jsonl = (run / "metrics.jsonl").open("a")
+        truncate_after(run / "events.jsonl", math.inf)  # only what a kill cut short
+        self._jsonl, self._happened = (run / "metrics.jsonl").open("a"), (run / "events.jsonl").open("a")
+        again = f"; the steps up to {last:,}, which were not saved, are trained again" if last > start else ""
+        self.event(start, "start", f"from step {start:,}{again}")
         threading.excepthook = _ignore_disk_errors
         self._events = EventFileWriter(str(run / "tensorboard"))
         # makes TensorBoard drop these steps from earlier event files
-        self._events.add_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._events.add_event(
+            Summaries(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START))
+        )
 
     def write(self, step: int, values: dict[str, Value]) -> None:
         """Writes a line of metrics.jsonl: {"step": step, ...}. Floats read back bit for bit; NaN and inf become null."""
@@ -102,9 +135,15 @@ class Writer:
         self._jsonl.flush()
         scalars = {k: float(v) for k, v in values.items() if k != "checksum" and isinstance(v, int | float)}
         summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()])
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.add_event(Summaries(wall_time=time.time(), step=step, summary=summary))
         if self._wandb:
             self._wandb.log(scalars, step=step)
+
+    def event(self, step: int, event: str, text: str) -> None:
+        """Writes a line of events.jsonl: see `Event`."""
+        text = text.encode(errors="backslashreplace").decode()
+        self._happened.write(json.dumps(Event(step=step, time=time.time(), event=event, text=text)) + "\n")
+        self._happened.flush()
 
     def sync(self) -> None:
         """Waits until all lines are on the disk."""
@@ -115,6 +154,7 @@ class Writer:
         """Flushes everything to disk."""
         self.sync()
         self._jsonl.close()
+        self._happened.close()
         self._events.close()
         if self._wandb:
             self._wandb.finish()
@@ -132,7 +172,12 @@ def _wandb(config: Config):
     except ImportError:
         raise UserError(f"--log.wandb={config.log.wandb}: W&B is not installed; pip install wandb") from None
     name = Path(config.workdir).name
-    return wandb.init(project=config.log.wandb, name=name, id=name, resume="allow", dir=config.workdir)
+    identity = re.sub("[:;,#?/']", "-", name)  # W&B accepts none of these there
+    try:
+        return wandb.init(project=config.log.wandb, name=name, id=identity, resume="allow", dir=config.workdir)
+    except wandb.Error as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"--log.wandb={config.log.wandb}: {what}; WANDB_MODE=offline needs no account") from None
 
 
 def truncate_after(path: Path, step: int) -> None:

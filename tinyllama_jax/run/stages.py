@@ -55,8 +55,8 @@ def shares(config: Config, tokens: float) -> dict[str, float]:
 
 
 def lines(config: Config) -> list[str]:
-    """A line of text for each of `stages`."""
-    out = []
+    """A line of text about `lora`, if it is on, and one for each of `stages`."""
+    out = adapters(config)
     for stage in stages(config):
         (a, b), (before, after) = stage["steps"], stage["tokens"]
         span = lambda ends, form: " to ".join(dict.fromkeys(form.format(x) for x in ends))
@@ -67,6 +67,18 @@ def lines(config: Config) -> list[str]:
             f"learning rate {span(stage['lr'], '{:.3g}')}; {mixed}"
         )
     return out
+
+
+def adapters(config: Config) -> list[str]:
+    """A line on what trains and what is frozen; none without `lora`."""
+    if not config.lora.rank:
+        return []
+    trained = sum(math.prod(a.shape) for a in dims.arrays(config.model, config.lora) if a.trains)
+    kept = {"": "float32", "bfloat16": "bfloat16", "nf4": "nf4 (4.127 bits a number; embedding and head in bfloat16)"}
+    return [
+        f"lora: rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {config.lora.targets}: {trained:,} parameters train; "
+        f"the weights are frozen in {kept[config.lora.base]}"
+    ]
 
 
 def short(n: float) -> str:
