@@ -23,9 +23,10 @@ from tinyllama_jax.run import cluster, initialize, seals
 
 
 def with_references(config: Config) -> dict[str, str]:
-    """Pairs without a reference -> folder with it, for the sources of `config`; computed where it is not kept.
+    """Source of `config` without a reference -> folder of the same pairs with it, which is written unless it is there already.
 
-    The key of a folder is a hash of the pairs, the weights and the precision. Raises UserError.
+    The key of a folder is a hash of the pairs, the weights and the precision. Raises UserError, also in one of several
+    processes if a folder must be written.
     """
     weights, out = None, {}
     for path in config.data.sources:
