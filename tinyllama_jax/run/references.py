@@ -39,7 +39,8 @@ def with_references(config: Config) -> dict[str, str]:
     missing = {path: Path(folder) for path, folder in out.items() if not (Path(folder) / MANIFEST).is_file()}
     if missing and cluster.identity() != (0, 1):
         what = "the reference log-probabilities are not computed yet, which one process does alone"
-        raise UserError(f"{what}: run the same command first in a single process with --train.steps=1, then this one")
+        how = "--train.steps=1 --optim.warmup_steps=0 and another --workdir in the same folder"
+        raise UserError(f"{what}: run the same command first in a single process with {how}, then this one")
     if missing:
         _compute(config, missing, weights)
     return out
