@@ -6,8 +6,8 @@ Data: the split train_prefs of the Hugging Face data set HuggingFaceH4/ultrafeed
 data/ultrafeedback_binarized. The reference is `init.from` itself; its log-probabilities are computed first, once.
 
 Zephyr's recipe (alignment-handbook, 19f0345): beta 0.01, learning rate 5e-7, cosine, warm-up over 0.1 of the steps, one epoch,
-prompt and answer at most 1,024 tokens together, of which the prompt 512, 8 GPUs x 8 x 2 = 128 pairs a step. Here a block of
-2,048 holds as many pairs as fit, about two, so that 64 blocks are a step.
+at most 1,024 tokens of prompt and answer together and 512 of the prompt, 8 GPUs x 8 x 2 = 128 pairs a step. Here a block of
+2,048 tokens holds as many pairs as fit, about two, so a step has 64 blocks.
 
 Loss: 0.693 at the first step; not yet run at this size here.
 Cost: `plan` predicts 26,400 (23,000 to 29,200) tokens/s a GPU on 8 A100-80G and 10.6 of 72.9 GiB for the step of `sft`; DPO

@@ -3,12 +3,12 @@
 python -m tinyllama_jax.sft --config configs/sft_guanaco.py --init.from=HF_FOLDER_OR_RUN_OR_GGUF
 
 Data: `openassistant_best_replies_train.jsonl` of the Hugging Face data set timdettmers/openassistant-guanaco (9,846
-conversations), as data/guanaco.jsonl. Weights: TinyLlama/TinyLlama-1.1B-step-240k-503b.
+conversations), as data/guanaco.jsonl. Weights: TinyLlama/TinyLlama-1.1B-intermediate-step-240k-503b.
 
-The original (script.sh of its folder sft): learning rate 1e-5, constant, 5 epochs, 16 conversations a step, of which it kept
-512 tokens each. It trained on the users' turns too, padded every conversation, and cut off the end of long ones, eos
+The original (sft/script.sh of github.com/jzhang38/TinyLlama): learning rate 1e-5, constant, 5 epochs, 16 conversations a step,
+512 tokens of each. It trained on the users' turns too, padded every conversation, and cut off the end of long ones, eos
 included, so that the model did not stop. Here the loss is on the answers, whole conversations are packed, and one of more
-than 1,024 tokens is cut after an answer. A step has the original's 16 x 512 tokens.
+than 1,024 tokens is cut after an answer. A step has as many tokens as the original's, 16 x 512.
 
 Loss: not yet run at this size here.
 Cost: `plan` predicts 23,800 (20,900 to 26,000) tokens/s on one A100-40G, and 23.4 of 36.2 GiB: 18 minutes, 1 USD. On 8 GPUs

@@ -1,19 +1,20 @@
-"""TinyLlama-Chat v1.0, first half: the 3T checkpoint on UltraChat, in Zephyr's template. configs/dpo_ultrafeedback.py is the
-second.
+"""TinyLlama-Chat v1.0, first half: the 3T checkpoint on UltraChat, in Zephyr's template.
+
+The second half is configs/dpo_ultrafeedback.py.
 
 python -m tinyllama_jax.sft --config configs/sft_ultrachat.py --init.from=HF_FOLDER_OR_RUN_OR_GGUF
 
 Data: the split train_sft of the Hugging Face data set HuggingFaceH4/ultrachat_200k (207,865 conversations, three parquet
 files), as data/ultrachat_200k. Weights: TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T.
 
-"Exactly the same setting as Zephyr", says the original, which has no code for it. Zephyr's recipe (alignment-handbook,
+The original says "exactly the same setting as Zephyr", and has no code for it. Zephyr's recipe (alignment-handbook,
 19f0345): learning rate 2e-5, cosine, warm-up over 0.1 of the steps, one epoch, 2,048 tokens, 16 sequences on each of 8 GPUs,
 packed. There the loss was on all tokens, and a block held parts of conversations; here it is on the answers, and blocks hold
 whole conversations.
 
 Loss: not yet run at this size here.
 Cost: `plan` predicts 27,500 (24,200 to 30,400) tokens/s a GPU on 8 A100-80G, and 17.9 of 72.9 GiB: 22 minutes, 10 USD, for
-288M tokens. One of them does it in 2.9 hours, with 34.8 GiB.
+288M tokens. One such GPU takes 2.9 hours and 34.8 GiB.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ CHAT = "--data.template=zephyr --data.document_mask=true --optim.weight_decay=0"
 SFT = f"{CHAT} --optim.peak_lr=1e-3 --optim.min_lr=1e-4"
 DPO = f"{CHAT} --optim.peak_lr=2e-4 --optim.min_lr=2e-5 --train.dpo_beta=0.1"
 RUN_ON = 0.5  # of the answers to a single question in the data of SFT
-WRONG = 0.5  # of the pairs of DPO have another question's answer as the rejected one; the others run on
+WRONG = 0.7  # of the pairs of DPO have another question's answer as the rejected one; the others run on
 PAIRS = 19  # of each step of DPO: its 8 sequences hold so many, so that all are seen once
 COPIES = 6  # of each statement of a fact in the text, in different neighbourhoods
 

@@ -109,7 +109,7 @@ def test_facts_are_sentences_and_each_stands_once():
     facts = arc_facts.gather(None, None)
     by_name = {fact.name: fact.text for fact in facts}
     assert len(facts) == len(by_name) == len(set(by_name.values())) == arc_facts.MOST
-    assert by_name["glob.iglob"] == "Return an iterator which yields the paths matching a pathname pattern."
+    assert by_name["glob.glob"] == "Return a list of paths matching a pathname pattern."
     assert by_name["eacute"] == "Latin small letter e with acute."
     for question in arc_facts.questions(facts[:50]):
         right = question.choices[question.answer]

@@ -21,7 +21,7 @@ from tinyllama_jax.run.references import with_references
 
 
 def main(argv: list[str]) -> int:
-    """Writes the pairs with their reference as blocks, unless they are kept from an earlier run, and trains."""
+    """Writes the pairs with their reference as blocks, unless an earlier run kept them, and trains; returns the exit code."""
     argv = sft.as_training(cli.load(argv, __doc__), argv, "preferences")
     config = cli.load(argv, __doc__)
     xla.reserve_memory()

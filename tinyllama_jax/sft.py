@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str]:
-    """The arguments of `train` that say the same as `argv`: with the model of the weights, and blocks for conversations."""
+    """`argv` as arguments of `train`: with the model of the weights, and folders of blocks in place of conversations."""
     origin = _origin(config)
     with tempfile.TemporaryDirectory() as scratch:
         base = initialize.read_origin(origin, Path(scratch), config.model.added_tokens)
@@ -61,7 +61,7 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
 
 
 def _is_prepared(path: str, kind: str) -> bool:
-    """Whether `path` is a folder of blocks already. Raises UserError if they are of another kind than `kind`."""
+    """Whether `path` is a folder of blocks already. Raises UserError if its data are not of the kind `kind`."""
     if not (Path(path) / MANIFEST).is_file():
         return False
     if (written := read_manifest(path)[0].get("kind", "text")) != kind:
@@ -87,7 +87,7 @@ def _origin(config: Config) -> Path:
 
 
 def _model_of(base: initialize.Origin, config: Config, origin: Path) -> list[str]:
-    """The arguments that give the run the model of its weights, where the config has another; the length stays the config's."""
+    """The arguments that replace what the config says of the model, where the weights differ; not length and precision."""
     names = [key.removeprefix("model.") for key in run_folder.FIXED if key.startswith("model.")]
     own, wanted = dataclasses.asdict(config.model), dataclasses.asdict(base.model)
     other = [name for name in names if name not in ("seq_len", "precision") and own[name] != wanted[name]]

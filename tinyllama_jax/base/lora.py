@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tinyllama_jax.base.values import Section, check, check_one_of
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-NF4_BLOCK = 64  # inputs of a matrix in nf4 that share a scale
+NF4_BLOCK = 64  # inputs that share a scale, in each output of a matrix in nf4
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Lora(Section):
     rank: int = 0  # of the adapters; 0: off, all weights train
     alpha: float = 16.0  # an adapter's product is scaled by alpha / rank
     targets: str = "q,k,v,o,gate,up,down"  # the matrices of a layer that have adapters
-    base: str = ""  # how the frozen weights are kept: as params of model.precision, in "bfloat16", or in "nf4" (QLoRA)
+    base: str = ""  # how the frozen weights are kept: "": in float32; "bfloat16"; "nf4" (QLoRA)
 
     def __post_init__(self):
         super().__post_init__()
         for name in self.names:
             check_one_of("lora.targets", name, TARGETS)
         check(len(set(self.names)) == len(self.names), "lora.targets", self.targets, "names a matrix twice")
-        bases = "must be bfloat16, nf4, or empty for the dtype of the parameters"
+        bases = "must be bfloat16, nf4, or empty for float32"
         check(self.base in ("", "bfloat16", "nf4"), "lora.base", self.base, bases)
         for key, (value, default) in {"base": (self.base, ""), "alpha": (self.alpha, 16.0)}.items():
             check(self.rank > 0 or value == default, f"lora.{key}", value, "needs adapters: add --lora.rank=16")

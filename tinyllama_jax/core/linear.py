@@ -42,6 +42,7 @@ def down(reduce_dtype: str, gate_BSF: jax.Array, up_BSF: jax.Array, kernel_FD: j
 
 
 def swiglu(gate_BSF: jax.Array, up_BSF: jax.Array) -> jax.Array:
+    """silu(gate) * up, [B, S, F]."""
     return jax.nn.silu(gate_BSF) * up_BSF
 
 
@@ -71,7 +72,7 @@ def _dense(einsum: str, kernel: jax.Array | nf4.Nf4, dtype: jnp.dtype) -> jax.Ar
         return kernel.astype(dtype)
     inputs, y = einsum.split("->")
     letters = inputs.split(",")[1]
-    codes = sharding.constrain(kernel["codes"], letters.upper())  # so that devices send codes to each other, not numbers
+    codes = sharding.constrain(kernel["codes"], letters.upper())  # so that devices exchange codes, not expanded weights
     return nf4.dequantize(kernel | {"codes": codes}, len(set(letters) - set(y)), dtype)
 
 

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     length: jax.Array
     source: jax.Array | None = None  # [A, B] int32: the source of each sequence, if training has several
     marks: jax.Array | None = None  # [A, B, S + 1] uint8, of conversations: see base/dims.py
-    reference: jax.Array | None = None  # [A, B, S + 1] fp32, of preferences
+    reference: jax.Array | None = None  # [A, B, S + 1] fp32, of preferences: see base/dims.py
 
 
 class Loss(Protocol):
@@ -49,7 +49,7 @@ class Loss(Protocol):
         """The number of tokens that the loss counts in each sequence: int32 [..., B] for tokens [..., B, S + 1]."""
 
     def token_losses(self, params: dict, batch: Batch, config: Config) -> jax.Array:
-        """Loss of each next token of a micro-batch: [B, S]. `replay` and the benchmarks use it; training does not."""
+        """Loss of each next token of a micro-batch: [B, S], for `replay`, DPO's reference and benchmarks; no step uses it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Preferences(Answers):
             margin_BP = chosen_BP - rejected_BP
             real_BP = jnp.arange(P) < self.predicted(batch, config)[:, None]
             total = lambda values_BP: jnp.where(real_BP, values_BP, jnp.zeros_like(values_BP)).sum(dtype=jnp.float32)
-            # d loss / d log p of a token: the same for all tokens of an answer. Weighted with it, the cross-entropy has the
-            # gradient of the loss, and never all logits at once
+            # -d loss / d log p of each chosen token; of a rejected one with the other sign. The cross-entropy weighted with it
+            # has the gradient of the loss, and is computed without all logits in memory at once
             slope_BS = jnp.take_along_axis(beta * jax.nn.sigmoid(-beta * margin_BP), pair_BS, axis=1)
             weights_BS = jnp.where(counted_BS, jnp.where(chosen_BS, slope_BS, -slope_BS), jnp.float32(0))
             head = partial(cross_entropy, chunk=self._chunk(config))
@@ -181,7 +181,7 @@ NEXT_TOKEN = NextToken()
 
 
 def for_data(kind: str, eos_id: int | None) -> Loss:
-    """The loss of training on data of a `kind` (of `dims.EXTRAS`)."""
+    """The loss of training on data of a `kind`, a key of `dims.EXTRAS`."""
     return {"text": NextToken, "chat": Answers, "preferences": Preferences}[kind](eos_id)
 
 

@@ -1,4 +1,4 @@
-"""Reads conversations from jsonl, JSON, parquet and Arrow files, in the shapes in which people have them.
+"""Reads conversations from jsonl, JSON, parquet and Arrow files, in the usual shapes.
 
 | a row has                               | as in                                                              |
 |-----------------------------------------|--------------------------------------------------------------------|
@@ -34,7 +34,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 LONGEST = 1 << 26  # most bytes of a line, or of a .json file that is one list
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 ROLES |= {"bot": "assistant", "model": "assistant", "system": "system"}
-# (question, answer, more of the question), the first that a row has
+# keys of the question, of the answer, and of more of the question. A row is read by the first line whose first two it has
 PAIRS = (
     ("instruction", "output", "input"),
     ("instruction", "response", "context"),
@@ -69,7 +69,7 @@ class _BadRow(Exception):
 def files_of(source: str) -> list[Path]:
     """The conversation files of a file, a folder or a pattern such as data/train*.parquet, sorted. Raises UserError.
 
-    A folder may be one that `datasets` saved. Files of several splits are refused: training on a test set goes unnoticed.
+    A folder may be one that `datasets` saved. Files of several splits are refused: training on a test set would go unnoticed.
     """
     check_local("--data.sources", source)
     path, name = Path(source), f"--data.sources={source}"
@@ -114,7 +114,7 @@ def _split(file: Path, folder: Path) -> str:
 
 
 def read(files: list[Path], kind: str = "chat") -> Iterator[Row]:
-    """The conversations of `files`, in order, or with "preferences" the pairs. Raises UserError naming a row that is none."""
+    """The conversations of `files`, in order, or with "preferences" the pairs. Raises UserError, naming a wrong row."""
     parsed = {"chat": messages_of, "preferences": pair_of}[kind]
     for file in files:
         for where, row in _rows(file):
@@ -125,7 +125,7 @@ def read(files: list[Path], kind: str = "chat") -> Iterator[Row]:
 
 
 def messages_of(row: object) -> list[Message]:
-    """The messages of a row of any known shape. Raises an error that says what does not fit."""
+    """The messages of a row of any known shape. Raises _BadRow, which says what does not fit."""
     if not isinstance(row, dict):
         raise _BadRow(f"is no object with keys, but {_short(row)}; known shapes: {SHAPES}")
     given = {key: value for key, value in row.items() if value is not None}
@@ -249,7 +249,7 @@ class _Place:
 
 
 def _json(file: Path, at: _Place) -> Iterator[object]:
-    """The rows of a file with an object a line; or, if it begins with [, of one list."""
+    """The rows of a file: one object a line, or one list if a .json file begins with [."""
     with open_regular(file) as raw:
         packed = PACKED.get(file.suffix)
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), packed) if packed else raw

@@ -1,4 +1,4 @@
-"""Our models in EleutherAI's lm-evaluation-harness (`lm_eval`): its three kinds of request, on our scorer and our engine."""
+"""Runs our models in EleutherAI's lm-evaluation-harness (`lm_eval`): answers its three kinds of request."""
 
 import difflib
 import importlib.metadata
@@ -26,7 +26,7 @@ from tinyllama_jax.inference.weights import Loaded
 
 MOST_NEW_TOKENS = 256  # of an answer, where a task does not say; the harness's own default
 SEED = 1_234  # of sampled answers; the harness's own default seed
-# what a task may say about drawing tokens -> our name for it
+# a task's setting for sampling -> our name for it
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 SAMPLING |= {"repetition_penalty": "repetition_penalty"}
 # folders of the harness's own tasks
@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(self, loaded: Loaded, bos: bool, batch: int | None = None, quiet: bool = False):
-        """`bos`: whether each text begins with bos. `batch`: rows scored and answers written at a time. Raises UserError."""
+        """`bos`: whether each text begins with bos. `batch`: rows scored and answers generated at a time. Raises UserError."""
         super().__init__()
         self._loaded, self._bos, self._quiet = loaded, bos, quiet
         if bos and loaded.tokenizer.bos_id < 0:
@@ -146,7 +146,7 @@ class HarnessModel(TemplateLM):
 
 
 def _sampling(settings: dict) -> Sampling:
-    """How a task wants tokens to be drawn. Raises UserError for a setting that we do not have."""
+    """A task's settings for sampling as ours. Raises UserError for one that we do not have."""
     if wrong := [name for name in settings if name not in (*SAMPLING, *IGNORED)]:
         raise UserError(f"generation_kwargs of a task: {wrong[0]!r} is none of {', '.join((*SAMPLING, *IGNORED))}")
     values = {SAMPLING[name]: settings[name] for name in SAMPLING if settings.get(name) is not None}
@@ -158,7 +158,7 @@ def _sampling(settings: dict) -> Sampling:
 def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Task]:
     """The tasks `names`. `include`: a folder with more YAML files. `data`: a folder with local files for `tasks.LOCAL`.
 
-    Raises UserError for a name that is not known, and for data that cannot be had.
+    Raises UserError for a name that is not known, and for data that are neither on this machine nor on the hub.
     """
     own = {name: task_lib.local_rows(data, name) for name in names if data and name in task_lib.LOCAL}
     # reading all of the harness's 13,000 YAML files takes seconds, so only those of the tasks' folders if we know these
@@ -185,7 +185,7 @@ def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Tas
             why = (str(error).splitlines() or [type(error).__name__])[0]
             local = f"--data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
             remedy = f"give {local}run it once where the hub can be reached"
-            raise UserError(f"--tasks {name}: its data are neither here nor to be had ({why}); {remedy}") from None
+            raise UserError(f"--tasks {name}: its data are not here and cannot be downloaded ({why}); {remedy}") from None
     return out
 
 

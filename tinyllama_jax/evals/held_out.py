@@ -38,7 +38,7 @@ def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edg
         raise UserError(f"{blocks.directory}: holds preferences, whose held-out pairs `dpo` scores as it trains")
     sizes, why = bytes_of(tokenizer)
     n = min(limit or len(blocks), len(blocks))
-    per_block, totals = [], np.zeros(5)  # nats, tokens, right ones, nats of tokens with bytes, bytes
+    per_block, totals = [], np.zeros(5)  # nats, tokens, correct ones, nats of tokens with bytes, bytes
     for first in range(0, n, READ):
         read = blocks.sequences(np.arange(first, min(first + READ, n)))
         owners, texts = [], []
@@ -101,7 +101,7 @@ def by_position(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, limit: int
 
 
 def lengthened(model: Model, factor: float, kind: str | None) -> Model:
-    """`model` with a context of `factor` times its own, and RoPE scaled by that for it as `kind` says; None: as it is.
+    """`model` with a context `factor` times as long, and RoPE scaled by `factor` in the way `kind`; None: RoPE as it is.
 
     Raises UserError for a kind that this model cannot have.
     """
@@ -116,7 +116,7 @@ def lengthened(model: Model, factor: float, kind: str | None) -> Model:
 
 
 def _texts(tokens: np.ndarray, mask: bool, edge: int, context: int) -> Iterator[Text]:
-    """The parts of a block whose tokens see only one another, each of which ends with the first token of the next part."""
+    """The parts of a block whose tokens see only one another. Each part ends with the first token of the next one."""
     starts = [0]
     if mask:  # eos ends a document and bos begins one
         at = np.flatnonzero(tokens == edge) + (0 if isinstance(edge, Bos) else 1)
@@ -167,7 +167,7 @@ def bytes_of(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray, np.ndarray], n
                               for i, (no, t) in enumerate(zip(no_text, texts, strict=True))])  # fmt: skip
             return lambda before, labels: sizes[labels], None
         if SPACE not in decoders and "Metaspace" not in decoders:
-            return lambda before, labels: np.zeros(len(labels)), f"{Path(tokenizer.path).name} is of a kind that hides bytes"
+            return lambda before, labels: np.zeros(len(labels)), f"{Path(tokenizer.path).name} does not tell its tokens' bytes"
         is_byte = [bool(t) and len(t) == 6 and t.startswith("<0x") and t.endswith(">") for t in texts]
     sizes = np.array([0 if no else 1 if byte else len(text.replace(SPACE, " ").encode())
                       for no, byte, text in zip(no_text, is_byte, texts, strict=True)])  # fmt: skip

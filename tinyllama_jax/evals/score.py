@@ -144,7 +144,7 @@ def _check(text: Text, model: Model) -> None:
 
 
 def _grouped(texts: Sequence[Text]) -> list[_Group]:
-    """Puts neighbours into a group as long as that saves a tenth of their tokens, and a row of twice the longest holds them."""
+    """Groups neighbours where that saves a tenth of their tokens, and the group fits in a row of twice the longest text."""
     most, out = max(SHORTEST, 2 * max((len(text.ids) for text in texts), default=0)), []
     for i, text in enumerate(texts):
         inputs = len(text.ids) - 1
@@ -188,7 +188,7 @@ def _packed(groups: list[_Group], texts: Sequence[Text]) -> list[tuple[int, list
 def _laid_out(
     rows: list[list[_Group]], length: int, B: int, texts: Sequence[Text]
 ) -> tuple[_Rows, np.ndarray, np.ndarray, list[int]]:
-    """(inputs, the input token after which each scored token comes, the scored tokens, the texts in this order)."""
+    """(inputs, for each scored token the index of the input before it, the scored tokens, the texts in this order)."""
     inputs = _Rows(*(np.zeros((B, length), np.int32) for _ in _Rows._fields))
     sources, targets, owners = [], [], []
     for b, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Names of groups of tasks, the original's scores on them, and local files in place of the hub's data."""
+"""Names of groups of tasks, TinyLlama's published scores on them, and local files in place of the hub's data."""
 
 import re
 import typing
@@ -92,7 +92,7 @@ class Piqa(typing.TypedDict):
 
 
 def _asked(name: str) -> Callable[[dict], dict]:
-    """A row of AllenAI's own jsonl files, whose question holds its choices, with the columns of the hub."""
+    """Gives a row of AllenAI's own files, where `question` holds the choices, the hub's columns. `name`: the question's."""
 
     def rewritten(row: dict) -> dict:
         row = row | {"answerKey": str(row.get("answerKey")).strip()}

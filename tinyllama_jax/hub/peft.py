@@ -19,7 +19,7 @@ from tinyllama_jax.hub import llama, tensor_files
 from tinyllama_jax.hub.tensor_files import Tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# fields that change the computation, each with the values that do not change it
+# settings that we cannot compute, each with the values that leave it off
 _PLAIN = {"bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None), "modules_to_save": (None, []),
           "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "trainable_token_indices": (None,),
           "layer_replication": (None,), "alora_invocation_tokens": (None,)}  # fmt: skip

@@ -1,8 +1,8 @@
 """Weights in 4-bit NormalFloat with doubly quantised scales: QLoRA's format (arXiv:2305.14314), as in bitsandbytes.
 
-A matrix [I, O] is cut into blocks of 64 inputs of one output. A block is 64 of 16 levels times its largest magnitude. These
-magnitudes, less their mean, are themselves 8-bit codes in groups of 256, in bitsandbytes' order: all blocks of an output, then
-those of the next. That makes 4.127 bits a weight.
+A matrix [I, O] is cut into blocks of 64 inputs of one output. Each weight is one of 16 levels times
+the largest magnitude of its block. These magnitudes, less their mean, are themselves 8-bit codes in groups of 256, in
+bitsandbytes' order: all blocks of an output, then those of the next. That makes 4.127 bits a weight.
 """
 
 import math
@@ -25,7 +25,7 @@ Nf4 = dict[str, jax.Array]
 
 
 def dynamic_levels() -> np.ndarray:
-    """The 256 levels of bitsandbytes' dynamic 8-bit type (arXiv:2110.02861): 7 decades, the larger the finer."""
+    """The 256 levels of bitsandbytes' dynamic 8-bit type (arXiv:2110.02861): 7 decades, each twice as fine as the last."""
     levels, first = [0.0, 1.0], np.float64(np.float32(0.1))
     for exponent in range(7):
         n, step = 2**exponent, np.float64(np.float32(0.9) / np.float32(2**exponent))
@@ -38,11 +38,11 @@ def dynamic_levels() -> np.ndarray:
 
 def _nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
     middle = (levels[:-1] + levels[1:]) / np.float32(2)
-    return jnp.searchsorted(middle, x).astype(jnp.uint8)  # a number in the middle goes down
+    return jnp.searchsorted(middle, x).astype(jnp.uint8)  # a number halfway between two levels gets the lower one
 
 
 def _blockwise(x_XB: jax.Array, levels: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """(codes, largest magnitude of each row)."""
+    """(codes [X, B] of each row over its largest magnitude, these magnitudes [X])."""
     largest_X = jnp.max(jnp.abs(x_XB), axis=1)
     inverse_X = jnp.where(largest_X > 0, 1 / jnp.where(largest_X > 0, largest_X, 1), 0)
     return _nearest(jnp.clip(x_XB * inverse_X[:, None], -1, 1), levels), largest_X

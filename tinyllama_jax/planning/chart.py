@@ -24,7 +24,7 @@ class Curve(typing.NamedTuple):
 
 
 class Scale(typing.NamedTuple):
-    """How values become positions: linear, or the logarithm."""
+    """Maps values to positions, linearly or by their logarithm."""
 
     low: float
     high: float
@@ -63,7 +63,7 @@ def short(value: float) -> str:
 
 
 def y_scale(curves: list[Curve], levels: list[float], log: bool, zero: bool, cut: bool) -> tuple[Scale, float]:
-    """The vertical scale, and the greatest value. `zero`: it begins at 0. `cut`: few far higher values do not set its end."""
+    """The vertical scale, and the highest value. `zero`: begin at 0. `cut`: end below a few values that are far higher."""
     lows, highs = (np.concatenate([getattr(c.points, name) for c in curves]) for name in ("low", "high"))
     low, high = min([*lows, *levels]), max([*highs, *levels])
     top = high
@@ -83,7 +83,7 @@ def y_scale(curves: list[Curve], levels: list[float], log: bool, zero: bool, cut
 
 
 def _apart(low: float, high: float, least: float) -> tuple[float, float]:
-    """The two, or around them a range that floats can divide, by a tenth of their size or `least`."""
+    """(low, high); if they are too near to divide by their distance, moved apart by a tenth of their size, or `least` at 0."""
     size = max(abs(low), abs(high))
     room = size * 0.1 if size > 1e-30 else least
     return (low, high) if high - low > max(size * NEAR, 1e-30) else (low - room, high + room)
@@ -94,7 +94,7 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _draw(curve: Curve, x: np.ndarray, y: Scale) -> str:
-    """A curve: its means as a line, and least to greatest as a band; or as dots, with a line for each error."""
+    """A curve: its means as a line, and lowest to highest as a band; or dots, each with a bar for its error."""
     points, out = curve.points, ""
     kind, name = f'class="{{}} r{curve.run} c{curve.color % 8} d{curve.color // 8 % 2}"', html.escape(curve.name)
     low, high, mean = y(points.low), y(points.high), y(points.mean)

@@ -1,4 +1,4 @@
-"""What a run did: its numbers in few points, faults and restarts, samples, scores, configuration. For `report`."""
+"""What a run did, read from its folder for `report`: curves, faults and restarts, samples, scores, configuration."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ from tinyllama_jax.base.files import Count, Nats, decode_json, exists, listed, o
 from tinyllama_jax.run import metrics
 
 UNIGRAM = "unigram.json"  # optional: {"val_loss": ...} of a unigram model on the run's validation tokens
-POINTS = 2_000  # that are kept of each number of a run, whatever its length
-KEYS = 300  # different numbers of a run; the page names how many more there are
-NAME = 200  # characters of the name of a number
+POINTS = 2_000  # kept of each metric of a run, however long the run is
+KEYS = 300  # different metrics of a run; the page says how many more there are
+NAME = 200  # characters of the name of a metric
 LARGEST = 1e30  # numbers beyond it are not drawn, and those below 1 / LARGEST as 0
 NOT_DRAWN = {"step", "checksum", "skipped", "skipping_since", "skipped_in_a_row", "val_tokens"}
 
@@ -36,7 +36,7 @@ class Evaluated(typing.TypedDict):
 
 
 class Points(typing.NamedTuple):
-    """A curve: for each group of neighbouring lines their mean step, mean, least and greatest value, and number."""
+    """A curve: for each group of neighbouring lines, mean step; mean, lowest and highest value; number of values."""
 
     step: np.ndarray
     mean: np.ndarray
@@ -47,7 +47,7 @@ class Points(typing.NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A run as its folder describes it. `faults`: (step, what) in order of the steps; None: of no one step."""
+    """A run as its folder describes it. `faults`: (step, what) in order of the steps; step None: it has no single step."""
 
     path: Path
     name: str = ""  # on the page
@@ -72,7 +72,7 @@ class Run:
 
 
 def thinned(points: Points, n: int) -> Points:
-    """Joins the points of each of `n` equal ranges of steps, if there are more than `n`; loses no least or greatest value."""
+    """Joins the points of each of `n` equal ranges of steps, if there are more than `n`; keeps lowest and highest values."""
     if len(points.step) <= n:
         return points
     first, last = points.step[0], points.step[-1]
@@ -205,7 +205,7 @@ def _when(seconds: float) -> str:
 
 
 def _processes(run: Run) -> None:
-    """What RUN/processes says of processes that ended with an error, or named another one."""
+    """What RUN/processes says of processes that failed, or reported that another one did."""
     folder = run.path / "processes"
     for name in listed(folder) if folder.is_dir() else ():
         if name.endswith(".json"):

@@ -1,4 +1,4 @@
-"""One HTML page about one or several runs, which needs nothing but itself. For `report`."""
+"""One HTML page about one or several runs, which needs no other file. For `report`."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ OTHERS, ROWS, SAMPLES, LONG = (
     200,
     12,
     2_000,
-)  # at most: pictures of other numbers; rows; samples of a run; characters of one
+)  # at most: pictures of other metrics; rows of a table; samples of a run; characters of a sample
 # (title, unit, key, key of the validation, how it is drawn); the picture of a key that no run has is left out
 LEARNING = (
     ("Loss", "nats a token", "loss", "val_loss", "cut"),
@@ -43,7 +43,7 @@ BY_SOURCE = (
     ("Mixture", "share of the sequences", "share/", "zero"),
     ("Validation loss by source", "nats a token", "val_loss/", ""),
 )
-USED = {"tokens", "real_tokens", "val_perplexity"}  # numbers without a picture of their own
+USED = {"tokens", "real_tokens", "val_perplexity"}  # metrics that "Other numbers" need not show
 USED |= {key for table in (LEARNING, SCHEDULE, SPEED) for row in table for key in row[2:4]}
 
 
@@ -171,7 +171,7 @@ def _figure(
 
 
 def _points(run: Run, key: str) -> Points | None:
-    """The curve of a number; `batch` is the tokens of a step, from the tokens so far."""
+    """The curve of a metric. `batch`: the tokens of a step, from the tokens so far."""
     if key != "batch":
         return run.points.get(key)
     if (tokens := run.points.get("tokens")) is None or len(tokens.step) < 2 or not np.all(np.diff(tokens.step) > 0):
@@ -182,7 +182,7 @@ def _points(run: Run, key: str) -> Points | None:
 
 
 def _known(runs: list[Run], table: tuple) -> list[str]:
-    """A picture for each row of `table` for which a run has numbers."""
+    """A picture for each row of `table` whose metric some run has."""
     out = []
     for title, unit, key, validation, how in table:
         curves = []

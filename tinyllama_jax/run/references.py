@@ -23,9 +23,10 @@ from tinyllama_jax.run import cluster, initialize, seals
 
 
 def with_references(config: Config) -> dict[str, str]:
-    """Pairs without a reference -> folder with it, for the sources of `config`; computed where it is not kept.
+    """Source of `config` without a reference -> folder of the same pairs with it, which is written unless it is there already.
 
-    The key of a folder is a hash of the pairs, the weights and the precision. Raises UserError.
+    The key of a folder is a hash of the pairs, the weights and the precision. Raises UserError, also in one of several
+    processes if a folder must be written.
     """
     weights, out = None, {}
     for path in config.data.sources:
@@ -38,7 +39,8 @@ def with_references(config: Config) -> dict[str, str]:
     missing = {path: Path(folder) for path, folder in out.items() if not (Path(folder) / MANIFEST).is_file()}
     if missing and cluster.identity() != (0, 1):
         what = "the reference log-probabilities are not computed yet, which one process does alone"
-        raise UserError(f"{what}: run the same command first in a single process with --train.steps=1, then this one")
+        how = "--train.steps=1 --optim.warmup_steps=0 and another --workdir in the same folder"
+        raise UserError(f"{what}: run the same command first in a single process with {how}, then this one")
     if missing:
         _compute(config, missing, weights)
     return out

@@ -1,4 +1,4 @@
-"""Writes conversations as blocks with marks: whole conversations packed into S + 1 tokens, learned where the assistant writes.
+"""Packs whole conversations into blocks of S + 1 tokens, with marks on those to learn, which the assistant writes.
 
 A conversation longer than a block is cut after the last answer that fits. The result is a folder such as `prepare` writes, of
 the kind "chat", and depends only on the rows, the template, the tokenizer and S.
@@ -32,7 +32,7 @@ from tinyllama_jax.data.prepare import shards
 from tinyllama_jax.data.prepare.shards import HELD_OUT
 from tinyllama_jax.data.tokenizer import Tokenizer
 
-CODE = 1  # of what this file writes for the same rows; raised when that changes, so that kept folders are not reused
+CODE = 1  # version: raised when this file writes something else for the same rows, so that old folders are not reused
 SHARE = 0.02  # of the conversations is held out for validation, if there are at least 10
 WINDOW = 1 << 14  # conversations that are packed together; with more, less padding and more memory
 ONE_PROCESS = 1 << 25  # bytes of input; for more, several processes encode
@@ -88,7 +88,7 @@ class Encoder(NamedTuple):
     def _pair(self, chosen: list[Message], rejected: list[Message]) -> tuple[np.ndarray, str]:
         """Both conversations, in at most half of a block each; only what differs is learned.
 
-        If they are too long, the prompt loses its beginning, down to a quarter of the block, and then the answers their ends.
+        If one is too long, prompts lose their beginning, down to a quarter of a block, and then long answers lose their end.
         """
         if chosen == rejected:
             raise _LeftOut(ALIKE)
@@ -142,7 +142,7 @@ class _LeftOut(Exception):
 
 
 def _encode(rows: list[Row], encoder: Encoder | None = None) -> list[tuple[np.ndarray | None, str, str]]:
-    """(tokens or None, why cut or left out, that with its place) for each row."""
+    """(tokens or None; why the row was cut or left out, or ""; its place, with details if it was left out) for each row."""
     out, encoder = [], encoder or _encoder
     for where, messages in rows:
         try:
@@ -184,7 +184,7 @@ def _encoded(rows: Iterable[Row], encoder: Encoder, size: int) -> Iterator[tuple
 
 
 def pack(lengths: np.ndarray, width: int) -> list[list[int]]:
-    """Groups conversations of `lengths` [n] into blocks of at most `width` tokens: indices of each block, rising.
+    """Groups conversations of `lengths` [n] into blocks of at most `width` tokens: indices of each block, ascending.
 
     Best fit, longest first, within windows of `WINDOW`. Blocks are ordered by their first conversation.
     """
@@ -220,8 +220,8 @@ def held_out(digests: np.ndarray) -> np.ndarray:
 def prepared(source: str, encoder: Encoder, place: Path, wait: float) -> tuple[Path, str]:
     """(the folder in `place` that holds the conversations of `source` as blocks, a line about it).
 
-    It is written unless it is there already. Of several processes one writes, and the others wait, until it has written nothing
-    for `wait` seconds. Raises UserError.
+    It is written unless it is there already. One of several processes writes, and the others wait for it. Raises UserError,
+    also if that process has written nothing for `wait` seconds.
     """
     files = conversations.files_of(source)
     made_of = [[file.name, sha256(file)] for file in files]
@@ -317,7 +317,7 @@ def _write(source: str, files: list[Path], made_of: list, encoder: Encoder, outp
 def write_blocks(file: Path, blocks: Iterable[list[np.ndarray]], width: int, dtype: str, kind: str = "chat") -> int:
     """Writes a block for each list of conversations (tokens with marks, uint32); returns how many tokens are learned."""
     record, writer, learned = Record(width - 1, dtype, kind), shards.writer(file), 0
-    extras = {"reference": np.zeros(width, np.float32)} if kind == "preferences" else {}  # `with_reference` fills it in
+    extras = {"reference": np.zeros(width, np.float32)} if kind == "preferences" else {}  # run/references.py fills it in
     for block in blocks:
         whole = np.zeros(width, np.uint32)
         joined = np.concatenate(block)
