@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tinyllama_jax.data import chat, conversations
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare import chats
-from tinyllama_jax.run import seals
+from tinyllama_jax.run import checkpoint, seals
 
 KEYS = {"optim__peak_lr": 1e-3, "optim__min_lr": 1e-4, "model__seq_len": 128, "train__tokens_per_step": 8 * 128}
 KEYS |= {"train__dpo_beta": 0.1, "train__epochs": 6, "log__eval_every": 1_000}
@@ -82,8 +83,16 @@ def test_the_reference_is_computed_once_and_a_killed_run_resumes(prepared, tuned
     assert exact(curve(prepared / "dpo/killed")[0]) == exact(curve(tuned)[0])
 
 
+@pytest.mark.parametrize("base", ["", "nf4"])
+def test_adapters_begin_at_the_reference_too(prepared, tuned, base):
+    keys = {"lora__rank": 4, "lora__base": base, "train__epochs": 0, "train__steps": 3, "optim__warmup_steps": 0}
+    assert dpo.main(arguments(prepared, f"dpo/lora{base}", **keys)) == 0
+    steps, _ = curve(prepared / f"dpo/lora{base}")
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and steps[-1]["loss"] < math.log(2)
+
+
 def test_the_reference_is_the_log_probability_of_each_answer_s_token(prepared, tuned):
-    (path,) = [p for p in (tuned.parent / "prepared").iterdir() if p.name.count("-") == 2]
+    path = Path(next(iter(checkpoint.load_config(tuned).data.sources)))
     blocks = Blocks(path, "train")
     read = blocks.sequences(np.arange(len(blocks)))
     learned = read.marks & LEARNED > 0

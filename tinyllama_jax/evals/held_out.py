@@ -83,6 +83,8 @@ def by_position(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, limit: int
     all. Raises UserError if the data do not fill one text, or have another tokenizer.
     """
     check_tokenizer(tokenizer, blocks)
+    if blocks.kind != "text":
+        raise UserError(f"{blocks.directory}: --longer needs long texts, and this holds {blocks.kind}")
     context, texts, waiting = scorer.context, [], []
     for first in range(0, len(blocks), READ):
         if limit and len(texts) >= limit:

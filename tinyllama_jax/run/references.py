@@ -25,7 +25,7 @@ from tinyllama_jax.run import cluster, initialize, seals
 def with_references(config: Config) -> dict[str, str]:
     """Source of `config` without a reference -> folder of the same pairs with it, which is written unless it is there already.
 
-    The key of a folder is a hash of the pairs, the weights and the precision. Raises UserError, also in one of several
+    The key of a folder is a hash of the pairs, the weights and their precision. Raises UserError, also in one of several
     processes if a folder must be written.
     """
     weights, out = None, {}
@@ -34,7 +34,7 @@ def with_references(config: Config) -> dict[str, str]:
         if manifest.get("kind") != "preferences" or "reference" in manifest:
             continue
         weights = weights or _identity(config)
-        key = hashlib.sha256(json.dumps([checksum, weights, config.model.precision]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([checksum, weights, config.model.precision, config.lora.base]).encode()).hexdigest()
         out[path] = f"{path}-{key[:16]}"
     missing = {path: Path(folder) for path, folder in out.items() if not (Path(folder) / MANIFEST).is_file()}
     if missing and cluster.identity() != (0, 1):
