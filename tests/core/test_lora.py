@@ -114,7 +114,8 @@ def test_steps_are_those_by_hand_and_the_base_stays_bit_for_bit(changes):
     assert {name.split("/")[1] for name in flat} == set(config.lora.names)
     for name, array in ours.items():
         if "lora" in name:
-            np.testing.assert_allclose(array, flat[name], rtol=2e-3, atol=2e-5, err_msg=name)
+            moved = np.linalg.norm(flat[name] - kept[name])  # Adam divides by its moments: a tiny gradient's rounding is large
+            assert np.linalg.norm(array - flat[name]) < 0.01 * moved, name
             assert np.abs(array - kept[name]).max() > 1e-3
         else:
             np.testing.assert_array_equal(array.view(np.uint8), kept[name].view(np.uint8), err_msg=name)

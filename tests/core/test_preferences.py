@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_the_definition_s(config, params, batch):
     loss, gradient = jax.value_and_grad(ours)(params)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), rtol=0)
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
     sums = Preferences().sums(params, batch, config)
     assert sums.correct == (margins > 0).sum() and {True, False} == set((margins > 0).tolist())
     np.testing.assert_allclose(sums.more["margin"], BETA * margins.sum(), rtol=1e-4)
@@ -87,5 +87,5 @@ def test_a_step_is_the_same_in_one_micro_batch_and_in_two(config, params, batch)
     for name in ("loss", "accuracy", "margin", "chosen_tokens", "real_tokens"):
         np.testing.assert_allclose(metrics[name], also_metrics[name], rtol=1e-5)
     assert metrics["real_tokens"] == 3 and metrics["checksum"] == step.checksum(whole)
-    for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(also.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0)
+    for old, a, b in zip(*map(jax.tree.leaves, (params, new.params, also.params)), strict=True):
+        assert 0 < np.linalg.norm(b - old) and np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b - old)

@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
 class FiveBlocks:
     """Blocks of 25 random tokens."""
 
-    directory, split, tokenizer_sha256 = "data", "validation", "x"
+    directory, split, tokenizer_sha256, kind = "data", "validation", "x", "text"
 
     def __len__(self) -> int:
         return 5
