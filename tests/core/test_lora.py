@@ -99,7 +99,7 @@ def zeroed(params):
         {"lora__base": "nf4", "model__remat": "save_matmuls"},
         {"lora__base": "bfloat16", "lora__targets": "v,q", "model__remat": "full", "mesh__data": 1, "mesh__fsdp": 1,
          "mesh__tensor": 1},
-        {"lora__base": "nf4", "lora__targets": "down", "train__seqs_per_device": 1},
+        {"lora__base": "nf4", "lora__targets": "down", "train__seqs_per_device": 1, "optim__decay": "matrices"},
     ],
     ids=str,
 )  # fmt: skip

@@ -79,7 +79,7 @@ def start(params: dict, config: Config) -> dict:
             bound = dims.matrix(p, config.model)[0] ** -0.5
             flat[a.name] = jax.random.uniform(key, a.shape, a.dtype, -bound, bound)
             flat[b.name] = jnp.zeros(b.shape, b.dtype)
-    return _unflatten(flat)
+    return unflatten(flat)
 
 
 def merge(params: dict, model: Model, lora: Lora, put: Callable[[jax.Array], jax.Array] = lambda a: a) -> dict:
@@ -89,7 +89,7 @@ def merge(params: dict, model: Model, lora: Lora, put: Callable[[jax.Array], jax
         *parents, last = p.name.split("/")
         matrix = functools.reduce(dict.__getitem__, parents, params)
         flat[p.name] = put(_merged(matrix[last], *(matrix.get(key) for key in ADAPTERS), len(p.fan_in), lora.scale))
-    return _unflatten(flat)
+    return unflatten(flat)
 
 
 @functools.partial(jax.jit, static_argnames=("n_inputs", "scale"))
@@ -104,9 +104,13 @@ def _merged(kernel: jax.Array | nf4.Nf4, a: jax.Array | None, b: jax.Array | Non
     return jax.lax.map(of_layer, (kernel,) if a is None else (kernel, a, b))
 
 
-def _unflatten(flat: dict) -> dict:
+def unflatten(flat: dict) -> dict:
+    """A nested dict of `flat`, whose keys are paths such as "layers/q/kernel"."""
     out: dict = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")
-        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, out)[last] = leaf
+        node = out
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
     return out

@@ -102,7 +102,7 @@ class NextToken:
         """Segment ids [B, S] for attention: the number of eos before each token, or of bos up to it; None without the mask."""
         if self.eos_id is None or not config.data.document_mask:
             return None
-        edges_BS = (batch.tokens[:, :-1] == self.eos_id).astype(jnp.int32)
+        edges_BS = (batch.tokens[:, :-1].astype(jnp.int32) == jnp.int32(self.eos_id)).astype(jnp.int32)
         return jnp.cumsum(edges_BS, axis=1) - (0 if isinstance(self.eos_id, Bos) else edges_BS)
 
     def counted(self, batch: Batch, config: Config) -> jax.Array:

@@ -230,13 +230,4 @@ def flatten(params: dict) -> dict[str, jax.Array]:
     return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def unflatten(flat: dict) -> dict:
-    """Inverse of `flatten`."""
-    out: dict = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = out
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return out
+unflatten = lora_lib.unflatten  # the inverse of `flatten`

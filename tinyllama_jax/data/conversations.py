@@ -43,11 +43,7 @@ PAIRS = (
     ("question", "answer", ""),
     ("input", "output", ""),
 )
-TURNS = {
-    r"### (Human|Assistant):": ("### ", ":"),
-    r"<\|im_start\|>(system|user|assistant)\n": ("<|im_start|>", "\n"),
-    r"(?:^|\n\n)(Human|Assistant):": ("", ":"),
-}
+TURNS = (r"### (Human|Assistant):", r"<\|im_start\|>(system|user|assistant)\n", r"(?:^|\n\n)(Human|Assistant):")
 SHAPES = "messages; conversations; instruction and output; prompt and completion; question and answer; input and output; text"
 SPLITS = ("train", "test", "valid", "val", "eval", "dev")  # how the names of splits begin
 

@@ -20,7 +20,7 @@ class Sums(NamedTuple):
 
 
 def zero_sums(n_rows: int) -> Sums:
-    """Returns zero sums with `n_rows` rows, of sequences or of sources."""
+    """Returns zero sums with `n_rows` rows."""
     return Sums(*(np.float32(0),) * 3, np.zeros(n_rows, np.float32))
 
 
