@@ -103,9 +103,9 @@ def test_local_says_how_it_is_used(arguments):
 
 def fake(folder: Path, name: str, script: str) -> None:
     """A program `name` in `folder` that writes its arguments, a line of JSON a call, to `folder/calls`, and runs `script`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     line = f"import json, sys; open({str(folder / 'calls')!r}, 'a').write(json.dumps([{name!r}, *sys.argv[1:]]) + '\\n')"
-    (folder / name).write_text(f'#!/bin/bash\n{sys.executable} -c {json.dumps(line)} "$@"\n{script}\n')
+    (folder / name).write_text(f'#!/bin/bash\n{sys.executable} -ISc {json.dumps(line)} "$@"\n{script}\n')
     (folder / name).chmod(0o755)
 
 
@@ -144,6 +144,7 @@ def test_slurm_passes_its_arguments_on(tmp_path):
 # -- Cloud TPU ------------------------------------------------------------------------------------------------------------
 
 SSH = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "name", "--zone=zone"]
+UNIT = LAUNCH / "tinyllama.service"
 GCLOUD = """
 case "$*" in
 *" describe "*) sed -n "$(grep -c '"describe"' CALLS)p" STATES ;;
@@ -155,25 +156,31 @@ esac
 
 @pytest.fixture
 def tpu(tmp_path):
-    """`launch/tpu_pod.sh` where gcloud, and on its hosts sudo and Python, write down what they are told."""
+    """`launch/tpu_pod.sh` where gcloud, and on its hosts sudo, systemctl and Python, write down what they are told.
+
+    `sudo tee FILE` writes a file of that name to `home`.
+    """
     project, home, bin_ = tmp_path / "project", tmp_path / "home", tmp_path / "bin"
     home.mkdir()
-    project.mkdir()
+    (project / "launch").mkdir(parents=True)
+    shutil.copy(UNIT, project / "launch")
     (project / "requirements.txt").write_text("jax\n")
     (project / "not_committed").write_text("")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "-C", project]
-    for command in (["init", "-q"], ["add", "requirements.txt"], ["commit", "-qm", "Begin"]):
+    for command in (["init", "-q"], ["add", "requirements.txt", "launch"], ["commit", "-qm", "Begin"]):
         subprocess.run([*git, *command], check=True)
     paths = {"CALLS": bin_ / "calls", "STATES": tmp_path / "states", "HOME": home}
     fake(bin_, "gcloud", re.sub(r"\b(CALLS|STATES|HOME)\b", lambda name: str(paths[name[0]]), GCLOUD))
     fake(bin_, "mountpoint", "exit 1")
-    for name in ("sudo", "python3"):
-        fake(bin_, name, "exit 0")
+    fake(bin_, "sudo", f'[ "$1" != tee ] || cat >{home}/$(basename "$2")')
+    fake(bin_, "systemctl", f"cat {tmp_path}/active")
+    fake(bin_, "python3", "exit 0")
 
-    def call(*arguments, states="ACTIVE", **env):
+    def call(*arguments, states="ACTIVE", active="inactive", **env):
         (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
+        (tmp_path / "active").write_text(active)
         (bin_ / "calls").write_text("")
-        settings = {"TPU": "name", "ZONE": "zone", "TYPE": "v4-32", "RUNTIME": "image", "SHARED": "10.0.0.2:/share", "POLL": 0}
+        settings = {"TPU": "name", "ZONE": "zone", "TYPE": "v4-32", "SHARED": "10.0.0.2:/share", "POLL": 0}
         settings |= {"PATH": f"{bin_}:{os.environ['PATH']}", "HOME": home} | env
         env = environment(**settings)
         env = {k: v for k, v in env.items() if v != "None" and k != "MODULE"}
@@ -191,21 +198,63 @@ def test_tpu_create_waits_for_the_slice_and_sets_every_host_up(tpu):
     gcloud = [call for call in said if call[0] == "gcloud"]
     resource = ["gcloud", "compute", "tpus", "queued-resources"]
     create = [*resource, "create", "name", "--zone=zone", "--node-id=name"]
-    assert gcloud[0] == [*create, "--accelerator-type=v4-32", "--runtime-version=image", "--spot"]
+    assert gcloud[0] == [*create, "--accelerator-type=v4-32", "--runtime-version=tpu-ubuntu2204-base", "--spot"]
     assert gcloud[1:4] == [[*resource, "describe", "name", "--zone=zone", "--format=value(state.state)"]] * 3
     assert gcloud[4][1:5] == ["compute", "tpus", "tpu-vm", "scp"]
     assert gcloud[4][6:] == ["name:", "--zone=zone", "--worker=all"]
     assert gcloud[5][:-1] == [*SSH, "--worker=all"]
     assert len(gcloud) == 6
-    assert [f.name for f in (tpu.home / "tinyllama").iterdir()] == ["requirements.txt"]  # what is committed
+    assert sorted(f.name for f in (tpu.home / "tinyllama").iterdir()) == ["launch", "requirements.txt"]  # what is committed
     on_host = [call for call in said if call[0] in ("sudo", "python3")]
-    assert ["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", "/shared"] in on_host
+    assert "\n10.0.0.2:/share /shared nfs _netdev,nofail," in "\n" + (tpu.home / "fstab.tinyllama").read_text()
+    fstab = on_host.index(["sudo", "mv", "/etc/fstab.tinyllama", "/etc/fstab"])
+    assert on_host.index(["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", "/shared"]) < fstab  # a wrong share is not written
     install = "python3 -m uv pip install -q --python .venv/bin/python -r requirements.txt jax[tpu]>=0.10.2,<0.13"
     assert on_host[-1] == install.split()
 
 
+GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
+
+
+@pytest.mark.skipif(not GENERATOR.exists(), reason="there is no systemd-fstab-generator here")
+def test_tpu_setup_mounts_the_share_at_every_start_of_a_host(tpu, tmp_path):
+    """The host comes up without it, and whoever needs it waits for it: systemd's own reading of the line."""
+    tpu("setup")
+    fstab = tpu.home / "fstab.tinyllama"
+    [line] = [line for line in fstab.read_text().splitlines() if "/shared" in line]
+    assert line.split()[:3] == ["10.0.0.2:/share", "/shared", "nfs"]
+    out = tmp_path / "generated"
+    out.mkdir()
+    subprocess.run([GENERATOR, out, out, out], env={"SYSTEMD_FSTAB": str(fstab)}, check=True, timeout=PATIENCE)
+    mount = (out / "shared.mount").read_text().splitlines()
+    assert {"What=10.0.0.2:/share", "Where=/shared", "Type=nfs", "TimeoutSec=infinity"} <= set(mount)
+    assert (out / "remote-fs.target.wants" / "shared.mount").is_symlink()
+    assert not (out / "remote-fs.target.requires").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [("v6e-16", "v2-alpha-tpuv6e"), ("v5p-32", "v2-alpha-tpuv5"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v3-8", "tpu-ubuntu2204-base")],
+)
+def test_tpu_create_takes_the_image_of_the_type(tpu, kind, image):
+    _, (create, _) = tpu("create", TYPE=kind, states="FAILED")
+    assert create[-3:-1] == [f"--accelerator-type={kind}", f"--runtime-version={image}"]
+
+
+def test_tpu_create_takes_another_image_if_told(tpu):
+    _, (create, _) = tpu("create", TYPE="v9-8", RUNTIME="own", states="FAILED")
+    assert create[-3:-1] == ["--accelerator-type=v9-8", "--runtime-version=own"]
+
+
+@pytest.mark.parametrize("kind", ["v5p:2x2x4", "v5e-16", "tpu7x-16", "v5p", "v5p-", "v6e-4x4", "a100", "v5p-32 "])
+def test_tpu_create_refuses_an_unknown_type(tpu, kind):
+    done, said = tpu("create", TYPE=kind)
+    assert (done.returncode, said) == (2, [])
+    assert done.stderr.startswith(f"TYPE={kind}: not a type of Cloud TPU; choose one like v4-32") and done.stderr.count("\n") == 1
+
+
 def test_tpu_create_can_ask_for_capacity_that_is_not_taken_away(tpu):
-    _, said = tpu("create", SPOT="")
+    _, said = tpu("create", SPOT="", states="FAILED")
     assert "--spot" not in said[0]
 
 
@@ -217,25 +266,77 @@ def test_tpu_create_says_when_there_will_be_no_slice(tpu):
 
 
 def test_tpu_run_starts_the_same_command_on_all_hosts(tpu):
-    done, (gcloud, sudo) = tpu("run", "--config", "configs/3t.py", "--workdir=/shared/a b", "--log.wandb=$x'y")
+    shutil.copytree(LAUNCH, tpu.home / "tinyllama" / "launch")
+    done, (gcloud, *on_host) = tpu("run", "--config", "configs/3t.py", "--workdir=/shared/a b", "--log.wandb=$x'y %h")
     assert done.returncode == 0, done.stderr
     assert gcloud[:-1] == [*SSH, "--worker=all"]
-    program = sudo.index(f"{tpu.home}/tinyllama/.venv/bin/python")
-    words = ["--mesh.data=1", "--mesh.fsdp=-1", "--config", "configs/3t.py", "--workdir=/shared/a b", "--log.wandb=$x'y"]
-    assert sudo[program + 1 :] == ["-m", "tinyllama_jax.train", *words]
-    options = sudo[1:program]
-    assert options[0] == "systemd-run"
-    assert all(option.startswith("--") for option in options[1:])
-    assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=1 2 3"} <= set(options)
-    assert {"--setenv=TINYLLAMA_JAX_JOIN=1", f"--working-directory={tpu.home}/tinyllama"} <= set(options)
-    config = cli.load([*words[:-2], "--workdir=/shared/a b", "--data.sources=/shared/data"])
+    installed = tpu.home / "tinyllama.service"
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    assert installed.read_text() == UNIT.read_text().replace("User=USER", f"User={user}")
+    assert on_host[1:] == [
+        ["sudo", "tee", "/etc/systemd/system/tinyllama.service"],
+        ["sudo", "systemctl", "daemon-reload"],
+        ["sudo", "systemctl", "enable", "--now", "tinyllama"],
+    ]
+    # what the unit then starts
+    fake(tpu.home / "tinyllama" / ".venv" / "bin", "python", "exit 7")
+    start = setting(UNIT, "ExecStart").split()
+    assert subprocess.run(start, cwd=tpu.home, env={"HOME": str(tpu.home), "PATH": os.environ["PATH"]}).returncode == 7
+    [[_, *words]] = calls(tpu.home / "tinyllama" / ".venv" / "bin")
+    given = ["--config", "configs/3t.py", "--workdir=/shared/a b", "--log.wandb=$x'y %h"]
+    assert words == ["-m", "tinyllama_jax.train", "--mesh.data=1", "--mesh.fsdp=-1", *given]
+    config = cli.load([*words[2:-2], "--workdir=/shared/a b", "--data.sources=/shared/data"])
     assert (config.mesh.data, config.mesh.fsdp) == (1, -1)
+
+
+@pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
+def test_tpu_run_leaves_a_run_alone(tpu, state):
+    done, (_, asked) = tpu("run", "--config", "configs/3t.py", active=state)
+    assert done.returncode == 2
+    assert f"a run is {state}; launch/tpu_pod.sh stop ends it" in done.stderr
+    assert asked == ["systemctl", "is-active", "tinyllama"]
+
+
+def setting(unit: Path, key: str) -> str:
+    [value] = re.findall(rf"^{key}=(.*)$", unit.read_text(), re.MULTILINE)
+    return value
+
+
+def retried() -> list[int]:
+    """The exit codes after which slurm.sbatch queues a run again."""
+    [codes] = re.findall(r"^case \$code in ([\d |]+)\) ;;", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE)
+    return [int(code) for code in codes.split("|")]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
+def test_systemd_has_nothing_to_say_about_the_unit(tmp_path):
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("User=USER", "User=root"))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=PATIENCE)
+    about = [line for line in (done.stdout + done.stderr).splitlines() if "tinyllama" in line]  # not of the machine's own units
+    assert about == [] and done.returncode == 0, done.stderr
+
+
+def test_the_unit_starts_again_what_slurm_does(tmp_path):
+    """After a failure worth another try, and with the host; what ended for good is disabled, and starts with no host."""
+    assert [int(code) for code in setting(UNIT, "RestartForceExitStatus").split()] == retried()
+    assert setting(UNIT, "Restart") == "on-abnormal"  # signals, not exit codes
+    assert (setting(UNIT, "WantedBy"), setting(UNIT, "RequiresMountsFor")) == ("multi-user.target", "/shared")
+    assert "TINYLLAMA_JAX_JOIN=1" in setting(UNIT, "Environment").split()
+    [script] = re.fullmatch(r"\+/bin/sh -c '(.*)'", setting(UNIT, "ExecStopPost")).groups()
+    fake(tmp_path, "systemctl", "exit 0")
+    every = " ".join([*(f"exited:{code}" for code in range(256)), "killed:TERM", "killed:KILL", "dumped:SEGV"])
+    loop = f"for end in {every}; do EXIT_CODE=${{end%:*}} EXIT_STATUS=${{end#*:}}; {script.replace('systemctl', 'echo $EXIT_STATUS:')}; done"
+    done = subprocess.run(["/bin/sh", "-c", loop], capture_output=True, text=True, check=True)
+    final = [int(line.split(":")[0]) for line in done.stdout.splitlines()]
+    assert final == [code for code in range(256) if code not in retried()]
+    assert {line.split(": ")[1] for line in done.stdout.splitlines()} == {"--no-reload disable tinyllama"}
 
 
 def test_tpu_log_stop_and_delete(tpu):
     _, (gcloud, sudo) = tpu("stop")
     assert gcloud[:-1] == [*SSH, "--worker=all"]
-    assert sudo == ["sudo", "systemctl", "stop", "tinyllama"]
+    assert sudo == ["sudo", "systemctl", "disable", "--now", "tinyllama"]
     _, (gcloud, sudo) = tpu("log")
     assert gcloud[:-1] == [*SSH, "--worker=0"]
     assert sudo[:4] == ["sudo", "journalctl", "--unit=tinyllama", "--output=cat"]
@@ -243,7 +344,7 @@ def test_tpu_log_stop_and_delete(tpu):
     assert said == [["gcloud", "compute", "tpus", "queued-resources", "delete", "name", "--zone=zone", "--force", "--quiet"]]
 
 
-@pytest.mark.parametrize("missing", ["TPU", "ZONE", "TYPE", "RUNTIME", "SHARED"])
+@pytest.mark.parametrize("missing", ["TPU", "ZONE", "TYPE", "SHARED"])
 def test_tpu_names_what_is_not_set(tpu, missing):
     done, said = tpu("create", **{missing: None})
     assert done.returncode != 0
