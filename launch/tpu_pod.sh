@@ -105,6 +105,7 @@ log)
 stop)
     # Disabled, too: a stopped run must not start with the host.
     on_all "sudo systemctl disable --now $unit"
+    echo "$TPU is billed until launch/tpu_pod.sh delete"
     ;;
 delete)
     # --force deletes the node with the request

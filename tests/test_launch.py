@@ -349,7 +349,8 @@ def test_the_unit_starts_again_what_slurm_does():
 
 
 def test_tpu_log_stop_and_delete(tpu):
-    _, (gcloud, sudo) = tpu("stop")
+    done, (gcloud, sudo) = tpu("stop")
+    assert done.stdout == "name is billed until launch/tpu_pod.sh delete\n"
     assert gcloud[:-1] == [*SSH, "--worker=all"]
     assert sudo == ["sudo", "systemctl", "disable", "--now", "tinyllama"]
     _, (gcloud, sudo) = tpu("log")
