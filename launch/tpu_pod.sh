@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU slice, spot by default. From the project's folder, with gcloud logged in and its project set:
 #
-#   export TPU=tinyllama ZONE=us-central2-b TYPE=v4-32 RUNTIME=tpu-ubuntu2204-base SHARED=10.0.0.2:/share
+#   export TPU=tinyllama ZONE=us-central2-b TYPE=v4-32 SHARED=10.0.0.2:/share
 #   launch/tpu_pod.sh create                    ask for the slice and wait until there is one, then set up every host of it
-#   launch/tpu_pod.sh setup                     the latter alone: after a new commit, or after the hosts have started anew
+#   launch/tpu_pod.sh setup                     the latter alone: after a new commit
 #   launch/tpu_pod.sh run --config configs/3t.py --workdir=/shared/runs/3t --data.sources=/shared/data/a:0.7,/shared/data/b:0.3
 #   launch/tpu_pod.sh log                       what host 0 prints; Ctrl-C leaves the run alone
 #   launch/tpu_pod.sh stop                      save and end, on all hosts; `run` with the same arguments resumes
 #   launch/tpu_pod.sh delete                    release the slice, so that it costs nothing any more
 #
+# TYPE is Cloud TPU's name of the slice: v4-32, v5litepod-16, v5p-32, v6e-16. `plan` prints it: TYPE=v5p-32 for `--on v5p:2x2x4`.
+# v5litepod needs --train.seqs_per_device=4 with configs/3t.py: 8 take 18.9 of its 15.75 GiB. TPU7x is not served here: RUNBOOK.md.
 # SHARED is an NFS share (Filestore, say) that every host mounts as /shared: the run folder and the data are there. A spot slice
-# that was preempted stays SUSPENDED: delete, create, and the same run again.
-# SPOT= (empty) asks for on-demand capacity. MODULE (tinyllama_jax.train) is the module that runs.
+# that was preempted stays SUSPENDED: delete, create, and the same run again. A host that has started anew rejoins by itself.
+# SPOT= (empty) asks for on-demand capacity. RUNTIME overrides the image that belongs to TYPE. MODULE (tinyllama_jax.train) is the
+# module that runs. RUNBOOK.md names the page of Google's documentation for each command, the costs, and what is billed when.
 set -euo pipefail
 
 usage() { grep '^#   ' "$0" >&2; exit 2; }
@@ -24,13 +27,26 @@ unit=tinyllama # the systemd unit of the run, on every host
 
 case $command in
 create)
-    : "${TYPE:?says which slice, such as v4-32}" "${RUNTIME:?says which image, such as tpu-ubuntu2204-base}"
+    : "${TYPE:?says which slice, such as v4-32}"
     : "${SHARED:?says which NFS share holds the data and the run folder, such as 10.0.0.2:/share}"
+    # https://docs.cloud.google.com/tpu/docs/runtimes, read on 2026-11-30
+    image=${RUNTIME:-}
+    [ -n "$image" ] || case ${TYPE%-*}:${TYPE##*-} in
+    *:*[!0-9]* | *:) ;; # no number
+    v6e:*) image=v2-alpha-tpuv6e ;;
+    v5p:*) image=v2-alpha-tpuv5 ;;
+    v5litepod:*) image=v2-alpha-tpuv5-lite ;;
+    v4:* | v3:* | v2:*) image=tpu-ubuntu2204-base ;;
+    esac
+    if [ -z "$image" ]; then
+        echo "TYPE=$TYPE: not a type of Cloud TPU; choose one like v4-32, v5litepod-16, v5p-32 or v6e-16 (plan prints it), or give RUNTIME, too; TPU7x: launch/RUNBOOK.md" >&2
+        exit 2
+    fi
     spot=(--spot)
     [ -n "${SPOT-spot}" ] || spot=()
     # Without --async it returns when the request is accepted, which is not when there is a slice: that can take minutes or days.
     gcloud compute tpus queued-resources create "$TPU" --zone="$ZONE" --node-id="$TPU" \
-        --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${spot[@]+"${spot[@]}"}
+        --accelerator-type="$TYPE" --runtime-version="$image" ${spot[@]+"${spot[@]}"}
     while :; do
         state=$(gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" --format='value(state.state)')
         echo "$TPU: $state"
@@ -48,10 +64,17 @@ setup)
     trap 'rm -rf "$code"' EXIT
     git archive --format=tar.gz --output="$code/tinyllama.tar.gz" HEAD
     gcloud compute tpus tpu-vm scp "$code/tinyllama.tar.gz" "$TPU:" --zone="$ZONE" --worker=all
-    # The images' own Python is older than 3.11.
-    on_all "set -e
+    # /etc/fstab mounts the share again when a host has started anew: nofail lets the host come up without it, and as retry (in
+    # minutes) and mount-timeout set no end, the run waits for it (nfs(5), systemd.mount(5)). It is mounted by hand first, so that a
+    # wrong share is refused. The images' own Python is older than 3.11.
+    on_all "set -eo pipefail
         sudo mkdir -p /shared
         mountpoint -q /shared || { sudo apt-get install -y -q nfs-common && sudo mount -t nfs $(printf %q "$SHARED") /shared; }
+        { grep -v '[[:space:]]/shared[[:space:]]' /etc/fstab || :
+        echo $(printf %q "$SHARED") /shared nfs _netdev,nofail,retry=10000,x-systemd.mount-timeout=infinity 0 0
+        } | sudo tee /etc/fstab.tinyllama >/dev/null
+        sudo mv /etc/fstab.tinyllama /etc/fstab
+        sudo systemctl daemon-reload
         mkdir -p tinyllama && tar xzf tinyllama.tar.gz -C tinyllama && cd tinyllama
         python3 -m pip install -q --user uv
         python3 -m uv venv -q --allow-existing --python 3.12 .venv
@@ -60,20 +83,29 @@ setup)
 run)
     # One axis: within a slice every chip reaches every other one over ICI, and fsdp alone needs the least memory.
     # systemd, and not ssh, is the parent: a connection that breaks ends nothing; when the host is taken away or maintained, the
-    # processes get a SIGTERM and save. It starts them again, but not after a bug (1), a mistake (2),
-    # a loss that jumped (3), or `stop`.
-    # TINYLLAMA_JAX_JOIN: on a slice only JAX knows how to find the other hosts.
-    # The limits are those of a login, which a service does not have: libtpu locks memory.
-    words=$(printf ' %q' -m "${MODULE:-tinyllama_jax.train}" --mesh.data=1 --mesh.fsdp=-1 "$@")
-    on_all "sudo systemd-run --unit=$unit --collect --uid=\$(id -u) --working-directory=\$HOME/tinyllama \
---setenv=PYTHONUNBUFFERED=1 --setenv=TINYLLAMA_JAX_JOIN=1 --property=Restart=on-failure --property=RestartPreventExitStatus='1 2 3' --property=RestartSec=30 \
---property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 \$HOME/tinyllama/.venv/bin/python$words"
+    # processes get a SIGTERM and save; when it has started anew, they start again. tinyllama.service says what else it does.
+    words=$(printf ' %q' -m "${MODULE:-tinyllama_jax.train}" --mesh.data=1 --mesh.fsdp=-1 --checkpoint.minutes=8 "$@")
+    on_all "set -eo pipefail
+        state=\$(systemctl is-active $unit || :)
+        case \$state in
+        inactive | failed | unknown) ;;
+        *) echo \"\$(hostname): a run is \$state; launch/tpu_pod.sh stop ends it\" >&2; exit 2 ;;
+        esac
+        cat >tinyllama/run <<'END'
+#!/bin/bash
+cd ~/tinyllama && exec .venv/bin/python$words
+END
+        sed \"s/^User=.*/User=\$(id -un)/\" tinyllama/launch/$unit.service | sudo tee /etc/systemd/system/$unit.service >/dev/null
+        sudo systemctl daemon-reload
+        sudo systemctl enable --now $unit"
     ;;
 log)
     gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=0 --command="sudo journalctl --unit=$unit --output=cat --lines=100 --follow"
     ;;
 stop)
-    on_all "sudo systemctl stop $unit"
+    # Disabled, too: a stopped run must not start with the host.
+    on_all "sudo systemctl disable --now $unit"
+    echo "$TPU is billed until launch/tpu_pod.sh delete"
     ;;
 delete)
     # --force deletes the node with the request

@@ -257,7 +257,10 @@ def test_the_command_on_virtual_devices(tiny_config_file, tmp_path):
         out["tokens_per_second_per_device"] is out["cost"] is out["milliseconds"] is None
     )  # what a CPU will do is nobody's published fact
     assert {r["kind"] for r in out["collectives"]} >= {"all-gather", "all-reduce"} and out["config"]["model.d_model"] == 32
-    assert "memory of a device" in err and "fits: " in err
+    assert "memory of a device" in err and "fits: " in err and "Cloud TPU" not in err
+    out["target"]["on"], lines = "v5p:2x2x4", []
+    report.show(out, lines.append)
+    assert "Cloud TPU calls this slice TYPE=v5p-32 (launch/tpu_pod.sh)" in lines
 
 
 def test_sweep_is_best_first_and_drawn(tiny_config_file, tmp_path, monkeypatch, capsys):

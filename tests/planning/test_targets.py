@@ -47,7 +47,17 @@ def test_virtual_devices():
         targets.machine("cpu:9")
 
 
+@pytest.mark.parametrize(
+    ("on", "cloud"),  # docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
+    [("v4:2x2x4", "v4-32"), ("v5e:4x4", "v5litepod-16"), ("v5e:1x1", "v5litepod-1"), ("v5p:2x2x4", "v5p-32"),
+     ("v5p:2x2x1", "v5p-8"), ("v6e:4x8", "v6e-32"), ("a100-40g:2x8", None), ("cpu:8", None)],
+)  # fmt: skip
+def test_the_name_of_a_slice_at_cloud_tpu(on, cloud):
+    assert targets.cloud_type(on) == cloud
+
+
 def test_the_table_is_complete_and_in_its_units():
+    assert targets.CLOUD.keys() == {name for name, t in targets.TARGETS.items() if not t.sm}
     for name, t in targets.TARGETS.items():
         assert t.source.count(";") >= 1 and t.rates.source, name
         assert 15 * 2**30 < t.memory < 200e9, name

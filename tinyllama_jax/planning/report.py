@@ -96,6 +96,8 @@ def show(out: dict, say: Callable) -> None:
     config, target = out["config"], out["target"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in out["mesh"].items())
     say(f"{out['parameters']:,} parameters on {target['on']}: {mesh}; compiled in {out['compile_seconds']:.1f} s")
+    if cloud := targets.cloud_type(target["on"]):
+        say(f"Cloud TPU calls this slice TYPE={cloud} (launch/tpu_pod.sh)")
     tokens, at_once = config["train.tokens_per_step"], config["train.tokens_per_step"] // out["accumulation"]
     say(f"step: {tokens:,} tokens = {out['accumulation']} x {at_once:,}, {out['seqs_per_device']} sequences a device at once")
     say(f"attention {out['attention']}, remat {config['model.remat']}")

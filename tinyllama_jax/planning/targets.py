@@ -160,6 +160,19 @@ TARGETS = {
 }  # fmt: skip
 
 
+# Cloud TPU's name of a slice says how many TensorCores it has: `v5p-32` are 16 chips (docs.cloud.google.com/tpu/docs/v5p).
+CLOUD = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}  # its name, and TensorCores a chip
+
+
+def cloud_type(on: str) -> str | None:
+    """Returns Cloud TPU's accelerator type of a slice, such as "v5p-32" for "v5p:2x2x4"; None for what is not a TPU."""
+    name, _, shape = on.partition(":")
+    if name not in CLOUD:
+        return None
+    cloud, cores = CLOUD[name]
+    return f"{cloud}-{cores * math.prod(map(int, shape.split('x')))}"
+
+
 def of(device_kind: str) -> Target | None:
     """Returns the target of a device by its kind, and by its memory if the kind names it; None if the table lacks it."""
     known = [target for target in TARGETS.values() if device_kind.startswith(target.kind)]
