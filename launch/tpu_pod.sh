@@ -84,7 +84,7 @@ run)
     # One axis: within a slice every chip reaches every other one over ICI, and fsdp alone needs the least memory.
     # systemd, and not ssh, is the parent: a connection that breaks ends nothing; when the host is taken away or maintained, the
     # processes get a SIGTERM and save; when it has started anew, they start again. tinyllama.service says what else it does.
-    words=$(printf ' %q' -m "${MODULE:-tinyllama_jax.train}" --mesh.data=1 --mesh.fsdp=-1 "$@")
+    words=$(printf ' %q' -m "${MODULE:-tinyllama_jax.train}" --mesh.data=1 --mesh.fsdp=-1 --checkpoint.minutes=8 "$@")
     on_all "set -eo pipefail
         state=\$(systemctl is-active $unit || :)
         case \$state in

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import file_map
@@ -102,12 +103,21 @@ def test_imports_go_down_between_rooms_and_inside_them(path):
 
 def test_a_top_level_file_is_a_command_and_every_other_has_its_place():
     names = {name_of(p) for p in PACKAGE} - {"tinyllama_jax"}
-    assert {name for name in names if "." not in name} - FLOOR.keys() == set(COMMANDS)
+    assert {name for name in names if "." not in name} - FLOOR.keys() == {*COMMANDS, "__main__"}
     placed = {f"{room}.{file}" for room, files in ORDER.items() for file in files.split()}
     empty = {name_of(p) for p in PACKAGE if p.name == "__init__.py" and "import" not in p.read_text()}
     assert {name for name in names if "." in name} - empty == placed
     for name in COMMANDS:
         assert '__name__ == "__main__"' in (ROOT / "tinyllama_jax" / f"{name}.py").read_text()
+
+
+def test_each_command_is_a_console_script(capfd):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    names = {f"tinyllama-{name.replace('_', '-')}" for name in COMMANDS}
+    assert scripts == dict.fromkeys(names, "tinyllama_jax.__main__:main")
+    code = "import sys; from tinyllama_jax.__main__ import main; sys.argv = ['bin/tinyllama-train-tokenizer', '--help']; main()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "usage: python -m tinyllama_jax.train_tokenizer" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("library", HOME)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,22 @@ def test_a_signal_saves_and_ends(quiet, tiny_config_file, tmp_path, number, code
     assert exact(steps)[: len(known)] == known
     _, stop, end = events(tmp_path / "run")
     assert stop[:2] == ("stop", step) and stop[2] in out and end == ("end", step, f"after step {step}")
+
+
+def test_it_also_saves_by_the_clock_and_a_save_that_does_not_fit_in_the_grace_is_not_begun(tiny_config_file, tmp_path):
+    run, often = tmp_path / "run", 1e-4  # minutes
+    more = {"checkpoint__every": 100_000, "train__steps": 100_000, "checkpoint__minutes": often, "checkpoint__grace": 1e-4}
+    process = start(tiny_config_file, run, **more)
+    while process.poll() is None and not ((run / "checkpoints").is_dir() and len(checkpoint.steps_in(run)) > 1):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 128 + signal.SIGTERM, out
+    end = re.search(
+        r"after step ([\d,]+), which is not saved: that takes .* --checkpoint.grace=0.0001; .* from step ([\d,]+)", out
+    )
+    stopped, saved = (int(n.replace(",", "")) for n in end.groups())
+    assert checkpoint.steps_in(run)[-1] == saved < stopped and not [*(run / "checkpoints").glob("*.partial")]
 
 
 def test_when_nobody_reads_the_output_it_saves_and_ends(tiny_config_file, tmp_path):

@@ -76,24 +76,24 @@ def main(argv: list[str]) -> int:
 
         # -- the steps
         batches = training_batches(config, sources, program, start, log)
-        compiler, shutdown = StepCompiler(program, config, mesh, feed.dtype(sources)), cluster.CoordinatedStop(mesh, stop)
-        for step in range(start + 1, config.train.steps + 1):
-            batch = next(batches)
+        compiler = StepCompiler(program, config, mesh, feed.dtype(sources))
+        agreement = cluster.Agreement(mesh, stop, checkpoints)
+        for step, batch in enumerate(batches, start + 1):
             state, metrics = compiler.train(step)(state, batch)
             log.step(step, metrics)
             checkpoints.check()
             last = step == config.train.steps
             if held_out and (last or step % config.log.eval_every == 0):
                 validate(program, config, state.params, held_out, step, log)
-            stopping = shutdown.signal()  # after validation, which can take long: what is left of a grace time is for saving
-            if last or stopping or step % config.checkpoint.every == 0:
+            agreed = agreement.after(last or step % config.checkpoint.every == 0)  # after validation, which can take long
+            if agreed.save:
                 cluster.heartbeat(step, "saving")
                 log.sync(step)
                 with log.timed("checkpoint"):
                     checkpoints.save(step, state)
-            if stopping:
-                log.say(f"{cluster.stopped_by(stopping)} after step {step:,}, which is saved; the same command resumes", "stop")
-                return 128 + stopping
+            if agreed.stopping:
+                log.say(f"{cluster.stopped_by(agreed.stopping)} after step {step:,}, {checkpoints.outcome(step)}", "stop")
+                return 128 + agreed.stopping
         return log.end(max(start, config.train.steps))
 
 

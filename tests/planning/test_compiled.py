@@ -463,7 +463,9 @@ def python(on: str, code: str) -> str:
 
 
 @pytest.mark.xdist_group("v5e")
-@pytest.mark.parametrize(("on", "n"), [("v4:2x2x4", 16), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v5e:1x1", 1)])
+@pytest.mark.parametrize(
+    ("on", "n"), [("v4:2x2x4", 16), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v5e:1x1", 1), ("tpu7x:2x2x1", 8)]
+)
 def test_every_kind_of_slice_has_its_devices(on, n):
     kind = targets.TARGETS[on.split(":")[0]].kind
     assert python(on, "print(len(m.devices), m.devices[0].device_kind)") == f"{n} {kind}"

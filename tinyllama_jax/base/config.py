@@ -249,6 +249,8 @@ class Checkpoint(Section):
     keep: int = 3  # the newest ones kept
     keep_every: int = 0  # steps divisible by it are kept for ever; 0: none
     keep_steps: str = ""  # "50_000,240_000": these are kept for ever too
+    minutes: float = 0.0  # save, too, when so many minutes have passed since the last save; 0: only every `every` steps
+    grace: float = 0.0  # seconds from the signal to stop until the machine is gone; 0: not known, so a save is always tried
 
     def __post_init__(self):
         super().__post_init__()

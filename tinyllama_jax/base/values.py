@@ -33,7 +33,7 @@ LIMITS = {
         (0.0, 0.999_999): "optim.b1 optim.b2",  # more is 1 in fp32
         (0.0, 1.0): "train.z_loss",
         (1e-6, 100.0): "train.dpo_beta",
-        (0.0, 1e6): "train.spike train.epochs",
+        (0.0, 1e6): "train.spike train.epochs checkpoint.minutes checkpoint.grace",
         (0.1, 1e6): "train.wait",
     }.items()
     for key in keys.split()

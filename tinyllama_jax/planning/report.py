@@ -65,7 +65,8 @@ def prediction(compiled: Compiled, args: argparse.Namespace) -> dict:
     if rates := out["tokens_per_second_per_device"]:
         days = [config.train.tokens / rate / n / 86_400 for rate in reversed(rates.values())]
         out["days"] = dict(zip(LEVELS, days, strict=True))
-        out["cost"] = {level: d * 24 * n * (args.price or target.price) for level, d in out["days"].items()}
+        if price := args.price or target.price:
+            out["cost"] = {level: d * 24 * n * price for level, d in out["days"].items()}
     return out
 
 
@@ -86,7 +87,8 @@ def offer(compiled: Compiled, mfu: float | None) -> dict:
 def _facts(target: targets.Target, args: argparse.Namespace) -> dict:
     return {"kind": target.kind, "memory": target.memory, "flops": target.flops,
             "rates": target.rates._asdict() | ({"matmul": [args.mfu] * 3} if args.mfu else {}),
-            "usd_per_device_hour": args.price or target.price, "source": target.source}  # fmt: skip
+            "usd_per_device_hour": args.price or target.price, "source": target.source, "spot": target.spot,
+            "measured_by_others": target.anchor, "ceiling": not target.sm}  # fmt: skip
 
 
 def show(out: dict, say: Callable) -> None:
@@ -147,9 +149,15 @@ def _say_prediction(predicted: dict, out: dict, say: Callable) -> None:
     days = predicted["days"]
     unit, scale = ("days", 1) if days["middle"] >= 2 else ("hours", 24)
     span = lambda of, form=",.0f", by=1: f"{of['middle'] * by:{form}} ({of['low'] * by:{form}} to {of['high'] * by:{form}})"
-    say(f"predicted: {span(rate)} tokens/s a device, {rate['middle'] * target['devices']:,.0f} in all")
-    say(f"the run: {span(days, ',.1f', scale)} {unit}, {span(predicted['cost'])} USD at {target['usd_per_device_hour']:g} an "
-        "hour and device; low and high: all rates at their best or worst at once")  # fmt: skip
+    name = "ceiling, as no rate of a TPU is measured" if target["ceiling"] else "predicted"
+    say(f"{name}: {span(rate)} tokens/s a device, {rate['middle'] * target['devices']:,.0f} in all")
+    if target["measured_by_others"]:
+        say(f"measured by others: {target['measured_by_others']}")
+    price, cost = target["usd_per_device_hour"], predicted["cost"]
+    costs = f"{span(cost)} USD at {price:g} an hour and device" if cost else "no price is known, give --price"
+    say(f"the run: {span(days, ',.1f', scale)} {unit}, {costs}; low and high: all rates at their best or worst at once")
+    if target["spot"]:
+        say(f"other prices an hour and device: {target['spot']}")
     say(f"rates: {target['rates']['source']}")
     say(f"machine: {target['source']}")
 

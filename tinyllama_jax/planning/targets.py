@@ -51,10 +51,13 @@ class Target(NamedTuple):
     bandwidth: float  # of memory
     link: float  # one direction, all links to devices of the same node or slice together
     between: float  # one direction, from a whole NODE to other nodes; 0 for a TPU slice, which counts as one node
-    price: float  # USD an hour, on demand
+    price: float | None  # USD an hour, on demand; None: none is published
     rates: Rates
     source: str
     sm: Sm | None = None  # GPUs
+    spot: str = ""  # what others ask, also for machines that they may take back; with source and date
+    anchor: str = ""  # what others measured of a model of this size
+    cores: int = 1  # devices of a chip; a TPU slice's shape counts chips
 
     @property
     def platform(self) -> str:
@@ -64,6 +67,10 @@ class Target(NamedTuple):
 
 _A100 = "NVIDIA A100 datasheet and architecture whitepaper; CUDA programming guide, compute capability 8.0; "
 _H100 = "NVIDIA Hopper whitepaper; CUDA programming guide, compute capability 9.0; "
+_B200 = (
+    "NVIDIA HGX B200 datasheet and Blackwell tuning guide; memory, bandwidth, multiprocessors: pytorch/ao pull request 4002; "
+)
+_RUNPOD = "RunPod, 2026-03 (deploybase.ai/articles/runpod-gpu-pricing): spot "
 _EFA = "400 Gb/s of EFA a node"
 _OURS = ("attention_forward", "attention_dq", "attention_dkv")
 _CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -88,6 +95,10 @@ _SM90 = _gpu((0.58, 0.66, 0.80), (250, 200, 180), (320, 310), 0.20,
 _RTX3090 = _gpu((0.80, 0.90, 1.00), (53, 46, 46), (53, 46), 0.25, "matmuls and attention: assumed")
 _RTX4090 = _gpu((0.80, 0.95, 1.05), (123, 107, 107), (123, 107), 0.25,
                 "matmuls: at most 178 TFLOP/s, above the nominal 165 (mag-/gpu_benchmark); attention: assumed")  # fmt: skip
+_RTX5090 = _gpu((0.80, 0.90, 1.00), (156, 136, 136), (156, 136), 0.30,
+                "matmuls and attention: assumed, attention as that of the RTX 4090 by the ratio of their peaks")  # fmt: skip
+_SM100 = _gpu((0.55, 0.68, 0.80), (400, 320, 290), (640, 620), 0.35,
+              "matmuls and attention: assumed, attention at twice the H100's TFLOP/s")  # fmt: skip
 
 
 def _tpu(flops: float) -> Rates:
@@ -103,31 +114,49 @@ TARGETS = {
         Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
     "a100-80g": Target("NVIDIA A100", "1x8", 85_100_068_864, 312e12, 2.039e12, 300e9, 50e9, 3.431, _SM80,
         _A100 + f"AWS p4de.24xlarge: {_EFA}, 27.45 USD an hour for 8 (2026)",
-        Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936)),
+        Sm((8, 0), 108, 64, 1.41, 41_943_040, 2_048, 167_936), _RUNPOD + "1.39 USD; on demand 2.45"),
     "h100": Target("NVIDIA H100", "1x8", 84_942_979_072, 989e12, 3.352e12, 450e9, 400e9, 6.88, _SM90,
         _H100 + "AWS p5.48xlarge: 3,200 Gb/s a node, 55.04 USD an hour for 8 (2026-07)",
-        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
+        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472), _RUNPOD + "2.69 USD; on demand 4.76"),
     "h200": Target("NVIDIA H200", "1x8", 150_109_000_000, 989e12, 4.8e12, 450e9, 400e9, 7.912, _SM90,
         _H100 + "NVIDIA H200 datasheet; AWS p5en.48xlarge: 3,200 Gb/s a node, 63.30 USD an hour for 8 (2026-08)",
-        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472)),
+        Sm((9, 0), 132, 128, 1.98, 52_428_800, 2_048, 233_472), _RUNPOD + "3.59 USD; on demand 6.35"),
     "rtx3090": Target("NVIDIA GeForce RTX 3090", "1x8", 25_286_672_384, 71e12, 0.936e12, 22e9, 1.25e9, 0.50, _RTX3090,
         "NVIDIA GA102 whitepaper; CUDA programming guide, compute capability 8.6; PCIe 4.0 x16, 20 to 23 GB/s as users measure "
         "it; between nodes 10 Gb/s: assumed; RunPod, 0.50 USD an hour (2026-09)",
-        Sm((8, 6), 82, 128, 1.695, 6_291_456, 1_536, 102_400)),
+        Sm((8, 6), 82, 128, 1.695, 6_291_456, 1_536, 102_400), _RUNPOD + "0.22 USD"),
     "rtx4090": Target("NVIDIA GeForce RTX 4090", "1x8", 25_250_627_584, 165e12, 1.008e12, 15.5e9, 1.25e9, 0.74, _RTX4090,
         "NVIDIA Ada whitepaper 2.02, appendix A; CUDA programming guide, compute capability 8.9; no NVLink nor peer-to-peer: "
         "31 GB/s both ways through the host (Puget Systems, 2023); between nodes 10 Gb/s: assumed; RunPod, 0.74 USD an "
         "hour (2026-10)",
-        Sm((8, 9), 128, 128, 2.52, 75_497_472, 1_536, 102_400)),
+        Sm((8, 9), 128, 128, 2.52, 75_497_472, 1_536, 102_400), _RUNPOD + "0.34 USD"),
+    "rtx5090": Target("NVIDIA GeForce RTX 5090", "1x8", 33_670_000_000, 209.5e12, 1.792e12, 30e9, 1.25e9, 1.22, _RTX5090,
+        "NVIDIA RTX Blackwell whitepaper; CUDA programming guide, compute capability 12.0; memory: assumed; no NVLink nor "
+        "peer-to-peer: PCIe 5.0 x16 through the host at twice the RTX 4090's rate, assumed; between nodes 10 Gb/s: assumed; "
+        "RunPod, 1.22 USD an hour (2026-03)",
+        Sm((12, 0), 170, 128, 2.407, 100_663_296, 1_536, 102_400), _RUNPOD + "0.69 USD"),
+    "b200": Target("NVIDIA B200", "1x8", 191_500_000_000, 2.25e15, 7.67e12, 900e9, 400e9, 14.24, _SM100,
+        _B200 + "AWS p6-b200.48xlarge: 3,200 Gb/s a node, 113.93 USD an hour for 8 (2026-06)",
+        Sm((10, 0), 148, 128, 1.965, 132_644_864, 2_048, 233_472), _RUNPOD + "5.98 USD; on demand 10.57; Spheron: 6.03"),
+    "gb200": Target("NVIDIA GB200", "1x64", 197_000_000_000, 2.5e15, 8e12, 900e9, 3.2e12, 4.54, _SM100,
+        _B200 + "datasheet of GB200 NVL72: 186 GB, 2,500 TFLOP/s; a node stands for the GPUs of one NVLink domain, up to 72; "
+        "multiprocessors: the B200's, assumed; between domains 400 Gb/s a GPU; Spheron, 9.08 USD an hour for 2 (2026-03)",
+        Sm((10, 0), 148, 128, 1.965, 132_644_864, 2_048, 233_472)),
     "v4": Target("TPU v4", "2x2x4", 33_014_415_360, 275e12, 1.2e12, 300e9, 0, 3.22, _tpu(275e12),
         "docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB of which 30.75 can be used, 6 links of 50 GB/s; 3.22 USD an "
-        "hour"),
+        "hour", anchor="13,300 tokens/s a chip, 1B by Levanter on v4-8 (marin issue 1826)"),
     "v5e": Target("TPU v5 lite", "4x4", 16_909_332_480, 197e12, 0.819e12, 200e9, 0, 1.20, _tpu(197e12),
         "docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 15.75 GiB to use, 400 GB/s both ways; 1.20 USD an hour"),
     "v5p": Target("TPU v5", "2x2x4", 102_800_000_000, 459e12, 2.765e12, 600e9, 0, 4.20, _tpu(459e12),
         "docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95.74 GiB to use, 1,200 GB/s both ways; 4.20 USD an hour"),
     "v6e": Target("TPU v6 lite", "4x4", 33_550_237_696, 918e12, 1.638e12, 400e9, 0, 2.70, _tpu(918e12),
-        "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour"),
+        "docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 31.25 GiB to use, 800 GB/s both ways; 2.70 USD an hour",
+        anchor="46,500 to 47,600 tokens/s a chip, 1.3B to 1.4B by nanochat-jax and nanocode (2026), about 24% MFU, which is "
+        "29,700 for the 1.1B"),
+    "tpu7x": Target("TPU7x", "2x2x2", 101_737_037_824, 1_153.5e12, 3.69e12, 300e9, 0, None, _tpu(1_153.5e12),
+        "docs.cloud.google.com/tpu/docs/tpu7x: a chip is two devices, together 2,307 TFLOP/s, 7,380 GB/s and 1,200 GB/s both "
+        "ways; 94.75 GiB of a device can be used, says its compiler; no price is published: give --price, an hour and device",
+        cores=2),
 }  # fmt: skip
 
 
@@ -215,11 +244,11 @@ def _virtual(on: str, n: int) -> list[jax.Device]:
 
 
 def _slice(name: str, shape: str) -> list[jax.Device]:
-    chips = math.prod(int(n) for n in shape.split("x"))
+    devices = math.prod(int(n) for n in shape.split("x")) * TARGETS[name].cores
     if name in ("v5e", "v6e") and shape == "1x1":  # the smallest slice that the compiler knows has four chips
         shape = "2x2"
     more = {"chip_config_name": "megacore"} if name == "v4" else {}  # a chip's two cores as one device
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more).devices)[:chips]
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more).devices)[:devices]
 
 
 def _target_config(target: Target) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import exists
 from tinyllama_jax.core import lora, model, optim
 from tinyllama_jax.core.step import TrainState, new_state
-from tinyllama_jax.run import seals
+from tinyllama_jax.run import cluster, seals
 from tinyllama_jax.run.seals import damage, find_step, steps_in
 
 # errors of a disk; in exceptions without an errno they are recognised by their text
@@ -50,6 +51,7 @@ class Checkpoints:
         self._folder = self._run / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._last, self._saving, self._failed = self.latest(), False, False
+        self._begun, self.seconds = time.monotonic(), 0.0  # `seconds`: that the last save took; 0: not known
         self._deleting: list[threading.Thread] = []
         self._first = jax.process_index() == 0
         for path in self._folder.iterdir() if self._first else ():
@@ -75,14 +77,34 @@ class Checkpoints:
             if shutil.disk_usage(self._folder).free < needed:
                 raise OSError(errno.ENOSPC, f"{needed:,} bytes needed for step {step}", str(self._folder))
             self._writer.save(self._folder / str(step), args=_items(params=params, train=other))
-        self._last, self._saving = step, True
+        self._last, self._saving, self._begun = step, True, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether `checkpoint.minutes` have passed since the last save began. Only the first process says so."""
+        return self._first and 0 < self._keep.minutes <= (time.monotonic() - self._begun) / 60
+
+    def fits(self) -> bool:
+        """Whether a save would end before `checkpoint.grace` is over, if it takes as long as the last one."""
+        needed = self.seconds * (2 if self._saving else 1)  # one that is under way comes first
+        return not (self._keep.grace and needed) or cluster.seconds_since_signal() + needed < self._keep.grace
+
+    def outcome(self, step: int) -> str:
+        """Says, at the end of a run that was told to stop after `step`, what is saved."""
+        if self._last == step:
+            return "which is saved; the same command resumes"
+        what = (
+            f"which is not saved: that takes {self.seconds:.0f} s, more than is left of --checkpoint.grace={self._keep.grace:g}"
+        )
+        return f"{what}; the same command resumes from step {self._last or 0:,}"
 
     def check(self, wait: bool = False) -> None:
         """Raises the error of a save that failed in the background. `wait`: waits first until the save is on disk."""
         with self._disk_errors():
             self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
-            if self._first and self._saving and exists(self._folder / str(self._last) / seals.SEAL):
-                self._rotate()
+            if self._saving and exists(self._folder / str(self._last) / seals.SEAL):
+                self._saving, self.seconds = False, time.monotonic() - self._begun
+                if self._first:
+                    self._rotate()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads the state after `step` into the shardings of `abstract` (shapes with shardings). `recover` has verified it."""
@@ -106,7 +128,7 @@ class Checkpoints:
     def _rotate(self) -> None:
         """Records that the newest checkpoint is whole, and starts to delete those that are no longer kept."""
         seals.remember(self._run, self._last)
-        self._saving, keep = False, self._keep
+        keep = self._keep
         for step in steps_in(self._run)[: -keep.keep]:
             if step not in keep.kept and not (keep.keep_every and step % keep.keep_every == 0):
                 old = self._folder / f"{step}{seals.OLD}"

@@ -7,6 +7,7 @@ import signal
 import struct
 import threading
 import time
+import typing
 from collections.abc import Iterator
 from types import FrameType
 
@@ -24,6 +25,7 @@ CHANNEL = "TINYLLAMA_JAX_CHANNEL"  # environment variable of the child: a file d
 HEARTBEAT = struct.Struct("<qqqq16s")  # process, processes, number of moves, step, what it does
 _shared: mmap.mmap | None = None  # memory shared with the parent; None without a parent
 _moves = 0
+_told: float | None = None  # time.monotonic() of the first signal to stop
 
 
 def several() -> bool:
@@ -109,14 +111,18 @@ def stopped_by(number: signal.Signals) -> str:
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[list[signal.Signals]]:
     """A list that receives the first signal: the loop then saves and ends. A second SIGINT or SIGTERM ends at once."""
+    global _told
     stop: list[signal.Signals] = []
+    _told = None
     first = 0.0  # time of the first SIGINT or SIGTERM; a scheduler may send another signal before it
     before = {number: signal.getsignal(number) for number in caught_signals()}
 
     def handler(number: int, _: FrameType | None) -> None:
+        global _told
         nonlocal first
         if not stop:
             stop.append(signal.Signals(number))
+            _told = time.monotonic()
         if number in STOP_SIGNALS[:2]:
             if first and time.monotonic() - first > 1:  # within 1 s it is the same signal, sent to parent and child
                 signal.signal(number, signal.SIG_DFL)
@@ -132,26 +138,43 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
             signal.signal(number, earlier)
 
 
-class CoordinatedStop:
-    """Makes all processes stop after the same step once one of them has received a signal."""
+def seconds_since_signal() -> float:
+    """Seconds since the first signal to stop; 0 before it."""
+    return 0.0 if _told is None else time.monotonic() - _told
 
-    def __init__(self, mesh, stop: list[signal.Signals]):
-        """`mesh`: jax.sharding.Mesh over the devices of all processes. `stop`: from `stop_on_signal`."""
+
+class Agreed(typing.NamedTuple):
+    """What all processes do after the same step."""
+
+    stopping: signal.Signals | None  # the signal to stop for
+    save: bool  # because it is time, or because it is the last chance and fits in what is left of `checkpoint.grace`
+
+
+class Agreement:
+    """Makes all processes save or stop after the same step, once one of them is due to save or has received a signal."""
+
+    def __init__(self, mesh, stop: list[signal.Signals], checkpoints):
+        """`mesh`: jax.sharding.Mesh over all processes' devices. `stop`: of `stop_on_signal`. `checkpoints`: `Checkpoints`."""
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
-        self._stop, self._asked = stop, None
+        self._stop, self._checkpoints, self._asked = stop, checkpoints, None
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def signal(self) -> signal.Signals | None:
-        """The signal to stop for, the largest of all processes'; with several of them one call later, to avoid a wait."""
+    def after(self, step_saved: bool) -> Agreed:
+        """What to do now: the largest wish of all processes; with several of them that of the call before, to avoid a wait.
+
+        `step_saved`: whether this step is saved anyway.
+        """
         import jax
         import numpy as np
 
-        own = self._stop[0] if self._stop else None
-        if jax.process_count() == 1:
-            return own
-        local = np.full(jax.local_device_count(), own or 0, np.int32)
-        before, self._asked = self._asked, self._any(jax.make_array_from_process_local_data(self._flags, local))
-        return signal.Signals(int(before)) if before is not None and int(before) else None
+        # 0: nothing; 1: save; 2 x signal: stop and save; 2 x signal + 1: stop, and do not save
+        wish = 2 * self._stop[0] + (not self._checkpoints.fits()) if self._stop else int(self._checkpoints.due())
+        if jax.process_count() > 1:
+            local = np.full(jax.local_device_count(), wish, np.int32)
+            before, self._asked = self._asked, self._any(jax.make_array_from_process_local_data(self._flags, local))
+            wish = 0 if before is None else int(before)
+        stopping = signal.Signals(wish // 2) if wish > 1 else None
+        return Agreed(stopping, wish % 2 == 0 if stopping else wish == 1 or step_saved)
