@@ -46,27 +46,43 @@ def records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def logged(run: Path) -> list[dict[int, dict[str, float]]]:
-    """For each start of a run, in order: step -> what W&B has of it."""
+def logged(run: Path) -> list[tuple[dict, dict[int, dict[str, float]]]]:
+    """For each start of a run, in order: (its id, group and config, step -> what W&B has of it)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     out = []
-    for path in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):
-        history = [record.history for record in map(Record.FromString, records(path)) if record.HasField("history")]
+    for path in sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        all_ = [*map(Record.FromString, records(path))]
+        history = [record.history for record in all_ if record.HasField("history")]
+        about = next(record.run for record in all_ if record.HasField("run"))
+        config = {item.key: json.loads(item.value_json) for item in about.config.update}
         rows = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in h.item} for h in history]
-        out.append({int(row["_step"]): row for row in rows})
+        known = {"id": about.run_id, "group": about.run_group, **config}
+        out.append((known, {int(row["_step"]): row for row in rows}))
     return out
+
+
+def write(part: str, run: Path, config_file: Path, *more: str) -> None:
+    """Writes the steps after "START:END" of a run in a process of its own."""
+    options = ["--config", str(config_file), f"--workdir={run}", "--log.wandb=tiny", *more]
+    done = subprocess.run([sys.executable, "-c", WRITE, part, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_offline_run_is_read_back(tiny_config_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "a run: #1"  # no id of W&B may have : or #
     run.mkdir()
-    options = ["--config", str(tiny_config_file), f"--workdir={run}", "--log.wandb=tiny"]
-    for part in ("0:3", "2:4"):  # step 3 is trained again
-        done = subprocess.run([sys.executable, "-c", WRITE, part, *options], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    first, second = logged(run)
+    write("0:3", run, tiny_config_file)
+    write("2:4", run, tiny_config_file)  # step 3 is trained again
+    write("2:3", run, tiny_config_file, "--data.skip=3:4")  # it goes back, and leaves out a batch
+    (run.parent / "other" / run.name).mkdir(parents=True)
+    write("0:1", run.parent / "other" / run.name, tiny_config_file)
+    (about, first), (again, second), (back, third) = logged(run)
+    [(other, _)] = logged(run.parent / "other" / run.name)
+    assert about["id"] == again["id"] and len({about["id"], back["id"], other["id"]}) == 3
+    assert back["group"] == about["group"] == about["id"] and (back["continues"], back["from_step"]) == (about["id"], 2)
+    assert back["data.skip"] == "3:4" and about["optim.peak_lr"] == again["optim.peak_lr"] > 0 and list(third) == [3]
     assert list(first) == [1, 2, 3] and list(second) == [3, 4]
     assert first[2]["loss"] == 4.0 and first[2]["finite"] == 0.0 and second[4]["loss"] == 2.0
     assert "checksum" not in first[1] and "blocks" not in first[1]

@@ -5,7 +5,7 @@ RUN/tokenizer/       the tokenizer of the data           RUN/versions.json    pa
 RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
 RUN/set_aside/N-...  checkpoints no longer used          RUN/events.jsonl     starts, ends and samples: see metrics.py
 RUN/processes/       see supervise.py                    RUN/newest.json      the newest step that was saved
-RUN/lock             held by process 0 while it trains
+RUN/lock             held by process 0 while it trains   RUN/wandb.json       the run at W&B: see metrics.py
 """
 
 import contextlib

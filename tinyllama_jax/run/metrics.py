@@ -5,7 +5,7 @@ import json
 import math
 import mmap
 import os
-import re
+import secrets
 import threading
 import time
 import typing
@@ -17,9 +17,9 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.config import Config, flat
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.base.files import Count, check_utf8, decode_json, exists, open_regular
+from tinyllama_jax.base.files import Count, check_utf8, decode_json, exists, open_regular, read_json, write
 
 LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
 TAIL = 1 << 23  # bytes read from the end of metrics.jsonl: thousands of lines
@@ -113,8 +113,8 @@ class Writer:
     def __init__(self, config: Config, start: int):
         """Removes the lines of steps after `start`, which will be trained again. Raises UserError."""
         run = Path(config.workdir)
-        self._wandb = _wandb(config) if config.log.wandb else None
         last = max((row["step"] for row in tail(run)), default=start)
+        self._wandb = _wandb(config, start, last) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         truncate_after(run / "events.jsonl", math.inf)  # only what a kill cut short
         self._jsonl, self._happened = (run / "metrics.jsonl").open("a"), (run / "events.jsonl").open("a")
@@ -166,15 +166,41 @@ def _ignore_disk_errors(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
-def _wandb(config: Config):
+class _WandbRun(typing.TypedDict):
+    """RUN/wandb.json: the run at W&B that gets the numbers of this run folder."""
+
+    id: str
+    skip: str  # data.skip
+    group: str  # the id of the folder's first run there
+
+
+def _wandb(config: Config, start: int, last: int):
+    """The run at W&B. A run that went back, from step `last` to `start`, to leave out batches is a new one, in the same group.
+
+    What is trained again without such a change is the same, and W&B keeps what it has.
+    """
     try:
         import wandb
     except ImportError:
         raise UserError(f"--log.wandb={config.log.wandb}: W&B is not installed; pip install wandb") from None
-    name = Path(config.workdir).name
-    identity = re.sub("[:;,#?/']", "-", name)  # W&B accepts none of these there
+    file, run, settings = Path(config.workdir) / "wandb.json", _WandbRun(id="", skip=config.data.skip, group=""), flat(config)
+    before = read_json(file, _WandbRun) if exists(file) else run
+    if not before["id"] or (run["skip"] != before["skip"] and start < last):
+        run["id"] = secrets.token_hex(8)  # not the folder's name, which another run may have too
+        settings |= {"continues": before["id"], "from_step": start} if before["id"] else {}
+    run |= {"id": run["id"] or before["id"], "group": before["group"] or run["id"]}
     try:
-        return wandb.init(project=config.log.wandb, name=name, id=identity, resume="allow", dir=config.workdir)
+        started = wandb.init(
+            project=config.log.wandb,
+            name=Path(config.workdir).name,
+            id=run["id"],
+            group=run["group"],
+            config=settings,
+            resume="allow",
+            dir=config.workdir,
+        )
+        write(file, json.dumps(run) + "\n")
+        return started
     except wandb.Error as error:
         what = " ".join(str(error).split())
         raise UserError(f"--log.wandb={config.log.wandb}: {what}; WANDB_MODE=offline needs no account") from None
