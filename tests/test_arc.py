@@ -56,6 +56,7 @@ def run(folder, n=N):
 
 def test_the_chain_and_its_table(tmp_path):
     pytest.importorskip("gguf")
+    pytest.importorskip("bm25s")
     (tmp_path / "library").mkdir()
     for i in range(12):
         (tmp_path / "library" / f"module_{i}.py").write_text(generated.module(i))

@@ -5,6 +5,7 @@ import bisect
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import typing
 from collections import Counter
@@ -37,7 +38,7 @@ class Passage(typing.NamedTuple):
     """A piece of a document."""
 
     text: str
-    source: str  # its file, the number of the document in it, and the document's title or URL if it has one
+    source: str  # its file, the numbers of the document in it and of the passage, and the document's title or URL if it has one
     score: float = 0.0
 
 
@@ -64,6 +65,7 @@ def package() -> ModuleType:
         import bm25s
     except ImportError as error:
         raise UserError(f"retrieval needs bm25s ({error}): pip install 'tinyllama_jax[retrieve]'") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG
     return bm25s
 
 
@@ -87,7 +89,10 @@ def build(paths: Iterable[str | Path], output: str | Path, text_key: str = "text
         bm25.index(terms, create_empty_token=False, show_progress=False)
         bm25.save(folder, show_progress=False)
         np.save(folder / STARTS, np.frombuffer(starts, np.int64))
-        made = {name: _File(bytes=(folder / name).stat().st_size, sha256=files.sha256(folder / name)) for name in files.listed(folder)}
+        made = {
+            name: _File(bytes=(folder / name).stat().st_size, sha256=files.sha256(folder / name))
+            for name in files.listed(folder)
+        }
         read = {source.name: source.size for source in sources}
         record = Record(format=FORMAT, bm25s=library.__version__, **counts, inputs=read, files=made)
         files.write(folder / INDEX, json.dumps(record, indent=1) + "\n")
@@ -105,13 +110,13 @@ def _written(
         for number, document in enumerate(documents.read(piece, text_key, {}, Counter()), 1):
             counts["documents"] += 1
             title = readable(getattr(document, "title", ""))[:100]
-            where = f"{source.name}, document {number:,}" + (f": {title}" if title else "")
-            for text in passages(document):
+            for i, text in enumerate(passages(document), 1):
                 digest = hashlib.blake2b(text.encode(), digest_size=12).digest()
                 if digest in seen:
                     counts["copies"] += 1
                     continue
                 seen.add(digest)
+                where = f"{source.name}, document {number:,}, passage {i:,}" + (f": {title}" if title else "")
                 starts.append(file.tell())
                 file.write(json.dumps([text, where], ensure_ascii=False).encode() + b"\n")
                 counts["passages"] += 1
@@ -163,6 +168,10 @@ class Index:
             self._bm25 = library.BM25.load(self._folder, mmap=True, show_progress=False, backend="numpy")
             self._starts = np.load(self._folder / STARTS, mmap_mode="r")
         self._texts = files.open_regular(self._folder / TEXTS)
+
+    def settings(self, context: int) -> dict:
+        """What a record of scores says of it."""
+        return {"index": str(self._folder), "sha256": self.sha256, "passages": self.k, "tokens": self.tokens or context // 4}
 
     @contextlib.contextmanager
     def _intact(self) -> Iterator[None]:
