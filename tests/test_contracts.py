@@ -34,8 +34,8 @@ ORDER = {
     "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
     "log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
-    "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers worker "
-    "web server listen",
+    "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
+    "worker web server listen",
     "evals": "tasks score held_out questions harness",
 }
 HOME = {

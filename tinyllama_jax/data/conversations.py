@@ -171,7 +171,9 @@ def question_of(row: object) -> tuple[list[Message], list[str]]:
     if isinstance(row, dict) and row.get("question") is not None:
         answers = row.get("answer", row.get("answers"))
         answers = answers.get("text") if isinstance(answers, dict) else answers
-        if isinstance(answers, list) and answers:
+        if answers == []:
+            raise _BadRow("has an empty list of answers")
+        if isinstance(answers, list):
             answers = [_text(answer, "answer") for answer in answers]
             row = {"question": row["question"], "answer": answers[0]}
     *messages, last = messages_of(row)

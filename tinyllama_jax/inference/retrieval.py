@@ -30,7 +30,7 @@ STOP_WORDS = "english_plus"  # of bm25s: they tell nothing of what a question is
 ENDS = [re.compile(end) for end in (r"\n\s*\n", r"[.!?][\"')\]]*\s|[\u3002\uff01\uff1f]", r"\n", r"\s", r"\Z")]
 FORMAT = 1
 INDEX = "index.json"  # written last
-TEXTS, STARTS = "passages.jsonl", "starts.npy"  # where each line of it begins, in bytes
+TEXTS, STARTS = "passages.jsonl", "starts.npy"  # where each line of it begins, in bytes, and where the last one ends
 REMEDY = "build it again with `python -m tinyllama_jax.retrieve build`"
 
 
@@ -83,6 +83,7 @@ def build(paths: Iterable[str | Path], output: str | Path, text_key: str = "text
         with (folder / TEXTS).open("wb") as f:
             written = _written(sources, text_key, f, starts, counts)
             terms = library.tokenize(written, token_pattern=TERM, stopwords=STOP_WORDS, show_progress=False)
+            starts.append(f.tell())
         if not terms.vocab:
             raise UserError(f"DIR {' '.join(map(str, paths))}: holds no words to look for")
         bm25 = library.BM25()
@@ -167,7 +168,7 @@ class Index:
         with self._intact():
             self._bm25 = library.BM25.load(self._folder, mmap=True, show_progress=False, backend="numpy")
             self._starts = np.load(self._folder / STARTS, mmap_mode="r")
-        self._texts = files.open_regular(self._folder / TEXTS)
+            self._texts = np.memmap(self._folder / TEXTS, np.uint8, "r")
 
     def settings(self, context: int) -> dict:
         """What a record of scores says of it."""
@@ -196,8 +197,8 @@ class Index:
             return [self._passage(i)._replace(score=float(scores[i])) for i in best]
 
     def _passage(self, i: int) -> Passage:
-        self._texts.seek(self._starts[i])
-        return Passage(*files.decode_json(self._texts.readline(), tuple[str, str]))
+        line = self._texts[self._starts[i] : self._starts[i + 1]].tobytes()
+        return Passage(*files.decode_json(line, tuple[str, str]))
 
     def before(self, query: str, count: Callable[[list[Passage]], int], room: int, context: int) -> list[Passage]:
         """The passages to put before a question. They may be none.
