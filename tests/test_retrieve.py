@@ -182,7 +182,7 @@ def test_a_chat_puts_passages_before_the_turn_alone(hi, index, tmp_path, capsys,
         prompt(hi, ("user", "rome?"), answer, ("user", "oslo?"), answer, ("user", "what?")),
     ]
     places = [
-        err.index(text) for text in ("[1] a.jsonl.gz, document 1", "[1] b.txt, document 1", "[no passage for this question]")
+        err.index(text) for text in ("[1] a.jsonl.gz, document 1", "[1] b.txt, document 1", "[no passage matches")
     ]
     assert places == sorted(places) and "full" not in err
     saved = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]

@@ -224,7 +224,7 @@ def _answer(
     if not text.stopped and (interrupted or request.finish in reasons):
         _note(f"[{'stopped: Ctrl-C' if interrupted else reasons[request.finish]}]")
     if index:
-        _note(retrieval.sources(passages) or "[no passage for this question]")
+        _note(retrieval.sources(passages) or "[no passage matches, or none fits]")
     if sys.stderr.isatty():
         n = len(request.tokens)
         _note(f"[{n:,} tokens, {n / (time.perf_counter() - started):,.1f} tokens/s{options.drafted(request, engine)}]")
