@@ -27,7 +27,7 @@ CITIES = {"Rome": "Rome is hot.", "Oslo": "Oslo is cold.", "Bern": "Bern is old.
 def texts(tmp_path_factory) -> Path:
     """Three kinds of file with three cities, the first one twice, and a file of another kind."""
     folder = tmp_path_factory.mktemp("texts")
-    rows = [{"text": CITIES["Rome"], "title": "On\x1b[1m Rome"}, {"text": None}, {"text": CITIES["Rome"]}]
+    rows = [{"text": CITIES["Rome"], "title": "On\x1b[1m\nRome"}, {"text": None}, {"text": CITIES["Rome"]}]
     with gzip.open(folder / "a.jsonl.gz", "wt") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     (folder / "b.txt").write_text(CITIES["Oslo"])
@@ -72,9 +72,13 @@ def test_a_text_in_parts_is_cut_as_the_whole():
     assert " ".join(whole).split() == text.split()  # no word is lost
 
 
-def test_a_search_names_its_sources_and_scores_as_bm25(index, capsys):
+def test_a_search_names_its_sources_and_scores_as_bm25(texts, index, tmp_path, capsys):
+    retrieve.main(["build", str(texts), "--output", str(tmp_path / "index")])
+    left = "(left out: 1 copies of passages, 1 rows without text, 1 files of other types)"
+    assert f"index: 3 passages of 4 documents in 3 files {left}; 0.0 MB, " in capsys.readouterr().out
     record = json.loads((index / "index.json").read_text())
     assert (record["documents"], record["passages"], record["copies"]) == (4, 3, 1)
+    assert (record["without_text"], record["other_files"]) == (1, 1)
     assert record["inputs"].keys() == {"a.jsonl.gz", "b.txt", "c.md"}
     retrieve.main(["search", str(index), "How OLD is bern?"])
     out = capsys.readouterr().out
@@ -181,9 +185,7 @@ def test_a_chat_puts_passages_before_the_turn_alone(hi, index, tmp_path, capsys,
         prompt(hi, ("user", "rome?"), answer, asked("oslo?", CITIES["Oslo"])),
         prompt(hi, ("user", "rome?"), answer, ("user", "oslo?"), answer, ("user", "what?")),
     ]
-    places = [
-        err.index(text) for text in ("[1] a.jsonl.gz, document 1", "[1] b.txt, document 1", "[no passage matches")
-    ]
+    places = [err.index(text) for text in ("[1] a.jsonl.gz, document 1", "[1] b.txt, document 1", "[no passage matches")]
     assert places == sorted(places) and "full" not in err
     saved = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
     assert [message["content"] for message in saved] == ["rome?", "hi", "oslo?", "hi", "what?", "hi"]

@@ -20,10 +20,12 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     if args.command == "build":
         record = retrieval.build(args.paths, args.output, args.text_key)
-        copies = f", {record['copies']:,} copies of others left out" if record["copies"] else ""
+        kinds = {"copies": "copies of passages", "without_text": "rows without text", "other_files": "files of other types"}
+        out = [f"{record[name]:,} {kind}" for name, kind in kinds.items() if record[name]]
+        left = f" (left out: {', '.join(out)})" if out else ""
         size = sum(file["bytes"] for file in record["files"].values()) / 1e6
         print(f"{args.output}: {record['passages']:,} passages of {record['documents']:,} documents in "
-              f"{len(record['inputs']):,} files{copies}; {size:,.1f} MB, {time.perf_counter() - started:.1f} s")  # fmt: skip
+              f"{len(record['inputs']):,} files{left}; {size:,.1f} MB, {time.perf_counter() - started:.1f} s")  # fmt: skip
         return
     index = retrieval.Index(args.index, args.passages)
     opened = time.perf_counter()

@@ -55,6 +55,8 @@ class Record(typing.TypedDict):
     documents: files.Count
     passages: files.Count
     copies: files.Count  # passages left out, since an earlier one has the same text
+    without_text: files.Count  # rows left out, whose text is null
+    other_files: files.Count  # left out, since they are of no known type
     inputs: dict[str, files.Count]  # file -> bytes
     files: dict[str, _File]
 
@@ -78,7 +80,8 @@ def build(paths: Iterable[str | Path], output: str | Path, text_key: str = "text
     Its memory grows with the text: see docs/retrieve.md. Raises UserError.
     """
     library, counts, starts = package(), Counter(), array.array("q")
-    sources, _ = inputs.find(paths, "DIR", (*inputs.KINDS, *inputs.MARKDOWN))
+    sources, others = inputs.find(paths, "DIR", (*inputs.KINDS, *inputs.MARKDOWN))
+    counts.update({"documents": 0, "passages": 0, "copies": 0, "without_text": 0, "other_files": len(others)})
     with files.new(output) as folder:
         with (folder / TEXTS).open("wb") as f:
             written = _written(sources, text_key, f, starts, counts)
@@ -104,24 +107,25 @@ def _written(
     sources: list[Source], text_key: str, file: typing.BinaryIO, starts: array.array, counts: Counter[str]
 ) -> Iterator[str]:
     """Writes every passage as a line of `file`, and yields its text. Appends to `starts`, and counts."""
-    counts.update(dict.fromkeys(("documents", "passages", "copies"), 0))
     seen: set[bytes] = set()
     for source in sources:
         (piece,) = documents.pieces(source, documents.units(source, text_key), 1 << 62)
-        for number, document in enumerate(documents.read(piece, text_key, {}, Counter()), 1):
+        dropped: Counter[str] = Counter()
+        for number, document in enumerate(documents.read(piece, text_key, {}, dropped), 1):
             counts["documents"] += 1
-            title = readable(getattr(document, "title", ""))[:100]
+            title = f": {document.title:.100}" if getattr(document, "title", "") else ""
             for i, text in enumerate(passages(document), 1):
                 digest = hashlib.blake2b(text.encode(), digest_size=12).digest()
                 if digest in seen:
                     counts["copies"] += 1
                     continue
                 seen.add(digest)
-                where = f"{source.name}, document {number:,}, passage {i:,}" + (f": {title}" if title else "")
+                where = readable(" ".join(f"{source.name}, document {number:,}, passage {i:,}{title}".split()))
                 starts.append(file.tell())
                 file.write(json.dumps([text, where], ensure_ascii=False).encode() + b"\n")
                 counts["passages"] += 1
                 yield text
+        counts["without_text"] += dropped.total()
 
 
 def passages(document: Iterable[str]) -> Iterator[str]:
