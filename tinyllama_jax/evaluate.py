@@ -114,12 +114,9 @@ def _questions(args: argparse.Namespace, loaded: Loaded, rows: list, index: Inde
     scores = {"": ask(None)} | ({" with passages": ask(index)} if index else {})
     print(f"{args.questions}: {len(rows):,} questions, {f'template {template.name}' if template else 'as plain text'}")
     print(questions.table({end.strip() or "without passages": columns for end, columns in scores.items()}))
-    used = {
-        "template": template and template.name,
-        "items": len(rows),
-        "retrieve": index and index.settings(loaded.model.seq_len),
-    }
-    return {"path": str(args.questions), "sha256": files.sha256(args.questions), **used, "scores": scores}
+    made = {"path": str(args.questions), "sha256": files.sha256(args.questions), "items": len(rows)}
+    used = index and index.settings(loaded.model.seq_len)
+    return {**made, "template": template and template.name, "retrieve": used, "scores": scores}
 
 
 def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dict:

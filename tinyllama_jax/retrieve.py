@@ -33,9 +33,8 @@ def main(argv: list[str]) -> None:
     took = f"opened in {opened - started:.2f} s, searched in {1e3 * (time.perf_counter() - opened):.1f} ms"
     for passage, line in zip(passages, retrieval.sources(passages).splitlines(), strict=True):
         print(f"{line}\n{readable(passage.text)}\n")
-    print(
-        f"{len(passages)} of {index.record['passages']:,} passages; {took}" if passages else "no passage has any of these words"
-    )
+    n = f"{len(passages)} of {index.record['passages']:,} passages"
+    print(f"{n}; {took}" if passages else "no passage has any of these words")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

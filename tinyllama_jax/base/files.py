@@ -181,17 +181,13 @@ def settle(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new(output: str | Path, is_file: bool = False) -> Iterator[Path]:
-    """A folder (or file) to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise.
-
-    `output`: absent, or an empty folder; else this raises UserError, which names it as the option --output.
-    """
+    """A folder (or file) to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
     check_local("--output", output)
     output = Path(os.path.abspath(output))
     usable = not is_file and output.is_dir() and not output.is_symlink() and not listed(output) and output != Path.cwd()
     if os.path.lexists(output) and not usable:
         raise UserError(f"--output {output}: exists already; name a new {'file' if is_file else 'folder'}, or remove it")
-    busy = f"--output {output}: another process is writing it"
-    with workplace(output.with_name(f".{output.name}.partial"), busy) as place:
+    with workplace(output.with_name(f".{output.name}.partial"), f"--output {output}: another process is writing it") as place:
         folder = place / "whole"
         rmtree(folder, ignore_errors=True)  # left by a process that was killed
         if not is_file:

@@ -58,11 +58,9 @@ def compared(answer: str, right: list[str]) -> tuple[float, float]:
     """(exact match, F1 of words) of an answer, each with the right answer that it fits best."""
     given, scores = normalised(answer), []
     for words in map(normalised, right):
-        common = sum((Counter(given) & Counter(words)).values())
+        common, same = sum((Counter(given) & Counter(words)).values()), float(given == words)
         # without any words only an answer without any is right, as in SQuAD 2.0
-        scores.append(
-            (float(given == words), 2 * common / (len(given) + len(words)) if given and words else float(given == words))
-        )
+        scores.append((same, 2 * common / (len(given) + len(words)) if given and words else same))
     return max(em for em, _ in scores), max(f1 for _, f1 in scores)
 
 

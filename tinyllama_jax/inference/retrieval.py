@@ -93,10 +93,8 @@ def build(paths: Iterable[str | Path], output: str | Path, text_key: str = "text
         bm25.index(terms, create_empty_token=False, show_progress=False)
         bm25.save(folder, show_progress=False)
         np.save(folder / STARTS, np.frombuffer(starts, np.int64))
-        made = {
-            name: _File(bytes=(folder / name).stat().st_size, sha256=files.sha256(folder / name))
-            for name in files.listed(folder)
-        }
+        described = lambda path: _File(bytes=path.stat().st_size, sha256=files.sha256(path))
+        made = {name: described(folder / name) for name in files.listed(folder)}
         read = {source.name: source.size for source in sources}
         record = Record(format=FORMAT, bm25s=library.__version__, **counts, inputs=read, files=made)
         files.write(folder / INDEX, json.dumps(record, indent=1) + "\n")
