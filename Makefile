@@ -18,7 +18,7 @@ demo: $(VENV)/.base
 	@$(PY) -m examples.demo
 
 # it ends with a table of what each stage improved, and fails if one did not
-arc: $(VENV)/.gguf
+arc: $(VENV)/.arc
 	@$(PY) -m examples.arc
 
 # every part runs, even if an earlier one has failed; the last line names those that failed
@@ -92,8 +92,8 @@ $(VENV)/.base: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.gguf: $(VENV)/.base
-	@$(PIP) 'gguf>=0.19'
+$(VENV)/.arc: $(VENV)/.base
+	@$(PIP) 'gguf>=0.19' 'bm25s>=0.3.16,<0.4'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py tests/install_browser.py

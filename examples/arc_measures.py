@@ -167,6 +167,27 @@ def write_task(folder: Path, run: Path, questions: list[Question]) -> None:
     (folder / "arc_choices.yaml").write_text(TASK.format(file=json.dumps(str((folder / "questions.jsonl").absolute()))))
 
 
+def retrieved(folder: Path, run: Path) -> str:
+    """A table: exact match and F1 of the model's own answers, without and with passages of an index of the facts.
+
+    `folder`: what `arc_facts.write_retrieval` wrote; the index goes there, and the scores, as questions.json.
+    """
+    from tinyllama_jax.data import chat
+    from tinyllama_jax.evals import questions as questions_lib
+    from tinyllama_jax.inference import retrieval, weights
+
+    if not (folder / "index").is_dir():
+        retrieval.build([folder / "passages.jsonl"], folder / "index")
+    if not (folder / "questions.json").is_file():
+        loaded, rows = weights.load(run), questions_lib.read(folder / "questions.jsonl")
+        template, index = chat.choose(run, loaded.tokenizer), retrieval.Index(folder / "index")
+        ask = lambda index: questions_lib.summary(questions_lib.answered(loaded, rows, template, index, SLOTS))
+        partial = folder / "questions.partial"
+        partial.write_text(json.dumps({"without passages": ask(None), "with passages": ask(index)}))
+        partial.replace(folder / "questions.json")
+    return questions_lib.table(json.loads((folder / "questions.json").read_text()))
+
+
 def saved(path: Path, run: Path, questions: list[Question]) -> dict[str, list[float]]:
     """What `measure` gives, kept in `path`."""
     if not path.is_file():

@@ -56,6 +56,7 @@ def run(folder, n=N):
 
 def test_the_chain_and_its_table(tmp_path):
     pytest.importorskip("gguf")
+    pytest.importorskip("bm25s")
     (tmp_path / "library").mkdir()
     for i in range(12):
         (tmp_path / "library" / f"module_{i}.py").write_text(generated.module(i))
@@ -69,6 +70,10 @@ def test_the_chain_and_its_table(tmp_path):
         assert len(re.findall(r"\d \+- \d", line)) == 3, line
         for stage in ("base", "sft", "dpo"):
             assert len(json.loads((work / f"measures/{stage}.json").read_text())[name]) == N
+    for title in ("exact match, %", "F1, %", "a right answer is in the passages, %"):  # the final model's own answers
+        (line,) = [line for line in table.splitlines() if line.startswith(title)]
+        assert len(re.findall(r"\d \+- \d", line)) == 2 - title.startswith("a right"), line
+    assert "--retrieve work/retrieve/index\n" in table
     verdicts = re.findall(r"(?m)^  (pass|FAIL)  ", table)
     assert len(verdicts) == 7 and code == int("FAIL" in verdicts), output
     for name in ("hf/model.safetensors", "arc.gguf", "task/arc_choices.yaml"):

@@ -20,7 +20,7 @@ PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
 FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4, "inference": 5, "evals": 6}
 COMMANDS = ("train", "sft", "dpo", "generate", "chat", "serve", "evaluate", "prepare", "audit", "plan", "replay", "report")
-COMMANDS += ("convert", "train_tokenizer")
+COMMANDS += ("convert", "train_tokenizer", "retrieve")
 SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
@@ -35,9 +35,9 @@ ORDER = {
     "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
     "log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
-    "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
-    "web server listen",
-    "evals": "tasks score held_out harness",
+    "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
+    "worker web server listen",
+    "evals": "tasks score held_out questions harness",
 }
 HOME = {
     "flax": {"core.model"},
@@ -60,6 +60,7 @@ HOME = {
     "uvicorn": {"inference.listen"},
     "lm_eval": {"evals.harness"},
     "datasets": {"evals.harness"},
+    "bm25s": {"inference.retrieval"},
     "chex": {"core.step"},
     "tensorboard": {"run.metrics"},
     "matplotlib": {"report", "planning.report", "planning.law_report", "data.audit.report"},
@@ -131,9 +132,9 @@ def test_the_lowest_files_need_no_jax(name):
     assert not {m.split(".")[0] for m in imports(ROOT / "tinyllama_jax/base" / f"{name}.py")} & {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["train", "sft", "generate", "serve", "evaluate", "replay", "convert"])
+@pytest.mark.parametrize("module", ["train", "sft", "generate", "chat", "serve", "evaluate", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
-    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn", "lm_eval"}
+    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn", "lm_eval", "bm25s"}
     code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)

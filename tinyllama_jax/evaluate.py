@@ -2,6 +2,7 @@
 
 python -m tinyllama_jax.evaluate --checkpoint PATH --tasks commonsense
 python -m tinyllama_jax.evaluate --checkpoint PATH --data-set DIR
+python -m tinyllama_jax.evaluate --checkpoint PATH --questions FILE --retrieve INDEX
 """
 
 import argparse
@@ -14,11 +15,12 @@ from pathlib import Path
 from tinyllama_jax.base import files
 from tinyllama_jax.base.config import Data
 from tinyllama_jax.base.errors import UserError, run_main
-from tinyllama_jax.data import feed
-from tinyllama_jax.evals import held_out
+from tinyllama_jax.data import chat, feed
+from tinyllama_jax.evals import held_out, questions
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer
 from tinyllama_jax.inference import options, weights
+from tinyllama_jax.inference.retrieval import Index
 from tinyllama_jax.inference.weights import Loaded
 from tinyllama_jax.run.checkpoint import load_config
 from tinyllama_jax.run.seals import find_step
@@ -28,6 +30,8 @@ def main(argv: list[str]) -> int:
     """Prints scores, and writes them to --output; returns the exit code."""
     args = _arguments(argv)
     step = find_step(args.checkpoint, args.step) if (Path(args.checkpoint) / "checkpoints").is_dir() else None
+    rows = questions.read(args.questions)[: args.limit] if args.questions else []
+    index = options.index(args)
     with contextlib.redirect_stdout(sys.stderr):
         # before the weights, which can take minutes: a wrong name or a missing file is known at once
         wanted = [] if args.tasks is None else _harness().tasks(task_lib.named(args.tasks), args.include, args.data)
@@ -40,7 +44,9 @@ def main(argv: list[str]) -> int:
         "weights": args.weights,
     }
     if wanted:
-        record |= _tasks(args, loaded, wanted, f"{args.checkpoint}" + ("" if step is None else f", step {step:,}"))
+        record |= _tasks(args, loaded, wanted, index, f"{args.checkpoint}" + ("" if step is None else f", step {step:,}"))
+    if rows:
+        record |= {"questions": _questions(args, loaded, rows, index)}
     if args.data_set:
         record |= {"data_set": _held_out(args, loaded, step)}
     if args.longer:
@@ -61,6 +67,8 @@ def _results(record: dict) -> dict[str, dict[str, float | None]]:
         loss = {"value": prepared["loss"], "stderr": prepared["loss_stderr"]}
         per_byte = {"value": prepared["bits_per_byte"], "stderr": None}
         metrics[f"{Path(prepared['path']).name} {prepared['split']}"] = {"loss": loss, "bits_per_byte": per_byte}
+    if asked := record.get("questions"):
+        metrics |= {f"{Path(asked['path']).name}{end}": scores for end, scores in asked["scores"].items()}
     ends = {"": "value", "_stderr": "stderr"}
     named = lambda scores: {f"{metric}{end}": score[key] for metric, score in scores.items() for end, key in ends.items()}
     return {task: named(scores) for task, scores in metrics.items()}
@@ -75,12 +83,12 @@ def _keep(path: Path, text: str) -> None:
         print(f"the scores are not kept in the run folder: {error}", file=sys.stderr)
 
 
-def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) -> dict:
+def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, index: Index | None, name: str) -> dict:
     """Runs tasks and prints their scores; returns what is recorded."""
     harness = _harness()
     bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
     with contextlib.redirect_stdout(sys.stderr):
-        results = harness.run(harness.HarnessModel(loaded, bos, args.batch), wanted, args.limit, args.run_code)
+        results = harness.run(harness.HarnessModel(loaded, bos, args.batch, index=index), wanted, args.limit, args.run_code)
     del results["samples"]
     for task, row in results["tasks"].items():
         for metric, score in row["metrics"].items():
@@ -97,6 +105,18 @@ def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) ->
         sum(score["value"] for score in scores.values()) / len(scores) if len(scores) == len(task_lib.COMMONSENSE) else None
     )
     return {"bos": {"asked": args.bos, "used": bos}, "limit": args.limit, "commonsense_average": average, **results}
+
+
+def _questions(args: argparse.Namespace, loaded: Loaded, rows: list, index: Index | None) -> dict:
+    """Asks questions, with passages too if there is an index, and prints exact match and F1; returns what is recorded."""
+    template = chat.of_folder(Path(args.checkpoint).absolute(), loaded.tokenizer)
+    ask = lambda index: questions.summary(questions.answered(loaded, rows, template, index, args.batch or 8))
+    scores = {"": ask(None)} | ({" with passages": ask(index)} if index else {})
+    print(f"{args.questions}: {len(rows):,} questions, {f'template {template.name}' if template else 'as plain text'}")
+    print(questions.table({end.strip() or "without passages": columns for end, columns in scores.items()}))
+    made = {"path": str(args.questions), "sha256": files.sha256(args.questions), "items": len(rows)}
+    used = index and index.settings(loaded.model.seq_len)
+    return {**made, "template": template and template.name, "retrieve": used, "scores": scores}
 
 
 def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dict:
@@ -155,10 +175,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--rope", choices=("linear", "ntk", "yarn"), help="scale RoPE for --longer (as the model has it)")
     add("--include", type=Path, metavar="DIR", help="a folder with your own tasks' YAML files (none)")
     add("--run-code", action="store_true", help="let humaneval run the programs that the model writes (off)")
+    add("--questions", type=Path, metavar="FILE", help="exact match and F1 of answers; rows with question and answer (none)")
+    options.add_retrieval(parser)
     add("--output", type=Path, metavar="FILE", help="write the scores there as JSON (none)")
     args = parser.parse_args(argv)
-    if args.tasks is None and args.data_set is None:
-        raise UserError("nothing to score: say --tasks commonsense, or --data-set DIR")
+    if args.tasks is None and args.data_set is None and args.questions is None:
+        raise UserError("nothing to score: say --tasks commonsense, or --data-set DIR, or --questions FILE")
+    if args.retrieve is not None and args.tasks is None and args.questions is None:
+        raise UserError(f"--retrieve {args.retrieve}: needs --tasks or --questions")
     if args.data_set is not None:
         files.check_local("--data-set", args.data_set)
     if args.longer is not None and not (args.data_set and 1 <= args.longer <= 64):

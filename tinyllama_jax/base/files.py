@@ -177,3 +177,23 @@ def settle(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new(output: str | Path, is_file: bool = False) -> Iterator[Path]:
+    """A folder (or file) to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
+    check_local("--output", output)
+    output = Path(os.path.abspath(output))
+    usable = not is_file and output.is_dir() and not output.is_symlink() and not listed(output) and output != Path.cwd()
+    if os.path.lexists(output) and not usable:
+        raise UserError(f"--output {output}: exists already; name a new {'file' if is_file else 'folder'}, or remove it")
+    with workplace(output.with_name(f".{output.name}.partial"), f"--output {output}: another process is writing it") as place:
+        folder = place / "whole"
+        rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        if not is_file:
+            folder.mkdir()
+        yield folder
+        for name in os.listdir(output) if output.is_dir() else ():  # files of a file manager: see `listed`
+            os.replace(output / name, folder / name)
+        settle(folder)
+        os.replace(folder, output)

@@ -49,10 +49,10 @@ SPLITS = ("train", "test", "valid", "val", "eval", "dev")  # how the names of sp
 
 
 class Row(NamedTuple):
-    """A conversation, or a pair of them, and where it was read."""
+    """A conversation, a pair of them, or a question with its answers, and where it was read."""
 
     where: str  # "FILE, line N"
-    messages: list[Message] | tuple[list[Message], list[Message]]
+    messages: list[Message] | tuple[list[Message], list[Message]] | tuple[list[Message], list[str]]
 
 
 class _BadRow(Exception):
@@ -110,8 +110,11 @@ def _split(file: Path, folder: Path) -> str:
 
 
 def read(files: list[Path], kind: str = "chat") -> Iterator[Row]:
-    """The conversations of `files`, in order, or with "preferences" the pairs. Raises UserError, naming a wrong row."""
-    parsed = {"chat": messages_of, "preferences": pair_of}[kind]
+    """The conversations of `files`, in order; with "preferences" the pairs, with "questions" what `question_of` gives.
+
+    Raises UserError, naming a wrong row.
+    """
+    parsed = {"chat": messages_of, "preferences": pair_of, "questions": question_of}[kind]
     for file in files:
         for where, row in _rows(file):
             try:
@@ -157,6 +160,29 @@ def pair_of(row: object) -> tuple[list[Message], list[Message]]:
             turns = _split_text(_text(row[key], key), key)
         out.append(turns if any(turn["role"] == "user" for turn in turns) else [*(asked or ()), *turns])
     return out[0], out[1]
+
+
+def question_of(row: object) -> tuple[list[Message], list[str]]:
+    """(the messages up to a question, the answers of which each is right) of a row of any known shape.
+
+    `answer` or `answers` may be a list of texts, also within `text` as in SQuAD. Raises _BadRow.
+    """
+    answers = None
+    if isinstance(row, dict) and row.get("question") is not None:
+        answers = row.get("answer", row.get("answers"))
+        answers = answers.get("text") if isinstance(answers, dict) else answers
+        if answers == []:
+            raise _BadRow("has an empty list of answers")
+        if isinstance(answers, list):
+            answers = [_text(answer, "answer") for answer in answers]
+            row = {"question": row["question"], "answer": answers[0]}
+    *messages, last = messages_of(row)
+    if last["role"] != "assistant" or not messages or messages[-1]["role"] != "user":
+        raise _BadRow("must end with a question and its answer")
+    answers = answers if isinstance(answers, list) else [last["content"]]
+    if not all(answer.strip() for answer in answers):
+        raise _BadRow("has an empty answer")
+    return messages, answers
 
 
 def _turns(value: object, key: str) -> list[Message]:

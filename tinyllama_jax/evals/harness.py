@@ -1,9 +1,11 @@
 """Runs our models in EleutherAI's lm-evaluation-harness (`lm_eval`): answers its three kinds of request."""
 
+import copy
 import difflib
 import importlib.metadata
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer, Text
+from tinyllama_jax.inference import retrieval
 from tinyllama_jax.inference import text as text_lib
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
@@ -43,10 +46,15 @@ class HarnessModel(TemplateLM):
     and the first word of an answer keeps the space before it, which `hf` loses with SentencePiece.
     """
 
-    def __init__(self, loaded: Loaded, bos: bool, batch: int | None = None, quiet: bool = False):
-        """`bos`: whether each text begins with bos. `batch`: rows scored and answers generated at a time. Raises UserError."""
+    def __init__(
+        self, loaded: Loaded, bos: bool, batch: int | None = None, quiet: bool = False, index: retrieval.Index | None = None
+    ):
+        """`bos`: whether each text begins with bos. `batch`: rows scored and answers generated at a time. Raises UserError.
+
+        `index`: its passages stand before each context, which is also what they are looked up by.
+        """
         super().__init__()
-        self._loaded, self._bos, self._quiet = loaded, bos, quiet
+        self._loaded, self._bos, self._quiet, self.index = loaded, bos, quiet, index
         if bos and loaded.tokenizer.bos_id < 0:
             raise UserError("--bos yes: the tokenizer has no bos; say --bos no")
         if loaded.tokenizer.bos_id < 0 and loaded.tokenizer.eos_id < 0:
@@ -74,6 +82,30 @@ class HarnessModel(TemplateLM):
         """Ids, with bos in front as `bos` says unless `add_special_tokens` says otherwise."""
         bos = self._bos if add_special_tokens is None else add_special_tokens and self._loaded.tokenizer.bos_id >= 0
         return ([self._loaded.tokenizer.bos_id] if bos else []) + self._loaded.tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness's own, with passages before the contexts."""
+        length = lambda continuation: len(self.tok_encode(continuation, add_special_tokens=False))
+        return super().loglikelihood(self._with_passages(requests, length), disable_tqdm)
+
+    def _with_passages(self, requests: list[Instance], length: Callable[[object], int]) -> list[Instance]:
+        """`requests` with passages before the contexts. `length`: the tokens that what follows a context may take.
+
+        The same context gets the same passages: so many that the longest of what follows it fits too.
+        """
+        if self.index is None:
+            return requests
+        longest: dict[str, int] = {}
+        for context, follows in (request.args for request in requests):
+            longest[context] = max(longest.get(context, 0), length(follows))
+        before = {}
+        for context, n in longest.items():
+            count = lambda passages, context=context: len(self.tok_encode(retrieval.block(passages) + context))
+            before[context] = self.index.before(context, count, self.max_length - n, self.max_length)
+        out = [copy.copy(request) for request in requests]
+        for request, (context, follows) in zip(out, [request.args for request in requests], strict=True):
+            request.arguments = (retrieval.block(before[context]) + context, follows)
+        return out
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: object
@@ -116,6 +148,8 @@ class HarnessModel(TemplateLM):
         A context that leaves no room for these loses its beginning, as with `hf`. Raises UserError for a setting we lack.
         """
         self._engine = self._engine or Engine(self._loaded, self._slots)
+        length = lambda settings: normalize_gen_kwargs(settings, MOST_NEW_TOKENS)["max_gen_toks"]
+        requests = self._with_passages(requests, length)
         running, out = {}, [""] * len(requests)
         stops = text_lib.eos_ids(self._loaded.tokenizer)
         with tqdm(total=len(requests), disable=disable_tqdm or self._quiet, desc="writing") as bar:
@@ -202,6 +236,11 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
     """
     if unsafe := [task.task_name for task in wanted if getattr(task, "UNSAFE_CODE", False) and not run_code]:
         raise UserError(f"--tasks {unsafe[0]}: runs programs that the model writes; say --run-code where they can do no harm")
+    whole = [task.task_name for task in wanted if getattr(task, "OUTPUT_TYPE", "") == "loglikelihood_rolling"]
+    if getattr(model, "index", None) and whole:
+        raise UserError(
+            f"--retrieve: {whole[0]} scores whole texts, which have no context to put passages before; leave it out"
+        )
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the package evaluate
     os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors are resampled by forks of this process, which has threads
@@ -225,4 +264,5 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
             "n_shot": results["n-shot"].get(name),
             "hash": utils.hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
         }
-    return {"harness": f"lm-evaluation-harness {version()}", "tasks": out, "samples": results["samples"]}
+    used = {"retrieve": model.index.settings(model.max_length)} if getattr(model, "index", None) else {}
+    return {"harness": f"lm-evaluation-harness {version()}", **used, "tasks": out, "samples": results["samples"]}
