@@ -31,11 +31,19 @@ from tinyllama_jax.run import checkpoint
 KINDS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
+class Stack(NamedTuple):
+    """The layers as a trainer keeps them: [L, ...], in fp32, or frozen and with adapters."""
+
+    arrays: dict[str, dict]  # "q", "attention_norm", ... -> what `dims.arrays` lists of it
+    scale: float  # of the adapters
+
+
 class Weights(NamedTuple):
     """A model's parameters by layer. With the training layout [L, ...] each token would copy every layer out of the stack."""
 
     embed_VD: jax.Array | Int8 | Int4
-    layers: tuple[dict[str, jax.Array | Int8 | Int4], ...]  # "q", "attention_norm", ...; a matrix as [in, out], heads joined
+    # "q", "attention_norm", ... of each layer; a matrix as [in, out], heads joined. Only scoring takes a `Stack`
+    layers: tuple[dict[str, jax.Array | Int8 | Int4], ...] | Stack
     final_norm_D: jax.Array
     head_DV: jax.Array | Int8 | Int4
 
@@ -148,6 +156,22 @@ def place(
     return _assembled(((p, layer, put(p, array)) for p, layer, array in arrays), model)
 
 
+def of_trainer(params: dict, lora: Lora = NO_LORA) -> Weights:
+    """A trainer's own parameters as `Weights`, not copied: a layer is merged and cast when it is computed."""
+    stack = Stack(params["layers"], lora.scale if lora.rank else 0.0)
+    return Weights(params["embed"]["embedding"], stack, params["final_norm"]["scale"], params["lm_head"]["kernel"])
+
+
+def in_stack(arrays: dict[str, dict], scale: float | jax.Array, model: Model) -> dict[str, jax.Array]:
+    """The weights of one layer of a `Stack`, as one of `Weights.layers`. `arrays`: this layer's."""
+    layer = {}
+    for p in (p for p in dims.PARAMETERS if p.dims.startswith("L")):
+        _, name, last = p.name.split("/")
+        adapters = [arrays[name][key] for key in lora_lib.ADAPTERS if key in arrays[name]]
+        layer[name] = _weight(p, lora_lib.of_layer(arrays[name][last], *adapters, n_inputs=len(p.fan_in), scale=scale), model)
+    return layer
+
+
 def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh, lora: Lora = NO_LORA) -> Weights:
     """A copy of a trainer's parameters as `Weights` in the compute dtype, sharded as these are; both are then in memory."""
     with jax.set_mesh(mesh):
@@ -157,13 +181,13 @@ def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh, lora: Lora = 
 @functools.partial(jax.jit, static_argnames=("model", "lora"))
 def _of_params(params: dict, model: Model, lora: Lora) -> Weights:
     params = lora_lib.merge(params, model, lora) if lora.rank else params
-
-    def put(p: dims.Parameter, array: jax.Array) -> jax.Array:
-        array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
-        return lax.with_sharding_constraint(array, PartitionSpec(*axes))
-
     copy = jax.tree.map(lambda a: a, params)  # new dicts, which `_unstacked` empties
-    return _assembled(((p, layer, put(p, array)) for p, layer, array in _unstacked(copy)), model)
+    return _assembled(((p, layer, _weight(p, array, model)) for p, layer, array in _unstacked(copy)), model)
+
+
+def _weight(p: dims.Parameter, array: jax.Array, model: Model) -> jax.Array:
+    array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
+    return lax.with_sharding_constraint(array, PartitionSpec(*axes))
 
 
 def _matrix(p: dims.Parameter, array: np.ndarray | jax.Array, model: Model) -> tuple[np.ndarray | jax.Array, list[str | None]]:
