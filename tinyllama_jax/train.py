@@ -22,12 +22,11 @@ from tinyllama_jax.core.losses import Batch, for_data
 from tinyllama_jax.core.program import Program, StepCompiler, build, on_devices
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.inference import samples
+from tinyllama_jax.evals import in_training
 from tinyllama_jax.planning import targets
 from tinyllama_jax.run import cluster, initialize
 from tinyllama_jax.run import folder as run_folder
 from tinyllama_jax.run.checkpoint import Checkpoints
-from tinyllama_jax.run.evaluation import evaluate
 from tinyllama_jax.run.log import Log
 from tinyllama_jax.run.progress import Startup
 from tinyllama_jax.run.stages import describe
@@ -50,6 +49,7 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
+        tasks = in_training.find_tasks(config, sources[0].tokenizer)
         program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
         notes += feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
         config, origin, more = initialize.find_origin(config, sources)
@@ -71,22 +71,21 @@ def main(argv: list[str]) -> int:
         if stop and jax.process_count() == 1:  # several processes agree on a step first
             log.say(f"{cluster.stopped_by(stop[0])} before its first step", "stop")
             return 128 + stop[0]
-        if origin and held_out:  # the weights as they came
-            validate(program, config, state.params, held_out, start, log)
+        shutdown = cluster.CoordinatedStop(mesh, stop)
+        scores = in_training.Scores(config, program, held_out, tasks, log, shutdown)
+        scores.before(start, state.params, came=bool(origin))
 
         # -- the steps
         batches = training_batches(config, sources, program, start, log)
-        compiler, shutdown = StepCompiler(program, config, mesh, feed.dtype(sources)), cluster.CoordinatedStop(mesh, stop)
+        compiler = StepCompiler(program, config, mesh, feed.dtype(sources))
         for step in range(start + 1, config.train.steps + 1):
             batch = next(batches)
             state, metrics = compiler.train(step)(state, batch)
             log.step(step, metrics)
             checkpoints.check()
-            last = step == config.train.steps
-            if held_out and (last or step % config.log.eval_every == 0):
-                validate(program, config, state.params, held_out, step, log)
+            scores.after(step, state.params)
             stopping = shutdown.signal()  # after validation, which can take long: what is left of a grace time is for saving
-            if last or stopping or step % config.checkpoint.every == 0:
+            if stopping or step == config.train.steps or step % config.checkpoint.every == 0:
                 cluster.heartbeat(step, "saving")
                 log.sync(step)
                 with log.timed("checkpoint"):
@@ -108,17 +107,6 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
             batch = on_devices(next(local), program.batch, program.shape[1])
         cluster.heartbeat(step, doing)  # again: a process that waits for its data is behind those that wait for it
         yield batch
-
-
-def validate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int, log: Log) -> None:
-    """Measures the held-out loss of `params` and records it; lets them continue `log.sample`."""
-    log.record_pending(always=True)
-    with log.timed("elsewhere"):
-        scores = evaluate(program, config, params, held_out, step)
-    log.validation(step, scores)
-    if config.log.sample:
-        with log.timed("elsewhere"):
-            log.sample(step, samples.continued(config, params, step))
 
 
 if __name__ == "__main__":

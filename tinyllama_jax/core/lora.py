@@ -96,7 +96,8 @@ def merge(params: dict, model: Model, lora: Lora, put: Callable[[jax.Array], jax
 def _merged(kernel: jax.Array | nf4.Nf4, a: jax.Array | None, b: jax.Array | None, n_inputs: int, scale: float) -> jax.Array:
     if a is None and not isinstance(kernel, dict):
         return kernel.astype(jnp.float32)
-    return jax.lax.map(lambda layer: of_layer(*layer, n_inputs=n_inputs, scale=scale), (kernel,) if a is None else (kernel, a, b))
+    of = lambda layer: of_layer(*layer, n_inputs=n_inputs, scale=scale)
+    return jax.lax.map(of, (kernel,) if a is None else (kernel, a, b))
 
 
 def of_layer(kernel: jax.Array | nf4.Nf4, *adapters: jax.Array, n_inputs: int, scale: float | jax.Array) -> jax.Array:

@@ -70,9 +70,9 @@ def through_layers(
 
         return model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
 
-    if isinstance(weights.layers, Stack):
-        scale = weights.layers.scale
-        x_BSD, _ = lax.scan(lambda x, arrays: (one(x, in_stack(arrays, scale, model)), None), x_BSD, weights.layers.arrays)
+    if isinstance(stack := weights.layers, Stack):
+        in_turn = lambda x, arrays: (one(x, in_stack(stack._replace(arrays=arrays), model)), None)
+        x_BSD, _ = lax.scan(in_turn, x_BSD, stack.arrays)
     else:
         for layer in weights.layers:
             x_BSD = one(x_BSD, layer)

@@ -36,6 +36,7 @@ class Stack(NamedTuple):
 
     arrays: dict[str, dict]  # "q", "attention_norm", ... -> what `dims.arrays` lists of it
     scale: float  # of the adapters
+    one: float = 1.0  # see `in_stack`
 
 
 class Weights(NamedTuple):
@@ -162,13 +163,16 @@ def of_trainer(params: dict, lora: Lora = NO_LORA) -> Weights:
     return Weights(params["embed"]["embedding"], stack, params["final_norm"]["scale"], params["lm_head"]["kernel"])
 
 
-def in_stack(arrays: dict[str, dict], scale: float | jax.Array, model: Model) -> dict[str, jax.Array]:
-    """The weights of one layer of a `Stack`, as one of `Weights.layers`. `arrays`: this layer's."""
-    layer = {}
+def in_stack(stack: Stack, model: Model) -> dict[str, jax.Array]:
+    """The weights of one layer of a `Stack`, as one of `Weights.layers`. `stack`: with the arrays of this layer."""
+    layer, arrays = {}, stack.arrays
     for p in (p for p in dims.PARAMETERS if p.dims.startswith("L")):
         _, name, last = p.name.split("/")
         adapters = [arrays[name][key] for key in lora_lib.ADAPTERS if key in arrays[name]]
-        layer[name] = _weight(p, lora_lib.of_layer(arrays[name][last], *adapters, n_inputs=len(p.fan_in), scale=scale), model)
+        merged = lora_lib.of_layer(arrays[name][last], *adapters, n_inputs=len(p.fan_in), scale=stack.scale)
+        # times a 1 that the compiler does not know: else XLA for TPUs casts the whole stack before the loop, as a second copy,
+        # whatever optimization barriers are in the loop
+        layer[name] = _weight(p, merged * stack.one, model)
     return layer
 
 

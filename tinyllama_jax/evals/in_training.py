@@ -1,0 +1,139 @@
+"""Scores the weights of a run between its steps: the held-out loss, a sample of text, tasks of lm-evaluation-harness."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core.program import Program
+from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.evals import tasks as task_lib
+from tinyllama_jax.inference import samples, weights
+from tinyllama_jax.inference.weights import Loaded
+from tinyllama_jax.run import cluster, metrics
+from tinyllama_jax.run.evaluation import evaluate
+from tinyllama_jax.run.log import Log
+
+
+def harness(option: str) -> ModuleType:
+    """The module `evals.harness`, which needs lm-eval. Raises UserError, which names `option`, if that is not installed."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        from tinyllama_jax.evals import harness
+    except ImportError as error:
+        raise UserError(f"{option} needs lm-eval ({error}): pip install 'tinyllama_jax[eval]'") from None
+    return harness
+
+
+def find_tasks(config: Config, tokenizer: Path) -> list:
+    """The tasks of `eval.tasks`, with their data; none if they are off. Raises UserError for whatever they lack."""
+    settings = config.eval
+    if not settings.every:
+        return []
+    folders = {name: Path(path) for name in ("include", "data") if (path := getattr(settings, name))}
+    for name, path in folders.items():
+        if not path.is_dir():
+            raise UserError(f"--eval.{name}={path}: no such folder")
+    with contextlib.redirect_stdout(sys.stderr):
+        lib = harness("--eval.tasks")
+        lib.check_prefix(tokenizer_lib.load(tokenizer))
+        names = task_lib.named(settings.tasks, "eval.")
+        return lib.tasks(names, folders.get("include"), folders.get("data"), "eval.")
+
+
+class _Stopped(Exception):
+    """A signal came while tasks were scored."""
+
+
+class Scores:
+    """Knows when the weights of a run are scored, and on what, and records the scores. All processes call it alike."""
+
+    def __init__(
+        self,
+        config: Config,
+        program: Program,
+        held_out: dict[str, Blocks],
+        tasks: list,
+        log: Log,
+        shutdown: cluster.CoordinatedStop,
+    ):
+        """`tasks`: from `find_tasks`. The run folder must have been opened: it holds the tokenizer."""
+        self._config, self._program, self._held_out, self._tasks = config, program, held_out, tasks
+        self._log, self._shutdown = log, shutdown
+
+    def before(self, start: int, params: dict, came: bool) -> None:
+        """Scores weights that came from another run or file, and what a stop left unscored at the step `start`."""
+        if came and self._held_out:
+            self._validate(start, params)
+        if self._tasks and (came or (start and self._due(start) and self._unscored(start))):
+            self._score(start, params)
+
+    def after(self, step: int, params: dict) -> None:
+        """Measures what is due after `step`. A signal cuts the tasks short, but not the held-out loss."""
+        if self._held_out and (step == self._config.train.steps or step % self._config.log.eval_every == 0):
+            self._validate(step, params)
+        if self._tasks and self._due(step):
+            self._score(step, params)
+
+    def _due(self, step: int) -> bool:
+        return step == self._config.train.steps or step % self._config.eval.every == 0
+
+    def _unscored(self, step: int) -> bool:
+        """Whether metrics.jsonl lacks a task at `step`; what process 0 reads there holds for all."""
+        keys = {key for row in metrics.tail(self._config.workdir) if row["step"] == step for key in row}
+        known = all(any(key.startswith(f"eval/{task.task_name}/") for key in keys) for task in self._tasks)
+        return not multihost_utils.broadcast_one_to_all(np.int32(known))
+
+    def _validate(self, step: int, params: dict) -> None:
+        """Records the held-out loss, and how `log.sample` continues."""
+        self._log.record_pending(always=True)
+        with self._log.timed("elsewhere"):
+            scores = evaluate(self._program, self._config, params, self._held_out, step)
+        perplexity = scores.get("val_perplexity")
+        more = f"accuracy {scores['val_accuracy']:.3f}" if perplexity is None else f"perplexity {perplexity:.2f}"
+        self._log.scores(step, scores, f"validation loss {scores['val_loss']:.4f}, {more}")
+        if self._config.log.sample:
+            with self._log.timed("elsewhere"):
+                self._log.sample(step, samples.continued(self._config, params, step))
+
+    def _score(self, step: int, params: dict) -> None:
+        """Records the scores of the tasks, in the precision of `evaluate`."""
+        run, lora = Path(self._config.workdir), self._config.lora
+        tokenizer, bos = tokenizer_lib.load(run / "tokenizer"), tokenizer_lib.documents_begin_with_bos(run)
+        model = weights.for_inference(dataclasses.replace(self._config.model, vocab_size=tokenizer.vocab_size))
+        loaded = Loaded(weights.of_trainer(params, lora), model, tokenizer, bos, run, jax.sharding.get_mesh())
+
+        def between() -> None:
+            cluster.heartbeat(step, "scoring")
+            if self._shutdown.signal():
+                raise _Stopped
+
+        lib, unread = harness("--eval.tasks"), io.StringIO()  # lm-eval draws bars of its own
+        self._log.record_pending(always=True)
+        try:
+            with self._log.timed("elsewhere"), contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+                between()
+                answers = lib.HarnessModel(loaded, bos, quiet=True, between=between)
+                results = lib.run(answers, self._tasks, self._config.eval.limit or None)["tasks"]
+        except _Stopped:
+            self._log.say(f"step {step:,}: a signal cut the tasks short; they are scored when the run resumes")
+            return
+        values, parts = {}, []
+        for task, row in results.items():
+            for metric, score in row["metrics"].items():
+                values[f"eval/{task}/{metric}"] = score["value"]
+                parts.append(f"{task} {metric} {score['value'] or 0:.4f}")
+                if score["stderr"] is not None:
+                    values[f"eval/{task}/{metric}_stderr"] = score["stderr"]
+                    parts[-1] += f" +- {score['stderr']:.4f}"
+        self._log.scores(step, values, ", ".join(parts))
