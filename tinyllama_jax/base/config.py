@@ -293,8 +293,8 @@ class Eval(Section):
         for name in ("tasks", "data", "include", "limit"):
             value, empty = getattr(self, name), "0" if name == "limit" else ""
             check(self.every > 0 or not value, f"eval.{name}", value, f"needs --eval.every=STEPS; or --eval.{name}={empty}")
-        for name in ("data", "include"):
-            check_local(f"--eval.{name}", getattr(self, name))
+            if value and name in ("data", "include"):
+                check_local(f"--eval.{name}", value)
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,8 @@ def tasks(names: list[str], include: Path | None, data: Path | None, section: st
             near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
             remedy = f"did you mean {near[0]}?" if near else f"its README lists them; your own go into --{section}include DIR"
             raise UserError(f"--{section}tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
-        if section and (file := manager.task_index[name].yaml_path):  # before a task's own Python is imported
-            _check_only_scores(name, utils.load_yaml_config(yaml_path=file, mode="simple"))
+        if section:  # before a task's own Python is imported
+            _check_only_scores(name, manager.task_index[name].cfg or {})
         spec: str | dict = name
         if name in own:
             split, rows = own[name]
