@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         xla.check_memory(config, mesh)
         at_end.enter_context(jax.set_mesh(mesh))
-        tasks = in_training.find_tasks(config, sources[0].tokenizer)
         program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
         notes += feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
         config, origin, more = initialize.find_origin(config, sources)
+        tasks = in_training.find_tasks(config, sources)
         notes += more + at_end.enter_context(run_folder.opened(config, initialize.described(sources), sources[0].tokenizer))
         startup.mark("data and devices")
 

@@ -42,14 +42,15 @@ def folder(tmp_path_factory) -> Path:
     out, rng = tmp_path_factory.mktemp("tasks"), random.Random(5)
     some = lambda low, high: " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
     (out / "piqa").mkdir()
-    rows = [{"goal": some(1, 3), "sol1": some(1, 4), "sol2": some(1, 4)} for _ in range(40)]
+    rows = [{"goal": some(1, 2), "sol1": some(1, 2), "sol2": some(1, 2)} for _ in range(40)]
     (out / "piqa/valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "piqa/valid-labels.lst").write_text("".join(f"{rng.randint(0, 1)}\n" for _ in rows))
-    rows = [{"q": some(1, 4), "choices": [some(1, 4) for _ in range(4)], "gold": rng.randint(0, 3)} for _ in range(40)]
+    rows = [{"q": some(1, 2), "choices": [some(1, 2) for _ in range(4)], "gold": rng.randint(0, 3)} for _ in range(40)]
     (out / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write = lambda name, kind, target, more: (out / f"{name}.yaml").write_text(
         YAML.format(name=name, kind=kind, target=target, file=out / "words.jsonl") + more
     )
+    write("long", "multiple_choice", "gold", 'doc_to_choice: "{{[q, choices | join(choices[0])]}}"\n')
     write("words", "multiple_choice", "gold", "doc_to_choice: choices\n")
     write("written", "generate_until", "q", "generation_kwargs: {until: [x]}\n")
     write("run", "multiple_choice", "gold", "doc_to_choice: choices\nunsafe_code: true\n")
@@ -105,7 +106,7 @@ def test_scores_are_those_of_evaluate_and_change_nothing_else(scored, folder, ti
     for step in (3, 8):
         as_evaluated(workdir, step, folder, tmp_path / "scores.json")
     assert len({str(scores(workdir)[step]) for step in STEPS}) == 3  # the weights of that moment
-    assert sum(step == 3 and what == "scoring" for step, what in beats) > 4  # between the batches of rows
+    assert sum(step == 3 and what == "scoring" for step, what in beats) >= 3  # also between batches of rows
     (run,) = [history.read(workdir)]
     drawn, row = run.scores["piqa, during training", "acc_norm"], scores(workdir)[6]
     assert [step for step, *_ in drawn] == STEPS
@@ -159,6 +160,7 @@ def test_two_processes_score_alike_and_one_writes(tiny_config_file, folder, tmp_
         ({"eval__tasks": ","}, "--eval.tasks ',': names no task"),
         ({"eval__tasks": "words,written"}, "--eval.tasks written: has the model write answers, .* copied; .*`evaluate`"),
         ({"eval__tasks": "run"}, "--eval.tasks run: runs programs that the model writes, .*`evaluate --run-code`"),
+        ({"eval__tasks": "long"}, "--eval.tasks=long: a continuation has .* tokens, and must have 1 to 16, the context"),
         ({"eval__tasks": "humaneval"}, "--eval.tasks humaneval: runs programs that the model writes"),
         ({"eval__tasks": "boolq"}, "boolq: no such folder; --eval.data needs .*boolq/validation.jsonl"),
         ({"eval__data": "", "eval__tasks": "piqa"}, "--eval.tasks piqa: its data .*give --eval.data DIR with DIR/piqa"),
@@ -176,7 +178,7 @@ def test_what_is_wrong_is_known_before_the_first_step(change, error, tiny_config
 def test_what_is_missing_is_named(tiny_config_file, folder, tmp_path, monkeypatch):
     tokenizer = SimpleNamespace(bos_id=-1, eos_id=-1, path="x.model")
     with pytest.raises(UserError, match="x.model: has neither bos nor eos"):
-        in_training.harness("").check_prefix(tokenizer)
+        in_training.harness("").HarnessModel(SimpleNamespace(tokenizer=tokenizer), False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "tinyllama_jax.evals.harness")
     monkeypatch.delattr("tinyllama_jax.evals.harness")

@@ -107,10 +107,9 @@ def trainers(model: config.Model, lora: config.Lora, **axes: int) -> tuple[dict,
     mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
     params = models.some_params(model)
     if lora.rank:
-        train = config.Train(1, model.seq_len, 1)
-        whole = dataclasses.replace(checkpoint.unscheduled(model), lora=lora, train=train)
-        params = jax.tree.map(lambda a: a + 0.1 * (a.shape[1] == lora.rank and a.dtype == "float32"),
-                              lora_lib.start(params, whole))  # fmt: skip
+        whole = dataclasses.replace(checkpoint.unscheduled(model), lora=lora)
+        trained, frozen = lora_lib.split(lora_lib.start(params, whole))
+        params = lora_lib.join(jax.tree.map(lambda a: a + 0.1, trained), frozen)  # else B is 0
     return jax.device_put(params, core_model.unflatten(sharding.parameter_shardings(mesh, model, lora))), mesh
 
 

@@ -18,7 +18,6 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer, Text
 from tinyllama_jax.inference import text as text_lib
@@ -61,7 +60,8 @@ class HarnessModel(TemplateLM):
         self._loaded, self._bos, self._quiet, self._between = loaded, bos, quiet, between
         if bos and loaded.tokenizer.bos_id < 0:
             raise UserError("--bos yes: the tokenizer has no bos; say --bos no")
-        check_prefix(loaded.tokenizer)
+        if loaded.tokenizer.bos_id < 0 and loaded.tokenizer.eos_id < 0:
+            raise UserError(f"{loaded.tokenizer.path}: has neither bos nor eos, and a text without context needs one before it")
         self.scorer, self._engine = Scorer(loaded, batch), None
         self._slots = batch or 8
 
@@ -164,12 +164,6 @@ def _sampling(settings: dict) -> Sampling:
     if not settings.get("do_sample") or values.get("temperature") == 0:
         values = {name: value for name, value in values.items() if name == "repetition_penalty"} | {"temperature": 0.0}
     return Sampling(**{"temperature": 1.0, **values})
-
-
-def check_prefix(tokenizer: Tokenizer) -> None:
-    """Raises UserError for a tokenizer without a token that can stand before a text."""
-    if tokenizer.bos_id < 0 and tokenizer.eos_id < 0:
-        raise UserError(f"{tokenizer.path}: has neither bos nor eos, and a text without context needs one before it")
 
 
 def tasks(names: list[str], include: Path | None, data: Path | None, section: str = "") -> list[Task]:

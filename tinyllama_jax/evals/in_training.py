@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.core.program import Program
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.evals import score
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.inference import samples, weights
 from tinyllama_jax.inference.weights import Loaded
@@ -35,20 +37,45 @@ def harness(option: str) -> ModuleType:
     return harness
 
 
-def find_tasks(config: Config, tokenizer: Path) -> list:
-    """The tasks of `eval.tasks`, with their data; none if they are off. Raises UserError for whatever they lack."""
+class Tasks(NamedTuple):
+    """The tasks of `eval.tasks`, with their data."""
+
+    wanted: list  # of lm-evaluation-harness
+    loaded: Loaded  # the model that answers them, without weights; in the precision of `evaluate`
+
+
+def find_tasks(config: Config, sources: list[Blocks]) -> Tasks | None:
+    """The tasks of a run, or None. They are gone through once without weights, so that no step is lost to what they lack.
+
+    Call it under the run's mesh. Raises UserError.
+    """
     settings = config.eval
     if not settings.every:
-        return []
+        return None
     folders = {name: Path(path) for name in ("include", "data") if (path := getattr(settings, name))}
     for name, path in folders.items():
         if not path.is_dir():
             raise UserError(f"--eval.{name}={path}: no such folder")
     with contextlib.redirect_stdout(sys.stderr):
-        lib = harness("--eval.tasks")
-        lib.check_prefix(tokenizer_lib.load(tokenizer))
-        names = task_lib.named(settings.tasks, "eval.")
-        return lib.tasks(names, folders.get("include"), folders.get("data"), "eval.")
+        lib, names = harness("--eval.tasks"), task_lib.named(settings.tasks, "eval.")
+        wanted = lib.tasks(names, folders.get("include"), folders.get("data"), "eval.")
+    tokenizer, bos = tokenizer_lib.load(sources[0].tokenizer), any(source.manifest["bos"] for source in sources)
+    model = weights.for_inference(dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    tasks = Tasks(wanted, Loaded(None, model, tokenizer, bos, Path(config.workdir), jax.sharding.get_mesh()))
+    answers = lib.HarnessModel(tasks.loaded, bos, quiet=True)
+    answers.scorer = lambda texts, done: [score.Scores(np.zeros(text.n), np.zeros(text.n, bool)) for text in texts]
+    try:
+        _run(answers, tasks, config)
+    except UserError as error:
+        raise UserError(f"--eval.tasks={settings.tasks}: {error}") from None
+    return tasks
+
+
+def _run(answers: Any, tasks: Tasks, config: Config) -> dict[str, dict]:
+    """Task -> its results, as of `harness.run`."""
+    unread = io.StringIO()  # lm-eval draws bars of its own
+    with contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+        return harness("--eval.tasks").run(answers, tasks.wanted, config.eval.limit or None)["tasks"]
 
 
 class _Stopped(Exception):
@@ -63,11 +90,11 @@ class Scores:
         config: Config,
         program: Program,
         held_out: dict[str, Blocks],
-        tasks: list,
+        tasks: Tasks | None,
         log: Log,
         shutdown: cluster.CoordinatedStop,
     ):
-        """`tasks`: from `find_tasks`. The run folder must have been opened: it holds the tokenizer."""
+        """`tasks`: from `find_tasks`."""
         self._config, self._program, self._held_out, self._tasks = config, program, held_out, tasks
         self._log, self._shutdown = log, shutdown
 
@@ -91,7 +118,7 @@ class Scores:
     def _unscored(self, step: int) -> bool:
         """Whether metrics.jsonl lacks a task at `step`; what process 0 reads there holds for all."""
         keys = {key for row in metrics.tail(self._config.workdir) if row["step"] == step for key in row}
-        known = all(any(key.startswith(f"eval/{task.task_name}/") for key in keys) for task in self._tasks)
+        known = all(any(key.startswith(f"eval/{task.task_name}/") for key in keys) for task in self._tasks.wanted)
         return not multihost_utils.broadcast_one_to_all(np.int32(known))
 
     def _validate(self, step: int, params: dict) -> None:
@@ -107,33 +134,29 @@ class Scores:
                 self._log.sample(step, samples.continued(self._config, params, step))
 
     def _score(self, step: int, params: dict) -> None:
-        """Records the scores of the tasks, in the precision of `evaluate`."""
-        run, lora = Path(self._config.workdir), self._config.lora
-        tokenizer, bos = tokenizer_lib.load(run / "tokenizer"), tokenizer_lib.documents_begin_with_bos(run)
-        model = weights.for_inference(dataclasses.replace(self._config.model, vocab_size=tokenizer.vocab_size))
-        loaded = Loaded(weights.of_trainer(params, lora), model, tokenizer, bos, run, jax.sharding.get_mesh())
+        """Records the scores of the tasks."""
+        loaded = self._tasks.loaded._replace(weights=weights.of_trainer(params, self._config.lora))
 
         def between() -> None:
             cluster.heartbeat(step, "scoring")
             if self._shutdown.signal():
                 raise _Stopped
 
-        lib, unread = harness("--eval.tasks"), io.StringIO()  # lm-eval draws bars of its own
+        model = harness("--eval.tasks").HarnessModel(loaded, loaded.begin_with_bos, quiet=True, between=between)
         self._log.record_pending(always=True)
         try:
-            with self._log.timed("elsewhere"), contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+            with self._log.timed("elsewhere"):
                 between()
-                answers = lib.HarnessModel(loaded, bos, quiet=True, between=between)
-                results = lib.run(answers, self._tasks, self._config.eval.limit or None)["tasks"]
+                results = _run(model, self._tasks, self._config)
         except _Stopped:
             self._log.say(f"step {step:,}: a signal cut the tasks short; they are scored when the run resumes")
             return
         values, parts = {}, []
         for task, row in results.items():
-            for metric, score in row["metrics"].items():
-                values[f"eval/{task}/{metric}"] = score["value"]
-                parts.append(f"{task} {metric} {score['value'] or 0:.4f}")
-                if score["stderr"] is not None:
-                    values[f"eval/{task}/{metric}_stderr"] = score["stderr"]
-                    parts[-1] += f" +- {score['stderr']:.4f}"
+            for metric, number in row["metrics"].items():
+                values[f"eval/{task}/{metric}"] = number["value"]
+                parts.append(f"{task} {metric} {number['value'] or 0:.4f}")
+                if number["stderr"] is not None:
+                    values[f"eval/{task}/{metric}_stderr"] = number["stderr"]
+                    parts[-1] += f" +- {number['stderr']:.4f}"
         self._log.scores(step, values, ", ".join(parts))
