@@ -150,7 +150,8 @@ def test_variables_have_the_names_of_their_things(path):
 
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
-    assert len(c.keys()) <= 74  # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys
+    # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys, scores during training 5
+    assert len(c.keys()) <= 79
 
 
 def test_imports_leave_jax_its_devices():
