@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     write = lambda name, kind, target, more: (out / f"{name}.yaml").write_text(
         YAML.format(name=name, kind=kind, target=target, file=out / "words.jsonl") + more
     )
-    write("long", "multiple_choice", "gold", 'doc_to_choice: "{{[q, choices | join(choices[0])]}}"\n')
+    write("long", "multiple_choice", "gold", 'doc_to_choice: "{{[q * 30, q, q, q]}}"\n')
     write("words", "multiple_choice", "gold", "doc_to_choice: choices\n")
     write("written", "generate_until", "q", "generation_kwargs: {until: [x]}\n")
     write("run", "multiple_choice", "gold", "doc_to_choice: choices\nunsafe_code: true\n")
@@ -125,8 +125,16 @@ def test_a_signal_cuts_scoring_short_and_the_resumed_run_scores_that_step(
     scored, folder, tiny_config_file, tmp_path, monkeypatch, capsys
 ):
     words, run = command(tiny_config_file, tmp_path / "run", **keys(folder)), in_training.harness("").run
+    calls = []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:  # the first one is without weights
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(in_training.harness(""), "run", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), run(*a))[1])
+        patch.setattr(in_training.harness(""), "run", stopped)
         assert train.main(words) == 143
     out = capsys.readouterr().out
     assert "step 3: a signal cut the tasks short" in out and "stopped by SIGTERM after step 3, which is saved" in out
@@ -137,7 +145,7 @@ def test_a_signal_cuts_scoring_short_and_the_resumed_run_scores_that_step(
     assert train.main(words) == 0 and scores(tmp_path / "run") == scores(scored[0])  # it is at its end, and scored there
     more = [word.replace("piqa,words", "words") for word in words]  # other tasks are no other run
     assert train.main([*more, "--train.steps=9"]) == 0
-    assert "changed since" not in capsys.readouterr().out
+    assert "eval." not in capsys.readouterr().out
     assert [row["step"] for row in lines(tmp_path / "run") if "eval/words/acc" in row] == [*STEPS, 9]
 
 
