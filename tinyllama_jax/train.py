@@ -68,12 +68,12 @@ def main(argv: list[str]) -> int:
         log.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
             log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps resumes it")
-        if stop and jax.process_count() == 1:  # several processes agree on a step first
-            log.say(f"{cluster.stopped_by(stop[0])} before its first step", "stop")
-            return 128 + stop[0]
         shutdown = cluster.CoordinatedStop(mesh, stop)
         scores = in_training.Scores(config, program, held_out, tasks, log, shutdown)
         scores.before(start, state.params, came=bool(origin))
+        if stopping := shutdown.signal():
+            log.say(f"{cluster.stopped_by(stopping)} before its first step", "stop")
+            return 128 + stopping
 
         # -- the steps
         batches = training_batches(config, sources, program, start, log)

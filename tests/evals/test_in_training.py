@@ -140,7 +140,7 @@ def test_a_signal_cuts_scoring_short_and_the_resumed_run_scores_that_step(
     assert "step 3: a signal cut the tasks short" in out and "stopped by SIGTERM after step 3, which is saved" in out
     assert list(scores(tmp_path / "run")) == []
     assert train.main(words) == 0
-    assert "step 3: piqa acc 0." in capsys.readouterr().out
+    assert "step 3: piqa: acc 0." in capsys.readouterr().out
     assert scores(tmp_path / "run") == scores(scored[0])
     assert train.main(words) == 0 and scores(tmp_path / "run") == scores(scored[0])  # it is at its end, and scored there
     more = [word.replace("piqa,words", "words") for word in words]  # other tasks are no other run
@@ -154,7 +154,7 @@ def test_two_processes_score_alike_and_one_writes(tiny_config_file, folder, tmp_
     assert run.wait() == [0, 0], run.output(0) + run.output(1)
     assert list(scores(tmp_path / "run")) == [3]
     as_evaluated(tmp_path / "run", 3, folder, tmp_path / "scores.json")
-    assert "step 3: piqa acc 0." in run.output(0) and "piqa acc" not in run.output(1)
+    assert "step 3: piqa: acc 0." in run.output(0) and "piqa: acc" not in run.output(1)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,8 @@ class Scores:
 
     def before(self, start: int, params: dict, came: bool) -> None:
         """Scores weights that came from another run or file, and what a stop left unscored at the step `start`."""
+        if self._shutdown.signal():
+            return
         if came and self._held_out:
             self._validate(start, params)
         if self._tasks and (came or (start and self._due(start) and self._unscored(start))):
@@ -151,12 +153,11 @@ class Scores:
         except _Stopped:
             self._log.say(f"step {step:,}: a signal cut the tasks short; they are scored when the run resumes")
             return
-        values, parts = {}, []
+        values, line = {}, []
         for task, row in results.items():
-            for metric, number in row["metrics"].items():
-                values[f"eval/{task}/{metric}"] = number["value"]
-                parts.append(f"{task} {metric} {number['value'] or 0:.4f}")
-                if number["stderr"] is not None:
-                    values[f"eval/{task}/{metric}_stderr"] = number["stderr"]
-                    parts[-1] += f" +- {number['stderr']:.4f}"
-        self._log.scores(step, values, ", ".join(parts))
+            known = {metric: number for metric, number in row["metrics"].items() if number["value"] is not None}
+            error = {metric: f" +- {n['stderr']:.4f}" if n["stderr"] is not None else "" for metric, n in known.items()}
+            line.append(f"{task}: " + ", ".join(f"{metric} {n['value']:.4f}{error[metric]}" for metric, n in known.items()))
+            values |= {f"eval/{task}/{metric}": n["value"] for metric, n in known.items()}
+            values |= {f"eval/{task}/{metric}_stderr": n["stderr"] for metric, n in known.items() if error[metric]}
+        self._log.scores(step, values, "; ".join(line))
