@@ -37,7 +37,7 @@ ORDER = {
     "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
     "worker web server listen",
-    "evals": "tasks score held_out questions harness",
+    "evals": "tasks score held_out questions harness in_training",
 }
 HOME = {
     "flax": {"core.model"},
@@ -161,7 +161,8 @@ def test_variables_have_the_names_of_their_things(path):
 
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
-    assert len(c.keys()) <= 74  # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys
+    # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys, scores during training 5
+    assert len(c.keys()) <= 81
 
 
 def test_imports_leave_jax_its_devices():

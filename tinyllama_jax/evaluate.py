@@ -8,7 +8,6 @@ python -m tinyllama_jax.evaluate --checkpoint PATH --questions FILE --retrieve I
 import argparse
 import contextlib
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tinyllama_jax.base import files
 from tinyllama_jax.base.config import Data
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import chat, feed
-from tinyllama_jax.evals import held_out, questions
+from tinyllama_jax.evals import held_out, in_training, questions
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer
 from tinyllama_jax.inference import options, weights
@@ -34,7 +33,8 @@ def main(argv: list[str]) -> int:
     index = options.index(args)
     with contextlib.redirect_stdout(sys.stderr):
         # before the weights, which can take minutes: a wrong name or a missing file is known at once
-        wanted = [] if args.tasks is None else _harness().tasks(task_lib.named(args.tasks), args.include, args.data)
+        names = [] if args.tasks is None else task_lib.named(args.tasks)
+        wanted = in_training.harness("--tasks").tasks(names, args.include, args.data) if names else []
         loaded = weights.load(args.checkpoint, args.step, args.weights)
     print(options.introduced(args.checkpoint, args, loaded), file=sys.stderr, flush=True)
     record = {
@@ -85,7 +85,7 @@ def _keep(path: Path, text: str) -> None:
 
 def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, index: Index | None, name: str) -> dict:
     """Runs tasks and prints their scores; returns what is recorded."""
-    harness = _harness()
+    harness = in_training.harness("--tasks")
     bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
     with contextlib.redirect_stdout(sys.stderr):
         results = harness.run(harness.HarnessModel(loaded, bos, args.batch, index=index), wanted, args.limit, args.run_code)
@@ -146,16 +146,6 @@ def _by_position(args: argparse.Namespace, loaded: Loaded) -> dict:
     for part in parts:
         print(f"positions {part['from']:,} to {part['to'] - 1:,}: perplexity {part['perplexity']:.3f}")
     return {"context": model.seq_len, "rope_type": model.rope_type, "rope_scaling": model.rope_scaling, "parts": parts}
-
-
-def _harness():
-    """The module that needs lm-eval. Raises UserError if it is not installed."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        from tinyllama_jax.evals import harness
-    except ImportError as error:
-        raise UserError(f"--tasks needs lm-eval ({error}): pip install 'tinyllama_jax[eval]'") from None
-    return harness
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -47,14 +47,21 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, loaded: Loaded, bos: bool, batch: int | None = None, quiet: bool = False, index: retrieval.Index | None = None
+        self,
+        loaded: Loaded,
+        bos: bool,
+        batch: int | None = None,
+        quiet: bool = False,
+        between: Callable[[], None] = lambda: None,
+        index: retrieval.Index | None = None,
     ):
         """`bos`: whether each text begins with bos. `batch`: rows scored and answers generated at a time. Raises UserError.
 
-        `index`: its passages stand before each context, which is also what they are looked up by.
+        `between`: called after each batch of rows. `index`: its passages stand before each context, which is also what they
+        are looked up by.
         """
         super().__init__()
-        self._loaded, self._bos, self._quiet, self.index = loaded, bos, quiet, index
+        self._loaded, self._bos, self._quiet, self._between, self.index = loaded, bos, quiet, between, index
         if bos and loaded.tokenizer.bos_id < 0:
             raise UserError("--bos yes: the tokenizer has no bos; say --bos no")
         if loaded.tokenizer.bos_id < 0 and loaded.tokenizer.eos_id < 0:
@@ -120,7 +127,7 @@ class HarnessModel(TemplateLM):
                 raise UserError(f"a continuation has {len(continuation):,} tokens, and must have 1 to {most:,}, the context")
             texts.append(Text((context + continuation)[-(most + 1) :], len(continuation)))
         with tqdm(total=len(texts), disable=disable_tqdm or self._quiet, desc="scoring") as bar:
-            scores = self.scorer(texts, bar.update)
+            scores = self.scorer(texts, lambda n: (bar.update(n), self._between()))
         out = [(float(s.logprobs.sum(dtype="float64")), bool(s.greedy.all())) for s in scores]
         for (pair, *_tokens), answer in zip(requests, out, strict=True):
             if pair is not None:
@@ -189,12 +196,13 @@ def _sampling(settings: dict) -> Sampling:
     return Sampling(**{"temperature": 1.0, **values})
 
 
-def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Task]:
+def tasks(names: list[str], include: Path | None, data: Path | None, section: str = "") -> list[Task]:
     """The tasks `names`. `include`: a folder with more YAML files. `data`: a folder with local files for `tasks.LOCAL`.
 
+    `section`: "eval." in training, whose keys error messages then name, and which takes no task that generates text or runs it.
     Raises UserError for a name that is not known, and for data that are neither on this machine nor on the hub.
     """
-    own = {name: task_lib.local_rows(data, name) for name in names if data and name in task_lib.LOCAL}
+    own = {name: task_lib.local_rows(data, name, section) for name in names if data and name in task_lib.LOCAL}
     # reading all of the harness's 13,000 YAML files takes seconds, so only those of the tasks' folders if we know these
     folders = [Path(lm_eval.tasks.__file__).parent / FOLDERS[name] for name in names if name in FOLDERS]
     more = [include] if include else []
@@ -205,8 +213,10 @@ def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Tas
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
-            remedy = f"did you mean {near[0]}?" if near else "its README lists them; your own go into --include DIR"
-            raise UserError(f"--tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
+            remedy = f"did you mean {near[0]}?" if near else f"its README lists them; your own go into --{section}include DIR"
+            raise UserError(f"--{section}tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
+        if section:  # before a task's own Python is imported
+            _check_only_scores(name, manager.task_index[name].cfg or {})
         spec: str | dict = name
         if name in own:
             split, rows = own[name]
@@ -217,10 +227,24 @@ def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Tas
             out += manager.load([spec])["tasks"].values()
         except (ConnectionError, FileNotFoundError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            local = f"--data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
+            local = f"--{section}data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
             remedy = f"give {local}run it once where the hub can be reached"
-            raise UserError(f"--tasks {name}: its data are not here and cannot be downloaded ({why}); {remedy}") from None
+            what = f"its data are not here and cannot be downloaded ({why})"
+            raise UserError(f"--{section}tasks {name}: {what}; {remedy}") from None
+    for task in out if section else ():  # those of a group too
+        _check_only_scores(task.task_name, {"unsafe_code": task.config.unsafe_code, "output_type": task.OUTPUT_TYPE})
     return out
+
+
+def _check_only_scores(name: str, settings: dict) -> None:
+    """Raises UserError for a task that a training run does not take. `settings`: of its YAML file."""
+    remedy = "score the run's checkpoints with `evaluate"
+    if settings.get("unsafe_code"):
+        what = "runs programs that the model writes, and training runs none"
+        raise UserError(f"--eval.tasks {name}: {what}; {remedy} --run-code`")
+    if settings.get("output_type") == "generate_until":
+        what = "has the model write answers, for which the weights would be copied"
+        raise UserError(f"--eval.tasks {name}: {what}; training only takes tasks that score given texts; {remedy}`")
 
 
 def version() -> str:
