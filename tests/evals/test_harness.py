@@ -180,11 +180,34 @@ def test_an_answer_ends_before_its_stop_string(pair):
         ask(max_gen_toks=96)
 
 
-def test_words_that_name_nothing(folder):
+def own_task(folder: Path, metric: str, data: str = "rows.jsonl", more: str = "doc_to_text: p") -> None:
+    """Loads a task of a user's own."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(json.dumps({"p": "a", "c": ["x", "y"], "l": 0}) + "\n")
+    (folder / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / data}}}}}\ntest_split: test\n"
+        f"output_type: multiple_choice\ndoc_to_choice: c\ndoc_to_target: l\n{more}\nmetric_list: [{{metric: {metric}}}]\n"
+    )
+    harness.tasks(["mine"], folder, None)
+
+
+def test_words_that_name_nothing(folder, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)  # where the harness looks for other metrics
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="--tasks words_of_fore: is no task of .*; did you mean words_of_four?"):
         harness.tasks(["words_of_fore"], folder, None)
     with pytest.raises(UserError, match=r"--tasks piqa: its data .*give --data DIR with DIR/piqa, or run it once"):
         harness.tasks(["piqa"], None, None)
+    with pytest.raises(
+        UserError, match=r"--tasks mine: the metric 'accc' is unknown to the harness; did you mean acc\? \(.*mine.yaml"
+    ):
+        own_task(folder / "1", "accc")
+    with pytest.raises(UserError, match="--tasks mine: its metric 'accc' is unknown to the harness; did you mean acc?"):
+        own_task(folder / "2", "accc, aggregation: mean")  # the harness would score nothing, and say so in its log alone
+    with pytest.raises(UserError, match=r"--tasks mine: .*gone.jsonl'; correct data_files in .*mine.yaml"):
+        own_task(folder / "3", "acc", "gone.jsonl")
+    with pytest.raises(UserError, match=r"--tasks mine: .*mine.yaml is wrong \(\w+: .*\); see the harness's guide to tasks"):
+        own_task(folder / "4", "acc", more="doc_to_text: !function nowhere.f")
     (humaneval,) = [type("Task", (), {"task_name": "humaneval", "UNSAFE_CODE": True})]
     with pytest.raises(UserError, match="--tasks humaneval: runs programs that the model writes; say --run-code"):
         harness.run(None, [humaneval], None)

@@ -13,6 +13,7 @@ import lm_eval
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import Task
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -35,6 +36,7 @@ SAMPLING |= {"repetition_penalty": "repetition_penalty"}
 # folders of the harness's own tasks
 FOLDERS = {name: name for name in ("hellaswag", "openbookqa", "winogrande", "piqa", "wikitext", *task_lib.SUITES["knowledge"])}
 FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "lambada_openai": "lambada"}
+PACKAGED = ("json", "csv", "parquet", "arrow", "text")  # values of a task's dataset_path that read local files
 IGNORED = ("do_sample", "until", "max_gen_toks", "num_return_sequences")
 
 
@@ -225,15 +227,37 @@ def tasks(names: list[str], include: Path | None, data: Path | None, section: st
             spec = {"group": "local", "task": [{"task": name, **only, f"{split}_split": split}]}
         try:
             out += manager.load([spec])["tasks"].values()
-        except (ConnectionError, FileNotFoundError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            local = f"--{section}data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
-            remedy = f"give {local}run it once where the hub can be reached"
-            what = f"its data are not here and cannot be downloaded ({why})"
-            raise UserError(f"--{section}tasks {name}: {what}; {remedy}") from None
+        except Exception as error:  # of a wrong YAML file it raises many types
+            entry = manager.task_index[name]
+            what = _wrong(error, name, entry.cfg or {}, entry.yaml_path, section)
+            raise UserError(f"--{section}tasks {name}: {what}") from None
+    for task in out:
+        if nothing := [
+            m for m, scored in getattr(task, "_metric_fn_list", {}).items() if not (scored or task.config.process_results)
+        ]:
+            raise UserError(f"--{section}tasks {task.task_name}: its metric {_unknown(nothing[0])}")
     for task in out if section else ():  # those of a group too
         _check_only_scores(task.task_name, {"unsafe_code": task.config.unsafe_code, "output_type": task.OUTPUT_TYPE})
     return out
+
+
+def _wrong(error: Exception, name: str, settings: dict, file: Path, section: str) -> str:
+    """What is wrong with a task that cannot be loaded, and the remedy. `settings`: those of its YAML `file`."""
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ConnectionError | FileNotFoundError):
+        if settings.get("dataset_path") in PACKAGED:
+            return f"{why}; correct data_files in {file}"
+        local = f"give --{section}data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
+        return f"its data are not here and cannot be downloaded ({why}); {local}run it once where the hub can be reached"
+    for metric in settings.get("metric_list") or []:
+        if isinstance(named := metric.get("metric"), str) and named not in metric_registry:
+            return f"the metric {_unknown(named)} ({file})"
+    return f"{file} is wrong ({type(error).__name__}: {why}); see the harness's guide to tasks"
+
+
+def _unknown(metric: str) -> str:
+    near = difflib.get_close_matches(metric, metric_registry, 1)
+    return f"{metric!r} is unknown to the harness" + (f"; did you mean {near[0]}?" if near else "; its docs list them")
 
 
 def _check_only_scores(name: str, settings: dict) -> None:

@@ -177,7 +177,8 @@ def _files(folder: Path, local: Local, option: str) -> list[Path]:
     """The parquet files of the split, or its one jsonl file."""
     wanted = f"{folder}/{local.split}.jsonl (or .parquet), whose rows hold {_held(local)}"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {option} needs {wanted}")
+        remedy = f"say {option} {folder.parent.parent}" if folder.parent.name == folder.name else f"{option} needs {wanted}"
+        raise UserError(f"{folder}: no such folder; {remedy}")
     fits = lambda path: set(re.split("[^a-z]+", path.stem.lower())) & _WORDS[local.split]
     paths = [folder / name for name in files.listed(folder)]
     parquet, lines = ([p for p in paths if p.suffix == end and fits(p)] for end in (".parquet", ".jsonl"))
