@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tinyllama_jax.base import mixture_weights, rope
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.evals import Eval
 from tinyllama_jax.base.files import check_local
 from tinyllama_jax.base.lora import NF4_BLOCK, Lora
 from tinyllama_jax.base.mixture_weights import Weight, exact, knots_of, weight_at
@@ -277,26 +278,6 @@ class Log(Section):
     eval_every: int = 1_000  # steps between validations; the last step is always validated
     sample: str = ""  # a text that the model continues after each validation; empty: none
     wandb: str = ""  # Weights & Biases project; empty: off
-
-
-@dataclass(frozen=True)
-class Eval(Section):
-    """Tasks of lm-evaluation-harness that are scored during training, on the weights of that moment."""
-
-    every: int = 0  # steps between scores; the last step is scored too; 0: never
-    tasks: str = ""  # TASK,TASK: as `evaluate --tasks`
-    data: str = ""  # a folder with local files DIR/TASK in place of the hub's
-    include: str = ""  # a folder with your own tasks' YAML files
-    limit: int = 0  # the first items of each task; 0: all
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(not self.every or bool(self.tasks), "eval.every", self.every, "needs tasks, such as --eval.tasks=piqa,hellaswag")
-        for name in ("tasks", "data", "include", "limit"):
-            value, empty = getattr(self, name), "0" if name == "limit" else ""
-            check(self.every > 0 or not value, f"eval.{name}", value, f"needs --eval.every=STEPS; or --eval.{name}={empty}")
-            if value and name in ("data", "include"):
-                check_local(f"--eval.{name}", value)
 
 
 @dataclass(frozen=True)
