@@ -356,6 +356,9 @@ def test_a_task_has_passages_before_its_contexts(hi, index, monkeypatch):
     monkeypatch.setattr(harness, "Request", lambda ids, *more: prompts.append(ids) or check(ids, *more))
     model.generate_until([Instance("generate_until", {}, ("rome?", {"max_gen_toks": 4, "until": []}), 0)], disable_tqdm=True)
     assert prompts == [model.tok_encode(before + "rome?")]
+    scored = {"tasks": {"piqa": {"metrics": {"acc": {"value": 1.0, "stderr": None}}}}}
+    assert evaluate._results(scored | {"retrieve": {}}).keys() == {"piqa with passages"}  # a report draws them apart
+    assert evaluate._results(scored).keys() == {"piqa"}
     (whole,) = [type("Task", (), {"task_name": "wikitext", "OUTPUT_TYPE": "loglikelihood_rolling"})]
     with pytest.raises(UserError, match="--retrieve: wikitext scores whole texts, which have no context"):
         harness.run(model, [whole], None)

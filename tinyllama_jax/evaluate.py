@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
 
 def _results(record: dict) -> dict[str, dict[str, float | None]]:
     """Task or data set -> metric -> score, and its standard error: what `report` draws."""
-    metrics = {task: row["metrics"] for task, row in record.get("tasks", {}).items()}
+    end = " with passages" if "retrieve" in record else ""  # else they would pass for the same scores in a report
+    metrics = {f"{task}{end}": row["metrics"] for task, row in record.get("tasks", {}).items()}
     if prepared := record.get("data_set"):
         loss = {"value": prepared["loss"], "stderr": prepared["loss_stderr"]}
         per_byte = {"value": prepared["bits_per_byte"], "stderr": None}
@@ -98,6 +99,7 @@ def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, index: Index 
     metrics = {task: results["tasks"][task]["metrics"] for task in task_lib.COMMONSENSE if task in results["tasks"]}
     scores = {task: metrics[task][task_lib.METRIC[task]] for task in metrics}
     if scores:
+        name += ", with passages" if index else ""
         print("\n" + task_lib.table(name, {task: (score["value"], score["stderr"]) for task, score in scores.items()}))
         print("\nThe other rows: EVAL.md of github.com/jzhang38/TinyLlama, and the card of TinyLlama_v1.1: 0-shot, fp32, most")
         print(f"likely without bos. Ours: {loaded.model.compute_dtype}, {'with' if bos else 'without'} bos.")
