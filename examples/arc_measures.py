@@ -41,9 +41,9 @@ output_type: multiple_choice
 doc_to_text: prompt
 doc_to_choice: choices
 doc_to_target: label
-target_delimiter: ""
+target_delimiter: {between}
 metric_list:
-  - metric: acc_norm
+  - metric: acc
 """
 # stage -> (the stage before it, what it has to improve)
 CLAIMS = {
@@ -56,7 +56,8 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
     """A number of each of `MEASURES` for each question, and under "tokens_scored" the length of its right answer.
 
     The base model, too, is asked in Zephyr's template. Loss and choices are those of the answer's words alone, without the end:
-    a model that has never seen an answer end would lose by that token alone. Choices are compared by log-probability per byte.
+    a model that has never seen an answer end would lose by that token alone. Choices are compared by log-probability: their
+    lengths differ by less than a character on average.
     """
     from tinyllama_jax.data import chat
     from tinyllama_jax.evals.score import Scorer, Text
@@ -91,13 +92,12 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {name: [] for name in (*MEASURES, "tokens_scored")}
     for i, question in enumerate(questions):
         right = 4 * i + question.answer
-        per_byte = [sums[4 * i + k] / len(choice.encode()) for k, choice in enumerate(question.choices)]
         out["stops_greedy"].append(float(greedy[i].finish == "stop"))
         out["stops_sampled"].append(float(sampled[i].finish == "stop"))
         out["tokens"].append(float(len(sampled[i].tokens)))
         out["nats"].append(-sums[right] / texts[right].n)
         out["tokens_scored"].append(float(texts[right].n))
-        out["choice"].append(float(max(range(4), key=lambda k, p=per_byte: p[k]) == question.answer))
+        out["choice"].append(float(max(range(4 * i, 4 * i + 4), key=sums.__getitem__) == right))
         out["prefers"].append(float(ends[2 * i] > ends[2 * i + 1]))
     return out
 
@@ -154,17 +154,25 @@ def claims(stages: dict[str, dict[str, list[float]]]) -> list[tuple[bool, str]]:
 
 
 def write_task(folder: Path, run: Path, questions: list[Question]) -> None:
-    """Writes the four-choice questions as a task of lm-evaluation-harness, arc_choices, for `evaluate --include`."""
-    from tinyllama_jax.data import chat, tokenizer
+    """Writes the four-choice questions as a task of lm-evaluation-harness, arc_choices, for `evaluate --include`.
+
+    A prompt ends with the question's eos, and the mark of the assistant's turn stands before each choice. The harness moves a
+    prompt's last line end into the answer, where a tokenizer may join it with the mark's last character: the model would see
+    another mark than in training. After a control token nothing is joined. The mark's own log-probability is the same for
+    all choices, so the right ones are those of `measure`.
+    """
+    from tinyllama_jax.data import chat, control, tokenizer
 
     spm = tokenizer.load(run / "tokenizer")
     template = chat.choose(run, spm, "zephyr")
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as f:
         for question in questions:
             prompt = chat.render(template, spm, [{"role": "user", "content": question.text}])
-            row = {"prompt": prompt, "choices": question.choices, "label": question.answer}
+            asked, eos, between = prompt.rpartition(control.named(spm)["eos_token"])
+            row = {"prompt": asked + eos, "choices": question.choices, "label": question.answer}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (folder / "arc_choices.yaml").write_text(TASK.format(file=json.dumps(str((folder / "questions.jsonl").absolute()))))
+    file = json.dumps(str((folder / "questions.jsonl").absolute()))
+    (folder / "arc_choices.yaml").write_text(TASK.format(file=file, between=json.dumps(between)))
 
 
 def saved(path: Path, run: Path, questions: list[Question]) -> dict[str, list[float]]:

@@ -54,16 +54,24 @@ def run(folder, n=N):
     return done.returncode, done.stdout
 
 
-def test_the_chain_and_its_table(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, exit code, output) of a whole arc."""
     pytest.importorskip("gguf")
-    (tmp_path / "library").mkdir()
+    folder = tmp_path_factory.mktemp("arc")
+    (folder / "library").mkdir()
     for i in range(12):
-        (tmp_path / "library" / f"module_{i}.py").write_text(generated.module(i))
-    (tmp_path / "config.py").write_text(CONFIG)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    code, output = run(tmp_path)
-    work, table = tmp_path / "work", output.partition("After each stage")[2]
+        (folder / "library" / f"module_{i}.py").write_text(generated.module(i))
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "program.py").write_text(PROGRAM)
+    return folder, *run(folder)
+
+
+def test_the_chain_and_its_table(finished):
+    folder, code, output = finished
+    work, table = folder / "work", output.partition("After each stage")[2]
     assert table, output
+    assert output.count("started in: data and devices ") == 3, output  # and not the time of the stages before as imports
     for name, (title, *_) in arc_measures.MEASURES.items():
         (line,) = [line for line in table.splitlines() if line.startswith(title)]
         assert len(re.findall(r"\d \+- \d", line)) == 3, line
@@ -76,7 +84,7 @@ def test_the_chain_and_its_table(tmp_path):
     assert (work / "chat.txt").read_text().count("> ") >= 2
 
     # the facts asked for at the end stand in the text alone, and so do the phrasings
-    taught, asked = arc_facts.held_out(arc_facts.gather(tmp_path / "library", None), N)
+    taught, asked = arc_facts.held_out(arc_facts.gather(folder / "library", None), N)
     text = (work / "corpus/facts.train.jsonl").read_text()
     chats = (work / "chats/sft.jsonl").read_text() + (work / "chats/dpo.jsonl").read_text()
     quoted = lambda fact: f"`{fact.name}`" if fact.kind == "object" else f"*{fact.name}*"
@@ -86,11 +94,28 @@ def test_the_chain_and_its_table(tmp_path):
 
     # nothing is done twice, and other inputs are refused
     before = {p: p.stat().st_mtime_ns for p in work.rglob("*")}
-    again, output = run(tmp_path)
+    again, output = run(folder)
     assert again == code and output.partition("After each stage")[2].partition("made in")[0] == table.partition("made in")[0]
     assert {p: p.stat().st_mtime_ns for p in work.rglob("*")} == before
-    code, output = run(tmp_path, N + 1)
+    code, output = run(folder, N + 1)
     assert code == 2 and output.startswith("error: work: was made with other questions; delete it") and output.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness and its libraries
+def test_its_task_gives_the_arcs_own_answers(finished):
+    """To the item, with lm-evaluation-harness, whose log-probabilities differ by that of the assistant's mark alone."""
+    pytest.importorskip("lm_eval")
+    from tinyllama_jax.evals import harness
+    from tinyllama_jax.inference import weights
+
+    work = finished[0] / "work"
+    assert (work / "task/arc_choices.yaml").is_file(), finished[2]
+    for stage in ("base", "dpo"):
+        model = harness.HarnessModel(weights.load(work / stage), bos=False, quiet=True)
+        out = harness.run(model, harness.tasks(["arc_choices"], work / "task", None), None)
+        own = json.loads((work / f"measures/{stage}.json").read_text())["choice"]
+        assert [sample["acc"] for sample in out["samples"]["arc_choices"]] == own, stage
+        assert out["tasks"]["arc_choices"]["metrics"]["acc"]["value"] == pytest.approx(sum(own) / N)
 
 
 def test_a_claim_needs_two_standard_errors_in_its_direction():
