@@ -57,15 +57,9 @@ def main(argv: list[str]) -> int:
     """Runs all stages; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    variable = Path(os.environ["PIQA"]) if os.environ.get("PIQA") else None
     add("--workdir", type=Path, default=Path("runs/arc-real"), help="folder for everything that is made, 2 GB (%(default)s)")
-    add(
-        "--piqa",
-        type=Path,
-        metavar="DIR",
-        default=piqa,
-        help="folder named piqa with PIQA's validation set (the variable PIQA)",
-    )
+    piqa = "folder named piqa with PIQA's validation set (the environment variable PIQA)"
+    add("--piqa", type=Path, metavar="DIR", default=os.environ.get("PIQA") or None, help=piqa)
     add("--items", type=int, default=100, metavar="N", help="of PIQA; 0: all 1,838 (%(default)s)")
     add("--questions", type=int, default=100, metavar="N", help="held-out questions (%(default)s)")
     add("--steps", type=int, default=STEPS, metavar="N", help="of fine-tuning (%(default)s)")
