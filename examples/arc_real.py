@@ -107,7 +107,7 @@ def piqa_tasks(folder: Path | None) -> tuple[Callable[[Path, int], dict] | None,
     """(a function that scores a run on PIQA, or None; why it is None). Raises UserError if `folder` is not PIQA's."""
     if folder is None:
         return None, "skipped: needs PIQA's validation set: --piqa DIR with valid.jsonl and valid-labels.lst"
-    if folder.name != "piqa" or not folder.is_dir():
+    if folder.name != "piqa" or not all((folder / name).is_file() for name in ("valid.jsonl", "valid-labels.lst")):
         raise UserError(f"--piqa {folder}: must be a folder named piqa, with valid.jsonl and valid-labels.lst")
     if importlib.util.find_spec("lm_eval") is None:
         return None, "skipped: needs lm-eval: pip install '.[eval]'"

