@@ -66,25 +66,17 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
 
     loaded = weights.load(run)
     template = chat.choose(run, loaded.tokenizer, "zephyr")
-    asked = lambda question: [{"role": "user", "content": question.text}]
-
-    def encoded(question: Question, answer: str) -> tuple[list[int], int]:
-        """(ids up to the answer's last word, how many of them are the answer)"""
-        talk = [*asked(question), {"role": "assistant", "content": answer}]
-        ids, mask = chat.encode_with_mask(template, loaded.tokenizer, talk, begin_with_bos=loaded.begin_with_bos)
-        first = mask.index(True)
-        end = first + mask[first:].index(False) if False in mask[first:] else len(mask)
-        return ids[:end], end - first
-
     prompts = [chat.encode(template, loaded.tokenizer, asked(q), begin_with_bos=loaded.begin_with_bos) for q in questions]
     stops = chat.stop_ids(template, loaded.tokenizer)
     greedy, sampled = (answers(loaded, prompts, stops, Sampling(temperature=t)) for t in (0.0, 1.0))
     scorer, texts, parting = Scorer(loaded), [], []
     for question in questions:
         for answer in question.choices:
-            ids, n = encoded(question, answer)
+            ids, n = encoded(loaded, template, question, answer)
             texts.append(Text(ids[:-1], n - 1))
-        chosen, rejected = (encoded(question, a)[0] for a in (question.choices[question.answer], question.run_on))
+        chosen, rejected = (
+            encoded(loaded, template, question, a)[0] for a in (question.choices[question.answer], question.run_on)
+        )
         at = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         parting += [Text(chosen[: at + 1], 1), Text(rejected[: at + 1], 1)]
     sums = [float(score.logprobs.sum(dtype="float64")) for score in scorer(texts)]
@@ -100,6 +92,22 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
         out["choice"].append(float(max(range(4 * i, 4 * i + 4), key=sums.__getitem__) == right))
         out["prefers"].append(float(ends[2 * i] > ends[2 * i + 1]))
     return out
+
+
+def asked(question: Question) -> list[dict]:
+    """The conversation before an answer."""
+    return [{"role": "user", "content": question.text}]
+
+
+def encoded(loaded, template, question: Question, answer: str) -> tuple[list[int], int]:
+    """(ids up to the end of `answer`, how many of them the answer is, with its end)."""
+    from tinyllama_jax.data import chat
+
+    talk = [*asked(question), {"role": "assistant", "content": answer}]
+    ids, mask = chat.encode_with_mask(template, loaded.tokenizer, talk, begin_with_bos=loaded.begin_with_bos)
+    first = mask.index(True)
+    end = first + mask[first:].index(False) if False in mask[first:] else len(mask)
+    return ids[:end], end - first
 
 
 def answers(loaded, prompts: list[list[int]], stops: tuple[int, ...], sampling) -> list:
@@ -167,9 +175,9 @@ def write_task(folder: Path, run: Path, questions: list[Question]) -> None:
     template = chat.choose(run, spm, "zephyr")
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as f:
         for question in questions:
-            prompt = chat.render(template, spm, [{"role": "user", "content": question.text}])
-            asked, eos, between = prompt.rpartition(control.named(spm)["eos_token"])
-            row = {"prompt": asked + eos, "choices": question.choices, "label": question.answer}
+            prompt = chat.render(template, spm, asked(question))
+            before, eos, between = prompt.rpartition(control.named(spm)["eos_token"])
+            row = {"prompt": before + eos, "choices": question.choices, "label": question.answer}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     file = json.dumps(str((folder / "questions.jsonl").absolute()))
     (folder / "arc_choices.yaml").write_text(TASK.format(file=file, between=json.dumps(between)))

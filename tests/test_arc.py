@@ -103,19 +103,26 @@ def test_the_chain_and_its_table(finished):
 
 @pytest.mark.filterwarnings("ignore")  # of the harness and its libraries
 def test_its_task_gives_the_arcs_own_answers(finished):
-    """To the item, with lm-evaluation-harness, whose log-probabilities differ by that of the assistant's mark alone."""
+    """To the item, with lm-evaluation-harness, which scores the same tokens, and the assistant's mark before each choice."""
     pytest.importorskip("lm_eval")
+    from tinyllama_jax.data import chat
     from tinyllama_jax.evals import harness
     from tinyllama_jax.inference import weights
 
-    work = finished[0] / "work"
+    work, scored = finished[0] / "work", []
     assert (work / "task/arc_choices.yaml").is_file(), finished[2]
-    for stage in ("base", "dpo"):
-        model = harness.HarnessModel(weights.load(work / stage), bos=False, quiet=True)
-        out = harness.run(model, harness.tasks(["arc_choices"], work / "task", None), None)
-        own = json.loads((work / f"measures/{stage}.json").read_text())["choice"]
-        assert [sample["acc"] for sample in out["samples"]["arc_choices"]] == own, stage
-        assert out["tasks"]["arc_choices"]["metrics"]["acc"]["value"] == pytest.approx(sum(own) / N)
+    model = harness.HarnessModel(loaded := weights.load(work / "dpo"), bos=False, quiet=True)
+    scorer, model.scorer = model.scorer, lambda texts, *more: scored.extend(texts) or scorer(texts, *more)
+    out = harness.run(model, harness.tasks(["arc_choices"], work / "task", None), None)
+    own = json.loads((work / "measures/dpo.json").read_text())["choice"]
+    assert [sample["acc"] for sample in out["samples"]["arc_choices"]] == own
+    assert out["tasks"]["arc_choices"]["metrics"]["acc"]["value"] == pytest.approx(sum(own) / N)
+    _, asked = arc_facts.held_out(arc_facts.gather(finished[0] / "library", None), N)
+    pairs = [(question, answer) for question in arc_facts.questions(asked) for answer in question.choices]
+    texts = [arc_measures.encoded(loaded, chat.TEMPLATES["zephyr"], *pair) for pair in pairs]
+    assert [text.ids for text in scored] == [ids[:-1] for ids, _ in texts]  # without the end
+    mark = {text.n - (n - 1) for text, (_, n) in zip(scored, texts, strict=True)}
+    assert len(mark) == 1 and min(mark) > 3, mark  # the same for all choices, so that it moves no pick
 
 
 def test_a_claim_needs_two_standard_errors_in_its_direction():
