@@ -288,7 +288,7 @@ def server(work: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
     try:
         deadline, url = time.monotonic() + PATIENCE, None
-        while url is None:
+        while not (url and healthy(url[1])):
             time.sleep(0.2)
             url = re.search(r"(http://\S+) is a page to chat with", log.read_text())
             if process.poll() is not None or time.monotonic() > deadline:
@@ -297,6 +297,13 @@ def server(work: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+
+
+def healthy(url: str) -> bool:
+    """Whether the server at `url` has computed its first answer."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+        return response.status == 200
+    return False
 
 
 def picture(url: str, question: str, file: Path) -> str:
