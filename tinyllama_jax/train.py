@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Trains to `train.steps`, from the newest checkpoint of the run folder if there is one. Returns the exit code."""
     with contextlib.ExitStack() as at_end:
         # -- the configuration, and the other processes
-        startup, stop = Startup(supervise.STARTED), at_end.enter_context(cluster.stop_on_signal())
+        startup, stop = Startup(supervise.imports), at_end.enter_context(cluster.stop_on_signal())
         config = cli.load(argv, __doc__)
         xla.reserve_memory()
         cluster.join(config.train.wait)

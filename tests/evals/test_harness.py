@@ -76,6 +76,7 @@ def folder(tmp_path_factory) -> Path:
         {"q": some(1, 12) + " " * (i % 5 == 0), "choices": [some(1, 7) for _ in range(4)], "gold": rng.randint(0, 3)}
         for i in range(30)
     ]
+    rows += [{"q": f"{some(1, 4)}</s>", "choices": [some(1, 3) for _ in range(4)], "gold": 1}]  # a control token
     rows += [{"q": some(120, 150), "choices": [some(1, 3) for _ in range(4)], "gold": 0}]  # more than the context
     (out / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     letters = [row | {"choices": list("ABCD")} for row in rows[:30]]

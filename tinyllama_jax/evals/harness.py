@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import control
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer, Text
 from tinyllama_jax.inference import retrieval
@@ -88,9 +89,13 @@ class HarnessModel(TemplateLM):
         return self._loaded.model.seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Ids, with bos in front as `bos` says unless `add_special_tokens` says otherwise."""
-        bos = self._bos if add_special_tokens is None else add_special_tokens and self._loaded.tokenizer.bos_id >= 0
-        return ([self._loaded.tokenizer.bos_id] if bos else []) + self._loaded.tokenizer.encode(string)
+        """Ids, with one bos in front as `bos` says unless `add_special_tokens` says otherwise.
+
+        A control token written out in `string`, such as "</s>" after a question, becomes that token, as with `hf`.
+        """
+        bos_id, (ids, _) = self._loaded.tokenizer.bos_id, control.encode(self._loaded.tokenizer, string)
+        bos = self._bos if add_special_tokens is None else add_special_tokens and bos_id >= 0
+        return [bos_id, *ids] if bos and ids[:1] != [bos_id] else ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As the harness's own, with passages before the contexts."""

@@ -31,6 +31,7 @@ from tinyllama_jax.run import cluster
 from tinyllama_jax.run.cluster import CHANNEL, EXIT_SPIKE, HEARTBEAT, STOP_SIGNALS
 
 STARTED = time.perf_counter()  # `train` imports this module first
+imports: float | None = None  # seconds from then until `run`; None where another program calls `train.main`
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
 PATIENCE = {"starting": cluster.STARTING, "saving": 10}  # times train.wait; saving: without reading or writing
 PROGRESS = 1 << 26  # bytes read and written that count as progress of a save
@@ -44,6 +45,8 @@ _RECORD = 2_048  # bytes of a file in RUN/processes
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """`run_main`, but a process that fails ends at once, without waiting for other processes or Orbax's threads."""
+    global imports
+    imports = time.perf_counter() - STARTED
     try:
         run_main(main)
     except BaseException as error:
