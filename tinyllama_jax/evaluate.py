@@ -2,6 +2,7 @@
 
 python -m tinyllama_jax.evaluate --checkpoint PATH --tasks commonsense
 python -m tinyllama_jax.evaluate --checkpoint PATH --data-set DIR
+python -m tinyllama_jax.evaluate --checkpoint PATH --passkey 20
 """
 
 import argparse
@@ -15,7 +16,7 @@ from tinyllama_jax.base import files
 from tinyllama_jax.base.config import Data
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import feed
-from tinyllama_jax.evals import held_out
+from tinyllama_jax.evals import held_out, passkey
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer
 from tinyllama_jax.inference import options, weights
@@ -43,7 +44,9 @@ def main(argv: list[str]) -> int:
         record |= _tasks(args, loaded, wanted, f"{args.checkpoint}" + ("" if step is None else f", step {step:,}"))
     if args.data_set:
         record |= {"data_set": _held_out(args, loaded, step)}
-    if args.longer:
+    if args.passkey:
+        record |= {"passkey": _passkey(args, loaded)}
+    if args.longer and args.data_set:
         record |= {"by_position": _by_position(args, loaded)}
     record["results"] = _results(record)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -61,6 +64,11 @@ def _results(record: dict) -> dict[str, dict[str, float | None]]:
         loss = {"value": prepared["loss"], "stderr": prepared["loss_stderr"]}
         per_byte = {"value": prepared["bits_per_byte"], "stderr": None}
         metrics[f"{Path(prepared['path']).name} {prepared['split']}"] = {"loss": loss, "bits_per_byte": per_byte}
+    if passkeys := record.get("passkey"):
+        rows = {"accuracy": passkeys} | {f"accuracy at {row['depth']:.0%}": row for row in passkeys["depths"]}
+        scaled = "" if passkeys["rope_scaling"] == 1 else f" {passkeys['rope_type'].split(',')[0]}"
+        by_depth = {metric: {"value": row["accuracy"], "stderr": row["stderr"]} for metric, row in rows.items()}
+        metrics[f"passkey {passkeys['context']}{scaled}"] = by_depth
     ends = {"": "value", "_stderr": "stderr"}
     named = lambda scores: {f"{metric}{end}": score[key] for metric, score in scores.items() for end, key in ends.items()}
     return {task: named(scores) for task, scores in metrics.items()}
@@ -128,6 +136,20 @@ def _by_position(args: argparse.Namespace, loaded: Loaded) -> dict:
     return {"context": model.seq_len, "rope_type": model.rope_type, "rope_scaling": model.rope_scaling, "parts": parts}
 
 
+def _passkey(args: argparse.Namespace, loaded: Loaded) -> dict:
+    """Asks for hidden numbers and prints the accuracy by their depth; returns what is recorded."""
+    model = held_out.lengthened(loaded.model, args.longer or 1, args.rope)
+    bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
+    print(f"passkey: context {model.seq_len:,}; RoPE {model.rope_type} x {model.rope_scaling:g}")
+    mean, scored = passkey.scores(Scorer(loaded._replace(model=model), args.batch), loaded.tokenizer, bos, args.passkey)
+    for depth, row in scored.items():
+        error = "" if row.stderr is None else f" +- {row.stderr:.3f}"
+        print(f"passkey at {depth:.0%} of the text: accuracy {row.accuracy:.3f}{error}, {row.tries:,} tries")
+    scaling = {"context": model.seq_len, "rope_type": model.rope_type, "rope_scaling": model.rope_scaling}
+    depths = [{"depth": depth, **row._asdict()} for depth, row in scored.items()]
+    return {**scaling, "bos": bos, "seed": passkey.SEED, **mean._asdict(), "depths": depths}
+
+
 def _harness():
     """The module that needs lm-eval. Raises UserError if it is not installed."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -151,21 +173,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="local files DIR/TASK in place of the hub's, for the commonsense tasks (none)")
     add("--data-set", metavar="DIR", help="what `prepare` wrote, or LITPKDS files: loss, perplexity, bits per byte (none)")
     add("--split", default="validation", help="which split of --data-set (validation)")
-    add("--longer", type=float, metavar="F", help="perplexity of --data-set by position in a context F times as long (none)")
+    add("--passkey", type=int, metavar="N", help="N tries at each of five depths to repeat a number hidden in filler (none)")
+    add("--longer", type=float, metavar="F", help="--passkey, and perplexity of --data-set by position, in F times the context")
     add("--rope", choices=("linear", "ntk", "yarn"), help="scale RoPE for --longer (as the model has it)")
     add("--include", type=Path, metavar="DIR", help="a folder with your own tasks' YAML files (none)")
     add("--run-code", action="store_true", help="let humaneval run the programs that the model writes (off)")
     add("--output", type=Path, metavar="FILE", help="write the scores there as JSON (none)")
     args = parser.parse_args(argv)
-    if args.tasks is None and args.data_set is None:
-        raise UserError("nothing to score: say --tasks commonsense, or --data-set DIR")
+    if args.tasks is None and args.data_set is None and args.passkey is None:
+        raise UserError("nothing to score: say --tasks commonsense, or --data-set DIR, or --passkey 20")
     if args.data_set is not None:
         files.check_local("--data-set", args.data_set)
-    if args.longer is not None and not (args.data_set and 1 <= args.longer <= 64):
-        raise UserError(f"--longer {args.longer:g}: must lie between 1 and 64, and needs --data-set")
-    if args.rope and args.longer is None:
-        raise UserError(f"--rope {args.rope}: needs --longer, such as --longer 2")
-    for name in ("limit", "batch"):
+    if args.longer is not None and not ((args.data_set or args.passkey) and 1 / 64 <= args.longer <= 64):
+        raise UserError(f"--longer {args.longer:g}: must lie between 1/64 and 64, and needs --data-set or --passkey")
+    if args.rope and (args.longer is None or args.longer < 1):
+        raise UserError(f"--rope {args.rope}: needs --longer of at least 1, such as --longer 2")
+    for name in ("limit", "batch", "passkey"):
         if (value := getattr(args, name)) is not None and not 1 <= value < 2**31:
             raise UserError(f"--{name} {value}: must be at least 1, and less than 2^31")
     for name in ("data", "include"):
