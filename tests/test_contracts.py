@@ -36,7 +36,7 @@ ORDER = {
     "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
     "web server listen",
-    "evals": "tasks score held_out passkey harness",
+    "evals": "tasks score held_out passkey contamination harness",
 }
 HOME = {
     "flax": {"core.model"},

@@ -91,6 +91,20 @@ def test_the_seven_tasks_from_local_files(folders, data, tmp_path, capsys):  # n
     assert "Pythia-1.0B, 300B tokens" in out and "TinyLlama v1.1 chinese" in out and "EVAL.md" in out
 
 
+def test_an_items_text_is_its_prompt_and_right_answer(data):
+    """What is looked for in training data."""
+    harness = pytest.importorskip("tinyllama_jax.evals.harness", reason="needs lm_eval, of the extra dev")
+    texts = {}
+    for task in harness.tasks(list(tasks.COMMONSENSE), None, data):
+        texts[task.task_name] = [harness._text(task, doc) for doc in task.eval_docs]
+    assert texts["hellaswag"] == ["Sitting: A man sits. He gets up.", "Sitting: A man sits. He eats."]
+    assert texts["openbookqa"] == ["Which is an animal? cat"] * 2
+    assert texts["winogrande"] == [f"The cup fell off the bed as the {thing} was old." for thing in ("cup", "bed")]
+    assert texts["arc_challenge"] == ["Question: Which is an animal?\nAnswer: cup"]
+    assert texts["boolq"][0] == "A cup is made of clay.\nQuestion: is a cup made of clay?\nAnswer: yes"
+    assert texts["piqa"] == [f"Question: drink\nAnswer: take a {thing}" for thing in ("cup", "bed")]
+
+
 def test_the_published_averages_are_the_means_of_their_rows():
     """A wrong digit would show; the original rounds some averages down."""
     for name, row in tasks.PUBLISHED.items():

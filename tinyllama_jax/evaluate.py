@@ -3,6 +3,7 @@
 python -m tinyllama_jax.evaluate --checkpoint PATH --tasks commonsense
 python -m tinyllama_jax.evaluate --checkpoint PATH --data-set DIR
 python -m tinyllama_jax.evaluate --checkpoint PATH --passkey 20
+python -m tinyllama_jax.evaluate --checkpoint PATH --tasks piqa --against DIR
 """
 
 import argparse
@@ -16,8 +17,10 @@ from tinyllama_jax.base import files
 from tinyllama_jax.base.config import Data
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import feed
+from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.evals import held_out, passkey
 from tinyllama_jax.evals import tasks as task_lib
+from tinyllama_jax.evals.contamination import COMMON
 from tinyllama_jax.evals.score import Scorer
 from tinyllama_jax.inference import options, weights
 from tinyllama_jax.inference.weights import Loaded
@@ -89,7 +92,7 @@ def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) ->
     bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
     with contextlib.redirect_stdout(sys.stderr):
         results = harness.run(harness.HarnessModel(loaded, bos, args.batch), wanted, args.limit, args.run_code)
-    del results["samples"]
+    samples = results.pop("samples")
     for task, row in results["tasks"].items():
         for metric, score in row["metrics"].items():
             value = "none" if score["value"] is None else f"{score['value']:.4f}"
@@ -101,10 +104,27 @@ def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, name: str) ->
         print("\n" + task_lib.table(name, {task: (score["value"], score["stderr"]) for task, score in scores.items()}))
         print("\nThe other rows: EVAL.md of github.com/jzhang38/TinyLlama, and the card of TinyLlama_v1.1: 0-shot, fp32, most")
         print(f"likely without bos. Ours: {loaded.model.compute_dtype}, {'with' if bos else 'without'} bos.")
+    if args.against:
+        results |= {"contamination": _contamination(wanted, samples, args.against)}
     average = (
         sum(score["value"] for score in scores.values()) / len(scores) if len(scores) == len(task_lib.COMMONSENSE) else None
     )
     return {"bos": {"asked": args.bos, "used": bos}, "limit": args.limit, "commonsense_average": average, **results}
+
+
+def _contamination(wanted: list, samples: dict, against: list[Blocks]) -> dict:
+    """Looks for the tasks' items in prepared sets and prints how many stand there; returns what is recorded."""
+    out = _harness().contaminated(wanted, samples, against)
+    print(f"\nlooked for the items in {', '.join(row['path'] for row in out['against'])}: {out['tokens']:,} tokens, "
+          f"{out['text_mb']:,.1f} MB of text, {out['text_mb'] / out['seconds']:.1f} MB/s")  # fmt: skip
+    for task, row in out["tasks"].items():
+        common = f"; {len(row['common']):,} more share only n-grams of over {COMMON} documents" if row["common"] else ""
+        print(f"{task}: n-grams of {row['n']} words of {row['dirty']:,} of {row['items']:,} items ({row['share']:.1%}) "
+              f"stand there{common}")  # fmt: skip
+        for metric, scores in row["scores"].items():
+            named = {group: score["value"] for group, score in scores.items() if score and score["value"] is not None}
+            print(f"{task}: {metric} " + ", ".join(f"{value:.4f} on {group} items" for group, value in named.items()))
+    return out
 
 
 def _held_out(args: argparse.Namespace, loaded: Loaded, step: int | None) -> dict:
@@ -173,6 +193,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="local files DIR/TASK in place of the hub's, for the commonsense tasks (none)")
     add("--data-set", metavar="DIR", help="what `prepare` wrote, or LITPKDS files: loss, perplexity, bits per byte (none)")
     add("--split", default="validation", help="which split of --data-set (validation)")
+    add("--against", metavar="DIR", help="prepared sets, with commas between: which items of --tasks stand there (none)")
     add("--passkey", type=int, metavar="N", help="N tries at each of five depths to repeat a number hidden in filler (none)")
     add("--longer", type=float, metavar="F", help="--passkey, and perplexity of --data-set by position, in F times the context")
     add("--rope", choices=("linear", "ntk", "yarn"), help="scale RoPE for --longer (as the model has it)")
@@ -196,11 +217,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             files.check_local(f"--{name}", path)
             if not path.is_dir():
                 raise UserError(f"--{name} {path}: no such folder")
+    args.against = _opened(args) if args.against is not None else []
     if args.output:
         files.check_local("--output", args.output)
         if args.output.is_dir() or not args.output.parent.is_dir():
             raise UserError(f"--output {args.output}: must be a file in a folder that exists")
     return args
+
+
+def _opened(args: argparse.Namespace) -> list[Blocks]:
+    """The sets of --against. Raises UserError if one is no prepared set, or there are no tasks to look for."""
+    if args.tasks is None:
+        raise UserError(f"--against {args.against}: looks for the items of tasks; name them with --tasks")
+    paths = list(dict.fromkeys(path.strip() for path in args.against.split(",")))
+    for path in paths:
+        files.check_local("--against", path)
+    return [feed.open_source(path, "train", 2_048) for path in paths]  # LITPKDS files have blocks of any length
 
 
 if __name__ == "__main__":
