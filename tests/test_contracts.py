@@ -37,7 +37,7 @@ ORDER = {
     "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
     "worker web server listen",
-    "evals": "tasks score held_out questions harness in_training",
+    "evals": "tasks score held_out questions passkey contamination harness in_training",
 }
 HOME = {
     "flax": {"core.model"},

@@ -5,12 +5,14 @@ import difflib
 import importlib.metadata
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import lm_eval
 from lm_eval import utils
+from lm_eval.api import metrics as metric_lib
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import metric_registry
@@ -21,6 +23,8 @@ from tqdm import tqdm
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data import control
+from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.evals import contamination
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer, Text
 from tinyllama_jax.inference import retrieval
@@ -304,10 +308,9 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
     for name, samples in results["samples"].items():
         values = {key.removesuffix(",none"): value for key, value in results["results"][name].items() if "," in key}
         errors = {key.replace("_stderr", "", 1): value for key, value in values.items() if "_stderr" in key}
-        number = lambda value: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
         out[name] = {
             "metrics": {
-                key: {"value": number(value), "stderr": number(errors.get(key))}
+                key: {"value": _number(value), "stderr": _number(errors.get(key))}
                 for key, value in values.items()
                 if "_stderr" not in key
             },
@@ -319,3 +322,80 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
         }
     used = {"retrieve": model.index.settings(model.max_length)} if getattr(model, "index", None) else {}
     return {"harness": f"lm-evaluation-harness {version()}", **used, "tasks": out, "samples": results["samples"]}
+
+
+# -- contamination ------------------------------------------------------------------------------------------------------
+
+
+def contaminated(wanted: list[Task], samples: dict[str, list[dict]], against: list[Blocks]) -> dict:
+    """Which items of each task stand in the prepared sets `against`, and the scores with and without these.
+
+    `samples`: as `run` returns. Returns {"against", "tokens", "text_mb", "seconds", "tasks": {name: {"n", "items", "dirty",
+    "share", "common", "scores": {metric: {"all", "clean", "dirty"}}, "dirty_items"}}}. `common`: items of which only n-grams
+    stand in the data that are in more than `contamination.COMMON` documents; they count as clean. Raises UserError.
+    """
+    by_name = {task.task_name: task for task in wanted}
+    items = {
+        name: contamination.Items({s["doc_id"]: _text(by_name[name], s["doc"]) for s in samples[name]}) for name in samples
+    }
+    tokens, started = sum(len(blocks) * (blocks.seq_len + 1) for blocks in against), time.perf_counter()
+    with tqdm(total=tokens, desc="contamination", unit=" tokens", unit_scale=True, mininterval=1) as bar:
+
+        def progress(more: int, speed: str) -> None:
+            bar.set_postfix_str(speed, refresh=False)
+            bar.update(more)
+
+        scanned = contamination.scan(against, list(items.values()), progress)
+    out = {}
+    for name, task in items.items():
+        dirty, common = task.dirty(scanned.places)
+        groups = {"all": task.each.keys(), "clean": task.each.keys() - dirty.keys(), "dirty": dirty.keys()}
+        some = lambda ids, name=name: [s for s in samples[name] if s["doc_id"] in ids]
+        scores = {group: _scores(by_name[name], some(ids)) for group, ids in groups.items()}
+        out[name] = {
+            "n": task.n,
+            "items": len(task.each),
+            "dirty": len(dirty),
+            "share": len(dirty) / len(task.each),
+            "common": common,
+            "scores": {metric: {group: scores[group].get(metric) for group in groups} for metric in scores["all"]},
+            "dirty_items": [_row(item, gram, place, against) for item, (gram, place) in dirty.items()],
+        }
+    sets = [{"path": str(b.directory), "split": b.split, "manifest": b.manifest_sha256} for b in against]
+    seconds = time.perf_counter() - started
+    return {"against": sets, "tokens": tokens, "text_mb": scanned.n_bytes / 1e6, "seconds": seconds, "tasks": out}
+
+
+def _row(item: int, gram: str, place: contamination.Place, against: list[Blocks]) -> dict:
+    """A dirty item for the JSON."""
+    blocks = against[place.source]
+    file, record = blocks.place(place.block)
+    where = {"source": str(blocks.directory), "block": place.block, "file": file.name, "record": record}
+    return {"item": item, "ngram": gram, "documents": place.documents, **where}
+
+
+def _text(task: Task, doc: dict) -> str:
+    """An item's prompt, without examples, and its (first) right answer."""
+    prompt, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+    answer = answer[0] if isinstance(answer, list) and answer else answer
+    if isinstance(prompt, int):  # winogrande: the choices are the prompts
+        prompt = task.doc_to_choice(doc)[prompt]
+    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+        answer = task.doc_to_choice(doc)[answer]
+    return f"{prompt} {answer}"
+
+
+def _scores(task: Task, samples: list[dict]) -> dict[str, dict[str, float | None]]:
+    """The task's metrics over some of its items, named as in `run`: {metric: {"value", "stderr"}}."""
+    out = {}
+    for kind, metric in dict.fromkeys((s["filter"], metric) for s in samples for metric in s["metrics"]):
+        values, aggregate = [s[metric] for s in samples if s["filter"] == kind], task.aggregation()[metric]
+        error = metric_lib.stderr_for_metric(aggregate, 1_000) if len(values) > 1 else None
+        score = {"value": _number(aggregate(values)), "stderr": _number(error(values)) if error else None}
+        out[metric if kind == "none" else f"{metric},{kind}"] = score
+    return out
+
+
+def _number(value: object) -> float | None:
+    """`value` for JSON, which has no nan."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
