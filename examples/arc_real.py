@@ -275,7 +275,7 @@ def served(work: Path, questions: list[arc_facts.Question]) -> dict:
         with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             answer = json.load(response)["choices"][0]["message"]["content"]
         page = picture(url, questions[1].text, work / "chat.png")
-    return {"answer": answer, "shown": [f"API: {answer[:60].strip()!r}", f"page: {page}"]}
+    return {"answer": answer, "shown": [f"API: {answer[:50].strip()!r}", f"page: {page}"]}
 
 
 @contextlib.contextmanager
@@ -330,7 +330,7 @@ def picture(url: str, question: str, file: Path) -> str:
             page.get_by_role("button", name="Send").wait_for()  # again, in the place of Stop
             answer = page.locator("article p").nth(1).text_content()
             page.screenshot(path=file)
-    return f"{answer[:60].strip()!r}, {file}"
+    return f"{answer[:50].strip()!r}, {file.name}"
 
 
 def table(kept: dict[str, dict]) -> str:

@@ -159,6 +159,9 @@ def test_the_policy_on_bos_matters(pair):
     ask = Instance("loglikelihood", {}, ("the index", " of a value"), 0)
     one, other = (harness.HarnessModel(loaded, bos, quiet=True).loglikelihood([ask])[0][0] for bos in (False, True))
     assert abs(one - other) > 0.01
+    written = loaded.tokenizer.pieces()[loaded.tokenizer.bos_id] + "the index"  # in the text itself: still one
+    assert harness.HarnessModel(loaded, True).tok_encode(written) == harness.HarnessModel(loaded, False).tok_encode(written)
+    assert harness.HarnessModel(loaded, True).tok_encode(written).count(loaded.tokenizer.bos_id) == 1
     none = loaded._replace(tokenizer=SimpleNamespace(bos_id=-1, eos_id=2, path="x"))
     with pytest.raises(UserError, match="--bos yes: the tokenizer has no bos; say --bos no"):
         harness.HarnessModel(none, True)

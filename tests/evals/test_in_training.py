@@ -161,7 +161,7 @@ def test_two_processes_score_alike_and_one_writes(tiny_config_file, folder, tmp_
     ("change", "error"),
     [
         ({"eval__tasks": ""}, "--eval.every=3: needs tasks, such as --eval.tasks=piqa,hellaswag"),
-        ({"eval__every": 0}, "--eval.tasks=piqa,words: needs --eval.every=STEPS; or --eval.tasks=$"),
+        ({"eval__every": 0}, "--eval.tasks=piqa,words: needs --eval.every=STEPS; without it, must be empty"),
         ({"eval__every": -1}, "--eval.every=-1: must be at least 0"),
         ({"eval__limit": -5}, "--eval.limit=-5: must be at least 0"),
         ({"eval__tasks": "piqa,wordz"}, "--eval.tasks wordz: is no task of .*; did you mean words?"),

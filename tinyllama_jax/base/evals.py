@@ -20,7 +20,7 @@ class Eval(Section):
         super().__post_init__()
         check(not self.every or bool(self.tasks), "eval.every", self.every, "needs tasks, such as --eval.tasks=piqa,hellaswag")
         for name in ("tasks", "data", "include", "limit"):
-            value, empty = getattr(self, name), "0" if name == "limit" else ""
-            check(self.every > 0 or not value, f"eval.{name}", value, f"needs --eval.every=STEPS; or --eval.{name}={empty}")
+            value, off = getattr(self, name), "0" if name == "limit" else "empty"
+            check(self.every > 0 or not value, f"eval.{name}", value, f"needs --eval.every=STEPS; without it, must be {off}")
             if value and name in ("data", "include"):
                 check_local(f"--eval.{name}", value)
