@@ -160,7 +160,7 @@ def test_a_wrong_file_is_named(rows, task, error, tmp_path):
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        ([], "nothing to score: say --tasks commonsense, or --data-set DIR"),
+        ([], "nothing to score: say --tasks commonsense, --data-set DIR"),
         (["--tasks", ""], "--tasks '': names no task; choose of commonsense, knowledge, language"),
         (["--tasks", ",,"], "names no task"),
         (["--tasks", "piqa", "--limit", "0"], "--limit 0: must be at least 1"),
