@@ -124,7 +124,8 @@ def test_pairs_of_every_shape(row):
     ("row", "words"),
     [
         ({"prompt": "Q", "chosen": "A"}, "is no pair: it needs 'chosen' and 'rejected', and has"),
-        ({"chosen": "A", "rejected": "B"}, "'chosen' has no turns"),
+        ({"chosen": "A", "rejected": "B"}, "where chosen and rejected hold only answers, add a 'prompt'; see docs/dpo.md"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "'chosen' begins with no question; where chosen and rejected hold only"),
         ({"prompt": 3, "chosen": "A", "rejected": "B"}, "'prompt' is not a text, but 3"),
         ([1], "is no pair"),
     ],
