@@ -83,7 +83,8 @@ def _template(base: initialize.Origin, config: Config, origin: Path, typed: bool
     if name and not typed and "default" in chat.own_sources(base.tokenizer.folder):
         own = chat.of_folder(origin.absolute(), base.tokenizer)
         if chat.marks_answers(own):
-            other = f", not the config's {name}, which {option}={name} takes" if own.name != name else ""
+            same = chat.choose(origin.absolute(), base.tokenizer, name, option).source == own.source
+            other = "" if same else f", not the config's {name}, which {option}={name} takes"
             return own._replace(why=f"that of {origin}{other}")
     template = chat.choose(origin.absolute(), base.tokenizer, name, option)
     return template if typed else template._replace(why=template.why.replace(option, "the config's data.template"))

@@ -350,3 +350,6 @@ def test_help_of_train_lists_every_key(monkeypatch):
     assert lines["data.verify"].endswith("(false)") and lines["data.skip"].endswith("(empty)")
     assert lines["train.steps"].endswith("(set by the config)") and lines["checkpoint.keep"].endswith("(3)")
     assert all(f"--{key} " in parser.format_help() for key in c.keys())
+    for key, line in lines.items():  # for people without the source, and no second time the key
+        assert ".py" not in line and "dims." not in line and f"--{key}" not in line
+    assert "conversations" in lines["data.sources"]
