@@ -26,7 +26,7 @@ from types import FrameType
 from tinyllama_jax.base import cli
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, close_stream, run_main
-from tinyllama_jax.base.files import claim, read_json
+from tinyllama_jax.base.files import claim, make_folder, read_json
 from tinyllama_jax.run import cluster
 from tinyllama_jax.run.cluster import CHANNEL, EXIT_SPIKE, HEARTBEAT, STOP_SIGNALS
 
@@ -147,7 +147,7 @@ class _Process:
 class _Watch:
     def __init__(self, config: Config, child: subprocess.Popen, place: mmap.mmap):
         self.folder, self.wait, self.child, self.place = Path(config.workdir) / "processes", config.train.wait, child, place
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder("--workdir", config.workdir, self.folder)
         self.beat, self.started = min(1.0, self.wait / 10), time.monotonic()
         self.file: int | None = None
         self.others: list[_Process] = []
