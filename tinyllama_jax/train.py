@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
                                        peak_flops=targets.peak_flops))  # fmt: skip
         log.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
-            log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps resumes it")
+            more = "train.epochs" if config.train.epochs else "train.steps"
+            log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger {more} resumes it")
         agreement = cluster.Agreement(mesh, stop, checkpoints)
         scores = in_training.Scores(config, program, held_out, tasks, log, agreement)
         scores.before(start, state.params, came=bool(origin))
