@@ -189,8 +189,8 @@ def test_sizes_stay_within_budget():
         "run.",
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
-    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 7_450
-    assert sum(lines.values()) <= 22_200 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 7_620
+    assert sum(lines.values()) <= 23_750 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature
