@@ -11,15 +11,19 @@ NEWER  := $(shell for p in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pye
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 SAME   := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))' 2>/dev/null)
 
-.PHONY: demo arc test test-main test-plan test-newer lint bench clean
+.PHONY: demo arc arc-real test test-main test-plan test-newer lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
 	@$(PY) -m examples.demo
 
 # it ends with a table of what each stage improved, and fails if one did not
-arc: $(VENV)/.gguf
+arc: $(VENV)/.arc
 	@$(PY) -m examples.arc
+
+# the same for SmolLM2-135M, a real model, on its way through every command; with PIQA=DIR also PIQA's score
+arc-real: $(VENV)/.dev
+	@$(PY) -m examples.arc_real
 
 # every part runs, even if an earlier one has failed; the last line names those that failed
 test:
@@ -70,13 +74,15 @@ bench: $(VENV)/.dev
 vllm-venv: $(VENV)-vllm/.base
 
 # 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
-# others. Then the whole arc, an export in vLLM, 1,000 requests to a server, and all of PIQA by SmolLM2, ours and by lm-eval.
+# others. Then the whole arc, SmolLM2 through every command, an export in vLLM, 1,000 requests to a server, all of PIQA by SmolLM2,
+# ours and by lm-eval.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
 	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
-	rm -rf runs/test-arc
+	rm -rf runs/test-arc runs/test-arc-real
 	$(PY) -m examples.arc --workdir runs/test-arc
+	$(PY) -m examples.arc_real --workdir runs/test-arc-real
 	$(PY) tests/vllm_greedy.py
 	$(PY) tests/serve_load.py --clients 64 --requests 1000
 	PYTHONPATH=.:tests:tests/inference $(PY) tests/evals/test_harness.py
@@ -92,8 +98,8 @@ $(VENV)/.base: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.gguf: $(VENV)/.base
-	@$(PIP) 'gguf>=0.19'
+$(VENV)/.arc: $(VENV)/.base
+	@$(PIP) 'gguf>=0.19' 'bm25s>=0.3.16,<0.4'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml tests/install_torch.py tests/install_browser.py

@@ -7,6 +7,7 @@ python -m examples.arc [--workdir runs/arc]
    as conversations cut out of web pages do.
 3. Preferences (DPO): answers that are right and stop, against answers that run on or belong to another question.
 4. After each of the three, the same measures on held-out questions; the table at the end says what each stage improved.
+   Then the final model's own answers, with and without retrieval.
 
 Stopped at any moment, the same command resumes, and finished stages are not repeated. The exit code is 1 if a claim fails.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -83,6 +85,8 @@ def arc(
     from tinyllama_jax.hub import gguf
 
     gguf.package()  # refuses at once if it is not installed: it is needed at the end
+    if importlib.util.find_spec("bm25s") is None:  # importing it would ask JAX for its devices before the training does
+        raise UserError("bm25s is not installed: pip install 'tinyllama_jax[retrieve]'")
 
     # 1. the text, the tokenizer, the base model
     if not (work / "corpus").is_dir():
@@ -106,14 +110,19 @@ def arc(
     train("dpo", work / "dpo", sizes["dpo"], ["--config", config_file, *origin, *DPO.split(), *size(config, sizes["dpo"], 8)])
     stages["dpo"] = measured(work, "dpo", questions)
 
-    # 4. exports and a chat
+    # 4. exports, retrieval and a chat
     export(work)
+    if not (work / "retrieve").is_dir():
+        partial = fresh(work / "retrieve")
+        arc_facts.write_retrieval(partial, facts, questions)
+        partial.rename(work / "retrieve")
+    answers = arc_measures.retrieved(work / "retrieve", work / "dpo")
     if not (work / "task/arc_choices.yaml").is_file():
         (work / "task").mkdir(exist_ok=True)
         arc_measures.write_task(work / "task", work / "dpo", questions)
     if not (work / "chat.txt").is_file():
         talk(work, taught)
-    text, code = conclusion(work, stages, time.monotonic() - started)
+    text, code = conclusion(work, stages, answers, time.monotonic() - started)
     say(text)
     return code
 
@@ -266,8 +275,8 @@ def talk(work: Path, facts: list[arc_facts.Fact]) -> None:
     partial.replace(work / "chat.txt")
 
 
-def conclusion(work: Path, stages: dict[str, dict[str, list[float]]], seconds: float) -> tuple[str, int]:
-    """(the table, the claims and how to talk to the model; the exit code)."""
+def conclusion(work: Path, stages: dict[str, dict[str, list[float]]], answers: str, seconds: float) -> tuple[str, int]:
+    """(the tables, of which `answers` is one, the claims and how to talk to the model; the exit code)."""
     claims = arc_measures.claims(stages)
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     python = shlex.join([os.path.relpath(sys.executable) if inside else sys.executable, "-m"])
@@ -282,10 +291,15 @@ def conclusion(work: Path, stages: dict[str, dict[str, list[float]]], seconds: f
         "Each stage improves what it is for by more than two standard errors:",
         *(f"  {line}" for _, line in claims),
         "",
+        "The final model's own answers to the same questions, without and with passages of an index of the facts:",
+        "",
+        answers,
+        "",
         f"made in {seconds:.0f} s; {work / 'hf'} is for Transformers, {work / 'arc.gguf'} for llama.cpp",
         "",
         "Talk to it:",
         f"  {python} tinyllama_jax.chat --checkpoint {work / 'dpo'}",
+        f"  {python} tinyllama_jax.chat --checkpoint {work / 'dpo'} --retrieve {work / 'retrieve/index'}",
         f"  {python} tinyllama_jax.serve --checkpoint {work / 'dpo'}",
         f"  {python} tinyllama_jax.generate --checkpoint {work / 'base'} --prompt 'The purpose of'",
         "Score it again, with lm-evaluation-harness:",

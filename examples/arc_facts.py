@@ -180,6 +180,13 @@ def write_text(folder: Path, facts: list[Fact], copies: int) -> None:
     _write(folder / "facts.validation.jsonl", [{"text": "\n\n".join(some[i : i + 12])} for i in range(0, len(some), 12)])
 
 
+def write_retrieval(folder: Path, facts: list[Fact], asked: list[Question]) -> None:
+    """Writes passages.jsonl, a statement of every fact, and questions.jsonl, the held-out questions with their answers."""
+    statements = [STATEMENTS[fact.kind][0].format(**fact._asdict()) for fact in facts]
+    _write(folder / "passages.jsonl", [{"text": text} for text in statements])
+    _write(folder / "questions.jsonl", [{"question": q.text, "answer": q.choices[q.answer]} for q in asked])
+
+
 def _turns(*texts: str) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts, strict=False)]
 

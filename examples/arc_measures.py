@@ -41,9 +41,9 @@ output_type: multiple_choice
 doc_to_text: prompt
 doc_to_choice: choices
 doc_to_target: label
-target_delimiter: ""
+target_delimiter: {between}
 metric_list:
-  - metric: acc_norm
+  - metric: acc
 """
 # stage -> (the stage before it, what it has to improve)
 CLAIMS = {
@@ -56,7 +56,8 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
     """A number of each of `MEASURES` for each question, and under "tokens_scored" the length of its right answer.
 
     The base model, too, is asked in Zephyr's template. Loss and choices are those of the answer's words alone, without the end:
-    a model that has never seen an answer end would lose by that token alone. Choices are compared by log-probability per byte.
+    a model that has never seen an answer end would lose by that token alone. Choices are compared by log-probability: their
+    lengths differ by less than a character on average.
     """
     from tinyllama_jax.data import chat
     from tinyllama_jax.evals.score import Scorer, Text
@@ -65,25 +66,17 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
 
     loaded = weights.load(run)
     template = chat.choose(run, loaded.tokenizer, "zephyr")
-    asked = lambda question: [{"role": "user", "content": question.text}]
-
-    def encoded(question: Question, answer: str) -> tuple[list[int], int]:
-        """(ids up to the answer's last word, how many of them are the answer)"""
-        talk = [*asked(question), {"role": "assistant", "content": answer}]
-        ids, mask = chat.encode_with_mask(template, loaded.tokenizer, talk, begin_with_bos=loaded.begin_with_bos)
-        first = mask.index(True)
-        end = first + mask[first:].index(False) if False in mask[first:] else len(mask)
-        return ids[:end], end - first
-
     prompts = [chat.encode(template, loaded.tokenizer, asked(q), begin_with_bos=loaded.begin_with_bos) for q in questions]
     stops = chat.stop_ids(template, loaded.tokenizer)
     greedy, sampled = (answers(loaded, prompts, stops, Sampling(temperature=t)) for t in (0.0, 1.0))
     scorer, texts, parting = Scorer(loaded), [], []
     for question in questions:
         for answer in question.choices:
-            ids, n = encoded(question, answer)
+            ids, n = encoded(loaded, template, question, answer)
             texts.append(Text(ids[:-1], n - 1))
-        chosen, rejected = (encoded(question, a)[0] for a in (question.choices[question.answer], question.run_on))
+        chosen, rejected = (
+            encoded(loaded, template, question, a)[0] for a in (question.choices[question.answer], question.run_on)
+        )
         at = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         parting += [Text(chosen[: at + 1], 1), Text(rejected[: at + 1], 1)]
     sums = [float(score.logprobs.sum(dtype="float64")) for score in scorer(texts)]
@@ -91,15 +84,30 @@ def measure(run: Path, questions: list[Question]) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {name: [] for name in (*MEASURES, "tokens_scored")}
     for i, question in enumerate(questions):
         right = 4 * i + question.answer
-        per_byte = [sums[4 * i + k] / len(choice.encode()) for k, choice in enumerate(question.choices)]
         out["stops_greedy"].append(float(greedy[i].finish == "stop"))
         out["stops_sampled"].append(float(sampled[i].finish == "stop"))
         out["tokens"].append(float(len(sampled[i].tokens)))
         out["nats"].append(-sums[right] / texts[right].n)
         out["tokens_scored"].append(float(texts[right].n))
-        out["choice"].append(float(max(range(4), key=lambda k, p=per_byte: p[k]) == question.answer))
+        out["choice"].append(float(max(range(4 * i, 4 * i + 4), key=sums.__getitem__) == right))
         out["prefers"].append(float(ends[2 * i] > ends[2 * i + 1]))
     return out
+
+
+def asked(question: Question) -> list[dict]:
+    """The conversation before an answer."""
+    return [{"role": "user", "content": question.text}]
+
+
+def encoded(loaded, template, question: Question, answer: str) -> tuple[list[int], int]:
+    """(ids up to the end of `answer`, how many of them the answer is, with its end)."""
+    from tinyllama_jax.data import chat
+
+    talk = [*asked(question), {"role": "assistant", "content": answer}]
+    ids, mask = chat.encode_with_mask(template, loaded.tokenizer, talk, begin_with_bos=loaded.begin_with_bos)
+    first = mask.index(True)
+    end = first + mask[first:].index(False) if False in mask[first:] else len(mask)
+    return ids[:end], end - first
 
 
 def answers(loaded, prompts: list[list[int]], stops: tuple[int, ...], sampling) -> list:
@@ -154,17 +162,46 @@ def claims(stages: dict[str, dict[str, list[float]]]) -> list[tuple[bool, str]]:
 
 
 def write_task(folder: Path, run: Path, questions: list[Question]) -> None:
-    """Writes the four-choice questions as a task of lm-evaluation-harness, arc_choices, for `evaluate --include`."""
-    from tinyllama_jax.data import chat, tokenizer
+    """Writes the four-choice questions as a task of lm-evaluation-harness, arc_choices, for `evaluate --include`.
+
+    A prompt ends with the question's eos, and the mark of the assistant's turn stands before each choice. The harness moves a
+    prompt's last line end into the answer, where a tokenizer may join it with the mark's last character: the model would see
+    another mark than in training. After a control token nothing is joined. The mark's own log-probability is the same for
+    all choices, so the right ones are those of `measure`.
+    """
+    from tinyllama_jax.data import chat, control, tokenizer
 
     spm = tokenizer.load(run / "tokenizer")
     template = chat.choose(run, spm, "zephyr")
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as f:
         for question in questions:
-            prompt = chat.render(template, spm, [{"role": "user", "content": question.text}])
-            row = {"prompt": prompt, "choices": question.choices, "label": question.answer}
+            prompt = chat.render(template, spm, asked(question))
+            before, eos, between = prompt.rpartition(control.named(spm)["eos_token"])
+            row = {"prompt": before + eos, "choices": question.choices, "label": question.answer}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (folder / "arc_choices.yaml").write_text(TASK.format(file=json.dumps(str((folder / "questions.jsonl").absolute()))))
+    file = json.dumps(str((folder / "questions.jsonl").absolute()))
+    (folder / "arc_choices.yaml").write_text(TASK.format(file=file, between=json.dumps(between)))
+
+
+def retrieved(folder: Path, run: Path) -> str:
+    """A table: exact match and F1 of the model's own answers, without and with passages of an index of the facts.
+
+    `folder`: what `arc_facts.write_retrieval` wrote; the index goes there, and the scores, as questions.json.
+    """
+    from tinyllama_jax.data import chat
+    from tinyllama_jax.evals import questions as questions_lib
+    from tinyllama_jax.inference import retrieval, weights
+
+    if not (folder / "index").is_dir():
+        retrieval.build([folder / "passages.jsonl"], folder / "index")
+    if not (folder / "questions.json").is_file():
+        loaded, rows = weights.load(run), questions_lib.read(folder / "questions.jsonl")
+        template, index = chat.choose(run, loaded.tokenizer), retrieval.Index(folder / "index")
+        ask = lambda index: questions_lib.summary(questions_lib.answered(loaded, rows, template, index, SLOTS))
+        partial = folder / "questions.partial"
+        partial.write_text(json.dumps({"without passages": ask(None), "with passages": ask(index)}))
+        partial.replace(folder / "questions.json")
+    return questions_lib.table(json.loads((folder / "questions.json").read_text()))
 
 
 def saved(path: Path, run: Path, questions: list[Question]) -> dict[str, list[float]]:

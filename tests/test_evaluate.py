@@ -91,6 +91,20 @@ def test_the_seven_tasks_from_local_files(folders, data, tmp_path, capsys):  # n
     assert "Pythia-1.0B, 300B tokens" in out and "TinyLlama v1.1 chinese" in out and "EVAL.md" in out
 
 
+def test_an_items_text_is_its_prompt_and_right_answer(data):
+    """What is looked for in training data."""
+    harness = pytest.importorskip("tinyllama_jax.evals.harness", reason="needs lm_eval, of the extra dev")
+    texts = {}
+    for task in harness.tasks(list(tasks.COMMONSENSE), None, data):
+        texts[task.task_name] = [harness._text(task, doc) for doc in task.eval_docs]
+    assert texts["hellaswag"] == ["Sitting: A man sits. He gets up.", "Sitting: A man sits. He eats."]
+    assert texts["openbookqa"] == ["Which is an animal? cat"] * 2
+    assert texts["winogrande"] == [f"The cup fell off the bed as the {thing} was old." for thing in ("cup", "bed")]
+    assert texts["arc_challenge"] == ["Question: Which is an animal?\nAnswer: cup"]
+    assert texts["boolq"][0] == "A cup is made of clay.\nQuestion: is a cup made of clay?\nAnswer: yes"
+    assert texts["piqa"] == [f"Question: drink\nAnswer: take a {thing}" for thing in ("cup", "bed")]
+
+
 def test_the_published_averages_are_the_means_of_their_rows():
     """A wrong digit would show; the original rounds some averages down."""
     for name, row in tasks.PUBLISHED.items():
@@ -146,7 +160,7 @@ def test_a_wrong_file_is_named(rows, task, error, tmp_path):
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        ([], "nothing to score: say --tasks commonsense, or --data-set DIR"),
+        ([], "nothing to score: say --tasks commonsense, --data-set DIR"),
         (["--tasks", ""], "--tasks '': names no task; choose of commonsense, knowledge, language"),
         (["--tasks", ",,"], "names no task"),
         (["--tasks", "piqa", "--limit", "0"], "--limit 0: must be at least 1"),
@@ -154,9 +168,13 @@ def test_a_wrong_file_is_named(rows, task, error, tmp_path):
         (["--tasks", "piqa", "--data", "nowhere"], "--data nowhere: no such folder"),
         (["--tasks", "piqa", "--include", "s3://x/y"], "--include=s3://x/y: is a URL"),
         (["--tasks", "piqa", "--output", "no/such/x.json"], "--output no/such/x.json: must be a file in a folder that exists"),
-        (["--tasks", "piqa", "--longer", "2"], "--longer 2: must lie between 1 and 64, and needs --data-set"),
-        (["--data-set", "x", "--longer", "nan"], "--longer nan: must lie between 1 and 64"),
+        (["--tasks", "piqa", "--longer", "2"], "--longer 2: must lie between 1/64 and 64, and needs --data-set or"),
+        (["--data-set", "x", "--longer", "nan"], "--longer nan: must lie between 1/64 and 64"),
+        (["--passkey", "1", "--longer", "65"], "--longer 65: must lie between 1/64 and 64"),
         (["--data-set", "x", "--rope", "ntk"], "--rope ntk: needs --longer"),
+        (["--passkey", "1", "--rope", "ntk", "--longer", "0.5"], "--rope ntk: needs --longer of at least 1"),
+        (["--passkey", "0"], "--passkey 0: must be at least 1"),
+        (["--passkey", "1"], "--passkey: needs [0-9]{3} tokens, and the context has 64; make it [4-9].* times as long with"),
         (["--data-set", ""], "--data-set is empty; give a path"),
         (["--data-set", "nowhere"], "nowhere: no such folder"),
     ],
@@ -192,3 +210,16 @@ def test_an_export_scores_data_as_its_run(folders, tmp_path, capsys):  # noqa: F
         records.append(json.loads((tmp_path / "out.json").read_text())["data_set"])
     assert records[0] == records[1] and records[0]["bytes"] > 20 and records[0]["loss_stderr"] is None
     assert "bits per byte: " in capsys.readouterr().out
+
+
+def test_hidden_numbers_are_scored_and_kept(folders, tmp_path, capsys):  # noqa: F811
+    line = ["--checkpoint", str(folders["run"]), "--step", "5", "--output", str(tmp_path / "out.json")]
+    assert evaluate.main([*line, "--passkey", "2", "--longer", "8", "--rope", "yarn"]) == 0
+    record, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    scored = record["passkey"]
+    assert (scored["context"], scored["rope_scaling"], scored["tries"], scored["seed"], scored["bos"]) == (512, 8, 10, 0, False)
+    assert scored["rope_type"].startswith("yarn,") and [row["depth"] for row in scored["depths"]] == [0, 0.25, 0.5, 0.75, 1]
+    results = record["results"]["passkey 512 yarn"]
+    assert results["accuracy"] == scored["accuracy"] == 0 and results["accuracy at 25%_stderr"] == 0  # random weights
+    assert "passkey at 75% of the text: accuracy 0.000 +- 0.000, 2 tries" in out
+    (folders["run"] / "evals" / "5-passkey 512 yarn.json").unlink()

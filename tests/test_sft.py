@@ -236,7 +236,11 @@ WRONG = [
     ({"data__document_mask": "false"}, r"--data.document_mask=false: the data are chat"),
     ({"model__n_layers": 3}, r"--model.n_layers=3: .*base is of a model with n_layers=2"),
     ({"model__seq_len": 8, "train__tokens_per_step": 64}, r"no conversation to learn from \(48 whose first turn does not fit"),
-    ({"workdir": "a,b/run"}, r"has a comma in its path; choose another --workdir"),
+    ({"workdir": "a,b/run"}, r"a,b/prepared: has a comma in its path; choose another --workdir"),
+    ({"workdir": "talks.jsonl"}, r"^--workdir=.*talks.jsonl: .*talks.jsonl: is a file; name a folder"),
+    ({"workdir": "talks.jsonl/run"}, r"^--workdir=.*talks.jsonl/run: .* part of this path is a file, not a folder"),
+    ({"workdir": "/proc/run"}, r"^--workdir=/proc/run: /proc/run: no such file or folder; name a folder that can be made"),
+    ({"lora__rank": 33}, r"^--lora.rank=33: the matrices k have the sides \(64, 32\); choose at most 32"),
     ({"model__added_tokens": "<x>", "lora__rank": 4}, r"the rows of new tokens are not part of any adapter"),
     ({"model__added_tokens": "a b"}, r"--model.added_tokens=a b: a token has no white space"),
 ]
@@ -247,6 +251,51 @@ def test_wrong_input_is_one_line(folder, keys, words):
     with pytest.raises(UserError, match=words) as raised:
         sft.main(command(folder, **{"workdir": "runs/wrong", **keys}))
     assert "\n" not in str(raised.value)
+
+
+def data_of(argv):
+    return sft.as_training(cli.load(argv), argv)
+
+
+def test_the_weights_keep_their_template_unless_another_is_typed(tuned, folder, tmp_path, capfd):
+    """A config is a recipe for other data: what it says of the template is for weights that bring none."""
+    (tmp_path / "sft.py").write_text((folder / "sft.py").read_text().replace("zephyr", "guanaco"))
+    argv = command(folder, tmp_path / "run", tuned[0])
+    argv[1] = str(tmp_path / "sft.py")
+    data_of(argv)
+    line = f"chat template zephyr (that of {tuned[0]}, not the config's guanaco, which --data.template=guanaco takes)"
+    assert line in capfd.readouterr().out
+    data_of([*argv, "--data.template=guanaco"])
+    assert "chat template guanaco (--data.template; the weights bring zephyr)" in capfd.readouterr().out
+    data_of([word.replace(str(tuned[0]), str(folder / "base")) for word in argv])
+    assert "chat template guanaco (the config's data.template)" in capfd.readouterr().out
+
+
+def test_a_resume_names_the_setting_that_has_changed(tuned, folder):
+    for keys, words in (
+        ({"data__template": "guanaco"}, "--data.template=guanaco: the run in .*quiet has zephyr; restore it, or use"),
+        ({"model__added_tokens": "<x>"}, "--model.added_tokens=<x>: the run in .*quiet has not all of them; restore"),
+        ({"model__seq_len": 128, "train__tokens_per_step": 1_024}, "--model.seq_len=128: the run in .*quiet has 64; restore"),
+        ({"lora__rank": 4}, "--lora.rank=4: the run in .*quiet has 0; restore"),
+    ):
+        with pytest.raises(UserError, match=words):
+            data_of(command(folder, "runs/quiet", **keys))
+    (folder / "more").mkdir()
+    (folder / "more/talks.jsonl").write_text((folder / "talks.jsonl").read_text().replace("four", "five"))
+    with pytest.raises(UserError, match="and the contents of talks.jsonl have changed .*give it its own data"):
+        sft.main(command(folder, "runs/quiet", data__sources=folder / "more/talks.jsonl"))
+    with pytest.raises(UserError, match="--data.sources=.*quiet: is the folder of a run or a model; name conversations"):
+        sft.main(command(folder, "runs/wrong", data__sources=folder / "runs/quiet"))
+
+
+def test_a_resume_keeps_what_is_recorded_of_its_origin(tuned, folder, capfd):
+    keys = {"train__epochs": 0, "optim__warmup_steps": 0, "model__seq_len": 128, "train__tokens_per_step": 1_024}
+    for steps in (1, 2):
+        assert sft.main(command(folder, "runs/kept", tuned[0], train__steps=steps, **keys)) == 0
+        init = checkpoint.load_config(folder / "runs/kept").init
+        assert init.from_ == str(tuned[0]) and init.step == checkpoint.load_config(tuned[0]).train.steps
+    line = "was trained at 64 tokens, and positions beyond have yet to be learned; --model.seq_len=64 keeps to its own"
+    assert capfd.readouterr().out.count(line) == 1  # a resumed run has them
 
 
 def test_blocks_that_are_prepared_are_taken_as_they_are(tuned, folder):

@@ -18,7 +18,7 @@ from pathlib import Path
 from tinyllama_jax.base import files
 from tinyllama_jax.base.errors import UserError, disk_error, run_main
 from tinyllama_jax.data import chat
-from tinyllama_jax.inference import options
+from tinyllama_jax.inference import options, retrieval
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.text import Text
 from tinyllama_jax.inference.weights import Loaded
@@ -60,6 +60,7 @@ class Conversation:
 def main(argv: list[str]) -> int:
     """Answers messages until the input ends; returns the exit code."""
     args = _arguments(argv)
+    index = options.index(args)  # before the weights, which can take minutes
     with contextlib.redirect_stdout(sys.stderr):
         loaded, engine = options.load(args)
     template = chat.choose(Path(args.checkpoint).absolute(), loaded.tokenizer, args.template)
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
                 _command(line, conversation, encode)
         elif line.strip():
             with _errors_noted():
-                _answer(line[line.startswith("//") :], conversation, args, loaded, template, engine)
+                _answer(line[line.startswith("//") :], conversation, args, loaded, template, engine, index)
     return 0
 
 
@@ -183,11 +184,19 @@ def _answer(
     loaded: Loaded,
     template: chat.Template,
     engine: Engine,
+    index: retrieval.Index | None,
 ) -> None:
-    """Prints the answer as it comes, and adds the turn to the conversation. Raises UserError if the question does not fit."""
+    """Prints the answer as it comes, and adds the turn to the conversation. Raises UserError if the question does not fit.
+
+    Passages of `index` stand before the question, within their budget, and history is cut to fit what is left. In later turns
+    only the question stays.
+    """
     encode, tokenizer, context = _encoder(template, loaded), loaded.tokenizer, loaded.model.seq_len
     room = max(min(args.max_new_tokens, context // 4), 1)  # for the answer
-    messages = [*conversation.messages(conversation.turns), {"role": "user", "content": question}]
+    asked = lambda passages: {"role": "user", "content": retrieval.asked(question, passages)}
+    count = lambda passages: len(encode([*conversation.messages([]), asked(passages)]))
+    passages = index.before(question, count, context - room, context) if index else []
+    messages = [*conversation.messages(conversation.turns), asked(passages)]
     messages, cut = chat.fit(messages, lambda part: len(encode(part)), context - room)
     if cut:
         _note(f"[the context of {context:,} tokens is full: the oldest {cut} turns are left out]")
@@ -214,6 +223,8 @@ def _answer(
     reasons = {"length": "stopped: --max-new-tokens", "context": f"stopped: the context of {context:,} tokens is full"}
     if not text.stopped and (interrupted or request.finish in reasons):
         _note(f"[{'stopped: Ctrl-C' if interrupted else reasons[request.finish]}]")
+    if index:
+        _note(retrieval.sources(passages) or "[no passage matches, or none fits]")
     if sys.stderr.isatty():
         n = len(request.tokens)
         _note(f"[{n:,} tokens, {n / (time.perf_counter() - started):,.1f} tokens/s{options.drafted(request, engine)}]")
@@ -250,6 +261,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         "--template", metavar="NAME", help=f"{', '.join(chat.TEMPLATES)}, or a .jinja file (what the checkpoint brings)"
     )
     options.add_sampling(parser, max_new_tokens=512)
+    options.add_retrieval(parser)
     args = parser.parse_args(argv)
     options.check(args)
     return args

@@ -10,13 +10,11 @@ python -m tinyllama_jax.convert to-litpkds --input DIR --prefix NAME --output DI
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +95,7 @@ def export(
     run, output = Path(run), Path(output)
     if not (run / "checkpoints").is_dir() and llama.describes(run):
         raise UserError(f"--checkpoint {run}: is a Hugging Face folder already; name a run folder, as `train` makes")
-    with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
+    with tempfile.TemporaryDirectory() as scratch, files.new(output) as folder:
         opened = _open(run, step, Path(scratch)) if gguf.is_gguf(run) else _open_run(run, step)
         if not allow_non_finite:
             _check_finite(opened)
@@ -146,7 +144,7 @@ def _history(run: Path, step: int) -> str:
 def export_adapter(run: str | Path, output: str | Path, step: int | None = None, allow_non_finite: bool = False) -> str:
     """Writes the adapters of a run, without its weights, as a folder for PEFT; returns a line about it. Raises UserError."""
     files.check_local("--checkpoint", run)
-    with _new(Path(output)) as folder:
+    with files.new(Path(output)) as folder:
         return f"{output}: {adapter.write(Path(run), folder, step, allow_non_finite)}"
 
 
@@ -170,7 +168,7 @@ def export_gguf(
     if shard_bytes is not None and output.suffix == ".gguf":
         raise UserError(f"--output {output}: with --shard-size it is a folder of files; leave out .gguf")
     gguf.package()  # refuses at once if it is not installed
-    with tempfile.TemporaryDirectory() as scratch, _new(output, is_file=shard_bytes is None) as place:
+    with tempfile.TemporaryDirectory() as scratch, files.new(output, is_file=shard_bytes is None) as place:
         opened = _open(source, step, Path(scratch))
         if not allow_non_finite:
             _check_finite(opened)
@@ -203,7 +201,7 @@ def export_web(
 
     `wllama`: a folder with wllama's packages; by default npm fetches them. The rest is as in `export_gguf`. Raises UserError.
     """
-    with _new(Path(output)) as folder:
+    with files.new(Path(output)) as folder:
         packages = web.packages(wllama)
         made = export_gguf(source, folder / "model", quantize, step, shard_bytes, allow_non_finite)
         web.write(folder, made, Path(os.path.abspath(source)), packages)
@@ -252,7 +250,7 @@ def import_checkpoint(
         if given and (notes := run_folder.check_same_model(given.model, model, str(source))):
             raise UserError(f"{notes[0]}; change it in {config_file}")
         config = given or checkpoint.unscheduled(model)
-    with tempfile.TemporaryDirectory() as scratch, _new(output) as folder:
+    with tempfile.TemporaryDirectory() as scratch, files.new(output) as folder:
         if metadata and not tokenizer:
             gguf_tokenizer.from_gguf(metadata, Path(scratch), str(source))
             tokenizer = scratch
@@ -260,27 +258,6 @@ def import_checkpoint(
         tokenizer_lib.load(tokenizer or beside).save(folder / "tokenizer")
     what = f"{dims.n_parameters(config.model):,} weights" + (f" and AdamW's moments after step {step:,}" if moments else "")
     return f"{output}: {what} of {source}"
-
-
-@contextlib.contextmanager
-def _new(output: Path, is_file: bool = False) -> Iterator[Path]:
-    """A folder (or file) to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
-    files.check_local("--output", output)
-    output = Path(os.path.abspath(output))
-    usable = not is_file and output.is_dir() and not output.is_symlink() and not files.listed(output) and output != Path.cwd()
-    if os.path.lexists(output) and not usable:
-        raise UserError(f"--output {output}: exists already; name a new {'file' if is_file else 'folder'}, or remove it")
-    busy = f"--output {output}: another process is writing it"
-    with files.workplace(output.with_name(f".{output.name}.partial"), busy) as place:
-        folder = place / "whole"
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        if not is_file:
-            folder.mkdir()
-        yield folder
-        for name in os.listdir(output) if output.is_dir() else ():  # files of a file manager: see `files.listed`
-            os.replace(output / name, folder / name)
-        files.settle(folder)
-        os.replace(folder, output)
 
 
 # -- the command ----------------------------------------------------------------------------------------------------------

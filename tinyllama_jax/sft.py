@@ -21,6 +21,7 @@ from tinyllama_jax import train
 from tinyllama_jax.base import cli, mixture_weights
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.files import make_folder
 from tinyllama_jax.data import chat
 from tinyllama_jax.data.blocks import MANIFEST, read_manifest
 from tinyllama_jax.data.prepare import chats
@@ -40,24 +41,53 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
     with tempfile.TemporaryDirectory() as scratch:
         base = initialize.read_origin(origin, Path(scratch), config.model.added_tokens)
         model = _model_of(base, config, origin)
+        config = cli.load([*model, *argv])  # before the data are written, so that wrong settings are refused at once
+        run_folder.check_same_model(config.model, base.model, str(origin))
+        if (resumed := bool(seals.steps_in(config.workdir))) and base.tokenizer.vocab_size > base.rows:
+            what = f"the run in {origin} has not all of them; restore that value, or use --workdir=NEW"
+            raise UserError(f"--model.added_tokens={config.model.added_tokens}: {what}")
+        if resumed:
+            run_folder.check_settings(config)
         if all(_is_prepared(path, kind) for path in config.data.sources):  # as in RUN/config.json
             return [*model, *argv]
-        template = chat.choose(origin.absolute(), base.tokenizer, config.data.template or None, "--data.template")
+        template = _template(base, config, origin, "data.template" in cli.pairs(argv))
+        own = chat.own_sources(base.tokenizer.folder).get("default", template.source)
+        if resumed and own != template.source:
+            what = f"the run in {origin} has {chat.name_of(own, 'another')}; restore it, or use --workdir=NEW"
+            raise UserError(f"--data.template={config.data.template}: {what}")
         chat.check_ends(template, base.tokenizer)
         encoder = chats.Encoder(template, base.tokenizer, base.begin_with_bos, config.model.seq_len + 1, kind)
         _say(f"chat template {template.name} ({template.why})")
         place, sources = Path(config.workdir).parent / "prepared", {}
+        for folder in (Path(config.workdir), place):
+            make_folder("--workdir", config.workdir, folder)
         for path, weight in config.data.sources.items():
-            folder = Path(path)
-            if not _is_prepared(path, kind):
+            ready = _is_prepared(path, kind)
+            if "," in str(folder := Path(path) if ready else place):  # it becomes an argument of `train`
+                raise UserError(f"{folder}: has a comma in its path; choose another --workdir, or rename the folder")
+            if not ready:
                 folder, line = chats.prepared(path, encoder, place, config.train.wait)
                 _say(line)
-            if "," in str(folder):  # it becomes an argument of `train`
-                raise UserError(f"{folder}: has a comma in its path; choose another --workdir, or rename the folder")
             if str(folder) in sources:
                 raise UserError(f"--data.sources: {path} holds the same conversations as another source; name it once")
             sources[str(folder)] = weight
     return [*model, *argv, f"--data.sources={mixture_weights.sources_text(sources)}"]
+
+
+def _template(base: initialize.Origin, config: Config, origin: Path, typed: bool) -> chat.Template:
+    """The template of the command line, if it was `typed`; else that which the weights bring; else the config's.
+
+    Raises UserError if there is none. One of the weights that does not mark the answers is passed over for the config's.
+    """
+    name, option = config.data.template or None, "--data.template"
+    if name and not typed and "default" in chat.own_sources(base.tokenizer.folder):
+        own = chat.of_folder(origin.absolute(), base.tokenizer)
+        if chat.marks_answers(own):
+            same = chat.choose(origin.absolute(), base.tokenizer, name, option).source == own.source
+            other = "" if same else f", not the config's {name}, which {option}={name} takes"
+            return own._replace(why=f"that of {origin}{other}")
+    template = chat.choose(origin.absolute(), base.tokenizer, name, option)
+    return template if typed else template._replace(why=template.why.replace(option, "the config's data.template"))
 
 
 def _is_prepared(path: str, kind: str) -> bool:

@@ -22,12 +22,11 @@ from tinyllama_jax.core.losses import Batch, for_data
 from tinyllama_jax.core.program import Program, StepCompiler, build, on_devices
 from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.inference import samples
+from tinyllama_jax.evals import in_training
 from tinyllama_jax.planning import targets
 from tinyllama_jax.run import cluster, initialize
 from tinyllama_jax.run import folder as run_folder
 from tinyllama_jax.run.checkpoint import Checkpoints
-from tinyllama_jax.run.evaluation import evaluate
 from tinyllama_jax.run.log import Log
 from tinyllama_jax.run.progress import Startup
 from tinyllama_jax.run.stages import describe
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Trains to `train.steps`, from the newest checkpoint of the run folder if there is one. Returns the exit code."""
     with contextlib.ExitStack() as at_end:
         # -- the configuration, and the other processes
-        startup, stop = Startup(supervise.STARTED), at_end.enter_context(cluster.stop_on_signal())
+        startup, stop = Startup(supervise.imports), at_end.enter_context(cluster.stop_on_signal())
         config = cli.load(argv, __doc__)
         xla.reserve_memory()
         cluster.join(config.train.wait)
@@ -53,6 +52,7 @@ def main(argv: list[str]) -> int:
         program = build(config, mesh, for_data(sources[0].kind, feed.eos_id(config, sources)))
         notes += feed.verify(config, [*sources, *held_out.values()], lambda: cluster.heartbeat(0, "starting"))
         config, origin, more = initialize.find_origin(config, sources)
+        tasks = in_training.find_tasks(config, sources)
         notes += more + at_end.enter_context(run_folder.opened(config, initialize.described(sources), sources[0].tokenizer))
         startup.mark("data and devices")
 
@@ -67,25 +67,25 @@ def main(argv: list[str]) -> int:
                                        peak_flops=targets.peak_flops))  # fmt: skip
         log.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
-            log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger train.steps resumes it")
-        if stop and jax.process_count() == 1:  # several processes agree on a step first
-            log.say(f"{cluster.stopped_by(stop[0])} before its first step", "stop")
-            return 128 + stop[0]
-        if origin and held_out:  # the weights as they came
-            validate(program, config, state.params, held_out, start, log)
+            more = "train.epochs" if config.train.epochs else "train.steps"
+            log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger {more} resumes it")
+        agreement = cluster.Agreement(mesh, stop, checkpoints)
+        scores = in_training.Scores(config, program, held_out, tasks, log, agreement)
+        scores.before(start, state.params, came=bool(origin))
+        if stopping := agreement.signal():
+            log.say(f"{cluster.stopped_by(stopping)} before its first step", "stop")
+            return 128 + stopping
 
         # -- the steps
         batches = training_batches(config, sources, program, start, log)
         compiler = StepCompiler(program, config, mesh, feed.dtype(sources))
-        agreement = cluster.Agreement(mesh, stop, checkpoints)
         for step, batch in enumerate(batches, start + 1):
             state, metrics = compiler.train(step)(state, batch)
             log.step(step, metrics)
             checkpoints.check()
-            last = step == config.train.steps
-            if held_out and (last or step % config.log.eval_every == 0):
-                validate(program, config, state.params, held_out, step, log)
-            agreed = agreement.after(last or step % config.checkpoint.every == 0)  # after validation, which can take long
+            scores.after(step, state.params)
+            # after the scores, which can take long: what is left of a grace time is for saving
+            agreed = agreement.after(step == config.train.steps or step % config.checkpoint.every == 0)
             if agreed.save:
                 cluster.heartbeat(step, "saving")
                 log.sync(step)
@@ -108,17 +108,6 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
             batch = on_devices(next(local), program.batch, program.shape[1])
         cluster.heartbeat(step, doing)  # again: a process that waits for its data is behind those that wait for it
         yield batch
-
-
-def validate(program: Program, config: Config, params: dict, held_out: dict[str, Blocks], step: int, log: Log) -> None:
-    """Measures the held-out loss of `params` and records it; lets them continue `log.sample`."""
-    log.record_pending(always=True)
-    with log.timed("elsewhere"):
-        scores = evaluate(program, config, params, held_out, step)
-    log.validation(step, scores)
-    if config.log.sample:
-        with log.timed("elsewhere"):
-            log.sample(step, samples.continued(config, params, step))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def test_override_by_type(config):
         ({"mesh.data": "-1"}, "only one axis can be -1"),
         ({"mesh.data": "0"}, "--mesh.data=0: must be a positive number"),
         ({"data.sources": ""}, "needs at least one folder"),
-        ({"data.sources": "a:x"}, "must be DIR:WEIGHT"),
+        ({"data.sources": "b:1,talks.jsonl:half"}, "jsonl:half: half is no weight for talks.jsonl; it must be DIR:WEIGHT"),
+        ({"lora.rank": "5000"}, "--lora.rank=5000: the matrices "),
         ({"data.sources": "a:-1"}, "weights must be positive"),
         ({"data.sources": "d:1e999999999"}, "--data.sources=d:1e999999999: the number 1e999999999 is too long"),
         ({"data.sources": "d:1@1e400"}, "--data.sources=d:1@1e400: the number 1e400 is too large"),
@@ -349,3 +350,6 @@ def test_help_of_train_lists_every_key(monkeypatch):
     assert lines["data.verify"].endswith("(false)") and lines["data.skip"].endswith("(empty)")
     assert lines["train.steps"].endswith("(set by the config)") and lines["checkpoint.keep"].endswith("(3)")
     assert all(f"--{key} " in parser.format_help() for key in c.keys())
+    for key, line in lines.items():  # for people without the source, and no second time the key
+        assert ".py" not in line and "dims." not in line and f"--{key}" not in line
+    assert "conversations" in lines["data.sources"]

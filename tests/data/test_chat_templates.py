@@ -249,8 +249,11 @@ def test_a_checkpoints_template_is_read_where_transformers_reads_it(folder):
     assert chosen(folder).source == "F" and chosen(folder).why == "its own chat_template"
     (folder / "x.jinja").write_text("X")
     assert chosen(folder, str(folder / "x.jinja")).source == "X" and chosen(folder, "zephyr") == TEMPLATES["zephyr"]._replace(
-        why="--template"
+        why="--template; the weights bring another"
     )
+    (folder / "chat_template.jinja").write_text(TEMPLATES["guanaco"].source)
+    assert chosen(folder).name == "guanaco" and chosen(folder, "guanaco").why == "--template"
+    assert chosen(folder, "zephyr").why == "--template; the weights bring guanaco"
 
 
 @pytest.mark.parametrize(

@@ -100,28 +100,34 @@ def test_long_conversations_are_cut_after_an_answer_and_short_of_one_left_out(sp
         turns("Q1", "A1", long, "A2", "Q3", "A3"),  # its second turn does not fit
         turns(long, "A1"),
         turns("Q1"),
-        [{"role": "tool", "content": "x"}, *turns("Q1", "A1")],
-        turns("Q1", ""),
+        [{"role": "assistant", "content": "x"}, *turns("Q1", "A1")],
+        turns("Q1", "A1", "Q2", " "),
     ]
-    encoder = chats.Encoder(TEMPLATES["zephyr"], sp, True, 100)
+    refusing = "{% if messages[0].role == 'assistant' %}{{ raise_exception('a question comes first') }}{% endif %}"
+    encoder = chats.Encoder(TEMPLATES["zephyr"]._replace(source=refusing + TEMPLATES["zephyr"].source), sp, True, 100)
     folder, line = written(tmp_path, rows, encoder)
     texts = ["".join(piece(sp, i) for i in ids).replace("▁", " ") for ids, _ in conversations(Blocks(folder, "train"))]
-    assert [("A1" in text, "A2" in text) for text in texts] == [(True, True), (True, False), (False, False)]
+    assert [("A1" in text, "A2" in text) for text in texts] == [(True, True), (True, False)]
     assert all(text.rstrip().endswith("</s>") for text in texts)  # cut at a turn, with its end
-    assert "1 cut after an answer that fits" in line and "3 conversations" in line
     file = tmp_path / "talks.jsonl"
+    kept, whole = (len(encoder._replace(width=1_000).encode(row)[0]) for row in (rows[1][:2], rows[1]))
+    place = f"the first: {file}, line 2 ({kept} of {whole} tokens kept)"
+    assert f"1 cut after an answer that fits, {place}" in line and "2 conversations" in line
     assert f"left out 1 refused by the chat template, the first: {file}, line 5: the chat template zephyr refuses" in line
-    assert f"left out 1 whose first turn does not fit, the first: {file}, line 3" in line
+    n = len(encoder._replace(width=1_000).encode(rows[2])[0])
+    place = f"{file}, line 3 ({n} tokens, and there is room for 100: raise --model.seq_len=99)"
+    assert f"left out 1 whose first turn does not fit, the first: {place}" in line
+    assert f"left out 1 with an empty answer, the first: {file}, line 6" in line
     assert f"left out 1 without an assistant turn, the first: {file}, line 4" in line
     dropped = Blocks(folder, "train").manifest["splits"]["train"]["dropped"]
-    assert sum(dropped.values()) == 3
+    assert sum(dropped.values()) == 4
 
 
 def test_a_conversation_may_fill_a_block(sp):
     encoder = chats.Encoder(TEMPLATES["zephyr"], sp, True, 1_000)
-    whole, _ = encoder.encode(turns("Q1", "A1", "Q2", "A2"))
+    whole, *_ = encoder.encode(turns("Q1", "A1", "Q2", "A2"))
     for width, note in ((len(whole), ""), (len(whole) - 1, chats.CUT)):
-        tokens, cut = encoder._replace(width=width).encode(turns("Q1", "A1", "Q2", "A2"))
+        tokens, cut, _ = encoder._replace(width=width).encode(turns("Q1", "A1", "Q2", "A2"))
         assert cut == note and (len(tokens) == width) == (not note)
 
 

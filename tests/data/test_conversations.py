@@ -25,6 +25,7 @@ SHAPES = {
         SYSTEM + TALK,
     ),
     "ShareGPT by column": ({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}, TALK),
+    "ShareGPT, in capitals": ({"conversations": [{"from": "Human", "value": "Q"}, {"from": "GPT", "value": "A"}]}, TALK),
     "conversation, role and content": ({"conversation": TALK}, TALK),
     "guanaco": ({"text": "### Human: Q### Assistant: A### Human: Q2### Assistant: A2"}, TWO),
     "guanaco on lines": ({"text": "S\n### Human: Q\n### Assistant: A\n"}, SYSTEM + TALK),
@@ -133,13 +134,23 @@ BAD = {
     '{"messages": [{"role": "user", "content": null}]}': "line 2: messages[0] needs role and content",
     '{"messages": [{"role": "user", "content": 3}]}': "line 2: 'messages[0].content' is not a text, but 3",
     '{"conversations": [{"from": "narrator", "value": "x"}]}': 'line 2: conversations[0].from is "narrator"; known are human, ',
+    '{"conversations": [{"from": "gpt", "value": "x"}, {"from": "usr", "value": "x"}]}': '[1].from is "usr"; known are ',
+    '{"messages": [{"role": "assistent", "content": "x"}]}': 'line 2: messages[0].role is "assistent"; known are human, user, ',
+    '{"messages": [{"role": ["user"], "content": "x"}]}': "line 2: 'messages[0].role' is not a text",
+    '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{}]}]}': "line 2: messages[0] is of a tool call, ",
+    '{"messages": [{"role": "assistant", "content": "x", "function_call": {"a": 1}}]}': "messages[0] is of a tool call",
+    '{"messages": [{"role": "tool", "content": "x"}]}': "leave the row out, or write the call as text",
+    '{"conversations": [{"from": "observation", "value": "x"}]}': "line 2: conversations[0] is of a tool call",
+    '{"data": [{"prompt": "Q"}]}': "line 2: is one object with the list 'data'; write this list alone, as jq '.data' FILE does",
+    '{"dialog": [{"speaker": "a", "line": "x"}]}': "line 2: has 'dialog', and fits no known shape",
+    '{"data": [': "one object a line, or one list alone in a .json file",
     '{"prompt": "Q", "completion": ["A"]}': "line 2: 'prompt' is a text, and must be a list of turns",
-    '{"text": "Once upon a time"}': "line 2: 'text' has no turns: neither '### Human:' nor",
+    '{"text": "Once upon a time"}': "line 2: 'text' has no turns: none of '### Human:', ",
     '{"prompt": "\\ud800", "completion": "x"}': "line 2: 'prompt' holds half of a surrogate pair at 0",
     "[1]": "line 2: is no object with keys, but [1]",
     "{": "line 2: is not JSON: Expecting property name enclosed in double quotes",
     "{}": "line 2: has no keys, and fits no known shape",
-    b"\xff{}": "line 2: is not UTF-8 (byte 0xff at 0)",
+    b"\xff{}": "line 2: is not UTF-8 (byte 0xff at 0); convert the file, for example with `iconv -f latin1 -t utf-8`",
     "[" * 100_000: "line 2: is not JSON: is nested too deeply",
 }
 
@@ -167,10 +178,13 @@ def test_a_file_cut_short_is_named(name, tmp_path):
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
     for name, words in {
         "absent": "no such file or folder; name a file, a folder or a pattern",
         "notes.txt": "is no .jsonl, .ndjson, .json, .parquet, .arrow file",
         "empty": "holds no .jsonl",
+        "run": "is the folder of a run or a model; name conversations",
     }.items():
         with pytest.raises(UserError, match=re.escape(f"--data.sources={tmp_path / name}: {words}")):
             conversations.files_of(str(tmp_path / name))

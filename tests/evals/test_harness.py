@@ -76,6 +76,7 @@ def folder(tmp_path_factory) -> Path:
         {"q": some(1, 12) + " " * (i % 5 == 0), "choices": [some(1, 7) for _ in range(4)], "gold": rng.randint(0, 3)}
         for i in range(30)
     ]
+    rows += [{"q": f"{some(1, 4)}</s>", "choices": [some(1, 3) for _ in range(4)], "gold": 1}]  # a control token
     rows += [{"q": some(120, 150), "choices": [some(1, 3) for _ in range(4)], "gold": 0}]  # more than the context
     (out / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     letters = [row | {"choices": list("ABCD")} for row in rows[:30]]
@@ -131,7 +132,9 @@ def test_every_item_is_scored_as_by_hf(pair, folder):
             if key in reference:
                 reference[key] |= values
     assert ours["tasks"].keys() == set(names)
-    for name in names:
+    for task in harness.tasks(names, folder, None):  # of some items, as for --against: here of all
+        name = task.task_name
+        assert harness._scores(task, ours["samples"][name]) == ours["tasks"][name]["metrics"]
         for metric, score in ours["tasks"][name]["metrics"].items():
             assert score == pytest.approx(reference["tasks"][name]["metrics"][metric], rel=1e-3), (name, metric)
         assert ours["tasks"][name]["hash"] == reference["tasks"][name]["hash"]  # the same prompts
@@ -156,6 +159,9 @@ def test_the_policy_on_bos_matters(pair):
     ask = Instance("loglikelihood", {}, ("the index", " of a value"), 0)
     one, other = (harness.HarnessModel(loaded, bos, quiet=True).loglikelihood([ask])[0][0] for bos in (False, True))
     assert abs(one - other) > 0.01
+    written = loaded.tokenizer.pieces()[loaded.tokenizer.bos_id] + "the index"  # in the text itself: still one
+    assert harness.HarnessModel(loaded, True).tok_encode(written) == harness.HarnessModel(loaded, False).tok_encode(written)
+    assert harness.HarnessModel(loaded, True).tok_encode(written).count(loaded.tokenizer.bos_id) == 1
     none = loaded._replace(tokenizer=SimpleNamespace(bos_id=-1, eos_id=2, path="x"))
     with pytest.raises(UserError, match="--bos yes: the tokenizer has no bos; say --bos no"):
         harness.HarnessModel(none, True)
@@ -180,11 +186,34 @@ def test_an_answer_ends_before_its_stop_string(pair):
         ask(max_gen_toks=96)
 
 
-def test_words_that_name_nothing(folder):
+def own_task(folder: Path, metric: str, data: str = "rows.jsonl", more: str = "doc_to_text: p") -> None:
+    """Loads a task of a user's own."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(json.dumps({"p": "a", "c": ["x", "y"], "l": 0}) + "\n")
+    (folder / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / data}}}}}\ntest_split: test\n"
+        f"output_type: multiple_choice\ndoc_to_choice: c\ndoc_to_target: l\n{more}\nmetric_list: [{{metric: {metric}}}]\n"
+    )
+    harness.tasks(["mine"], folder, None)
+
+
+def test_words_that_name_nothing(folder, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)  # where the harness looks for other metrics
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="--tasks words_of_fore: is no task of .*; did you mean words_of_four?"):
         harness.tasks(["words_of_fore"], folder, None)
     with pytest.raises(UserError, match=r"--tasks piqa: its data .*give --data DIR with DIR/piqa, or run it once"):
         harness.tasks(["piqa"], None, None)
+    with pytest.raises(
+        UserError, match=r"--tasks mine: the metric 'accc' is unknown to the harness; did you mean acc\? \(.*mine.yaml"
+    ):
+        own_task(folder / "1", "accc")
+    with pytest.raises(UserError, match="--tasks mine: its metric 'accc' is unknown to the harness; did you mean acc?"):
+        own_task(folder / "2", "accc, aggregation: mean")  # the harness would score nothing, and say so in its log alone
+    with pytest.raises(UserError, match=r"--tasks mine: .*gone.jsonl'; correct data_files in .*mine.yaml"):
+        own_task(folder / "3", "acc", "gone.jsonl")
+    with pytest.raises(UserError, match=r"--tasks mine: .*mine.yaml is wrong \(\w+: .*\); see the harness's guide to tasks"):
+        own_task(folder / "4", "acc", more="doc_to_text: !function nowhere.f")
     (humaneval,) = [type("Task", (), {"task_name": "humaneval", "UNSAFE_CODE": True})]
     with pytest.raises(UserError, match="--tasks humaneval: runs programs that the model writes; say --run-code"):
         harness.run(None, [humaneval], None)

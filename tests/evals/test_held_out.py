@@ -11,12 +11,13 @@ import pytest
 from tokenizers_for_tests import make
 
 from tinyllama_jax import evaluate, train
-from tinyllama_jax.base import cli, rope
+from tinyllama_jax.base import cli
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.data.prepare.pipeline import prepare
 from tinyllama_jax.evals import held_out
 from tinyllama_jax.evals.score import Scorer
+from tinyllama_jax.hub import llama
 from tinyllama_jax.run import metrics
 
 DOCUMENTS = ["x = '日本 😀é'\n  return x", "decode the string", " with a space in front", "é"]
@@ -80,22 +81,25 @@ class FiveBlocks:
         return np.array([models.ids(25, int(i)) for i in index]), np.full(len(index), 25)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("kind", [None, "linear", "ntk", "yarn"])
-def test_longer_contexts_are_those_of_transformers(kind):
-    """The loss by position at 2 times the trained length, with RoPE scaled as it is exported."""
+def test_longer_contexts_are_those_of_transformers(kind, factor, tmp_path):
+    """The loss by position at 2 and 4 times the trained length, of the model as it is exported with RoPE so scaled."""
     torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     trained = dataclasses.replace(models.TINY, d_model=48, seq_len=24)  # H = 8
-    model = held_out.lengthened(trained, 2, kind)
-    assert (model.seq_len, model.rope_scaling) == (48, 2.0 if kind else 1.0)
+    model = held_out.lengthened(trained, factor, kind)
+    S = 24 * factor
+    assert (model.seq_len, model.rope_scaling) == (S, factor if kind else 1.0)
     blocks, tokenizer, params = FiveBlocks(), SimpleNamespace(sha256="x"), models.some_params(trained)
     parts = held_out.by_position(Scorer(models.loaded(model, params)), tokenizer, blocks)
-    stream = torch.tensor([models.ids(25, i) for i in range(5)]).ravel()[:98].reshape(2, 49)  # two texts; the rest fill none
-    if kind == "ntk":  # exported as another theta
-        model = dataclasses.replace(model, rope_theta=rope.theta(model), rope_type="linear", rope_scaling=1.0)
+    n = 125 // (S + 1)  # texts; the rest of the tokens fill none
+    stream = torch.tensor([models.ids(25, i) for i in range(5)]).ravel()[: n * (S + 1)].reshape(n, S + 1)
+    llama.save_folder(params, model, tmp_path, "float32", None, None)
     with torch.no_grad():
-        logits = models.transformers_model(model, params)(stream[:, :-1]).logits
+        logits = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(stream[:, :-1]).logits
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), stream[:, 1:], reduction="none").numpy()
-    assert [(part["from"], part["to"]) for part in parts] == [(i, i + 6) for i in range(0, 48, 6)]
+    assert [(part["from"], part["to"]) for part in parts] == [(i, i + S // 8) for i in range(0, S, S // 8)]
     for part in parts:
         assert part["loss"] == pytest.approx(losses[:, part["from"] : part["to"]].mean(), abs=1e-3)
     with pytest.raises(UserError, match="has fewer than the 1,537 tokens of one text"):

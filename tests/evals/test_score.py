@@ -2,15 +2,21 @@
 
 import dataclasses
 
+import jax
 import models
 import numpy as np
 import pytest
 from models import GREEDY, TINY, ids
 
+from tinyllama_jax.base import config, dims, sharding
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import lora as lora_lib
+from tinyllama_jax.core import model as core_model
 from tinyllama_jax.evals import score
 from tinyllama_jax.evals.score import Scorer, Text
+from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.run import checkpoint
 
 LONG = dataclasses.replace(TINY, seq_len=640)  # rows of 256, 512 and 1,024 tokens
 
@@ -89,3 +95,59 @@ def test_a_text_that_cannot_be_scored_is_refused(text, error):
 
 def test_nothing_to_score():
     assert Scorer(models.loaded(LONG))([]) == []
+
+
+TRAINED = [(config.Lora(), {}), (config.Lora(), {"fsdp": 2, "tensor": 2}), (config.Lora(4, 8.0), {}),
+           (config.Lora(4, 8.0, base="nf4"), {"fsdp": 2})]  # fmt: skip
+
+
+def trainers(model: config.Model, lora: config.Lora, **axes: int) -> tuple[dict, jax.sharding.Mesh]:
+    """Random parameters as a trainer has them, sharded, and their mesh."""
+    mesh = config.Mesh(**({"data": 1, "fsdp": 1, "tensor": 1} | axes))
+    mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    params = models.some_params(model)
+    if lora.rank:
+        whole = dataclasses.replace(checkpoint.unscheduled(model), lora=lora)
+        trained, frozen = lora_lib.split(lora_lib.start(params, whole))
+        params = lora_lib.join(jax.tree.map(lambda a: a + 0.1, trained), frozen)  # else B is 0
+    return jax.device_put(params, core_model.unflatten(sharding.parameter_shardings(mesh, model, lora))), mesh
+
+
+@pytest.mark.parametrize(("lora", "axes"), TRAINED, ids=["one device", "four", "LoRA", "QLoRA"])
+def test_a_trainers_own_parameters_score_as_their_copy_does(lora, axes):
+    model = dataclasses.replace(LONG, d_model=64, d_ff=128, n_heads=4, vocab_size=64)
+    params, mesh = trainers(model, lora, **axes)
+    copy = models.loaded(model)._replace(weights=weights.of_params(params, model, mesh, lora), mesh=mesh)
+    given, padded = texts(), dataclasses.replace(model, vocab_size=53)
+    own = copy._replace(weights=weights.of_trainer(params, lora), model=padded)
+    cut = copy.weights._replace(head_DV=copy.weights.head_DV[:, :53])
+    for one, other in zip(Scorer(own)(given), Scorer(copy._replace(weights=cut))(given), strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        assert one.greedy.tolist() == other.greedy.tolist()
+
+
+@pytest.mark.parametrize(
+    ("lora", "compute", "axes"),
+    [(config.Lora(), "float32", {}), (config.Lora(), "bfloat16", {"fsdp": 2, "tensor": 2}), (config.Lora(4), "bfloat16", {})],
+)
+def test_scoring_in_training_copies_no_weights(lora, compute, axes):
+    """Temporaries are the same for any number of layers; those of the copy of `of_params` are as large as the weights."""
+
+    def temporaries(n_layers: int, up_front: bool) -> int:
+        policy = f"params=float32,compute={compute},output=float32"
+        model = config.Model(n_layers, 128, 4, 2, 384, 64, 64, precision=policy)
+        mesh = config.Mesh(**({"data": 1, "fsdp": 1, "tensor": 1} | axes))
+        mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor])
+        shardings = sharding.parameter_shardings(mesh, model, lora)
+        like = {a.name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[a.name]) for a in dims.arrays(model, lora)}
+        rows = score._Rows(*[jax.ShapeDtypeStruct((4, 64), np.int32)] * 4)
+        prepared = lambda params: weights._of_params(params, model, lora) if up_front else weights.of_trainer(params, lora)
+        with jax.set_mesh(mesh):
+            program = jax.jit(lambda params, rows: score._hidden(prepared(params), rows, model))
+            memory = program.lower(core_model.unflatten(like), rows).compile().memory_analysis()
+        return memory.temp_size_in_bytes, memory.argument_size_in_bytes
+
+    (few, less), (many, most) = temporaries(2, False), temporaries(16, False)
+    assert many - few < 0.02 * (most - less) and many < 0.5 * most, (few, many, most)
+    (few, less), (many, most) = temporaries(2, True), temporaries(16, True)
+    assert many - few > 0.4 * (most - less), (few, many, most)

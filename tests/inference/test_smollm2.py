@@ -1,5 +1,6 @@
 """A real model: SmolLM2-135M-Instruct (30 layers, 9/3 heads, tied head, byte-level BPE), against Transformers in fp32."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Mesh
+from tinyllama_jax.evals import passkey
+from tinyllama_jax.evals.score import Scorer, Text
 from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
 
@@ -50,12 +53,18 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_greedy_tokens_of_chat_prompts_are_those_of_transformers(folder, monkeypatch):
+@pytest.fixture(scope="module")
+def loaded(folder):
+    """The folder's model, on one device: eight would hold a copy each."""
+    one_device = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "make_mesh", lambda model: one_device)
+        return weights.load(folder, weights="float32")
+
+
+def test_greedy_tokens_of_chat_prompts_are_those_of_transformers(folder, loaded):
     import transformers
 
-    one_device = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1])  # eight would hold a copy each
-    monkeypatch.setattr(weights, "make_mesh", lambda model: one_device)
-    loaded = weights.load(folder, weights="float32")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ask = lambda text: tokenizer.apply_chat_template(
@@ -67,3 +76,12 @@ def test_greedy_tokens_of_chat_prompts_are_those_of_transformers(folder, monkeyp
     for request in requests:
         assert request.tokens == models.transformers_greedy(reference, request.prompt, N)
     assert "Paris" in tokenizer.decode(requests[0].tokens)
+
+
+def test_it_repeats_a_hidden_number(loaded):
+    """The passkey test."""
+    short = loaded._replace(model=dataclasses.replace(loaded.model, seq_len=256))
+    tries = [passkey.text(loaded.tokenizer, False, 256, depth, 31_415) for depth in passkey.DEPTHS]
+    tries += [Text([*ids[:-1], ids[-1] + 1], n) for ids, n in tries[:1]]  # asks for 31416
+    right = [bool(scored.greedy.all()) for scored in Scorer(short)(tries)]
+    assert sum(right[:5]) >= 4 and not right[5]

@@ -489,3 +489,16 @@ def test_a_slice_that_does_not_exist_is_a_mistake(on):
         pytest.skip(f"no compiler for {on} here: pip install '.[plan]'")
     with pytest.raises(UserError, match=f"--on={on}: no such machine, says the compiler"):
         targets.machine(on)
+
+
+@pytest.mark.parametrize(
+    ("on", "case"),
+    [
+        pytest.param("a100-40g:1x8", "scoring:4,2", marks=pytest.mark.xdist_group("a100")),
+        pytest.param("v5e:2x4", "scoring:1,1", marks=pytest.mark.xdist_group("v5e")),
+    ],
+)
+def test_scoring_in_training_casts_and_turns_no_stack_of_layers(on, case):
+    """Else XLA for GPUs transposes a third of the stack of fp32 weights before the loop, and XLA for TPUs casts all of it."""
+    (less, few), (most, many) = compile_for(on, case)[case]
+    assert many - few < 0.02 * (most - less) and many < 0.3 * most, (few, many, most)

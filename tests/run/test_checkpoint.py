@@ -548,7 +548,10 @@ def test_the_run_describes_itself(config, tokenizer):
         ({"model.d_ff": "32"}, r"--model.d_ff=32: the run in .* has 64"),
         ({"train.seed": "1"}, r"--train.seed=1: the run in .* has 0"),
         ({"train.tokens_per_step": "256"}, "--train.tokens_per_step=256"),
-        ({"data.sources": "data/a:0.6,data/b:0.4"}, r"was trained on data/a:0.7,data/b:0.3, and these are other weights"),
+        (
+            {"data.sources": "data/a:0.6,data/b:0.4"},
+            r"trained on data/a:0.7,data/b:0.3, and these are other mixture weights",
+        ),
     ],
 )
 def test_a_run_is_not_gone_on_with_as_another(config, tokenizer, change, words):
@@ -572,7 +575,7 @@ def test_what_may_change_is_said_or_free(config, tokenizer, tiny_data):
     assert run_folder.open_run(longer, XY, tokenizer) == [
         "changed since this run was last started: train.steps from 100 to 200"
     ]
-    with pytest.raises(UserError, match="other contents"):
+    with pytest.raises(UserError, match="and elsewhere/b has other contents"):
         run_folder.open_run(longer, XZ, tokenizer)
     shutil.copy(tiny_data / "400.model", tokenizer / "tokenizer.model")
     with pytest.raises(UserError, match="were not prepared with the tokenizer of the run"):

@@ -111,12 +111,12 @@ def test_moments_are_taken_or_not(published, tiny_config, tmp_path):
 def test_a_branch_begins_where_it_began_though_the_other_goes_on(published, tiny_config, tmp_path):
     config = continued(tiny_config, published / "run", tmp_path / "on", state="moments", step=0)
     (tmp_path / "on").mkdir()
-    first = initialize._resolved(config, published / "run")
+    first = initialize.resolved(config, published / "run")
     assert first.init.step == 10
     (tmp_path / "on" / "config.json").write_text(
         c.to_json(dataclasses.replace(first, init=c.Init(first.init.from_, 5, "moments")))
     )
-    assert initialize._resolved(config, published / "run").init.step == 5  # as it was when it was first started
+    assert initialize.resolved(config, published / "run").init.step == 5  # as it was when it was first started
 
 
 @pytest.mark.parametrize(

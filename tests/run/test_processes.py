@@ -47,11 +47,11 @@ def same(ours, theirs):
 def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, tmp_path):
     """8 devices in 2 processes, 4 in 1, 16 in 4: every batch is that of the quiet run, every loss to rounding.
 
-    The batch grows just before the first stop.
+    The batch grows just before the first stop. Until then it also saves by the clock, after a step on which all agree.
     """
     workdir = tmp_path / "run"
     for n, devices, steps, keys in (
-        (2, 4, 10, {"train__seqs_per_device": 1}),
+        (2, 4, 10, {"train__seqs_per_device": 1, "checkpoint__every": 1_000, "checkpoint__minutes": 1e-4}),
         (1, 4, 15, {"train__seqs_per_device": 2, "mesh__data": 2}),
         (4, 4, 24, {"train__seqs_per_device": 1, "mesh__tensor": 2}),
     ):
@@ -67,6 +67,7 @@ def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, t
             stopped = checkpoint.find_step(workdir)
             assert f"stopped by SIGTERM after step {stopped}, which is saved" in run.output(0)
             assert lines(workdir)[-1]["step"] == stopped < 24
+            assert n != 2 or len(checkpoint.steps_in(workdir)) > 1  # of which the clock made all but the last
     same(lines(workdir), quiet)
 
 

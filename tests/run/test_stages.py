@@ -156,7 +156,7 @@ def test_what_is_to_come_can_be_changed_and_what_was_cannot(math_code, tmp_path)
     sources = mixture_weights.sources_text(config.data.sources)
     kept = lambda more: dataclasses.replace(cli.override(config, more), workdir=str(again))
     for change, words in (
-        ({"data.sources": sources.replace("0.15@", "0.2@")}, "these are other weights"),
+        ({"data.sources": sources.replace("0.15@", "0.2@")}, "these are other mixture weights"),
         ({"train.batch_ramp": "60000:512"}, "train.batch_ramp"),
         ({"train.tokens_per_step": "256", "train.batch_ramp": ""}, "train.tokens_per_step"),
     ):

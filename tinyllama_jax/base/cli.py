@@ -26,12 +26,22 @@ def _parse(key: str, text: str, kind: type) -> object:
             return {"true": True, "false": False}[text.lower()]
         if typing.get_origin(kind) is dict:  # DIR:WEIGHT,DIR:WEIGHT; a single DIR needs no weight
             parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
-            sources = {path: mixture_weights.parse(weight) for path, _, weight in parts}
+            sources = {path: _weight(key, text, path, weight) for path, _, weight in parts}
             check(len(sources) == len(parts), key, text, "names a folder twice; add up its weights")
             return sources
         return kind(text)
     except (ValueError, KeyError, ArithmeticError) as error:
         what = str(error) if isinstance(error, OverflowError) else f"must be {KINDS[kind]}"
+        raise UserError(f"--{key}={shown(text)}: {what}") from None
+
+
+def _weight(key: str, text: str, path: str, weight: str) -> mixture_weights.Weight:
+    try:
+        return mixture_weights.parse(weight)
+    except OverflowError:
+        raise
+    except (ValueError, ArithmeticError):
+        what = f"{shown(weight)} is no weight for {shown(path)}; it must be {KINDS[keys()[key]]}"
         raise UserError(f"--{key}={shown(text)}: {what}") from None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tinyllama_jax.base import mixture_weights, rope
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.evals import Eval
 from tinyllama_jax.base.files import check_local
 from tinyllama_jax.base.lora import NF4_BLOCK, Lora
 from tinyllama_jax.base.mixture_weights import Weight, exact, knots_of, weight_at
@@ -38,7 +39,7 @@ class Model(Section):
     rope_scaling: float = 1.0  # how many times longer RoPE makes the context (4 in the original's 8k code model)
     rope_type: str = "linear"  # how: linear (positions are divided), ntk, llama3,KEY=NUMBER,... or yarn,KEY=NUMBER,...
     norm_eps: float = 1e-5
-    init: str = "tinyllama"  # or "torch_default": see dims.init_std
+    init: str = "tinyllama"  # the scale of random weights: the original's, or "torch_default", PyTorch's for each layer
     precision: str = "params=float32,compute=bfloat16,output=float32"  # a jmp policy
     residual: str = "auto"  # dtype of the residual stream; auto: bfloat16 if that is the compute dtype, else float32
     reduce_dtype: str = "float32"  # in which gradients are added up over devices; "bfloat16": half the bytes on the wire
@@ -88,13 +89,13 @@ class Model(Section):
 class Data(Section):
     """Where the blocks come from. Together with `train.seed` and the step, it determines every batch."""
 
-    # folder written by `prepare`, or DIR/PREFIX of LITPKDS files -> mixture weight, constant or ((tokens, weight), ...): see
-    # mixture_weights.py. The weights are normalised to shares of the sequences.
+    # PATH:WEIGHT,PATH:WEIGHT: folders written by `prepare`, or DIR/PREFIX of LITPKDS files; for sft and dpo files, folders or
+    # patterns of conversations. Weights are normalised to shares of the sequences; W@TOKENS..W@TOKENS changes one over time
     sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
     document_mask: bool = False  # attention within each document: they end at eos or, where sources have none, begin at bos
     eod_mask_loss: bool = False  # no loss for the token after eos, the next document's first (Megatron's name)
-    template: str = ""  # sft: guanaco, chatml, zephyr, or a .jinja file; empty: the one that the weights of init.from bring
+    template: str = ""  # sft, dpo: guanaco, chatml, zephyr, or a .jinja file; in a config file only for weights that bring none
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out; a later part counts the steps without them
     workers: int = 2  # threads that read ahead; no effect on what is read
     verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json
@@ -283,7 +284,7 @@ class Log(Section):
 class Init(Section):
     """Where the weights of a new run come from."""
 
-    from_: str = ""  # --init.from: a run folder, a Hugging Face folder or a GGUF file; empty: from scratch
+    from_: str = ""  # a run folder, a Hugging Face folder or a GGUF file; empty: from scratch
     step: int = 0  # which checkpoint of the run folder; 0: the newest
     state: str = "weights"  # weights only; "moments": with optimizer state; "all": with the step too, a full fork of the run
     start_over: int = 0  # starts again a run whose checkpoints are gone; the value: the newest step that it saved
@@ -309,6 +310,7 @@ class Config(Section):
     checkpoint: Checkpoint
     mesh: Mesh = field(default_factory=Mesh)
     log: Log = field(default_factory=Log)
+    eval: Eval = field(default_factory=Eval)
     init: Init = field(default_factory=Init)
     lora: Lora = field(default_factory=Lora)
 
@@ -327,6 +329,9 @@ class Config(Section):
             whole = self.lora.base != "nf4" or inputs % NF4_BLOCK == 0
             remedy = f"{inputs:,} inputs are not whole blocks of {NF4_BLOCK}, which --lora.base=nf4 needs; use bfloat16"
             check(whole, f"model.{key}", getattr(model, key), remedy)
+        sides = {"q": model.n_heads, "o": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
+        sides = {name: (model.d_model, n * model.d_head) for name, n in sides.items()}
+        self.lora.check_fits(dict.fromkeys(("gate", "up", "down"), (model.d_model, model.d_ff)) | sides)
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps
         too_many = f"is more than train.steps={self.train.steps}"
@@ -346,10 +351,7 @@ class Config(Section):
         return sorted({*small, *(n // k for k in small)})
 
     def accumulation(self, n_batch_devices: int) -> list[int]:
-        """Micro-batches (gradient accumulation) per step on `n_batch_devices` = mesh data x fsdp, for each of `train.stages`.
-
-        Raises UserError if a step does not divide into them.
-        """
+        """Micro-batches (gradient accumulation) of a step of each of `train.stages`. Raises UserError if one does not divide."""
         each = self.train.seqs_per_device
         at_once, per_step = each * n_batch_devices, [tokens // self.model.seq_len for _, _, tokens in self.train.stages]
         for sequences in per_step:

@@ -15,7 +15,7 @@ from shutil import rmtree
 
 import msgspec
 
-from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.errors import UserError, disk_error
 
 T = typing.TypeVar("T")
 LARGEST_JSON = 1 << 28  # bytes; the manifest of SlimPajama's 5,000 shards is about 1 MB
@@ -42,6 +42,14 @@ def check_local(option: str, path: str | Path) -> None:
         cure = f"write /{url[3]}" if url[1].lower() == "file" else "mount it, or copy it to a disk, and name that folder"
         slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib turns two into one
         raise UserError(f"{option}={url[1]}:{slashes}{url[3]}: is a URL, and must be a local path; {cure}")
+
+
+def make_folder(option: str, path: str | Path, folder: Path) -> None:
+    """Makes `folder`, which the value `path` of an option needs. Raises UserError naming the option if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}={path}: {disk_error(error)}; name a folder that can be made") from None
 
 
 def open_regular(path: str | Path) -> typing.BinaryIO:
@@ -177,3 +185,23 @@ def settle(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new(output: str | Path, is_file: bool = False) -> Iterator[Path]:
+    """A folder (or file) to write into, which is renamed to `output` if the `with` block succeeds, and removed otherwise."""
+    check_local("--output", output)
+    output = Path(os.path.abspath(output))
+    usable = not is_file and output.is_dir() and not output.is_symlink() and not listed(output) and output != Path.cwd()
+    if os.path.lexists(output) and not usable:
+        raise UserError(f"--output {output}: exists already; name a new {'file' if is_file else 'folder'}, or remove it")
+    with workplace(output.with_name(f".{output.name}.partial"), f"--output {output}: another process is writing it") as place:
+        folder = place / "whole"
+        rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        if not is_file:
+            folder.mkdir()
+        yield folder
+        for name in os.listdir(output) if output.is_dir() else ():  # files of a file manager: see `listed`
+            os.replace(output / name, folder / name)
+        settle(folder)
+        os.replace(folder, output)

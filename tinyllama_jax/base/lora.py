@@ -27,6 +27,14 @@ class Lora(Section):
         for key, (value, default) in {"base": (self.base, ""), "alpha": (self.alpha, 16.0)}.items():
             check(self.rank > 0 or value == default, f"lora.{key}", value, "needs adapters: add --lora.rank=16")
 
+    def check_fits(self, sides: dict[str, tuple[int, int]]) -> None:
+        """Raises UserError if the rank is more than a matrix of `sides`, target -> (inputs, outputs), can have."""
+        for name in self.names if self.rank else ():
+            remedy = (
+                f"the matrices {name} have the sides {sides[name]}; choose at most {min(sides[name])}, or other lora.targets"
+            )
+            check(self.rank <= min(sides[name]), "lora.rank", self.rank, remedy)
+
     @property
     def names(self) -> tuple[str, ...]:
         """`targets` one by one."""

@@ -20,7 +20,7 @@ LIMITS = {
         (1, 2**30): "train.tokens_per_step",
         (1, 2**31 - 1): "train.steps train.give_up checkpoint.every checkpoint.keep log.every log.eval_every",
         (0, 2**31 - 1): "train.seed checkpoint.keep_every init.step init.start_over optim.warmup_steps optim.decay_steps "
-        "optim.cooldown_steps",
+        "optim.cooldown_steps eval.every eval.limit",
         (-1, 2**20): "mesh.data mesh.fsdp mesh.tensor",
         (0, 2**40): "data.eval_blocks",
         (1, 64): "data.workers",

@@ -94,14 +94,16 @@ def merge(params: dict, model: Model, lora: Lora, put: Callable[[jax.Array], jax
 
 @functools.partial(jax.jit, static_argnames=("n_inputs", "scale"))
 def _merged(kernel: jax.Array | nf4.Nf4, a: jax.Array | None, b: jax.Array | None, n_inputs: int, scale: float) -> jax.Array:
-    def of_layer(layer: tuple) -> jax.Array:
-        kernel, *adapters = layer
-        w = nf4.dequantize(kernel, n_inputs, jnp.float32) if isinstance(kernel, dict) else kernel.astype(jnp.float32)
-        return w + scale * jnp.tensordot(*adapters, axes=1, precision="highest") if adapters else w
-
     if a is None and not isinstance(kernel, dict):
         return kernel.astype(jnp.float32)
-    return jax.lax.map(of_layer, (kernel,) if a is None else (kernel, a, b))
+    of = lambda layer: of_layer(*layer, n_inputs=n_inputs, scale=scale)
+    return jax.lax.map(of, (kernel,) if a is None else (kernel, a, b))
+
+
+def of_layer(kernel: jax.Array | nf4.Nf4, *adapters: jax.Array, n_inputs: int, scale: float | jax.Array) -> jax.Array:
+    """The weights W + scale x A B of one layer's matrix, fp32. `n_inputs`: how many of its dimensions are inputs."""
+    w = nf4.dequantize(kernel, n_inputs, jnp.float32) if isinstance(kernel, dict) else kernel.astype(jnp.float32)
+    return w + scale * jnp.tensordot(*adapters, axes=1, precision="highest") if adapters else w
 
 
 def unflatten(flat: dict) -> dict:

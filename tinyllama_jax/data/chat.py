@@ -306,7 +306,7 @@ def of_folder(folder: Path, tokenizer: Tokenizer) -> Template | None:
     """
     sources = own_sources(tokenizer.folder)
     if "default" in sources:
-        return _own(f"of {folder}", sources["default"], tokenizer, "its own chat_template")
+        return _own(name_of(sources["default"], f"of {folder}"), sources["default"], tokenizer, "its own chat_template")
     if sources:
         raise UserError(f"{folder}: has the chat templates {', '.join(sources)}, and no default; choose one: --template NAME")
     for pattern, name in PUBLISHED.items():
@@ -329,13 +329,21 @@ def choose(folder: Path, tokenizer: Tokenizer, name: str | None = None, option: 
         raise UserError(f"{folder}: {why}: say {option} NAME ({', '.join(TEMPLATES)}, or a .jinja file)")
     sources = own_sources(tokenizer.folder)
     if name in TEMPLATES:
-        return TEMPLATES[name]._replace(why=option)
-    if name in sources:
-        return _own(name, sources[name], tokenizer, option)
-    if name.endswith(".jinja"):
+        template = TEMPLATES[name]
+    elif name in sources:
+        template = _own(name, sources[name], tokenizer, option)
+    elif name.endswith(".jinja"):
         files.check_local(option, name)
-        return _own(name, _text(Path(name)), tokenizer, option)
-    raise UserError(f"{option} {name}: is none of {', '.join([*TEMPLATES, *sources])}, and not a .jinja file")
+        template = _own(name, _text(Path(name)), tokenizer, option)
+    else:
+        raise UserError(f"{option} {name}: is none of {', '.join([*TEMPLATES, *sources])}, and not a .jinja file")
+    other = sources.get("default", template.source) != template.source
+    return template._replace(why=f"{option}; the weights bring {name_of(sources['default'], 'another')}" if other else option)
+
+
+def name_of(source: str, otherwise: str) -> str:
+    """The name in `TEMPLATES` of a template with this source, or else `otherwise`."""
+    return next((name for name, template in TEMPLATES.items() if template.source == source), otherwise)
 
 
 def _own(name: str, source: str, tokenizer: Tokenizer, why: str) -> Template:

@@ -34,6 +34,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 LONGEST = 1 << 26  # most bytes of a line, or of a .json file that is one list
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 ROLES |= {"bot": "assistant", "model": "assistant", "system": "system"}
+TOOLS = ("tool", "function", "function_call", "observation")  # roles of tool calls, in OpenAI's shape and ShareGPT's
 # keys of the question, of the answer, and of more of the question. A row is read by the first line whose first two it has
 PAIRS = (
     ("instruction", "output", "input"),
@@ -43,16 +44,18 @@ PAIRS = (
     ("question", "answer", ""),
     ("input", "output", ""),
 )
+TELLING = {"messages", "conversations", "conversation", "text", *(question for question, *_ in PAIRS)}  # keys of a row
 TURNS = (r"### (Human|Assistant):", r"<\|im_start\|>(system|user|assistant)\n", r"(?:^|\n\n)(Human|Assistant):")
 SHAPES = "messages; conversations; instruction and output; prompt and completion; question and answer; input and output; text"
+ONLY_ANSWERS = "where chosen and rejected hold only answers, add a 'prompt'; see docs/dpo.md"
 SPLITS = ("train", "test", "valid", "val", "eval", "dev")  # how the names of splits begin
 
 
 class Row(NamedTuple):
-    """A conversation, or a pair of them, and where it was read."""
+    """A conversation, a pair of them, or a question with its answers, and where it was read."""
 
     where: str  # "FILE, line N"
-    messages: list[Message] | tuple[list[Message], list[Message]]
+    messages: list[Message] | tuple[list[Message], list[Message]] | tuple[list[Message], list[str]]
 
 
 class _BadRow(Exception):
@@ -73,6 +76,8 @@ def files_of(source: str) -> list[Path]:
         if not _kind(path):
             raise UserError(f"{name}: is no {', '.join(KINDS)} file (also with .gz or .zst); see docs/sft.md")
         return [path]
+    if (path / "config.json").is_file():
+        raise UserError(f"{name}: is the folder of a run or a model; name conversations")
     if path.is_dir():
         files = [Path(folder, file) for folder, _, inside in os.walk(path) for file in inside if file in listed(folder)]
         files = [file for file in files if file.suffix != ".json" or file.name not in _DESCRIPTIONS]
@@ -110,8 +115,11 @@ def _split(file: Path, folder: Path) -> str:
 
 
 def read(files: list[Path], kind: str = "chat") -> Iterator[Row]:
-    """The conversations of `files`, in order, or with "preferences" the pairs. Raises UserError, naming a wrong row."""
-    parsed = {"chat": messages_of, "preferences": pair_of}[kind]
+    """The conversations of `files`, in order; with "preferences" the pairs, with "questions" what `question_of` gives.
+
+    Raises UserError, naming a wrong row.
+    """
+    parsed = {"chat": messages_of, "preferences": pair_of, "questions": question_of}[kind]
     for file in files:
         for where, row in _rows(file):
             try:
@@ -138,6 +146,9 @@ def messages_of(row: object) -> list[Message]:
             return [*system, _message("user", content), _message("assistant", _text(given[answer], answer))]
     if "text" in given:
         return _split_text(_text(given["text"], "text"), "text")
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and TELLING & value[0].keys():
+            raise _BadRow(f"is one object with the list {key!r}; write this list alone, as jq '.{key}' FILE does")
     keys = ", ".join(map(repr, row)) or "no keys"
     raise _BadRow(f"has {keys:.300}, and fits no known shape ({SHAPES}); see docs/sft.md to convert it in one line")
 
@@ -154,9 +165,34 @@ def pair_of(row: object) -> tuple[list[Message], list[Message]]:
         elif asked:
             turns = [_message("assistant", _text(row[key], key))]
         else:
-            turns = _split_text(_text(row[key], key), key)
+            turns = _split_text(_text(row[key], key), key, ONLY_ANSWERS)
+        if not asked and all(turn["role"] == "assistant" for turn in turns):
+            raise _BadRow(f"{key!r} begins with no question; {ONLY_ANSWERS}")
         out.append(turns if any(turn["role"] == "user" for turn in turns) else [*(asked or ()), *turns])
     return out[0], out[1]
+
+
+def question_of(row: object) -> tuple[list[Message], list[str]]:
+    """(the messages up to a question, the answers of which each is right) of a row of any known shape.
+
+    `answer` or `answers` may be a list of texts, also within `text` as in SQuAD. Raises _BadRow.
+    """
+    answers = None
+    if isinstance(row, dict) and row.get("question") is not None:
+        answers = row.get("answer", row.get("answers"))
+        answers = answers.get("text") if isinstance(answers, dict) else answers
+        if answers == []:
+            raise _BadRow("has an empty list of answers")
+        if isinstance(answers, list):
+            answers = [_text(answer, "answer") for answer in answers]
+            row = {"question": row["question"], "answer": answers[0]}
+    *messages, last = messages_of(row)
+    if last["role"] != "assistant" or not messages or messages[-1]["role"] != "user":
+        raise _BadRow("must end with a question and its answer")
+    answers = answers if isinstance(answers, list) else [last["content"]]
+    if not all(answer.strip() for answer in answers):
+        raise _BadRow("has an empty answer")
+    return messages, answers
 
 
 def _turns(value: object, key: str) -> list[Message]:
@@ -171,11 +207,12 @@ def _turns(value: object, key: str) -> list[Message]:
     for i, turn in enumerate(value):
         role, content = ("from", "value") if turn.get("from") is not None else ("role", "content")
         name = f"{key}[{i}]"
+        if turn.get("tool_calls") or turn.get("function_call") or turn.get(role) in TOOLS:
+            raise _BadRow(f"{name} is of a tool call, which is not supported; leave the row out, or write the call as text")
         if turn.get(role) is None or turn.get(content) is None:
             raise _BadRow(f"{name} needs role and content, or from and value; it has {_short(turn)}")
-        if role == "from" and turn[role] not in ROLES:
-            raise _BadRow(f"{name}.from is {_short(turn[role])}; known are {', '.join(ROLES)}")
-        spoken = ROLES.get(turn[role], turn[role]) if isinstance(turn[role], str) else _text(turn[role], f"{name}.role")
+        if (spoken := ROLES.get(_text(turn[role], f"{name}.{role}").lower())) is None:
+            raise _BadRow(f"{name}.{role} is {_short(turn[role])}; known are {', '.join(ROLES)}")
         out.append(_message(spoken, _text(turn[content], f"{name}.{content}")))
     if not out:
         raise _BadRow(f"{key!r} is an empty list")
@@ -198,7 +235,7 @@ def _text(value: object, key: str) -> str:
     return value
 
 
-def _split_text(text: str, key: str) -> list[Message]:
+def _split_text(text: str, key: str, remedy: str = f"known shapes: {SHAPES}") -> list[Message]:
     for pattern in TURNS:
         before, *parts = re.split(pattern, text)
         if parts:
@@ -207,9 +244,8 @@ def _split_text(text: str, key: str) -> list[Message]:
             return system + [
                 _message(ROLES[role.lower()], content.strip().removesuffix("<|im_end|>")) for role, content in turns
             ]
-    raise _BadRow(
-        f"{key!r} has no turns: neither '### Human:' nor '<|im_start|>user' is in {_short(text)}; known shapes: {SHAPES}"
-    )
+    marks = "none of '### Human:', '<|im_start|>user' and 'Human:'"
+    raise _BadRow(f"{key!r} has no turns: {marks} is in {_short(text)}; {remedy}")
 
 
 def _short(value: object) -> str:
@@ -271,11 +307,12 @@ def _decoded(text: bytes) -> object:
     try:
         return json.loads(text.decode())
     except UnicodeDecodeError as error:
-        raise _BadRow(f"is not UTF-8 (byte {text[error.start]:#04x} at {error.start})") from None
+        remedy = "convert the file, for example with `iconv -f latin1 -t utf-8`"
+        raise _BadRow(f"is not UTF-8 (byte {text[error.start]:#04x} at {error.start}); {remedy}") from None
     except RecursionError:
         raise _BadRow("is not JSON: is nested too deeply") from None
     except ValueError as error:
-        several = "; write one object a line, or one list in a .json file" if text in (b"{", b"[") else ""
+        several = "; write one object a line, or one list alone in a .json file" if text.endswith((b"{", b"[")) else ""
         raise _BadRow(f"is not JSON: {error}{several}") from None
 
 

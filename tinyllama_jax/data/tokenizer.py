@@ -269,7 +269,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._sp.encode(texts, num_threads=1)
 
     def decode(self, ids: list[int]) -> str:
-        return self._sp.decode([int(i) for i in ids])
+        return self._sp.decode([*map(int, ids)])
 
     def pieces(self) -> list[str | None]:
         return self._sp.id_to_piece(list(range(self.vocab_size)))
@@ -371,9 +371,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return [self._hf.encode(text, add_special_tokens=False).ids for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        if any(not 0 <= i < self.vocab_size for i in ids):
+        ids = [*map(int, ids)]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise IndexError(f"ids must lie in [0, {self.vocab_size})")
-        return self._hf.decode([int(i) for i in ids])
+        return self._hf.decode(ids)
 
     def pieces(self) -> list[str | None]:
         return [self._hf.id_to_token(i) for i in range(self.vocab_size)]

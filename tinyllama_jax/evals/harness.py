@@ -1,24 +1,33 @@
 """Runs our models in EleutherAI's lm-evaluation-harness (`lm_eval`): answers its three kinds of request."""
 
+import copy
 import difflib
 import importlib.metadata
 import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import lm_eval
 from lm_eval import utils
+from lm_eval.api import metrics as metric_lib
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import Task
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.data import control
+from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.evals import contamination
 from tinyllama_jax.evals import tasks as task_lib
 from tinyllama_jax.evals.score import Scorer, Text
+from tinyllama_jax.inference import retrieval
 from tinyllama_jax.inference import text as text_lib
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
@@ -32,6 +41,7 @@ SAMPLING |= {"repetition_penalty": "repetition_penalty"}
 # folders of the harness's own tasks
 FOLDERS = {name: name for name in ("hellaswag", "openbookqa", "winogrande", "piqa", "wikitext", *task_lib.SUITES["knowledge"])}
 FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "lambada_openai": "lambada"}
+PACKAGED = ("json", "csv", "parquet", "arrow", "text")  # values of a task's dataset_path that read local files
 IGNORED = ("do_sample", "until", "max_gen_toks", "num_return_sequences")
 
 
@@ -43,10 +53,22 @@ class HarnessModel(TemplateLM):
     and the first word of an answer keeps the space before it, which `hf` loses with SentencePiece.
     """
 
-    def __init__(self, loaded: Loaded, bos: bool, batch: int | None = None, quiet: bool = False):
-        """`bos`: whether each text begins with bos. `batch`: rows scored and answers generated at a time. Raises UserError."""
+    def __init__(
+        self,
+        loaded: Loaded,
+        bos: bool,
+        batch: int | None = None,
+        quiet: bool = False,
+        between: Callable[[], None] = lambda: None,
+        index: retrieval.Index | None = None,
+    ):
+        """`bos`: whether each text begins with bos. `batch`: rows scored and answers generated at a time. Raises UserError.
+
+        `between`: called after each batch of rows. `index`: its passages stand before each context, which is also what they
+        are looked up by.
+        """
         super().__init__()
-        self._loaded, self._bos, self._quiet = loaded, bos, quiet
+        self._loaded, self._bos, self._quiet, self._between, self.index = loaded, bos, quiet, between, index
         if bos and loaded.tokenizer.bos_id < 0:
             raise UserError("--bos yes: the tokenizer has no bos; say --bos no")
         if loaded.tokenizer.bos_id < 0 and loaded.tokenizer.eos_id < 0:
@@ -71,9 +93,37 @@ class HarnessModel(TemplateLM):
         return self._loaded.model.seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Ids, with bos in front as `bos` says unless `add_special_tokens` says otherwise."""
-        bos = self._bos if add_special_tokens is None else add_special_tokens and self._loaded.tokenizer.bos_id >= 0
-        return ([self._loaded.tokenizer.bos_id] if bos else []) + self._loaded.tokenizer.encode(string)
+        """Ids, with one bos in front as `bos` says unless `add_special_tokens` says otherwise.
+
+        A control token written out in `string`, such as "</s>" after a question, becomes that token, as with `hf`.
+        """
+        bos_id, (ids, _) = self._loaded.tokenizer.bos_id, control.encode(self._loaded.tokenizer, string)
+        bos = self._bos if add_special_tokens is None else add_special_tokens and bos_id >= 0
+        return [bos_id, *ids] if bos and ids[:1] != [bos_id] else ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness's own, with passages before the contexts."""
+        length = lambda continuation: len(self.tok_encode(continuation, add_special_tokens=False))
+        return super().loglikelihood(self._with_passages(requests, length), disable_tqdm)
+
+    def _with_passages(self, requests: list[Instance], length: Callable[[object], int]) -> list[Instance]:
+        """`requests` with passages before the contexts. `length`: the tokens that what follows a context may take.
+
+        The same context gets the same passages: so many that the longest of what follows it fits too.
+        """
+        if self.index is None:
+            return requests
+        longest: dict[str, int] = {}
+        for context, follows in (request.args for request in requests):
+            longest[context] = max(longest.get(context, 0), length(follows))
+        before = {}
+        for context, n in longest.items():
+            count = lambda passages, context=context: len(self.tok_encode(retrieval.block(passages) + context))
+            before[context] = self.index.before(context, count, self.max_length - n, self.max_length)
+        out = [copy.copy(request) for request in requests]
+        for request, (context, follows) in zip(out, [request.args for request in requests], strict=True):
+            request.arguments = (retrieval.block(before[context]) + context, follows)
+        return out
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: object
@@ -88,7 +138,7 @@ class HarnessModel(TemplateLM):
                 raise UserError(f"a continuation has {len(continuation):,} tokens, and must have 1 to {most:,}, the context")
             texts.append(Text((context + continuation)[-(most + 1) :], len(continuation)))
         with tqdm(total=len(texts), disable=disable_tqdm or self._quiet, desc="scoring") as bar:
-            scores = self.scorer(texts, bar.update)
+            scores = self.scorer(texts, lambda n: (bar.update(n), self._between()))
         out = [(float(s.logprobs.sum(dtype="float64")), bool(s.greedy.all())) for s in scores]
         for (pair, *_tokens), answer in zip(requests, out, strict=True):
             if pair is not None:
@@ -116,6 +166,8 @@ class HarnessModel(TemplateLM):
         A context that leaves no room for these loses its beginning, as with `hf`. Raises UserError for a setting we lack.
         """
         self._engine = self._engine or Engine(self._loaded, self._slots)
+        length = lambda settings: normalize_gen_kwargs(settings, MOST_NEW_TOKENS)["max_gen_toks"]
+        requests = self._with_passages(requests, length)
         running, out = {}, [""] * len(requests)
         stops = text_lib.eos_ids(self._loaded.tokenizer)
         with tqdm(total=len(requests), disable=disable_tqdm or self._quiet, desc="writing") as bar:
@@ -155,12 +207,13 @@ def _sampling(settings: dict) -> Sampling:
     return Sampling(**{"temperature": 1.0, **values})
 
 
-def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Task]:
+def tasks(names: list[str], include: Path | None, data: Path | None, section: str = "") -> list[Task]:
     """The tasks `names`. `include`: a folder with more YAML files. `data`: a folder with local files for `tasks.LOCAL`.
 
+    `section`: "eval." in training, whose keys error messages then name, and which takes no task that generates text or runs it.
     Raises UserError for a name that is not known, and for data that are neither on this machine nor on the hub.
     """
-    own = {name: task_lib.local_rows(data, name) for name in names if data and name in task_lib.LOCAL}
+    own = {name: task_lib.local_rows(data, name, section) for name in names if data and name in task_lib.LOCAL}
     # reading all of the harness's 13,000 YAML files takes seconds, so only those of the tasks' folders if we know these
     folders = [Path(lm_eval.tasks.__file__).parent / FOLDERS[name] for name in names if name in FOLDERS]
     more = [include] if include else []
@@ -171,8 +224,10 @@ def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Tas
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
-            remedy = f"did you mean {near[0]}?" if near else "its README lists them; your own go into --include DIR"
-            raise UserError(f"--tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
+            remedy = f"did you mean {near[0]}?" if near else f"its README lists them; your own go into --{section}include DIR"
+            raise UserError(f"--{section}tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
+        if section:  # before a task's own Python is imported
+            _check_only_scores(name, manager.task_index[name].cfg or {})
         spec: str | dict = name
         if name in own:
             split, rows = own[name]
@@ -181,12 +236,48 @@ def tasks(names: list[str], include: Path | None, data: Path | None) -> list[Tas
             spec = {"group": "local", "task": [{"task": name, **only, f"{split}_split": split}]}
         try:
             out += manager.load([spec])["tasks"].values()
-        except (ConnectionError, FileNotFoundError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            local = f"--data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
-            remedy = f"give {local}run it once where the hub can be reached"
-            raise UserError(f"--tasks {name}: its data are not here and cannot be downloaded ({why}); {remedy}") from None
+        except Exception as error:  # of a wrong YAML file it raises many types
+            entry = manager.task_index[name]
+            what = _wrong(error, name, entry.cfg or {}, entry.yaml_path, section)
+            raise UserError(f"--{section}tasks {name}: {what}") from None
+    for task in out:
+        if nothing := [
+            m for m, scored in getattr(task, "_metric_fn_list", {}).items() if not (scored or task.config.process_results)
+        ]:
+            raise UserError(f"--{section}tasks {task.task_name}: its metric {_unknown(nothing[0])}")
+    for task in out if section else ():  # those of a group too
+        _check_only_scores(task.task_name, {"unsafe_code": task.config.unsafe_code, "output_type": task.OUTPUT_TYPE})
     return out
+
+
+def _wrong(error: Exception, name: str, settings: dict, file: Path, section: str) -> str:
+    """What is wrong with a task that cannot be loaded, and the remedy. `settings`: those of its YAML `file`."""
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ConnectionError | FileNotFoundError):
+        if settings.get("dataset_path") in PACKAGED:
+            return f"{why}; correct data_files in {file}"
+        local = f"give --{section}data DIR with DIR/{name}, or " if name in task_lib.LOCAL else ""
+        return f"its data are not here and cannot be downloaded ({why}); {local}run it once where the hub can be reached"
+    for metric in settings.get("metric_list") or []:
+        if isinstance(named := metric.get("metric"), str) and named not in metric_registry:
+            return f"the metric {_unknown(named)} ({file})"
+    return f"{file} is wrong ({type(error).__name__}: {why}); see the harness's guide to tasks"
+
+
+def _unknown(metric: str) -> str:
+    near = difflib.get_close_matches(metric, metric_registry, 1)
+    return f"{metric!r} is unknown to the harness" + (f"; did you mean {near[0]}?" if near else "; its docs list them")
+
+
+def _check_only_scores(name: str, settings: dict) -> None:
+    """Raises UserError for a task that a training run does not take. `settings`: of its YAML file."""
+    remedy = "score the run's checkpoints with `evaluate"
+    if settings.get("unsafe_code"):
+        what = "runs programs that the model writes, and training runs none"
+        raise UserError(f"--eval.tasks {name}: {what}; {remedy} --run-code`")
+    if settings.get("output_type") == "generate_until":
+        what = "has the model write answers, for which the weights would be copied"
+        raise UserError(f"--eval.tasks {name}: {what}; training only takes tasks that score given texts; {remedy}`")
 
 
 def version() -> str:
@@ -202,6 +293,11 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
     """
     if unsafe := [task.task_name for task in wanted if getattr(task, "UNSAFE_CODE", False) and not run_code]:
         raise UserError(f"--tasks {unsafe[0]}: runs programs that the model writes; say --run-code where they can do no harm")
+    whole = [task.task_name for task in wanted if getattr(task, "OUTPUT_TYPE", "") == "loglikelihood_rolling"]
+    if getattr(model, "index", None) and whole:
+        raise UserError(
+            f"--retrieve: {whole[0]} scores whole texts, which have no context to put passages before; leave it out"
+        )
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the package evaluate
     os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors are resampled by forks of this process, which has threads
@@ -212,10 +308,9 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
     for name, samples in results["samples"].items():
         values = {key.removesuffix(",none"): value for key, value in results["results"][name].items() if "," in key}
         errors = {key.replace("_stderr", "", 1): value for key, value in values.items() if "_stderr" in key}
-        number = lambda value: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
         out[name] = {
             "metrics": {
-                key: {"value": number(value), "stderr": number(errors.get(key))}
+                key: {"value": _number(value), "stderr": _number(errors.get(key))}
                 for key, value in values.items()
                 if "_stderr" not in key
             },
@@ -225,4 +320,82 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
             "n_shot": results["n-shot"].get(name),
             "hash": utils.hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
         }
-    return {"harness": f"lm-evaluation-harness {version()}", "tasks": out, "samples": results["samples"]}
+    used = {"retrieve": model.index.settings(model.max_length)} if getattr(model, "index", None) else {}
+    return {"harness": f"lm-evaluation-harness {version()}", **used, "tasks": out, "samples": results["samples"]}
+
+
+# -- contamination ------------------------------------------------------------------------------------------------------
+
+
+def contaminated(wanted: list[Task], samples: dict[str, list[dict]], against: list[Blocks]) -> dict:
+    """Which items of each task stand in the prepared sets `against`, and the scores with and without these.
+
+    `samples`: as `run` returns. Returns {"against", "tokens", "text_mb", "seconds", "tasks": {name: {"n", "items", "dirty",
+    "share", "common", "scores": {metric: {"all", "clean", "dirty"}}, "dirty_items"}}}. `common`: items of which only n-grams
+    stand in the data that are in more than `contamination.COMMON` documents; they count as clean. Raises UserError.
+    """
+    by_name = {task.task_name: task for task in wanted}
+    items = {
+        name: contamination.Items({s["doc_id"]: _text(by_name[name], s["doc"]) for s in samples[name]}) for name in samples
+    }
+    tokens, started = sum(len(blocks) * (blocks.seq_len + 1) for blocks in against), time.perf_counter()
+    with tqdm(total=tokens, desc="contamination", unit=" tokens", unit_scale=True, mininterval=1) as bar:
+
+        def progress(more: int, speed: str) -> None:
+            bar.set_postfix_str(speed, refresh=False)
+            bar.update(more)
+
+        scanned = contamination.scan(against, list(items.values()), progress)
+    out = {}
+    for name, task in items.items():
+        dirty, common = task.dirty(scanned.places)
+        groups = {"all": task.each.keys(), "clean": task.each.keys() - dirty.keys(), "dirty": dirty.keys()}
+        some = lambda ids, name=name: [s for s in samples[name] if s["doc_id"] in ids]
+        scores = {group: _scores(by_name[name], some(ids)) for group, ids in groups.items()}
+        out[name] = {
+            "n": task.n,
+            "items": len(task.each),
+            "dirty": len(dirty),
+            "share": len(dirty) / len(task.each),
+            "common": common,
+            "scores": {metric: {group: scores[group].get(metric) for group in groups} for metric in scores["all"]},
+            "dirty_items": [_row(item, gram, place, against) for item, (gram, place) in dirty.items()],
+        }
+    sets = [{"path": str(b.directory), "split": b.split, "manifest": b.manifest_sha256} for b in against]
+    seconds = time.perf_counter() - started
+    return {"against": sets, "tokens": tokens, "text_mb": scanned.n_bytes / 1e6, "seconds": seconds, "tasks": out}
+
+
+def _row(item: int, gram: str, place: contamination.Place, against: list[Blocks]) -> dict:
+    """A dirty item for the JSON."""
+    blocks = against[place.source]
+    file, record = blocks.place(place.block)
+    where = {"source": str(blocks.directory), "block": place.block, "file": file.name, "record": record}
+    return {"item": item, "ngram": gram, "documents": place.documents, **where}
+
+
+def _text(task: Task, doc: dict) -> str:
+    """An item's prompt, without examples, and its (first) right answer."""
+    prompt, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+    answer = answer[0] if isinstance(answer, list) and answer else answer
+    if isinstance(prompt, int):  # winogrande: the choices are the prompts
+        prompt = task.doc_to_choice(doc)[prompt]
+    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+        answer = task.doc_to_choice(doc)[answer]
+    return f"{prompt} {answer}"
+
+
+def _scores(task: Task, samples: list[dict]) -> dict[str, dict[str, float | None]]:
+    """The task's metrics over some of its items, named as in `run`: {metric: {"value", "stderr"}}."""
+    out = {}
+    for kind, metric in dict.fromkeys((s["filter"], metric) for s in samples for metric in s["metrics"]):
+        values, aggregate = [s[metric] for s in samples if s["filter"] == kind], task.aggregation()[metric]
+        error = metric_lib.stderr_for_metric(aggregate, 1_000) if len(values) > 1 else None
+        score = {"value": _number(aggregate(values)), "stderr": _number(error(values)) if error else None}
+        out[metric if kind == "none" else f"{metric},{kind}"] = score
+    return out
+
+
+def _number(value: object) -> float | None:
+    """`value` for JSON, which has no nan."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from tinyllama_jax.base import sharding
 from tinyllama_jax.base.config import Model
@@ -102,7 +103,7 @@ class Scorer:
             for start in range(0, len(sources), HEAD):
                 pad = (0, max(0, start + HEAD - len(sources)))
                 part = (np.pad(a[start : start + HEAD], pad) for a in (sources, targets))
-                parts.append(_head(self._weights, x_XD, *part))
+                parts.append(_head(self._weights, x_XD, *part, self._model.vocab_size))
             logprobs, greedy = (np.concatenate(a)[: len(sources)] for a in zip(*jax.device_get(parts), strict=True))
         at = 0
         for i in owners:
@@ -126,10 +127,15 @@ def _hidden(weights: Weights, rows: _Rows, model: Model) -> jax.Array:
     return x_BSD.reshape(-1, x_BSD.shape[2])
 
 
-@jax.jit
-def _head(weights: Weights, x_XD: jax.Array, sources_M: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of `targets_M` after the tokens `sources_M`, and whether each is the most likely token, both [M]."""
-    logits_MV = logits(weights, x_XD[sources_M][None])[0]
+@partial(jax.jit, static_argnames="vocab_size", out_shardings=PartitionSpec())
+def _head(
+    weights: Weights, x_XD: jax.Array, sources_M: jax.Array, targets_M: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of `targets_M` after the tokens `sources_M`, and whether each is the most likely token, both [M].
+
+    A trainer's vocabulary may be filled up with rows that stand for no token; those from `vocab_size` on are left out.
+    """
+    logits_MV = logits(weights, x_XD[sources_M][None])[0, :, :vocab_size]
     own_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=1)[:, 0]
     return own_M - jax.nn.logsumexp(logits_MV, axis=1), jnp.argmax(logits_MV, axis=1) == targets_M
 

@@ -33,12 +33,12 @@ PUBLISHED = {
 }
 
 
-def named(text: str) -> list[str]:
+def named(text: str, section: str = "") -> list[str]:
     """The tasks of a list such as "commonsense,wikitext", each once. Raises UserError for an empty list."""
     names = [name for part in text.split(",") for name in SUITES.get(part.strip(), (part.strip(),)) if name]
     if not names:
         raise UserError(
-            f"--tasks {text!r}: names no task; choose of {', '.join(SUITES)}, or name tasks of lm-evaluation-harness"
+            f"--{section}tasks {text!r}: names no task; choose of {', '.join(SUITES)}, or name tasks of lm-evaluation-harness"
         )
     return list(dict.fromkeys(names))
 
@@ -138,15 +138,15 @@ LOCAL = {
 _WORDS = {"validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
 
 
-def local_rows(data: Path, task: str) -> tuple[str, list[dict]]:
+def local_rows(data: Path, task: str, section: str = "") -> tuple[str, list[dict]]:
     """(split, rows with the hub's columns) of DATA/TASK. Raises UserError that names the file, the line and what is wrong.
 
     Reads the hub's parquet or jsonl files, or those that the authors of the data publish.
     """
     if task not in LOCAL:
-        raise UserError(f"--data {data}: holds no {task}: only {', '.join(LOCAL)} can be read from local files")
+        raise UserError(f"--{section}data {data}: holds no {task}: only {', '.join(LOCAL)} can be read from local files")
     local, folder = LOCAL[task], data / task
-    paths = _files(folder, local)
+    paths = _files(folder, local, f"--{section}data")
     rows, last = [], None
     for path in paths:
         labels = _labels(path)
@@ -173,18 +173,19 @@ def _held(local: Local) -> str:
     return ", ".join(local.row.__annotations__)
 
 
-def _files(folder: Path, local: Local) -> list[Path]:
+def _files(folder: Path, local: Local, option: str) -> list[Path]:
     """The parquet files of the split, or its one jsonl file."""
     wanted = f"{folder}/{local.split}.jsonl (or .parquet), whose rows hold {_held(local)}"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data needs {wanted}")
+        remedy = f"say {option} {folder.parent.parent}" if folder.parent.name == folder.name else f"{option} needs {wanted}"
+        raise UserError(f"{folder}: no such folder; {remedy}")
     fits = lambda path: set(re.split("[^a-z]+", path.stem.lower())) & _WORDS[local.split]
     paths = [folder / name for name in files.listed(folder)]
     parquet, lines = ([p for p in paths if p.suffix == end and fits(p)] for end in (".parquet", ".jsonl"))
     if len(lines) > 1 and not parquet:
         raise UserError(f"{folder}: holds {', '.join(p.name for p in lines)}; keep one file of the split {local.split}")
     if not parquet and not lines:
-        raise UserError(f"{folder}: holds no file of the split {local.split}; --data needs {wanted}")
+        raise UserError(f"{folder}: holds no file of the split {local.split}; {option} needs {wanted}")
     return parquet or lines
 
 

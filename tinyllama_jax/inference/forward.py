@@ -12,7 +12,7 @@ from tinyllama_jax.base import dims, sharding
 from tinyllama_jax.base.config import Model
 from tinyllama_jax.core import model as model_lib
 from tinyllama_jax.inference.quantize import lookup, matmul
-from tinyllama_jax.inference.weights import Weights
+from tinyllama_jax.inference.weights import Stack, Weights, in_stack
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # k and v of each layer, [B, K, T, H] in the compute dtype
 
@@ -52,22 +52,30 @@ def through_layers(
 ) -> jax.Array:
     """The head's input [B, S, D]. `attend`: (q, k, v) of a layer, from the first on, -> its attention's output [B, S, N, H].
 
-    The layers are written out, not scanned: a scan would copy each layer's weights out of a stack.
+    The layers are written out, not scanned, since a scan would copy each layer's weights out of a stack; but those of a trainer
+    are scanned, so that the cast and merged matrices of only one layer are in memory.
     """
     policy, (B, S) = jmp.get_policy(model.precision), tokens_BS.shape
     sizes = dims.sizes(model) | {"B": B, "S": S}
     x_BSD = sharding.constrain(lookup(weights.embed_VD, tokens_BS, model.residual_dtype), "BSD")
     table = model_lib.rope_table(positions_BS, model)
-    for layer in weights.layers:
 
-        def project(name, einsum, x, layer=layer):
+    def one(x_BSD, layer):
+        def project(name, einsum, x):
             y = matmul(x.reshape(B, S, -1), layer[name])
             return y.reshape(*(sizes[letter] for letter in einsum.partition("->")[2].upper()))
 
-        def down(gate_BSF, up_BSF, layer=layer):
+        def down(gate_BSF, up_BSF):
             return matmul(jax.nn.silu(gate_BSF) * up_BSF, layer["down"])
 
-        x_BSD = model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
+        return model_lib.layer(x_BSD, table, model_lib.Parts(layer.__getitem__, project, down, attend), model)
+
+    if isinstance(stack := weights.layers, Stack):
+        in_turn = lambda x, arrays: (one(x, in_stack(stack._replace(arrays=arrays), model)), None)
+        x_BSD, _ = lax.scan(in_turn, x_BSD, stack.arrays)
+    else:
+        for layer in weights.layers:
+            x_BSD = one(x_BSD, layer)
     return policy.cast_to_compute(model_lib.rms_norm(x_BSD, weights.final_norm_D, model.norm_eps))
 
 

@@ -9,6 +9,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.inference import sampling as sampling_lib
 from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
+from tinyllama_jax.inference.retrieval import Index
 from tinyllama_jax.inference.sampling import Sampling
 from tinyllama_jax.inference.speculative import MOST_TOKENS, check_vocabulary
 from tinyllama_jax.inference.weights import Loaded
@@ -49,6 +50,24 @@ def load(args: argparse.Namespace, slots: int = 1) -> tuple[Loaded, Engine]:
     if not 1 <= tokens <= MOST_TOKENS:
         raise UserError(f"--draft-tokens {tokens}: must lie between 1 and {MOST_TOKENS}")
     return loaded, Engine(loaded, slots, draft, tokens)
+
+
+def add_retrieval(parser: argparse.ArgumentParser) -> None:
+    """The options that put passages before a question."""
+    add = parser.add_argument
+    add("--retrieve", metavar="INDEX", help="put passages of this index, which `retrieve` made, before each question (none)")
+    add("--passages", type=int, metavar="K", help="how many at most (3)")
+    add("--retrieve-tokens", type=int, metavar="N", help="how many tokens they may have together (a quarter of the context)")
+
+
+def index(args: argparse.Namespace) -> Index | None:
+    """The index that `args` name; None without --retrieve. Raises UserError."""
+    if args.retrieve is not None:
+        return Index(args.retrieve, 3 if args.passages is None else args.passages, args.retrieve_tokens)
+    for name in ("passages", "retrieve_tokens"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs --retrieve INDEX")
+    return None
 
 
 def introduced(name: str, args: argparse.Namespace, loaded: Loaded) -> str:

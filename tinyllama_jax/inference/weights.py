@@ -31,11 +31,20 @@ from tinyllama_jax.run import checkpoint
 KINDS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
+class Stack(NamedTuple):
+    """The layers as a trainer keeps them: [L, ...], in fp32, or frozen and with adapters."""
+
+    arrays: dict[str, dict]  # "q", "attention_norm", ... -> what `dims.arrays` lists of it
+    scale: float  # of the adapters
+    one: float = 1.0  # see `in_stack`
+
+
 class Weights(NamedTuple):
     """A model's parameters by layer. With the training layout [L, ...] each token would copy every layer out of the stack."""
 
     embed_VD: jax.Array | Int8 | Int4
-    layers: tuple[dict[str, jax.Array | Int8 | Int4], ...]  # "q", "attention_norm", ...; a matrix as [in, out], heads joined
+    # "q", "attention_norm", ... of each layer; a matrix as [in, out], heads joined. Only scoring takes a `Stack`
+    layers: tuple[dict[str, jax.Array | Int8 | Int4], ...] | Stack
     final_norm_D: jax.Array
     head_DV: jax.Array | Int8 | Int4
 
@@ -148,6 +157,42 @@ def place(
     return _assembled(((p, layer, put(p, array)) for p, layer, array in arrays), model)
 
 
+def of_trainer(params: dict, lora: Lora = NO_LORA) -> Weights:
+    """A trainer's own parameters as `Weights`, not copied: a layer is merged and cast when it is computed."""
+    stack = Stack(params["layers"], lora.scale if lora.rank else 0.0)
+    return Weights(params["embed"]["embedding"], stack, params["final_norm"]["scale"], params["lm_head"]["kernel"])
+
+
+def in_stack(stack: Stack, model: Model) -> dict[str, jax.Array]:
+    """The weights of one layer of a `Stack`, as one of `Weights.layers`. `stack`: with the arrays of this layer."""
+    layer, arrays = {}, stack.arrays
+    for p in (p for p in dims.PARAMETERS if p.dims.startswith("L")):
+        _, name, last = p.name.split("/")
+        adapters = [arrays[name][key] for key in lora_lib.ADAPTERS if key in arrays[name]]
+        merged = lora_lib.of_layer(arrays[name][last], *adapters, n_inputs=len(p.fan_in), scale=stack.scale)
+        # times a 1 that the compiler does not know: else XLA for TPUs casts the whole stack before the loop, as a second copy,
+        # whatever optimization barriers are in the loop
+        layer[name] = _gathered(*_matrix(p, (merged * stack.one).astype(_dtype(p, model)), model))
+    return layer
+
+
+def _gathered(part: jax.Array, axes: list[str | None]) -> jax.Array:
+    """A norm or matrix that is split over mesh `axes`, gathered over fsdp.
+
+    Left to XLA for GPUs, an all-gather of columns has the whole stack transposed before the loop: a third of a second copy.
+    """
+    if "fsdp" not in axes or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+        return part
+    at = axes.index("fsdp")
+
+    def gather(part: jax.Array) -> jax.Array:
+        parts = lax.all_gather(part, "fsdp")  # [X, ...]
+        return jnp.moveaxis(parts, 0, at).reshape(*part.shape[:at], -1, *part.shape[at + 1 :])
+
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
+    return jax.shard_map(gather, in_specs=PartitionSpec(*axes), out_specs=whole, check_vma=False)(part)
+
+
 def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh, lora: Lora = NO_LORA) -> Weights:
     """A copy of a trainer's parameters as `Weights` in the compute dtype, sharded as these are; both are then in memory."""
     with jax.set_mesh(mesh):
@@ -157,13 +202,17 @@ def of_params(params: dict, model: Model, mesh: jax.sharding.Mesh, lora: Lora = 
 @functools.partial(jax.jit, static_argnames=("model", "lora"))
 def _of_params(params: dict, model: Model, lora: Lora) -> Weights:
     params = lora_lib.merge(params, model, lora) if lora.rank else params
-
-    def put(p: dims.Parameter, array: jax.Array) -> jax.Array:
-        array, axes = _matrix(p, array.astype("float32" if p.kind == "norm" else model.compute_dtype), model)
-        return lax.with_sharding_constraint(array, PartitionSpec(*axes))
-
     copy = jax.tree.map(lambda a: a, params)  # new dicts, which `_unstacked` empties
-    return _assembled(((p, layer, put(p, array)) for p, layer, array in _unstacked(copy)), model)
+    return _assembled(((p, layer, _weight(p, array, model)) for p, layer, array in _unstacked(copy)), model)
+
+
+def _dtype(p: dims.Parameter, model: Model) -> str:
+    return "float32" if p.kind == "norm" else model.compute_dtype
+
+
+def _weight(p: dims.Parameter, array: jax.Array, model: Model) -> jax.Array:
+    array, axes = _matrix(p, array.astype(_dtype(p, model)), model)
+    return lax.with_sharding_constraint(array, PartitionSpec(*axes))
 
 
 def _matrix(p: dims.Parameter, array: np.ndarray | jax.Array, model: Model) -> tuple[np.ndarray | jax.Array, list[str | None]]:

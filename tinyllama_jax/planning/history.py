@@ -93,6 +93,7 @@ def read(path: str | Path) -> Run:
     """Reads a run folder. What is damaged is left out and listed in `faults`. Raises UserError if it is no run folder."""
     run = Run(Path(path), baseline=unigram(Path(path)))
     _numbers(run)
+    _scores_in_training(run)
     with _as_fault(run, "config.json"):
         if exists(run.path / "config.json"):
             with open_regular(run.path / "config.json") as f:
@@ -242,6 +243,18 @@ def _scores(run: Run, evaluated: Evaluated) -> None:
             error = abs(number(values.get(f"{name}_stderr{comma}{kind}", values.get("stderr"))) or 0.0)
             name = name if kind in ("", "none") else metric
             run.scores.setdefault((task[:NAME], name[:NAME]), []).append((evaluated["step"], float(value), error))
+
+
+def _scores_in_training(run: Run) -> None:
+    """Moves the numbers eval/TASK/METRIC and their _stderr from `points` to `scores`, apart from those of whole checkpoints."""
+    own = {key.removeprefix("eval/"): run.points.pop(key) for key in list(run.points) if key.startswith("eval/")}
+    for key, points in own.items():
+        task, _, metric = key.partition("/")
+        if not metric.endswith("_stderr"):
+            errors = own.get(f"{key}_stderr")
+            errors = dict(zip(*errors[:2], strict=True)) if errors else {}
+            values = [(int(step), value, errors.get(step, 0.0)) for step, value in zip(*points[:2], strict=True)]
+            run.scores[f"{task}, during training", metric] = values
 
 
 def flat(config: dict) -> dict[str, str]:

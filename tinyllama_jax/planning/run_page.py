@@ -66,7 +66,7 @@ def page(runs: list[Run]) -> str:
         "Schedule and mixture": _charts(_known(runs, SCHEDULE) + [c for row in BY_SOURCE for c in _by_source(runs, *row)]),
         "Speed": _charts(_known(runs, SPEED)),
         "Faults and restarts": _faults(runs),
-        "Evaluation scores": _charts(_scores(runs)) or _note("No scores: there is no file in RUN/evals."),
+        "Evaluation scores": _charts(_scores(runs)) or _note("No scores: no --eval.every, and no file in RUN/evals."),
         "Samples": _samples(runs),
         "Configuration": _configuration(runs),
         "Other numbers": _others(runs),

@@ -162,6 +162,10 @@ class Agreement:
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
+    def signal(self) -> signal.Signals | None:
+        """The signal to stop for, as `after` gives it."""
+        return self.after(step_saved=False).stopping
+
     def after(self, step_saved: bool) -> Agreed:
         """What to do now: the largest wish of all processes; with several of them that of the call before, to avoid a wait.
 

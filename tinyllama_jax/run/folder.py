@@ -28,9 +28,10 @@ from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base import mixture_weights, schedule
 from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.base.files import check_utf8, claim, exists, listed, read_json, write
+from tinyllama_jax.base.files import check_utf8, claim, exists, listed, make_folder, read_json, write
 from tinyllama_jax.base.mixture_weights import Weight
 from tinyllama_jax.data import tokenizer as tokenizer_lib
+from tinyllama_jax.data.blocks import MANIFEST, read_manifest
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.run import cluster, seals
 from tinyllama_jax.run.checkpoint import load_config
@@ -46,7 +47,8 @@ FIXED = (  # a run cannot change these, or its config would no longer describe i
 )  # fmt: skip
 FREE = (  # a change of these is not reported: it changes neither the batches nor, except for rounding, the losses
     "workdir", "data.sources", "data.workers", "data.verify", "data.eval_blocks", "train.spike", "train.give_up", "train.wait",
-    "train.seqs_per_device", "mesh.", "log.", "checkpoint.", "init.", "model.remat", "model.attention", "model.loss_chunk",
+    "train.seqs_per_device", "mesh.", "log.", "eval.", "checkpoint.", "init.",
+    "model.remat", "model.attention", "model.loss_chunk",
 )  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def opened(config: Config, sources: list[dict], tokenizer: Path) -> Iterator[lis
     run, notes = Path(config.workdir), []
     with contextlib.ExitStack() as at_end:
         if jax.process_index() == 0:
-            run.mkdir(parents=True, exist_ok=True)
+            make_folder("--workdir", run, run)
             foreign = any(name != "processes" for name in listed(run))  # `processes` is created before the run folder
             if not foreign or exists(run / "config.json") or exists(run / "lock"):  # else `open_run` rejects the folder
                 at_end.callback(os.close, claim(run / "lock", f"{run}: {cluster.BUSY}"))
@@ -100,7 +102,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
     if steps := seals.steps_in(run):  # a run without a checkpoint has nothing to lose
-        notes = _check_run(run, config, data, tokenizer, steps[-1])
+        notes = check_settings(config) + _check_data(run, config, data, tokenizer, steps[-1])
         if steps[-1] >= config.train.steps and load_config(run).data.skip == config.data.skip:
             return notes  # nothing left to train: the description stays that of the training
     else:
@@ -126,12 +128,17 @@ def _create_run(run: Path, config: Config, tokenizer: Path) -> None:
     tokenizer_lib.load(tokenizer).save(run / "tokenizer")
 
 
-def _check_run(run: Path, config: Config, data: list[dict], tokenizer: Path, step: int) -> list[str]:
-    """Lines on what has changed in a run whose newest checkpoint is of `step`. Raises UserError if it is another run."""
+def check_settings(config: Config) -> list[str]:
+    """Lines on what has changed in the settings of a run that has a checkpoint. Raises UserError if it is another run."""
+    run, step = Path(config.workdir), seals.steps_in(config.workdir)[-1]
     if not seals.has_state(run, step):  # an import
         raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
-    notes = _compare(load_config(run), config, step)
-    recorded = read_sources(run) or data
+    return _compare(load_config(run), config, step)
+
+
+def _check_data(run: Path, config: Config, data: list[dict], tokenizer: Path, step: int) -> list[str]:
+    """As `check_settings`, of the data of a run whose newest checkpoint is of `step`."""
+    recorded, notes = read_sources(run) or data, []
     if tokenizer_lib.load(run / "tokenizer").sha256 != tokenizer_lib.load(tokenizer).sha256:
         raise UserError(f"--data.sources: were not prepared with the tokenizer of the run in {run}, {run / 'tokenizer'}")
     weights = {s["path"]: s["weight"] for s in recorded}
@@ -140,10 +147,26 @@ def _check_run(run: Path, config: Config, data: list[dict], tokenizer: Path, ste
         notes.append(f"changed since this run was last started: data.sources from {before}")
     _keep_checksums(recorded, data)
     if not _same_until(recorded, data, config, step):
-        what = f"the run in {run} was trained on {before}, and these are other weights or other contents"
+        what = f"the run in {run} was trained on {before}, and {_other(recorded, data)}"
         remedy = f"give it its own data, or start another run with --workdir=NEW --init.from={run}"
         raise UserError(f"--data.sources: {what} (see {run / 'data.json'}); {remedy}")
     return notes
+
+
+def _other(recorded: list[Source], data: list[Source]) -> str:
+    """How two lists of sources that give other batches differ."""
+    for old, new in zip(recorded, data, strict=False):
+        if old["manifest_sha256"] != new["manifest_sha256"]:
+            before, after = (_files(source["path"]) for source in (old, new))
+            files = [name for name in before if after.get(name, before[name]) != before[name]]
+            return f"the contents of {', '.join(files)} have changed" if files else f"{new['path']} has other contents"
+    return "these are other mixture weights, or fewer sources"
+
+
+def _files(path: str) -> dict[str, str | None]:
+    """Input file -> sha256 of a folder of blocks; none if it is not there, or is of another kind."""
+    splits = read_manifest(path)[0]["splits"].values() if (Path(path) / MANIFEST).is_file() else ()
+    return {file["file"]: file.get("sha256") for split in splits for file in split["sources"]}
 
 
 def read_sources(run: Path) -> list[Source] | None:

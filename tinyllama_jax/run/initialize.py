@@ -29,7 +29,7 @@ def find_origin(config: Config, sources: list[Blocks]) -> tuple[Config, Path | N
     A run with a checkpoint of its own has no origin. Raises UserError if the origin does not fit `config`.
     """
     origin, notes = (None, []) if seals.steps_in(config.workdir) else check_origin(config, sources)
-    return _resolved(config, origin), origin, notes
+    return resolved(config, origin), origin, notes
 
 
 def restore_or_initialize(
@@ -98,6 +98,9 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
     with tempfile.TemporaryDirectory() as scratch:
         model, tokens, _, rows = read_origin(origin, Path(scratch), config.model.added_tokens)
     notes = run_folder.check_same_model(config.model, model, str(origin))
+    if config.model.seq_len > model.seq_len:
+        what = f"{origin} was trained at {model.seq_len:,} tokens, and positions beyond have yet to be learned"
+        notes.append(f"model.seq_len={config.model.seq_len}: {what}; --model.seq_len={model.seq_len} keeps to its own")
     if tokens.sha256 != sources[0].tokenizer_sha256:
         raise UserError(f"--init.from={origin}: its tokenizer is not the one that the data were prepared with")
     if tokens.vocab_size > rows and init.state != "weights":
@@ -123,12 +126,17 @@ def check_origin(config: Config, sources: list[Blocks]) -> tuple[Path | None, li
     return origin, notes
 
 
-def _resolved(config: Config, origin: Path | None) -> Config:
-    """`config` with `init.step` filled in, so that a run killed early starts again from that step of its origin."""
-    if not origin or config.init.step or not (origin / "checkpoints").is_dir():
-        return config
+def resolved(config: Config, origin: Path | None) -> Config:
+    """`config` with `init.step` filled in, so that a run killed early starts again from that step of its origin.
+
+    A run with a checkpoint of its own keeps all that is recorded of its origin.
+    """
     recorded = exists(Path(config.workdir) / "config.json")
     before = checkpoint.load_config(config.workdir).init if recorded else config.init
+    if seals.steps_in(config.workdir):
+        return dataclasses.replace(config, init=dataclasses.replace(before, start_over=config.init.start_over))
+    if not origin or config.init.step or not (origin / "checkpoints").is_dir():
+        return config
     step = before.step if before.from_ == config.init.from_ and before.step else _step(config)
     return dataclasses.replace(config, init=dataclasses.replace(config.init, step=step))
 

@@ -81,12 +81,10 @@ class Log:
         if step == self._start + 2:  # the first step is done
             self.say(self._startup.line())
 
-    def validation(self, step: int, scores: dict[str, float]) -> None:
-        """Records the validation after `step`."""
-        self._write(step, scores)
-        perplexity, accuracy = scores.get("val_perplexity"), scores["val_accuracy"]
-        more = f"accuracy {accuracy:.3f}" if perplexity is None else f"perplexity {perplexity:.2f}"
-        self.say(f"step {step:,}: validation loss {scores['val_loss']:.4f}, {more}")
+    def scores(self, step: int, values: dict[str, metrics.Value], line: str) -> None:
+        """Records what the weights after `step` are worth, and prints a line about it."""
+        self._write(step, values)
+        self.say(f"step {step:,}: {line}")
 
     def sync(self, step: int) -> None:
         """Waits until all lines up to `step` are on the disk: a checkpoint must not be ahead of them. Raises Spike."""

@@ -1,7 +1,6 @@
 """The progress line of a run, its speed, and the duration of its start."""
 
 import contextlib
-import itertools
 import signal
 import sys
 import time
@@ -54,20 +53,21 @@ class Timer:
 class Startup:
     """The duration of each part of a run's start."""
 
-    def __init__(self, began: float):
-        """`began`: `time.perf_counter()` when the process started."""
-        self._marks = [("", began)]
-        self.mark("imports")
+    def __init__(self, imports: float | None):
+        """`imports`: seconds that the process's imports took; None if it began for something else."""
+        self._parts = [] if imports is None else [("imports", imports)]
+        self._since = time.perf_counter()
 
     def mark(self, what: str) -> None:
         """Ends the part `what`."""
-        self._marks.append((what, time.perf_counter()))
+        at = time.perf_counter()
+        self._parts.append((what, at - self._since))
+        self._since = at
 
     def line(self) -> str:
         """Ends the last part, compilation and the first step; returns a line with the duration of each."""
         self.mark("compilation and first step")
-        parts = (f"{what} {at - before:.1f} s" for (_, before), (what, at) in itertools.pairwise(self._marks))
-        return "started in: " + ", ".join(parts)
+        return "started in: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._parts)
 
 
 class Progress:

@@ -26,11 +26,12 @@ from types import FrameType
 from tinyllama_jax.base import cli
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, close_stream, run_main
-from tinyllama_jax.base.files import claim, read_json
+from tinyllama_jax.base.files import claim, make_folder, read_json
 from tinyllama_jax.run import cluster
 from tinyllama_jax.run.cluster import CHANNEL, EXIT_SPIKE, HEARTBEAT, STOP_SIGNALS
 
 STARTED = time.perf_counter()  # `train` imports this module first
+imports: float | None = None  # seconds from then until `run`; None where another program calls `train.main`
 TRY_AGAIN = 75  # exit code when another process was the cause (EX_TEMPFAIL of sysexits.h): the same command can be run again
 PATIENCE = {"starting": cluster.STARTING, "saving": 10}  # times train.wait; saving: without reading or writing
 PROGRESS = 1 << 26  # bytes read and written that count as progress of a save
@@ -44,6 +45,8 @@ _RECORD = 2_048  # bytes of a file in RUN/processes
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """`run_main`, but a process that fails ends at once, without waiting for other processes or Orbax's threads."""
+    global imports
+    imports = time.perf_counter() - STARTED
     try:
         run_main(main)
     except BaseException as error:
@@ -144,7 +147,7 @@ class _Process:
 class _Watch:
     def __init__(self, config: Config, child: subprocess.Popen, place: mmap.mmap):
         self.folder, self.wait, self.child, self.place = Path(config.workdir) / "processes", config.train.wait, child, place
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder("--workdir", config.workdir, self.folder)
         self.beat, self.started = min(1.0, self.wait / 10), time.monotonic()
         self.file: int | None = None
         self.others: list[_Process] = []

@@ -32,12 +32,12 @@ from tinyllama_jax.data.prepare import shards
 from tinyllama_jax.data.prepare.shards import HELD_OUT
 from tinyllama_jax.data.tokenizer import Tokenizer
 
-CODE = 1  # version: raised when this file writes something else for the same rows, so that old folders are not reused
+CODE = 2  # version: raised when this file writes something else for the same rows, so that old folders are not reused
 SHARE = 0.02  # of the conversations is held out for validation, if there are at least 10
 WINDOW = 1 << 14  # conversations that are packed together; with more, less padding and more memory
 ONE_PROCESS = 1 << 25  # bytes of input; for more, several processes encode
 CHUNK = 256  # conversations that a process encodes at a time
-NO_ANSWER, TOO_LONG = "without an assistant turn", "whose first turn does not fit"
+NO_ANSWER, EMPTY, TOO_LONG = "without an assistant turn", "with an empty answer", "whose first turn does not fit"
 REFUSED, ALIKE = "refused by the chat template", "whose two answers are the same"
 CUT, SHORT_PROMPT, SHORT_ANSWER = (
     "cut after an answer that fits",
@@ -60,11 +60,15 @@ class Encoder(NamedTuple):
         """What the tokens depend on, besides the messages."""
         return [CODE, self.template.source, self.tokenizer.sha256, self.begin_with_bos, self.width, self.kind]
 
-    def encode(self, row: list[Message] | tuple[list[Message], list[Message]]) -> tuple[np.ndarray, str]:
-        """(tokens with their marks in the bits from 24 up, uint32 [n]; one of KEPT). Raises _LeftOut, which says why."""
+    def encode(self, row: list[Message] | tuple[list[Message], list[Message]]) -> tuple[np.ndarray, str, int]:
+        """(tokens with their marks in the bits from 24 up, uint32 [n]; one of KEPT; how many the whole row has).
+
+        Raises _LeftOut, which says why.
+        """
         return self._pair(*row) if self.kind == "preferences" else self._conversation(row)
 
-    def _conversation(self, messages: list[Message]) -> tuple[np.ndarray, str]:
+    def _conversation(self, messages: list[Message]) -> tuple[np.ndarray, str, int]:
+        _check_answers(messages)
         answers = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
         if not answers:
             raise _LeftOut(NO_ANSWER)
@@ -73,25 +77,27 @@ class Encoder(NamedTuple):
         )
         try:
             ids, mask = encoded(answers[-1])  # what follows the last answer teaches nothing
-            fits = len(answers)
-            if len(ids) > self.width:
+            fits, whole = len(answers), len(ids)
+            if whole > self.width:
                 fits = bisect.bisect_left(range(len(answers)), True, key=lambda k: len(encoded(answers[k])[0]) > self.width)
                 if not fits:
-                    raise _LeftOut(TOO_LONG)
+                    needed = f"{len(encoded(answers[0])[0]):,} tokens, and there is room for {self.width:,}"
+                    raise _LeftOut(TOO_LONG, f" ({needed}: raise --model.seq_len={self.width - 1})")
                 ids, mask = encoded(answers[fits - 1])
         except UserError as error:
             raise _LeftOut(REFUSED, f": {error}") from None
         if not any(mask):
             raise _LeftOut(NO_ANSWER)
-        return _marked(ids, mask), CUT if fits < len(answers) else ""
+        return _marked(ids, mask), CUT if fits < len(answers) else "", whole
 
-    def _pair(self, chosen: list[Message], rejected: list[Message]) -> tuple[np.ndarray, str]:
+    def _pair(self, chosen: list[Message], rejected: list[Message]) -> tuple[np.ndarray, str, int]:
         """Both conversations, in at most half of a block each; only what differs is learned.
 
         If one is too long, prompts lose their beginning, down to a quarter of a block, and then long answers lose their end.
         """
         if chosen == rejected:
             raise _LeftOut(ALIKE)
+        _check_answers(chosen)
         common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         common = min(len(chosen), len(rejected)) if common is None else common
         sides = [self._prompt_and_answer(messages, common) for messages in (chosen, rejected)]
@@ -106,7 +112,8 @@ class Encoder(NamedTuple):
             if not any(mask[: len(ids)]):
                 raise _LeftOut(NO_ANSWER)
             out.append(_marked(ids, mask[: len(ids)]))
-        return np.concatenate(out), max(notes, key=KEPT.index, default="")
+        whole = sum(len(prompt) + len(answer) for prompt, answer, _ in sides)
+        return np.concatenate(out), max(notes, key=KEPT.index, default=""), whole
 
     def _prompt_and_answer(self, messages: list[Message], common: int) -> tuple[list[int], list[int], list[bool]]:
         """(tokens of the prompt, those of the answer, whether each of these is learned) after the `common` first messages."""
@@ -127,6 +134,11 @@ class Encoder(NamedTuple):
         return ids[:first], ids[first:end], mask[first:end]
 
 
+def _check_answers(messages: list[Message]) -> None:
+    if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
+        raise _LeftOut(EMPTY)  # a model would learn to say nothing
+
+
 def _marked(ids: list[int], mask: list[bool]) -> np.ndarray:
     out = np.array(ids, np.uint32) | np.array(mask, np.uint32) * np.uint32(LEARNED << 24)
     out[0] |= np.uint32(FIRST << 24)
@@ -142,12 +154,12 @@ class _LeftOut(Exception):
 
 
 def _encode(rows: list[Row], encoder: Encoder | None = None) -> list[tuple[np.ndarray | None, str, str]]:
-    """(tokens or None; why the row was cut or left out, or ""; its place, with details if it was left out) for each row."""
+    """(tokens or None; why the row was cut or left out, or ""; its place, with details) for each row."""
     out, encoder = [], encoder or _encoder
     for where, messages in rows:
         try:
-            tokens, note = encoder.encode(messages)
-            out.append((tokens, note, f"{where}"))
+            tokens, note, whole = encoder.encode(messages)
+            out.append((tokens, note, f"{where} ({len(tokens):,} of {whole:,} tokens kept)"))
         except _LeftOut as left_out:
             out.append((None, left_out.reason, f"{where}{left_out.more}"))
     return out
@@ -340,7 +352,7 @@ def _line(splits: dict[str, dict], notes: Counter[str], examples: dict[str, str]
         f"{total['documents']:,} {what} ({held:,} held out) of {total['tokens']:,} tokens, {total['learned']:,} of them "
         f"learned, in {total['blocks']:,} blocks of {width:,} with {padding:.1%} padding"
     ]
-    parts += [f"{notes[note]:,} {note}" for note in KEPT[1:] if notes[note]]
+    parts += [f"{notes[note]:,} {note}, the first: {examples[note]}" for note in KEPT[1:] if notes[note]]
     left = [(note, n) for note, n in sorted(notes.items()) if note not in KEPT]
     parts += [f"left out {n:,} {note}, the first: {examples[note]}" for note, n in left]
     return "; ".join(parts)

@@ -27,6 +27,7 @@ from tinyllama_jax.data.prepare.inputs import READ, Source
 ROWS = 64  # records in a unit of an ArrayRecord file
 LONGEST = 1 << 27  # most bytes of a line of jsonl, or of a text in parquet or ArrayRecord
 ANY_JSON = 1 << 23  # most bytes of a line that is decoded in full: nested lists take 30 times as many in memory
+TITLES = ("title", "url")  # keys of a row of jsonl whose text names the document
 START = 1 << 16  # characters at the beginning of a document, which decide its split
 
 
@@ -110,7 +111,7 @@ def read(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counter[
     """The documents of a piece in order, each in one or more parts that can be read again.
 
     `drop`: rows of jsonl with this value at this key ("meta.source": "x") are left out and counted in `dropped`; so are rows
-    of jsonl and parquet whose text is null. Raises BadFile naming file and line.
+    of jsonl and parquet whose text is null. A document of jsonl also has a `title`. Raises BadFile naming file and line.
     """
     if piece.source.kind == "text":
         return iter([_Text(piece.source)])
@@ -168,6 +169,21 @@ class _Text(NamedTuple):
         return _text(self.source)
 
 
+class _Row(NamedTuple):
+    """A row of jsonl as one document, in one part."""
+
+    text: str
+    row: dict
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.text
+
+    @property
+    def title(self) -> str:
+        """What names the document: the text at a key of `TITLES`; "" if there is none."""
+        return next((self.row[key] for key in TITLES if isinstance(self.row.get(key), str)), "")
+
+
 def _text(source: Source) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
@@ -214,7 +230,7 @@ def _jsonl(piece: Piece, text_key: str, drop: Mapping[str, str], dropped: Counte
                 if row[text_key] is None:
                     dropped[_null(text_key)] += 1
                     continue
-                yield (_checked(row[text_key], text_key),)
+                yield _Row(_checked(row[text_key], text_key), row)
 
 
 def _open(source: Source) -> BinaryIO:

@@ -27,6 +27,7 @@ KINDS = {
     ".json.gz": ("gzip", 3),
     ".parquet": ("parquet", 1),
 }
+MARKDOWN = {".md": ("text", 1)}  # for `retrieve` alone: folders of training data hold README.md files
 ARRAY_RECORD = "array_record", 2  # the same, for `tfds:`
 READ = 1 << 20  # bytes read at once
 FETCH = 8 << 20  # bytes of an object fetched at once
@@ -97,7 +98,7 @@ def find(
             if end := _type_of(file, kinds):
                 if not _scheme(file) and os.path.exists(file) and not os.path.isfile(file):
                     raise UserError(f"{option} {file}: is not a regular file; read a pipe into one first, or move it away")
-                matches.append((file, KINDS[end]))
+                matches.append((file, (KINDS | MARKDOWN)[end]))
             else:
                 others.append(file)
     if not matches:
