@@ -10,6 +10,7 @@ python -m tinyllama_jax.evaluate --checkpoint PATH --tasks piqa --against DIR
 import argparse
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> int:
     if args.output:
         files.write(args.output, text)
     if step is not None and args.limit is None and record["results"]:
-        _keep(Path(args.checkpoint) / "evals" / f"{step}-{'-'.join(record['results'])[:100]}.json".replace("/", "_").replace(" ", "_"), text)
+        name = re.sub("[/ ]", "_", f"{step}-{'-'.join(record['results'])[:100]}.json")
+        _keep(Path(args.checkpoint) / "evals" / name, text)
     return 0
 
 
@@ -207,7 +209,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--split", default="validation", help="which split of --data-set (validation)")
     add("--against", metavar="DIR", help="prepared sets, with commas between: which items of --tasks stand there (none)")
     add("--passkey", type=int, metavar="N", help="N tries at each of five depths to repeat a number hidden in filler (none)")
-    add("--longer", type=float, metavar="F", help="--passkey, and perplexity of --data-set by position, in F times the context (1)")
+    add("--longer", type=float, metavar="F", help="--passkey, and perplexity by position, in F times the context (1)")
     add("--rope", choices=("linear", "ntk", "yarn"), help="scale RoPE for --longer (as the model has it)")
     add("--include", type=Path, metavar="DIR", help="a folder with your own tasks' YAML files (none)")
     add("--run-code", action="store_true", help="let humaneval run the programs that the model writes (off)")

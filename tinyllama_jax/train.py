@@ -67,8 +67,7 @@ def main(argv: list[str]) -> int:
                                        peak_flops=targets.peak_flops))  # fmt: skip
         log.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
-            more = "train.epochs" if config.train.epochs else "train.steps"
-            log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; a larger {more} resumes it")
+            log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; raise train.steps or train.epochs")
         agreement = cluster.Agreement(mesh, stop, checkpoints)
         scores = in_training.Scores(config, program, held_out, tasks, log, agreement)
         scores.before(start, state.params, came=bool(origin))
@@ -84,8 +83,7 @@ def main(argv: list[str]) -> int:
             log.step(step, metrics)
             checkpoints.check()
             scores.after(step, state.params)
-            # after the scores, which can take long: what is left of a grace time is for saving
-            agreed = agreement.after(step == config.train.steps or step % config.checkpoint.every == 0)
+            agreed = agreement.after(step == config.train.steps or step % config.checkpoint.every == 0)  # after long scores
             if agreed.save:
                 cluster.heartbeat(step, "saving")
                 log.sync(step)

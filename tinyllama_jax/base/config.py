@@ -351,7 +351,7 @@ class Config(Section):
         return sorted({*small, *(n // k for k in small)})
 
     def accumulation(self, n_batch_devices: int) -> list[int]:
-        """Micro-batches (gradient accumulation) of a step of each of `train.stages`. Raises UserError if one does not divide."""
+        """Micro-batches (gradient accumulation) of a step of each of `train.stages`. Raises UserError if none fit."""
         each = self.train.seqs_per_device
         at_once, per_step = each * n_batch_devices, [tokens // self.model.seq_len for _, _, tokens in self.train.stages]
         for sequences in per_step:
