@@ -21,7 +21,7 @@ demo: $(VENV)/.base
 arc: $(VENV)/.arc
 	@$(PY) -m examples.arc
 
-# the same for SmolLM2-135M, a real model, on its way through every command; with PIQA=DIR also PIQA's score
+# the same for SmolLM2-135M, a real model, from its import to the chat page; with PIQA=DIR/piqa also PIQA's score
 arc-real: $(VENV)/.dev
 	@$(PY) -m examples.arc_real
 
@@ -74,7 +74,7 @@ bench: $(VENV)/.dev
 vllm-venv: $(VENV)-vllm/.base
 
 # 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
-# others. Then the whole arc, SmolLM2 through every command, an export in vLLM, 1,000 requests to a server, all of PIQA by SmolLM2,
+# others. Then the whole arc, the same with SmolLM2, an export in vLLM, 1,000 requests to a server, all of PIQA by SmolLM2,
 # ours and by lm-eval.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base

@@ -86,7 +86,7 @@ def arc(
 
     gguf.package()  # refuses at once if it is not installed: it is needed at the end
     if importlib.util.find_spec("bm25s") is None:  # importing it would ask JAX for its devices before the training does
-        raise UserError("bm25s is not installed: pip install 'tinyllama_jax[retrieve]'")
+        raise UserError("bm25s is not installed: pip install '.[retrieve]'")
 
     # 1. the text, the tokenizer, the base model
     if not (work / "corpus").is_dir():

@@ -2,17 +2,17 @@
 # A run on a Cloud TPU slice, spot by default. From the project's folder, with gcloud logged in and its project set:
 #
 #   export TPU=tinyllama ZONE=us-central2-b TYPE=v4-32 SHARED=10.0.0.2:/share
-#   launch/tpu_pod.sh create                    ask for the slice and wait until there is one, then set up every host of it
-#   launch/tpu_pod.sh setup                     the latter alone: after a new commit
+#   launch/tpu_pod.sh create                    request the slice, wait for it, and set up every host
+#   launch/tpu_pod.sh setup                     set up again, after a new commit
 #   launch/tpu_pod.sh run --config configs/3t.py --workdir=/shared/runs/3t --data.sources=/shared/data/a:0.7,/shared/data/b:0.3
 #   launch/tpu_pod.sh log                       what host 0 prints; Ctrl-C leaves the run alone
 #   launch/tpu_pod.sh stop                      save and end, on all hosts; `run` with the same arguments resumes
 #   launch/tpu_pod.sh delete                    release the slice, so that it costs nothing any more
 #
 # TYPE is Cloud TPU's name of the slice: v4-32, v5litepod-16, v5p-32, v6e-16. `plan` prints it: TYPE=v5p-32 for `--on v5p:2x2x4`.
-# v5litepod needs --train.seqs_per_device=4 with configs/3t.py: 8 take 18.9 of its 15.75 GiB. TPU7x is not served here: RUNBOOK.md.
+# v5litepod needs --train.seqs_per_device=4 with configs/3t.py: with 8 a chip would need 18.9 GiB, and has 15.75. TPU7x is not served here: RUNBOOK.md.
 # SHARED is an NFS share (Filestore, say) that every host mounts as /shared: the run folder and the data are there. A spot slice
-# that was preempted stays SUSPENDED: delete, create, and the same run again. A host that has started anew rejoins by itself.
+# that was preempted stays SUSPENDED: delete, create, and the same run again. A host that rebooted rejoins by itself.
 # SPOT= (empty) asks for on-demand capacity. RUNTIME overrides the image that belongs to TYPE. MODULE (tinyllama_jax.train) is the
 # module that runs. RUNBOOK.md names the page of Google's documentation for each command, the costs, and what is billed when.
 set -euo pipefail
@@ -39,7 +39,7 @@ create)
     v4:* | v3:* | v2:*) image=tpu-ubuntu2204-base ;;
     esac
     if [ -z "$image" ]; then
-        echo "TYPE=$TYPE: not a type of Cloud TPU; choose one like v4-32, v5litepod-16, v5p-32 or v6e-16 (plan prints it), or give RUNTIME, too; TPU7x: launch/RUNBOOK.md" >&2
+        echo "TYPE=$TYPE: not a type of Cloud TPU; choose one like v4-32, v5litepod-16, v5p-32 or v6e-16 (plan prints it), or set RUNTIME as well; TPU7x: launch/RUNBOOK.md" >&2
         exit 2
     fi
     spot=(--spot)
@@ -64,7 +64,7 @@ setup)
     trap 'rm -rf "$code"' EXIT
     git archive --format=tar.gz --output="$code/tinyllama.tar.gz" HEAD
     gcloud compute tpus tpu-vm scp "$code/tinyllama.tar.gz" "$TPU:" --zone="$ZONE" --worker=all
-    # /etc/fstab mounts the share again when a host has started anew: nofail lets the host come up without it, and as retry (in
+    # /etc/fstab mounts the share again after a reboot: nofail lets the host come up without it, and as retry (in
     # minutes) and mount-timeout set no end, the run waits for it (nfs(5), systemd.mount(5)). It is mounted by hand first, so that a
     # wrong share is refused. The images' own Python is older than 3.11.
     on_all "set -eo pipefail
@@ -83,7 +83,7 @@ setup)
 run)
     # One axis: within a slice every chip reaches every other one over ICI, and fsdp alone needs the least memory.
     # systemd, and not ssh, is the parent: a connection that breaks ends nothing; when the host is taken away or maintained, the
-    # processes get a SIGTERM and save; when it has started anew, they start again. tinyllama.service says what else it does.
+    # processes get a SIGTERM and save; after a reboot they start again. tinyllama.service says what else it does.
     words=$(printf ' %q' -m "${MODULE:-tinyllama_jax.train}" --mesh.data=1 --mesh.fsdp=-1 --checkpoint.minutes=8 "$@")
     on_all "set -eo pipefail
         state=\$(systemctl is-active $unit || :)

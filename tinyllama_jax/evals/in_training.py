@@ -33,7 +33,7 @@ def harness(option: str) -> ModuleType:
     try:
         from tinyllama_jax.evals import harness
     except ImportError as error:
-        raise UserError(f"{option} needs lm-eval ({error}): pip install 'tinyllama_jax[eval]'") from None
+        raise UserError(f"{option} needs lm-eval ({error}): pip install '.[eval]'") from None
     return harness
 
 
@@ -45,7 +45,7 @@ class Tasks(NamedTuple):
 
 
 def find_tasks(config: Config, sources: list[Blocks]) -> Tasks | None:
-    """The tasks of a run, or None. They are gone through once without weights, so that no step is lost to what they lack.
+    """The tasks of a run, or None. Each runs once without weights, so that missing data are found before the first step.
 
     Call it under the run's mesh. Raises UserError.
     """

@@ -37,7 +37,7 @@ class Text(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of the scored tokens of a text, [n]."""
+    """Log-probability of each scored token of a text, and whether it is the most likely one, [n]."""
 
     logprobs: np.ndarray  # natural logarithms, fp32
     greedy: np.ndarray  # whether each is the most likely token

@@ -66,7 +66,7 @@ def package() -> ModuleType:
     try:
         import bm25s
     except ImportError as error:
-        raise UserError(f"retrieval needs bm25s ({error}): pip install 'tinyllama_jax[retrieve]'") from None
+        raise UserError(f"retrieval needs bm25s ({error}): pip install '.[retrieve]'") from None
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG
     return bm25s
 
@@ -129,7 +129,7 @@ def _written(
 def passages(document: Iterable[str]) -> Iterator[str]:
     """Cuts a document, given in parts, into passages of `LEAST` to `MOST` words; the last one may be shorter.
 
-    A passage ends at the last of the best of `ENDS` between these two.
+    Between these bounds it ends at the last match of the first pattern of `ENDS` that matches.
     """
     text = ""
     for part in document:
@@ -150,7 +150,7 @@ class Index:
     """An index on a disk, mapped into memory, that puts at most `k` passages of at most `tokens` tokens before a question."""
 
     def __init__(self, folder: str | Path, k: int = 3, tokens: int | None = None):
-        """`tokens`: None: a quarter of the context. Raises UserError for a number out of bounds or no whole index."""
+        """`tokens`: None: a quarter of the context. Raises UserError for a number out of range or an incomplete index."""
         for option, value in (("passages", k), ("retrieve-tokens", tokens)):
             if value is not None and not 1 <= value <= 1_000_000:
                 raise UserError(f"--{option} {value}: must lie between 1 and 1,000,000")
@@ -173,7 +173,7 @@ class Index:
             self._texts = np.memmap(self._folder / TEXTS, np.uint8, "r")
 
     def settings(self, context: int) -> dict:
-        """What a record of scores says of it."""
+        """The index and its limits, as recorded with scores."""
         return {"index": str(self._folder), "sha256": self.sha256, "passages": self.k, "tokens": self.tokens or context // 4}
 
     @contextlib.contextmanager

@@ -83,7 +83,7 @@ def join(wait: float) -> None:
 
 
 def heartbeat(step: int, what: str) -> None:
-    """Tells the parent that this process has reached `what` (such as "training") of `step`; the same calls in every process."""
+    """Tells the parent that this process has reached `what` (such as "training") of `step`; all processes call it alike."""
     global _moves
     if _shared is not None:
         import jax
@@ -167,7 +167,7 @@ class Agreement:
         return self.after(step_saved=False).stopping
 
     def after(self, step_saved: bool) -> Agreed:
-        """What to do now: the largest wish of all processes; with several of them that of the call before, to avoid a wait.
+        """What to do after this step: the strongest wish of any process; of several, that of the call before, to avoid a wait.
 
         `step_saved`: whether this step is saved anyway.
         """

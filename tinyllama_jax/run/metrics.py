@@ -175,9 +175,9 @@ class _WandbRun(typing.TypedDict):
 
 
 def _wandb(config: Config, start: int, last: int):
-    """The run at W&B. A run that went back, from step `last` to `start`, to leave out batches is a new one, in the same group.
+    """The run at W&B. After a rewind from step `last` to `start` with another `data.skip` it is a new one, in the same group.
 
-    What is trained again without such a change is the same, and W&B keeps what it has.
+    Steps that are trained again without such a change are the same, and W&B keeps what it has.
     """
     try:
         import wandb
