@@ -119,6 +119,10 @@ def test_each_command_is_a_console_script(capfd):
     code = "import sys; from tinyllama_jax.__main__ import main; sys.argv = ['bin/tinyllama-train-tokenizer', '--help']; main()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "usage: python -m tinyllama_jax.train_tokenizer" in capfd.readouterr().out
+    wrong = subprocess.run([sys.executable, "-m", "tinyllama_jax", "evaluat"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: evaluat: no such command; did you mean evaluate?\n")
+    right = subprocess.run([sys.executable, "-m", "tinyllama_jax", "report", "nowhere"], capture_output=True, text=True)
+    assert right.returncode == 2 and right.stderr.startswith("error: nowhere: ")
 
 
 @pytest.mark.parametrize("library", HOME)

@@ -82,7 +82,7 @@ def _results(record: dict) -> dict[str, dict[str, float | None]]:
         rows = {"accuracy": passkeys} | {f"accuracy at {row['depth']:.0%}": row for row in passkeys["depths"]}
         scaled = "" if passkeys["rope_scaling"] == 1 else f" {passkeys['rope_type'].split(',')[0]}"
         by_depth = {metric: {"value": row["accuracy"], "stderr": row["stderr"]} for metric, row in rows.items()}
-        metrics[f"passkey {passkeys['context']}{scaled}"] = by_depth
+        metrics[f"passkey {passkeys['context']}{scaled}, {passkeys['tries']} tries"] = by_depth
     ends = {"": "value", "_stderr": "stderr"}
     named = lambda scores: {f"{metric}{end}": score[key] for metric, score in scores.items() for end, key in ends.items()}
     return {task: named(scores) for task, scores in metrics.items()}

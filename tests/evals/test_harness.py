@@ -186,13 +186,13 @@ def test_an_answer_ends_before_its_stop_string(pair):
         ask(max_gen_toks=96)
 
 
-def own_task(folder: Path, metric: str, data: str = "rows.jsonl", more: str = "doc_to_text: p") -> None:
+def own_task(folder: Path, metric: str, data: str = "rows.jsonl", more: str = "doc_to_text: p", right: str = "l") -> None:
     """Loads a task of a user's own."""
     folder.mkdir()
     (folder / "rows.jsonl").write_text(json.dumps({"p": "a", "c": ["x", "y"], "l": 0}) + "\n")
     (folder / "mine.yaml").write_text(
         f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / data}}}}}\ntest_split: test\n"
-        f"output_type: multiple_choice\ndoc_to_choice: c\ndoc_to_target: l\n{more}\nmetric_list: [{{metric: {metric}}}]\n"
+        f"output_type: multiple_choice\ndoc_to_choice: c\ndoc_to_target: {right}\n{more}\nmetric_list: [{{metric: {metric}}}]\n"
     )
     harness.tasks(["mine"], folder, None)
 
@@ -214,6 +214,10 @@ def test_words_that_name_nothing(folder, monkeypatch):
         own_task(folder / "3", "acc", "gone.jsonl")
     with pytest.raises(UserError, match=r"--tasks mine: .*mine.yaml is wrong \(\w+: .*\); see the harness's guide to tasks"):
         own_task(folder / "4", "acc", more="doc_to_text: !function nowhere.f")
+    with pytest.raises(UserError, match="--tasks mine: the right answer of its first item is none of its choices; correct"):
+        own_task(folder / "5", "acc", right="wrong")
+    with pytest.raises(UserError, match=f"--tasks qqzzvv: is no task of .*; its README lists them; {folder}/1 holds mine"):
+        harness.tasks(["qqzzvv"], folder / "1", None)
     (humaneval,) = [type("Task", (), {"task_name": "humaneval", "UNSAFE_CODE": True})]
     with pytest.raises(UserError, match="--tasks humaneval: runs programs that the model writes; say --run-code"):
         harness.run(None, [humaneval], None)

@@ -190,5 +190,5 @@ def test_what_is_missing_is_named(tiny_config_file, folder, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "tinyllama_jax.evals.harness")
     monkeypatch.delattr("tinyllama_jax.evals.harness")
-    with pytest.raises(UserError, match=r"--eval.tasks needs lm-eval .*: pip install 'tinyllama_jax\[eval\]'"):
+    with pytest.raises(UserError, match=r"--eval.tasks needs lm-eval .*: pip install '.\[eval\]'"):
         train.main(command(tiny_config_file, tmp_path / "run", **keys(folder)))

@@ -55,7 +55,9 @@ def test_the_number_is_hidden_at_its_depth_and_asked_for_at_the_end(kind, tmp_pa
     again = Remembers(scorer.knows)
     passkey.scores(again, tokenizer, True, 1)
     assert again.texts == scorer.texts[::3]  # more tries begin with the same ones
-    with pytest.raises(UserError, match=r"--passkey: needs [2-4]\d\d tokens, and the context has 32; make it "):
+    with pytest.raises(
+        UserError, match=r"--passkey: needs [2-4]\d\d tokens, and the context has 32; a longer one, with --longer, "
+    ):
         passkey.scores(SimpleNamespace(context=32), tokenizer, True, 1)
 
 

@@ -235,3 +235,11 @@ def _begin(sources: list[Blocks], needles: dict[int, np.ndarray]) -> None:
 
 def _search_window(*window: int) -> tuple[int, list]:
     return _search(*window)
+
+
+def described(item: int, gram: str, place: Place, against: list[Blocks]) -> dict:
+    """A dirty item for the JSON."""
+    blocks = against[place.source]
+    file, record = blocks.place(place.block)
+    where = {"source": str(blocks.directory), "block": place.block, "file": file.name, "record": record}
+    return {"item": item, "ngram": gram, "documents": place.documents, **where}

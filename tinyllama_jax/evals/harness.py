@@ -11,7 +11,7 @@ from pathlib import Path
 
 import datasets
 import lm_eval
-from lm_eval import utils
+from lm_eval import evaluator, utils
 from lm_eval.api import metrics as metric_lib
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -224,7 +224,13 @@ def tasks(names: list[str], include: Path | None, data: Path | None, section: st
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
-            remedy = f"did you mean {near[0]}?" if near else f"its README lists them; your own go into --{section}include DIR"
+            read = (
+                f"{include} holds {', '.join(TaskManager(include_path=[include], include_defaults=False).all_tasks) or 'none'}"
+                if include
+                else ""
+            )
+            own_ones = read or f"your own go into --{section}include DIR"
+            remedy = f"did you mean {near[0]}?" if near else f"its README lists them; {own_ones}"
             raise UserError(f"--{section}tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
         if section:  # before a task's own Python is imported
             _check_only_scores(name, manager.task_index[name].cfg or {})
@@ -245,6 +251,9 @@ def tasks(names: list[str], include: Path | None, data: Path | None, section: st
             m for m, scored in getattr(task, "_metric_fn_list", {}).items() if not (scored or task.config.process_results)
         ]:
             raise UserError(f"--{section}tasks {task.task_name}: its metric {_unknown(nothing[0])}")
+        if len(task.eval_docs) and not task_lib.has_right_answer(task, task.eval_docs[0]):
+            what = "the right answer of its first item is none of its choices; correct doc_to_target or doc_to_choice"
+            raise UserError(f"--{section}tasks {task.task_name}: {what}")
     for task in out if section else ():  # those of a group too
         _check_only_scores(task.task_name, {"unsafe_code": task.config.unsafe_code, "output_type": task.OUTPUT_TYPE})
     return out
@@ -303,7 +312,8 @@ def run(model: HarnessModel, wanted: list[Task], limit: int | None, run_code: bo
     os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors are resampled by forks of this process, which has threads
     manager = TaskManager(include_defaults=False)  # else it reads all YAML files again
     options = {"limit": limit, "confirm_run_unsafe_code": run_code, "bootstrap_iters": 1_000, "task_manager": manager}
-    results = lm_eval.simple_evaluate(model, tasks=wanted, **options)
+    evaluator.get_git_commit_hash = lambda: None  # else git complains where the current folder is no checkout
+    results = evaluator.simple_evaluate(model, tasks=wanted, **options)
     out = {}
     for name, samples in results["samples"].items():
         values = {key.removesuffix(",none"): value for key, value in results["results"][name].items() if "," in key}
@@ -359,19 +369,11 @@ def contaminated(wanted: list[Task], samples: dict[str, list[dict]], against: li
             "share": len(dirty) / len(task.each),
             "common": common,
             "scores": {metric: {group: scores[group].get(metric) for group in groups} for metric in scores["all"]},
-            "dirty_items": [_row(item, gram, place, against) for item, (gram, place) in dirty.items()],
+            "dirty_items": [contamination.described(item, gram, place, against) for item, (gram, place) in dirty.items()],
         }
     sets = [{"path": str(b.directory), "split": b.split, "manifest": b.manifest_sha256} for b in against]
     seconds = time.perf_counter() - started
     return {"against": sets, "tokens": tokens, "text_mb": scanned.n_bytes / 1e6, "seconds": seconds, "tasks": out}
-
-
-def _row(item: int, gram: str, place: contamination.Place, against: list[Blocks]) -> dict:
-    """A dirty item for the JSON."""
-    blocks = against[place.source]
-    file, record = blocks.place(place.block)
-    where = {"source": str(blocks.directory), "block": place.block, "file": file.name, "record": record}
-    return {"item": item, "ngram": gram, "documents": place.documents, **where}
 
 
 def _text(task: Task, doc: dict) -> str:

@@ -65,7 +65,7 @@ def text(tokenizer: Tokenizer, bos: bool, context: int, depth: float, number: in
     encoded = lambda more, n: first_tokens(tokenizer, bos, _prompt(depth, number, n) + more)
     size = lambda n: len(encoded(f" {number}", n))
     if (least := size(fewest)) > context:
-        remedy = f"make it {math.ceil(10 * least / context) / 10:g} times as long with --longer"
+        remedy = f"a longer one, with --longer, must be {math.ceil(10 * least / context) / 10:g} times as long as this"
         raise UserError(f"--passkey: needs {least:,} tokens, and the context has {context:,}; {remedy}")
     n = bisect.bisect_right(range(context), context, lo=fewest, key=size) - 1
     while size(n) > context:  # a word's tokens can depend on its neighbours

@@ -4,6 +4,7 @@ import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tinyllama_jax.base import files
 from tinyllama_jax.base.errors import UserError
@@ -218,6 +219,14 @@ def _read(path: Path) -> typing.Iterator[dict]:
                     yield files.decode_json(line, dict)
                 except ValueError as error:
                     raise UserError(f"{path}, line {number}: is no JSON object ({error}); copy the file again") from None
+
+
+def has_right_answer(task: Any, doc: dict) -> bool:
+    """Whether an item of a task with choices has its right answer among them; the harness only counts it as answered wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice" or getattr(task, "multiple_input", 0) or getattr(task, "multiple_target", 0):
+        return True
+    right, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+    return 0 <= right < len(choices) if isinstance(right, int) else right in choices
 
 
 # -- the table ----------------------------------------------------------------------------------------------------------

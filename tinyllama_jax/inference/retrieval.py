@@ -28,6 +28,7 @@ TERM = rf"[{CJK}]|[^\W{CJK}]{{2,}}"  # what is indexed, in lower case
 STOP_WORDS = "english_plus"  # of bm25s: they tell nothing of what a question is about
 # where a passage may end, the best first: a paragraph, a sentence, a line, a word, anywhere
 ENDS = [re.compile(end) for end in (r"\n\s*\n", r"[.!?][\"')\]]*\s|[\u3002\uff01\uff1f]", r"\n", r"\s", r"\Z")]
+HASHED = 1 << 28  # bytes of a file whose hash is checked when an index is opened, which takes a second a GB
 FORMAT = 1
 INDEX = "index.json"  # written last
 TEXTS, STARTS = "passages.jsonl", "starts.npy"  # where each line of it begins, in bytes, and where the last one ends
@@ -167,6 +168,8 @@ class Index:
             if not path.is_file() or (size := path.stat().st_size) != file["bytes"]:
                 what = f"{size:,} bytes" if path.is_file() else "not there"
                 raise UserError(f"{path}: is damaged ({what} instead of {file['bytes']:,} bytes); {REMEDY}")
+            if size <= HASHED and files.sha256(path) != file["sha256"]:
+                raise UserError(f"{path}: is damaged (another sha256 than when it was built); {REMEDY}")
         with self._intact():
             self._bm25 = library.BM25.load(self._folder, mmap=True, show_progress=False, backend="numpy")
             self._starts = np.load(self._folder / STARTS, mmap_mode="r")
