@@ -258,7 +258,7 @@ def test_it_streams_and_stops(page, served):
     page.get_by_text(f"the text is too long: the model takes {CONTEXT} tokens").wait_for()
 
 
-def until(condition, seconds=60.0):
+def until(condition, seconds=600.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

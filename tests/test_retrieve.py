@@ -37,9 +37,10 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def index(texts) -> Path:
-    retrieve.main(["build", str(texts), "--output", str(texts.parent / "index")])
-    return texts.parent / "index"
+def index(texts, tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("index") / "index"  # of its own: a worker may make module fixtures twice
+    retrieve.main(["build", str(texts), "--output", str(made)])
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_the_name_of_a_slice_at_cloud_tpu(on, cloud):
 
 
 def test_the_table_is_complete_and_in_its_units():
-    assert targets.CLOUD.keys() == {name for name, t in targets.TARGETS.items() if not t.sm}
+    assert targets.CLOUD.keys() == {name for name, t in targets.TARGETS.items() if not t.sm} - {"tpu7x"}  # which has no TYPE
     for name, t in targets.TARGETS.items():
         assert t.source.count(";") >= 1 and t.rates.source, name
         assert 15 * 2**30 < t.memory < 200e9, name
