@@ -97,10 +97,15 @@ def _keep(path: Path, text: str) -> None:
         print(f"the scores are not kept in the run folder: {error}", file=sys.stderr)
 
 
+def _bos(args: argparse.Namespace, loaded: Loaded) -> bool:
+    """Whether each text begins with bos."""
+    return loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
+
+
 def _tasks(args: argparse.Namespace, loaded: Loaded, wanted: list, index: Index | None, name: str) -> dict:
     """Runs tasks and prints their scores; returns what is recorded."""
     harness = in_training.harness("--tasks")
-    bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
+    bos = _bos(args, loaded)
     with contextlib.redirect_stdout(sys.stderr):
         results = harness.run(harness.HarnessModel(loaded, bos, args.batch, index=index), wanted, args.limit, args.run_code)
     samples = results.pop("samples")
@@ -183,7 +188,7 @@ def _by_position(args: argparse.Namespace, loaded: Loaded) -> dict:
 def _passkey(args: argparse.Namespace, loaded: Loaded) -> dict:
     """Asks for hidden numbers and prints the accuracy by their depth; returns what is recorded."""
     model = held_out.lengthened(loaded.model, args.longer or 1, args.rope)
-    bos = loaded.begin_with_bos if args.bos == "auto" else args.bos == "yes"
+    bos = _bos(args, loaded)
     print(f"passkey: context {model.seq_len:,}; RoPE {model.rope_type} x {model.rope_scaling:g}")
     mean, scored = passkey.scores(Scorer(loaded._replace(model=model), args.batch), loaded.tokenizer, bos, args.passkey)
     for depth, row in scored.items():

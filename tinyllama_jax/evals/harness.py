@@ -224,13 +224,9 @@ def tasks(names: list[str], include: Path | None, data: Path | None, section: st
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*manager.all_tasks, *task_lib.SUITES], 1)
-            read = (
-                f"{include} holds {', '.join(TaskManager(include_path=[include], include_defaults=False).all_tasks) or 'none'}"
-                if include
-                else ""
-            )
-            own_ones = read or f"your own go into --{section}include DIR"
-            remedy = f"did you mean {near[0]}?" if near else f"its README lists them; {own_ones}"
+            held = TaskManager(include_path=more, include_defaults=False).all_tasks
+            yours = f"{include} holds {', '.join(held) or 'none'}" if include else f"your own go into --{section}include DIR"
+            remedy = f"did you mean {near[0]}?" if near else f"its README lists them; {yours}"
             raise UserError(f"--{section}tasks {name}: is no task of lm-evaluation-harness {version()}; {remedy}")
         if section:  # before a task's own Python is imported
             _check_only_scores(name, manager.task_index[name].cfg or {})
@@ -247,10 +243,9 @@ def tasks(names: list[str], include: Path | None, data: Path | None, section: st
             what = _wrong(error, name, entry.cfg or {}, entry.yaml_path, section)
             raise UserError(f"--{section}tasks {name}: {what}") from None
     for task in out:
-        if nothing := [
-            m for m, scored in getattr(task, "_metric_fn_list", {}).items() if not (scored or task.config.process_results)
-        ]:
-            raise UserError(f"--{section}tasks {task.task_name}: its metric {_unknown(nothing[0])}")
+        functions = {} if task.config.process_results else getattr(task, "_metric_fn_list", {})
+        if unknown := [metric for metric, function in functions.items() if not function]:
+            raise UserError(f"--{section}tasks {task.task_name}: its metric {_unknown(unknown[0])}")
         if len(task.eval_docs) and not task_lib.has_right_answer(task, task.eval_docs[0]):
             what = "the right answer of its first item is none of its choices; correct doc_to_target or doc_to_choice"
             raise UserError(f"--{section}tasks {task.task_name}: {what}")
