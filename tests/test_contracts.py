@@ -24,13 +24,13 @@ COMMANDS += ("convert", "train_tokenizer", "retrieve")
 SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files dims mixture_weights values evals lora rope config cli schedule sharding",
+    "base": "errors files store dims mixture_weights values evals lora rope config cli schedule sharding",
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
     "core": "xla linear lora model optim losses step program",
     "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
     "data": "tokenizer control chat conversations blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer "
     "export.added_tokens export.litpkds "
-    "prepare.store prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
+    "prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
     "log evaluation",
@@ -47,7 +47,7 @@ HOME = {
     "array_record": {"data.blocks", "data.prepare.documents", "data.prepare.shards"},
     "tensorflow_datasets": {"data.blocks", "data.prepare.inputs", "data.prepare.folder", "data.prepare.runners"},
     "apache_beam": {"data.prepare.runners"},
-    "fsspec": {"data.prepare.store"},
+    "fsspec": {"base.store"},
     "datasketch": {"data.prepare.duplicates"},
     "pycld2": {"data.prepare.clean"},
     "fasttext": {"data.prepare.clean"},

@@ -15,10 +15,11 @@ from test_duplicates import WORDS, planted
 from test_prepare import command, digests, expected, finished, lines, stream
 
 from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import read_manifest
 from tinyllama_jax.data.prepare import folder as folder_lib
-from tinyllama_jax.data.prepare import pipeline, store
+from tinyllama_jax.data.prepare import pipeline
 from tinyllama_jax.data.prepare.pipeline import prepare
 
 # fixtures: an object store, Dask's scheduler, and what starts a worker of it

@@ -18,9 +18,10 @@ import pytest
 from test_prepare import ROOT, children, command, digests, finished, gone, lines, listening, wait_until
 
 from tinyllama_jax import prepare as prepare_lib
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.data.prepare import pipeline, runners, store
+from tinyllama_jax.data.prepare import pipeline, runners
 from tinyllama_jax.data.prepare.pipeline import prepare
 
 SHARD = 1 << 16

@@ -19,9 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.prepare import store
-from tinyllama_jax.data.prepare.store import Place
+from tinyllama_jax.base.store import Place
 
 HEAD = 1 << 20  # characters of a document that filters read, and that --keep-dropped keeps
 WHOLE = 1 << 27  # most characters of a document that a Python function can get

@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.prepare import clean, shards, store
+from tinyllama_jax.base.store import Place
+from tinyllama_jax.data.prepare import clean, shards
 from tinyllama_jax.data.prepare.shards import Job, Shard
-from tinyllama_jax.data.prepare.store import Place
 
 METHODS = ("exact", "minhash")
 THRESHOLD = 0.8

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.store import Place, Remote
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import MANIFEST, Record, read_manifest
-from tinyllama_jax.data.prepare import shards, store
+from tinyllama_jax.data.prepare import shards
 from tinyllama_jax.data.prepare.inputs import Source
 from tinyllama_jax.data.prepare.shards import HELD_OUT, Job, Shard
-from tinyllama_jax.data.prepare.store import Place, Remote
 
 
 def partial_of(output: Place) -> Place:

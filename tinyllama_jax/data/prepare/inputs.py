@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import open_regular
-from tinyllama_jax.data.prepare.store import SCHEMES, matcher, reaching
+from tinyllama_jax.base.store import SCHEMES, matcher, reaching
 
 # end of a file's name -> (how it is read, roughly how many bytes of text are in a byte of it)
 KINDS = {

@@ -24,15 +24,16 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.store import Place, Remote
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import FORMAT
-from tinyllama_jax.data.prepare import clean, corpora, documents, duplicates, inputs, runners, store
+from tinyllama_jax.data.prepare import clean, corpora, documents, duplicates, inputs, runners
 from tinyllama_jax.data.prepare import folder as folder_lib
 from tinyllama_jax.data.prepare import vocabulary as vocabulary_lib
 from tinyllama_jax.data.prepare.inputs import Source
 from tinyllama_jax.data.prepare.shards import HELD_OUT, MEMORY, Job, Shard
-from tinyllama_jax.data.prepare.store import Place, Remote
 
 MOST = 1 << 24  # tokens in a block
 NOT_TRAIN = ("validation", "valid", "val", "dev", "test")  # usual names of folders of other splits

@@ -25,11 +25,11 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
-from tinyllama_jax.base import cli
+from tinyllama_jax.base import cli, store
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.prepare import duplicates, shards, store
+from tinyllama_jax.base.store import Place
+from tinyllama_jax.data.prepare import duplicates, shards
 from tinyllama_jax.data.prepare.shards import Job, Shard
-from tinyllama_jax.data.prepare.store import Place
 
 DIRECT = "direct"
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"

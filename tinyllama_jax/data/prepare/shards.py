@@ -19,15 +19,16 @@ from typing import NamedTuple, TypedDict, TypeVar
 import numpy as np
 from array_record.python import array_record_module
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, decode_json, sha256
+from tinyllama_jax.base.store import Place
 from tinyllama_jax.data import tokenizer
 from tinyllama_jax.data.blocks import Record
-from tinyllama_jax.data.prepare import clean, documents, store
+from tinyllama_jax.data.prepare import clean, documents
 from tinyllama_jax.data.prepare.clean import Cleaning
 from tinyllama_jax.data.prepare.documents import Piece
 from tinyllama_jax.data.prepare.inputs import Source
-from tinyllama_jax.data.prepare.store import Place
 
 BATCH = 1 << 18  # characters tokenised at once
 HELD_OUT = "validation"

@@ -1,4 +1,4 @@
-"""Where a data set is made: a local folder, or a place in an object store (s3://, gs://) through fsspec.
+"""A place for files: a local folder, or one in an object store (s3://, gs://) through fsspec.
 
 In both, a file appears when it is complete. Only a local folder is locked, synced to disk and renamed at the end; in an object
 store a data set is complete once its manifest, which is written last, is there.
