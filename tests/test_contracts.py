@@ -102,6 +102,15 @@ def test_imports_go_down_between_rooms_and_inside_them(path):
             assert order.index(other_file) < order.index(file), f"{own} imports {other}, which comes later in its room"
 
 
+def test_a_wheel_holds_every_room_the_configs_and_the_tools():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        build = tomllib.load(file)["tool"]["setuptools"]
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE}
+    assert {*build["packages"]} == rooms | {*build["package-dir"]} and all(
+        (ROOT / d).is_dir() for d in build["package-dir"].values()
+    )
+
+
 def test_a_top_level_file_is_a_command_and_every_other_has_its_place():
     names = {name_of(p) for p in PACKAGE} - {"tinyllama_jax"}
     assert {name for name in names if "." not in name} - FLOOR.keys() == {*COMMANDS, "__main__"}

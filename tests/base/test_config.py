@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from test_contracts import COMMANDS
@@ -15,6 +16,8 @@ from test_contracts import COMMANDS
 from tinyllama_jax.base import cli, mixture_weights, values
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -243,6 +246,21 @@ def test_the_command_line(config):
         cli.pairs(["train.steps=1"])
     with pytest.raises(UserError, match="has no value"):
         cli.pairs(["--train.steps"])
+
+
+def test_a_config_that_came_with_the_package(tmp_path, monkeypatch, capsys):
+    """Only where there is no folder configs: a checkout's own, and what a user wrote there, come first."""
+    monkeypatch.setattr(cli, "INSTALLED", ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert cli.read("configs/3t.py") == cli.read(str(ROOT / "configs" / "3t.py"))
+    assert capsys.readouterr().err == f"--config=configs/3t.py: {ROOT}/configs/3t.py\n"
+    with pytest.raises(UserError, match="--config=configs/3tt.py: no such file; did you mean configs/3t.py?"):
+        cli.read("configs/3tt.py")
+    with pytest.raises(UserError, match="--config=3t.py: no such file"):
+        cli.read("3t.py")
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(UserError, match="--config=configs/3t.py: no such file"):
+        cli.read("configs/3t.py")
 
 
 def test_errors_end_with_exit_code_2_and_no_traceback():

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 import runpy
+import sys
 import traceback
 import typing
 from pathlib import Path
@@ -18,6 +19,7 @@ from tinyllama_jax.base.files import open_regular
 from tinyllama_jax.base.values import KINDS, check, shown
 
 LARGEST = 1 << 20  # bytes of a config file
+INSTALLED = Path(__file__).parents[1] / "configs"  # of a wheel; a checkout has them beside the package
 
 
 def _parse(key: str, text: str, kind: type) -> object:
@@ -183,7 +185,13 @@ def skipping(arguments: list[str], data: Data, first: int, last: int) -> list[st
 
 
 def read(path: str) -> Config:
-    """Returns the `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError."""
+    """Returns the `config` that the Python file at `path` defines, or a run folder's config.json. Raises UserError.
+
+    configs/NAME.py, in a folder that has none, is the one that was installed with the package; a line says so.
+    """
+    if (installed := _installed_config(path)) is not None:
+        print(f"--config={path}: {installed}", file=sys.stderr)
+        path = str(installed)
     try:
         with open_regular(path) as f:
             text = f.read(LARGEST + 1)
@@ -209,9 +217,16 @@ def read(path: str) -> Config:
     return config
 
 
+def _installed_config(path: str) -> Path | None:
+    wanted = Path(path)
+    own = INSTALLED / wanted.name
+    return own if wanted.parent == Path("configs") and not wanted.parent.exists() and own.is_file() else None
+
+
 def _nearby_configs(path: str) -> str:
     folder = Path(path).parent
-    names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+    held_in = INSTALLED if folder == Path("configs") and not folder.exists() else folder
+    names = sorted(str(folder / p.name) for p in held_in.glob("[!_]*.py")) if held_in.is_dir() else []
     near = difflib.get_close_matches(path, names, 1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}" if names else ""
 
