@@ -11,7 +11,14 @@ NEWER  := $(shell for p in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pye
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 SAME   := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))' 2>/dev/null)
 
-.PHONY: demo arc arc-real test test-main test-plan test-newer lint bench clean
+# the numeric core; of each attention kernel one case
+CORE   := tests/core/test_model.py tests/core/test_step.py tests/core/test_xla.py \
+	tests/core/test_answers.py tests/core/test_preferences.py tests/core/test_lora.py \
+	tests/base/test_sharding.py tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py \
+	tests/planning/test_hlo.py tests/planning/test_timing.py tests/test_plan.py::test_the_command_on_virtual_devices \
+	-k "not test_attention or trained"
+
+.PHONY: demo arc arc-real test test-main test-plan test-newer test-oldest lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
@@ -50,12 +57,12 @@ test-newer:
 	@echo "no Python 3.12 or newer here: the numeric core was not tested on the newest JAX"
 else
 test-newer: $(VENV)-newer/.base
-	$(VENV)-newer/bin/python -m pytest -n 2 tests/core/test_model.py tests/core/test_step.py tests/core/test_xla.py \
-		tests/core/test_answers.py tests/core/test_preferences.py tests/core/test_lora.py \
-		tests/base/test_sharding.py tests/run/test_checkpoint.py tests/kernels tests/data/test_mixture.py \
-		tests/planning/test_hlo.py tests/planning/test_timing.py tests/test_plan.py::test_the_command_on_virtual_devices \
-		-k "not test_attention or trained"  # one case of each attention kernel
+	$(VENV)-newer/bin/python -m pytest -n 2 $(CORE)
 endif
+
+# the same on the oldest versions that requirements.txt allows
+test-oldest: $(VENV)-oldest/.base
+	$(VENV)-oldest/bin/python -m pytest -n 2 $(CORE)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -74,12 +81,13 @@ bench: $(VENV)/.dev
 vllm-venv: $(VENV)-vllm/.base
 
 # 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
-# others. Then the whole arc, the same with SmolLM2, an export in vLLM, 1,000 requests to a server, all of PIQA by SmolLM2,
-# ours and by lm-eval.
+# others. Then the oldest packages, the whole arc, the same with SmolLM2, an export in vLLM, 1,000 requests to a server, all of PIQA
+# by SmolLM2, ours and by lm-eval.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
 	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
+	$(MAKE) --no-print-directory test-oldest
 	rm -rf runs/test-arc runs/test-arc-real
 	$(PY) -m examples.arc --workdir runs/test-arc
 	$(PY) -m examples.arc_real --workdir runs/test-arc-real
@@ -88,7 +96,7 @@ test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	PYTHONPATH=.:tests:tests/inference $(PY) tests/evals/test_harness.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-newer $(VENV)-plan $(VENV)-vllm runs
+	rm -rf $(VENV) $(VENV)-newer $(VENV)-oldest $(VENV)-plan $(VENV)-vllm runs
 
 $(VENV)/.base: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -121,6 +129,13 @@ $(VENV)-newer/.base: requirements.txt
 	@test -d $(VENV)-newer || $(NEWER) -m venv $(VENV)-newer
 	@echo "installing into $(VENV)-newer with $(NEWER)"
 	@$(VENV)-newer/bin/python $(INSTALL) -r requirements.txt $(PYTEST)
+	@touch $@
+
+$(VENV)-oldest/.base: requirements.txt
+	@test -d $(VENV)-oldest || $(PYTHON) -m venv $(VENV)-oldest
+	@echo "installing the oldest versions that requirements.txt allows into $(VENV)-oldest"
+	@sed 's/>=/==/; s/,<.*//' requirements.txt > $(VENV)-oldest/requirements.txt
+	@$(VENV)-oldest/bin/python $(INSTALL) -r $(VENV)-oldest/requirements.txt $(PYTEST)
 	@touch $@
 
 # torchvision and the other two are of another build than this torch, and then fail ("operator torchvision::nms does not exist")
