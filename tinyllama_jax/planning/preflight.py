@@ -1,0 +1,426 @@
+"""Checks and measures the machine that this process runs on, before a run pays for its first step."""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tinyllama_jax.base import cli, dims, sharding
+from tinyllama_jax.base import config as config_lib
+from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.errors import UserError, disk_error
+from tinyllama_jax.core import xla
+from tinyllama_jax.planning import hlo, targets, timing
+from tinyllama_jax.run import addresses, cluster, folder
+
+FAILED = 1  # exit code
+WAIT = 180  # seconds for the other processes to come, and for a collective to end
+DISK, DISK_SECONDS = 2**29, 8.0  # bytes that the processes of a host write together, and when each stops all the same
+SAVE = 120.0  # seconds of a save: with --checkpoint.minutes=8 a preemption then costs at most 10 minutes
+COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md, "Saving")
+SHARED_MEMORY = 2**30  # bytes of /dev/shm for NCCL; a container has 64 MiB unless it asks for more
+OTHERS = 10**9  # bytes of a device's memory in use before the run; a driver alone takes less
+COLLECTIVES = "all-gather", "reduce-scatter", "all-reduce"
+PLUGINS = (
+    "/opt/amazon/ofi-nccl/lib",
+    "/opt/amazon/ofi-nccl/lib/x86_64-linux-gnu",
+    "/usr/local/gib/lib64",
+    "/usr/local/nvidia/lib64",
+)
+PAGE = "launch/RUNBOOK.md, The network between GPU hosts"
+
+
+class Line(NamedTuple):
+    """A line of the report."""
+
+    name: str
+    value: str
+    expected: str = ""  # empty: nothing to compare with
+    remedy: str = ""  # empty: it is as expected
+
+
+class Host(NamedTuple):
+    """A host with the facts of its processes."""
+
+    name: str
+    processes: list[dict]
+    devices: int
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints the report; returns 0, or `FAILED` if a line is not as expected. Every process of a job calls it alike."""
+    wrong = [f"--{name}" for name in ("on", "sweep", "law", "price", "mfu", "picture", "flops") if getattr(args, name)]
+    if wrong:
+        raise UserError(f"{wrong[0]}: does not go with --here, which measures the machine that it runs on")
+    if overrides and not args.config:
+        raise UserError(f"{overrides[0]}: needs --config FILE")
+    config = cli.override(cli.read(args.config), cli.pairs(overrides)) if args.config else None
+    began, lines, out = time.perf_counter(), [], sys.stderr if args.json else sys.stdout
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET,P2P,SHM", "NCCL_DEBUG_FILE": f"{scratch}/nccl.%h.%p"}
+        os.environ.update(logs)
+        for line in _lines(config, Path(scratch)):
+            lines.append(line)
+            if jax.process_index() == 0:
+                expected = (f" (expected: {line.expected})" if line.expected else "") + (
+                    f"; {line.remedy}" if line.remedy else ""
+                )
+                print(f"{'CHECK' if line.remedy else 'ok   '} {line.name}: {line.value}{expected}", file=out, flush=True)
+    bad = sum(bool(line.remedy) for line in lines)
+    if jax.process_index() == 0:
+        print(f"{bad} of {len(lines)} lines to look at, after {time.perf_counter() - began:.0f} s", file=out)
+        if args.json:
+            print(json.dumps([line._asdict() for line in lines], indent=1))
+    return FAILED if bad else 0
+
+
+def _lines(config: Config | None, scratch: Path) -> Iterator[Line]:
+    smi = _smi()
+    _join()
+    everyone = _gather("facts", _facts(smi))
+    names = list(dict.fromkeys(facts["host"] for facts in everyone))
+    of = {name: [facts for facts in everyone if facts["host"] == name] for name in names}
+    hosts = [Host(name, of[name], sum(facts["devices"] for facts in of[name])) for name in names]
+    target = targets.of(jax.devices()[0].device_kind)
+    yield _devices(config, hosts)
+    mesh = sharding.make_mesh(config.mesh if config else config_lib.Mesh())
+    yield from _software(everyone)
+    yield from _memory(config, target, hosts)
+    yield from _disk(config)
+    yield from _clocks(everyone)
+    yield _matmul(target)
+    yield from _collectives(mesh, target, hosts)
+    if jax.devices()[0].platform == "gpu":
+        yield from _network(scratch, target, hosts)
+
+
+# -- all processes --------------------------------------------------------------------------------------------------------
+
+
+def _join() -> None:
+    xla.reserve_memory()
+    try:
+        cluster.join((WAIT - 60) / cluster.STARTING)
+    except RuntimeError as error:  # JAX's, of the connection
+        why = str(error).splitlines()[0][:200]
+        raise UserError(f"not all processes have come within {WAIT} s; does each host run this command? ({why})") from None
+
+
+def _client():
+    """The client of the coordinator's key-value store, which works where collectives do not. No public name in JAX 0.12."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _gather(name: str, value) -> list:
+    """`value` (JSON) of every process, in their order. Raises UserError naming one that has not come."""
+    if jax.process_count() == 1:
+        return [value]
+    out = []
+    _client().key_value_set(f"preflight/{name}/{jax.process_index()}", json.dumps(value))
+    for i in range(jax.process_count()):
+        try:
+            out.append(json.loads(_client().blocking_key_value_get(f"preflight/{name}/{i}", WAIT * 1_000)))
+        except RuntimeError:
+            raise UserError(f"process {i} has not reported its {name} within {WAIT} s; read what it printed") from None
+    return out
+
+
+def _smi() -> list[list[str]]:
+    """[driver, MiB in use] of each of this process's GPUs, before JAX reserves their memory; [] without nvidia-smi."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", "--query-gpu=driver_version,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command + (["-i", chosen] if chosen else []), capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.split(", ") for line in text.splitlines() if re.fullmatch(r"[\d.]+, \d+", line)]
+
+
+def _facts(smi: list[list[str]]) -> dict:
+    """What this process knows of its host, in JSON."""
+    devices, env, versions, system = jax.local_devices(), os.environ, folder.versions(), Path("/sys/class")
+    runtime = devices[0].client.platform_version.splitlines()[0]
+    libraries = [
+        p.name for d in [*env.get("LD_LIBRARY_PATH", "").split(":"), *PLUGINS] if d for p in Path(d).glob("libnccl-net*.so")
+    ]
+    return {
+        "host": socket.gethostname(),
+        "devices": len(devices),
+        "promised": addresses.promised(),
+        "software": {"python": versions["python"], "driver": smi[0][0] if smi else "", "runtime": runtime}
+        | versions["packages"],
+        "limits": [(d.memory_stats() or {}).get("bytes_limit", 0) for d in devices if d.platform != "cpu"],
+        "in use": max((int(used) * 2**20 for _, used in smi), default=0),
+        "free": _free_memory(),
+        "shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
+        "interfaces": sorted(p.name for p in (system / "net").glob("*")),
+        "fabric": {p.name: (p / "device" / "driver").resolve().name for p in (system / "infiniband").glob("*")},
+        "plugins": sorted(set(libraries)),
+    }
+
+
+def _free_memory() -> int:
+    """Free bytes of this host's memory, or of this container's."""
+    free = [1_024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free.append(int(most) - int(used.read_text()))
+    return min(free)
+
+
+# -- what the hosts have --------------------------------------------------------------------------------------------------
+
+
+def _devices(config: Config | None, hosts: list[Host]) -> Line:
+    promised = sum(max(facts["promised"] for facts in host.processes) for host in hosts)
+    mesh = math.prod((config.mesh.data, config.mesh.fsdp, config.mesh.tensor)) if config else -1
+    n, where = len(jax.devices()), ", ".join(f"{host.name} {host.devices}" for host in hosts)
+    wanted = [f"{promised} by the scheduler or /dev"] * (promised > 0) + [f"{mesh} by --mesh"] * (mesh > 0)
+    chosen = " ".join(f"{name}={os.environ[name]}" for name in addresses.CHOOSE if name in os.environ)
+    remedy = (
+        f"is jax[cuda12] or jax[tpu] installed? {chosen or 'No variable chooses devices'}" if n < max(promised, mesh) else ""
+    )
+    value = f"{n} x {jax.devices()[0].device_kind} ({where}) in {jax.process_count()} processes"
+    return Line("devices", value, " and ".join(wanted), remedy)
+
+
+def _software(everyone: list[dict]) -> Iterator[Line]:
+    first, remedy = everyone[0]["software"], ""
+    for facts in everyone:
+        if other := [f"{name} {v}" for name, v in facts["software"].items() if v != first[name]]:
+            remedy = f"{facts['host']} has {', '.join(other)}: install the same"
+    value = ", ".join(f"{name} {first[name]}" for name in ("python", "jax", "jaxlib", "driver", "runtime") if first[name])
+    yield Line("software", value, "the same on all hosts", remedy)
+
+
+def _memory(config: Config | None, target: targets.Target | None, hosts: list[Host]) -> Iterator[Line]:
+    """Memory of the devices and of the hosts, and /dev/shm."""
+    least, host = min((min(facts["free"] for facts in host.processes), host.name) for host in hosts)
+    needs = COPIES * state_bytes(config) // len(hosts) if config else 0
+    remedy = f"{host} has less than a save needs: end what else runs there" if least < needs else ""
+    yield Line("host memory", f"at least {gb(least)} free", f"{gb(needs)} for a save" if config else "", remedy)
+    if limits := [(limit, host.name) for host in hosts for facts in host.processes for limit in facts["limits"]]:
+        (least, less), (used, busy) = (
+            min(limits),
+            max((facts["in use"], host.name) for host in hosts for facts in host.processes),
+        )
+        known = int(0.97 * target.memory * (xla.memory_fraction() if target.sm else 1)) if target else 0
+        remedy = f"a device of {less} offers less: is it another kind?" if least < known else ""
+        remedy = f"another program holds {gb(used)} on {busy}: nvidia-smi names it" if used > OTHERS else remedy
+        yield Line("device memory", f"{gb(least)} to use of each, {gb(used)} in use before", gb(known) if known else "", remedy)
+    if jax.devices()[0].platform == "gpu" and max(host.devices for host in hosts) > 1:
+        shm = min(facts["shm"] for host in hosts for facts in host.processes)
+        remedy = "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory" if shm < SHARED_MEMORY else ""
+        yield Line("/dev/shm", f"{gb(shm)} free", gb(SHARED_MEMORY), remedy)
+
+
+def gb(n: float) -> str:
+    """Bytes as text in GB."""
+    return f"{n / 1e9:,.1f} GB"
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of a checkpoint: the weights, and two moments of those that train."""
+    size = lambda array: math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+    return sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
+
+
+def rates(place: Path, n_bytes: int, seconds: float = math.inf) -> tuple[float, float]:
+    """Bytes/s at which a file in the folder `place` is written, fsync included, and then read from the disk.
+
+    It gets `n_bytes`, or what `seconds` allow, and is removed. Raises OSError.
+    """
+    path, block, written = place / f".preflight-{socket.gethostname()}-{os.getpid()}", bytearray(os.urandom(2**23)), 0
+    try:
+        with path.open("wb", buffering=0) as file:
+            began = time.perf_counter()
+            while written < n_bytes and time.perf_counter() - began < seconds:
+                written += file.write(block)
+            os.fsync(file.fileno())
+            write = written / (time.perf_counter() - began)
+            if hasattr(os, "posix_fadvise"):  # not on macOS; without it the file is read from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with path.open("rb", buffering=0) as file:
+            began = time.perf_counter()
+            while file.readinto(block):
+                pass
+            return write, written / (time.perf_counter() - began)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _disk(config: Config | None) -> Iterator[Line]:
+    """The rates of the run folder's disk, all processes at once, and its room."""
+    place = run = Path(config.workdir if config else ".").absolute()
+    while not place.is_dir():
+        place = place.parent
+    own = _gather("host", socket.gethostname()).count(socket.gethostname())
+    try:
+        result = [*rates(place, DISK // own, DISK_SECONDS), shutil.disk_usage(place).free]
+    except OSError as error:
+        result = f"process {jax.process_index()} on {socket.gethostname()}: {disk_error(error)}"
+    results = _gather("disk", result)
+    if failed := [text for text in results if isinstance(text, str)]:
+        yield Line("disk", str(place), "each process can write there", failed[0])
+        return
+    write, read, free = sum(one[0] for one in results), results[0][1], min(one[2] for one in results)
+    value = f"{place}: {write / 1e6:,.0f} MB/s written by all, {read / 1e6:,.0f} MB/s read by process 0"
+    if not config:
+        yield Line("disk", f"{value}, {gb(free)} free")
+        return
+    keep, state = config.checkpoint, state_bytes(config)
+    seconds, most = state / write + state / read, keep.grace or SAVE  # process 0 reads all of it, to seal it
+    remedy = f"take a faster disk: a preemption costs --checkpoint.minutes and {seconds:,.0f} s" if seconds > most else ""
+    yield Line("disk", f"{value}, so {seconds:,.0f} s to save {gb(state)}", f"at most {most:.0f} s", remedy)
+    n = keep.keep + 1 + len(keep.kept) + (config.train.steps // keep.keep_every if keep.keep_every else 0)
+    used = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    remedy = "free room, or keep fewer (--checkpoint.keep, keep_every)" if free + used < n * state else ""
+    yield Line("room", f"{gb(free + used)} free or with checkpoints", f"{gb(n * state)} for {n} checkpoints", remedy)
+
+
+def _clocks(everyone: list[dict]) -> Iterator[Line]:
+    if len(everyone) > 1:
+        _client().wait_at_barrier("preflight", WAIT * 1_000)
+        times = [(at, facts["host"]) for at, facts in zip(_gather("clock", time.time()), everyone, strict=True)]
+        apart = max(times)[0] - min(times)[0]
+        remedy = (
+            f"{max(times)[1]} is ahead of {min(times)[1]}: does chrony or systemd-timesyncd run there?" if apart > 1 else ""
+        )
+        yield Line("clocks", f"{apart:.2f} s apart", "at most 1 s", remedy)
+
+
+# -- what the devices reach -----------------------------------------------------------------------------------------------
+
+
+def _matmul(target: targets.Target | None) -> Line:
+    """The rate of bf16 matmuls of the slowest device while all are at work."""
+    size, times = (8_192, 20) if target else (512, 2)
+    many = jax.jit(lambda x: lax.fori_loop(0, times, lambda _, y: (x @ y) / size, x))
+
+    def seconds(device: jax.Device) -> float:
+        x = jax.device_put(jnp.ones((size, size), jnp.bfloat16), device)
+        jax.block_until_ready(many(x))
+        began = time.perf_counter()
+        jax.block_until_ready(many(x))
+        return (time.perf_counter() - began) / times
+
+    devices = jax.local_devices()
+    with ThreadPoolExecutor(len(devices)) as pool:
+        own = max(zip(pool.map(seconds, devices), map(str, devices), strict=True))
+    slowest, device, host = max(_gather("matmul", [*own, socket.gethostname()]))
+    rate, peak = 2 * size**3 / slowest / 1e12, target.flops / 1e12 if target else 0
+    low = target.rates.matmul[0] * peak if target else 0
+    remedy = f"is {device} of {host} throttled or shared? nvidia-smi -q -d PERFORMANCE" if rate < low else ""
+    expected = f"{low:,.0f}; {peak:,.0f} at peak" if target else ""
+    return Line("matmul", f"{rate:,.3g} TFLOP/s in bf16, the slowest: {device} of {host}", expected, remedy)
+
+
+def _collectives(mesh: jax.sharding.Mesh, target: targets.Target | None, hosts: list[Host]) -> Iterator[Line]:
+    """A line for each collective over each axis of the mesh, beside the slowest that `plan` expects."""
+    names = _gather("names", socket.gethostname())
+    order = sorted(mesh.devices.flat, key=lambda d: (names[d.process_index], d.process_index, d.id))
+    machine = targets.Machine("", target, order, len(order) // len(hosts) if target and target.sm else len(order))
+    for axis, n in mesh.shape.items():
+        for kind in COLLECTIVES if n > 1 else ():
+            name, size = f"{kind} over {axis} ({n})", (2**27 if target else 2**20) // n * n  # bytes of the whole array
+            seconds = _timed(mesh, axis, kind, size, name)
+            sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1) / 1e9
+            value = f"{sent / seconds:,.3g} GB/s a device ({seconds * 1e3:,.2f} ms for {size >> 20} MiB)"
+            if target:
+                wire = timing.wire_seconds([hlo.Collective(kind, "", size, (axis,), n, 1, False, "")], mesh, machine)
+                longest = wire / target.rates.links[0] + target.rates.latency[0]
+                remedy = f"slow links: see the lines on NCCL, and {PAGE}" if seconds > longest else ""
+                yield Line(name, value, f"{sent / longest:,.3g}; {sent / wire:,.3g} at full rate", remedy)
+            else:
+                yield Line(name, value)
+
+
+def _timed(mesh: jax.sharding.Mesh, axis: str, kind: str, size: int, name: str) -> float:
+    """The median of a collective's seconds, the longest of all processes."""
+    part, whole, dtype = PartitionSpec(axis), PartitionSpec(), jnp.dtype("bfloat16" if kind == "all-gather" else "float32")
+    f, given, returned = {
+        "all-gather": (lambda x: lax.all_gather(x, axis, tiled=True), part, whole),
+        "reduce-scatter": (lambda x: lax.psum_scatter(x, axis, tiled=True), whole, part),
+        "all-reduce": (lambda x: lax.psum(x, axis), whole, whole),
+    }[kind]
+    one = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=given, out_specs=returned, check_vma=False))
+    x = jax.jit(lambda: jnp.ones(size // dtype.itemsize, dtype), out_shardings=NamedSharding(mesh, given))()
+
+    def end() -> None:
+        print(
+            f"error: {name} has not ended within {WAIT} s: do the hosts reach one another? {PAGE}", file=sys.stderr, flush=True
+        )
+        os._exit(FAILED)
+
+    def seconds(times: int) -> float:
+        out = []
+        for _ in range(times):
+            began = time.perf_counter()
+            jax.block_until_ready(one(x))
+            out.append(time.perf_counter() - began)
+        return max(_gather(f"{times} times {name}", statistics.median_low(out)))
+
+    watch = threading.Timer(WAIT, end)
+    watch.start()
+    try:
+        seconds(1)  # compiles and connects
+        return seconds(max(3, min(20, int(1 / seconds(2)))))
+    finally:
+        watch.cancel()
+
+
+# -- the network ----------------------------------------------------------------------------------------------------------
+
+
+def transport(log: str) -> tuple[set[str], set[str]]:
+    """What NCCL's lines (NCCL_DEBUG=INFO) say: the networks between hosts, and the ways between two GPUs."""
+    ways = re.findall(r"NCCL INFO Channel .* via (\S+(?: Libfabric\S*)?)", log)
+    return set(re.findall(r"NCCL INFO Using network (.+)", log)), {re.sub(r"(?<=NET/)([^/]+)/\d+", r"\1", way) for way in ways}
+
+
+def slow_network(networks: set[str], ways: set[str], fabric: dict[str, str], plugins: list[str], between: float) -> str:
+    """Why NCCL is slow between hosts, and the remedy; empty if it is not. `between`: bytes/s that a node should have."""
+    if "Socket" in networks and "efa" in fabric.values() and not plugins:
+        return f"TCP, though this host has EFA: aws-ofi-nccl is not in LD_LIBRARY_PATH; {PAGE}"
+    if "Socket" in networks and (fabric or between > 15e9):
+        return f"TCP, not the fabric; {PAGE}"
+    if any(way.startswith("NET/") and "GDRDMA" not in way for way in ways) and "Socket" not in networks:
+        return "without GPUDirect all data pass through the host's memory: is nvidia_peermem loaded?"
+    return ""
+
+
+def _network(scratch: Path, target: targets.Target | None, hosts: list[Host]) -> Iterator[Line]:
+    own = transport("".join(path.read_text(errors="replace") for path in scratch.glob("nccl.*")))
+    every = _gather("transport", [sorted(names) for names in own])
+    networks, ways = ({name for one in every for name in one[i]} for i in range(2))
+    value = f"ways {', '.join(sorted(ways)) or 'not said'}"
+    if len(hosts) == 1:
+        yield Line("NCCL", value)
+        return
+    facts = max((facts for host in hosts for facts in host.processes), key=lambda facts: len(facts["fabric"]))
+    remedy = slow_network(networks, ways, facts["fabric"], facts["plugins"], target.between if target else 0)
+    value += f", network {', '.join(sorted(networks)) or 'not said'}; fabric {', '.join(facts['fabric']) or 'none'}"
+    yield Line("NCCL", f"{value}, plug-ins {', '.join(facts['plugins']) or 'none'}", "the fabric's network, GDRDMA", remedy)
+    asked = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    value = f"NCCL_SOCKET_IFNAME={asked}; interfaces {', '.join(facts['interfaces'])}"
+    yield Line("interfaces", value)
