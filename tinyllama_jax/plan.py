@@ -6,8 +6,8 @@ python -m tinyllama_jax.plan --law inference --inference-tokens 1e12
 python -m tinyllama_jax.plan --here --config configs/3t.py
 
 Compiles the run's own train step for that machine, on the CPU. Exit code 0: the step fits; 3: it does not; 2: a mistake in the
-command, or a kernel that the machine cannot run. --here checks the machine that the command runs on instead, in every process of
-a job: devices, software, disk, network, and the rates that they reach; 0: all is as expected, 1: some line says what is not.
+command, or a kernel that the machine cannot run. --here checks and measures the machine that the command runs on instead, in
+every process of a job; exit code 0: all is as expected; 1: a line says what is not.
 """
 
 import os

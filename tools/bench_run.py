@@ -7,8 +7,8 @@ goes, with and without compiled programs kept; the time that the loop stands sti
 synchronously; what the first steps of a larger batch (`train.batch_ramp`) cost. `make demo` makes the default data.
 
 `--saves FOLDER` measures only saves, on the disk of FOLDER and without data: the part that holds the loop, the whole until the
-checkpoint is sealed, and what this disk does with a plain file of the same size. It needs free memory for two states and a disk for
-three; what it wrote is deleted.
+checkpoint is sealed, and what this disk does with a plain file of the same size. It needs free memory for three states and room on
+the disk for one; what it wrote is deleted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stands in for `tinyllama_jax.train` under a scheduler with GPUs that do not exist: which of them would this process take?
 
-JAX's own detection of the cluster runs as in `jax.distributed.initialize`, up to the driver. Prints a line of JSON a process: its
-node, the GPUs by their numbers on the node, and those that JAX would take without our list.
+JAX's own detection of the cluster runs as in `jax.distributed.initialize`, up to the driver. Prints a line of
+JSON a process: its node, the GPUs by their numbers on the node, and those that JAX would take without our list.
 """
 
 import json
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     process, processes = cluster.identity()
     given = addresses.arguments(process, processes, 10)
     detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-    address, count, index, ids = detect(None, None, None, given["local_device_ids"], None, 10)
+    _, count, index, ids = detect(None, None, None, given["local_device_ids"], None, 10)
     assert (count, index) == (processes, process), (count, index)
     alone = detect(None, None, None, None, None, 10)[3]
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]

@@ -56,13 +56,13 @@ class Line(NamedTuple):
     expected: str = ""  # empty: nothing to compare with
     remedy: str = ""  # empty: it is as expected
 
-
-class Host(NamedTuple):
-    """A host with the facts of its processes."""
-
-    name: str
-    processes: list[dict]
-    devices: int
+    def __str__(self) -> str:
+        compared = f" (expected: {self.expected})" if self.expected else ""
+        return (
+            f"CHECK {self.name}: {self.value}{compared}; {self.remedy}"
+            if self.remedy
+            else f"ok    {self.name}: {self.value}{compared}"
+        )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -76,40 +76,34 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     began, lines, out = time.perf_counter(), [], sys.stderr if args.json else sys.stdout
     with tempfile.TemporaryDirectory() as scratch:
         logs = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET,P2P,SHM", "NCCL_DEBUG_FILE": f"{scratch}/nccl.%h.%p"}
-        os.environ.update(logs)
+        os.environ.update(logs)  # before NCCL starts
         for line in _lines(config, Path(scratch)):
             lines.append(line)
             if jax.process_index() == 0:
-                expected = (f" (expected: {line.expected})" if line.expected else "") + (
-                    f"; {line.remedy}" if line.remedy else ""
-                )
-                print(f"{'CHECK' if line.remedy else 'ok   '} {line.name}: {line.value}{expected}", file=out, flush=True)
-    bad = sum(bool(line.remedy) for line in lines)
+                print(line, file=out, flush=True)
+    failed = sum(bool(line.remedy) for line in lines)
     if jax.process_index() == 0:
-        print(f"{bad} of {len(lines)} lines to look at, after {time.perf_counter() - began:.0f} s", file=out)
+        print(f"{failed} of {len(lines)} lines need attention, after {time.perf_counter() - began:.0f} s", file=out)
         if args.json:
             print(json.dumps([line._asdict() for line in lines], indent=1))
-    return FAILED if bad else 0
+    return FAILED if failed else 0
 
 
 def _lines(config: Config | None, scratch: Path) -> Iterator[Line]:
     smi = _smi()
     _join()
-    everyone = _gather("facts", _facts(smi))
-    names = list(dict.fromkeys(facts["host"] for facts in everyone))
-    of = {name: [facts for facts in everyone if facts["host"] == name] for name in names}
-    hosts = [Host(name, of[name], sum(facts["devices"] for facts in of[name])) for name in names]
+    every = _gather("facts", _facts(smi))
     target = targets.of(jax.devices()[0].device_kind)
-    yield _devices(config, hosts)
+    yield _devices(config, every)
     mesh = sharding.make_mesh(config.mesh if config else config_lib.Mesh())
-    yield from _software(everyone)
-    yield from _memory(config, target, hosts)
-    yield from _disk(config)
-    yield from _clocks(everyone)
-    yield _matmul(target)
-    yield from _collectives(mesh, target, hosts)
+    yield _software(every)
+    yield from _memory(config, target, every)
+    yield from _disk(config, every)
+    yield _clocks(every)
+    yield _matmul(target, every)
+    yield from _collectives(mesh, target, every)
     if jax.devices()[0].platform == "gpu":
-        yield from _network(scratch, target, hosts)
+        yield _nccl(scratch, target, every)
 
 
 # -- all processes --------------------------------------------------------------------------------------------------------
@@ -124,22 +118,17 @@ def _join() -> None:
         raise UserError(f"not all processes have come within {WAIT} s; does each host run this command? ({why})") from None
 
 
-def _client():
-    """The client of the coordinator's key-value store, which works where collectives do not. No public name in JAX 0.12."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 def _gather(name: str, value) -> list:
     """`value` (JSON) of every process, in their order. Raises UserError naming one that has not come."""
     if jax.process_count() == 1:
         return [value]
-    out = []
-    _client().key_value_set(f"preflight/{name}/{jax.process_index()}", json.dumps(value))
+    from jax._src import distributed  # the coordinator's key-value store works where collectives do not; it has no public name
+
+    store, out = distributed.global_state.client, []
+    store.key_value_set(f"preflight/{name}/{jax.process_index()}", json.dumps(value))
     for i in range(jax.process_count()):
         try:
-            out.append(json.loads(_client().blocking_key_value_get(f"preflight/{name}/{i}", WAIT * 1_000)))
+            out.append(json.loads(store.blocking_key_value_get(f"preflight/{name}/{i}", WAIT * 1_000)))
         except RuntimeError:
             raise UserError(f"process {i} has not reported its {name} within {WAIT} s; read what it printed") from None
     return out
@@ -158,24 +147,21 @@ def _smi() -> list[list[str]]:
 
 def _facts(smi: list[list[str]]) -> dict:
     """What this process knows of its host, in JSON."""
-    devices, env, versions, system = jax.local_devices(), os.environ, folder.versions(), Path("/sys/class")
-    runtime = devices[0].client.platform_version.splitlines()[0]
-    libraries = [
-        p.name for d in [*env.get("LD_LIBRARY_PATH", "").split(":"), *PLUGINS] if d for p in Path(d).glob("libnccl-net*.so")
-    ]
+    devices, versions, system = jax.local_devices(), folder.versions(), Path("/sys/class")
+    software = {"python": versions["python"], "runtime": devices[0].client.platform_version.splitlines()[0]}
+    paths = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), *PLUGINS]
     return {
         "host": socket.gethostname(),
         "devices": len(devices),
         "promised": addresses.promised(),
-        "software": {"python": versions["python"], "driver": smi[0][0] if smi else "", "runtime": runtime}
-        | versions["packages"],
-        "limits": [(d.memory_stats() or {}).get("bytes_limit", 0) for d in devices if d.platform != "cpu"],
+        "software": software | {"driver": smi[0][0] if smi else ""} | versions["packages"],
+        "limit": min((d.memory_stats() or {}).get("bytes_limit", 0) for d in devices),
         "in use": max((int(used) * 2**20 for _, used in smi), default=0),
         "free": _free_memory(),
         "shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "interfaces": sorted(p.name for p in (system / "net").glob("*")),
         "fabric": {p.name: (p / "device" / "driver").resolve().name for p in (system / "infiniband").glob("*")},
-        "plugins": sorted(set(libraries)),
+        "plugins": sorted({p.name for folder in paths if folder for p in Path(folder).glob("libnccl-net*.so")}),
     }
 
 
@@ -191,45 +177,46 @@ def _free_memory() -> int:
 # -- what the hosts have --------------------------------------------------------------------------------------------------
 
 
-def _devices(config: Config | None, hosts: list[Host]) -> Line:
-    promised = sum(max(facts["promised"] for facts in host.processes) for host in hosts)
+def _hosts(every: list[dict], fact: str) -> dict[str, list]:
+    """Host -> a fact of each of its processes."""
+    return {facts["host"]: [other[fact] for other in every if other["host"] == facts["host"]] for facts in every}
+
+
+def _devices(config: Config | None, every: list[dict]) -> Line:
+    promised = sum(map(max, _hosts(every, "promised").values()))
     mesh = math.prod((config.mesh.data, config.mesh.fsdp, config.mesh.tensor)) if config else -1
-    n, where = len(jax.devices()), ", ".join(f"{host.name} {host.devices}" for host in hosts)
+    n, where = len(jax.devices()), ", ".join(f"{host} {sum(of)}" for host, of in _hosts(every, "devices").items())
     wanted = [f"{promised} by the scheduler or /dev"] * (promised > 0) + [f"{mesh} by --mesh"] * (mesh > 0)
     chosen = " ".join(f"{name}={os.environ[name]}" for name in addresses.CHOOSE if name in os.environ)
-    remedy = (
-        f"is jax[cuda12] or jax[tpu] installed? {chosen or 'No variable chooses devices'}" if n < max(promised, mesh) else ""
-    )
-    value = f"{n} x {jax.devices()[0].device_kind} ({where}) in {jax.process_count()} processes"
+    remedy = f"is jax[cuda12] or jax[tpu] installed? {chosen}" if n < max(promised, mesh) else ""
+    value = f"{n} x {jax.devices()[0].device_kind} ({where}) in {len(every)} processes"
     return Line("devices", value, " and ".join(wanted), remedy)
 
 
-def _software(everyone: list[dict]) -> Iterator[Line]:
-    first, remedy = everyone[0]["software"], ""
-    for facts in everyone:
-        if other := [f"{name} {v}" for name, v in facts["software"].items() if v != first[name]]:
+def _software(every: list[dict]) -> Line:
+    first, remedy = every[0]["software"], ""
+    for facts in every:
+        if other := [f"{name} {version}" for name, version in facts["software"].items() if version != first[name]]:
             remedy = f"{facts['host']} has {', '.join(other)}: install the same"
     value = ", ".join(f"{name} {first[name]}" for name in ("python", "jax", "jaxlib", "driver", "runtime") if first[name])
-    yield Line("software", value, "the same on all hosts", remedy)
+    return Line("software", value, "the same on all hosts", remedy)
 
 
-def _memory(config: Config | None, target: targets.Target | None, hosts: list[Host]) -> Iterator[Line]:
-    """Memory of the devices and of the hosts, and /dev/shm."""
-    least, host = min((min(facts["free"] for facts in host.processes), host.name) for host in hosts)
-    needs = COPIES * state_bytes(config) // len(hosts) if config else 0
+def _memory(config: Config | None, target: targets.Target | None, every: list[dict]) -> Iterator[Line]:
+    """Memory of the hosts and of the devices, and /dev/shm."""
+    least, host = min((facts["free"], facts["host"]) for facts in every)
+    needs = COPIES * state_bytes(config) // len(_hosts(every, "free")) if config else 0
     remedy = f"{host} has less than a save needs: end what else runs there" if least < needs else ""
     yield Line("host memory", f"at least {gb(least)} free", f"{gb(needs)} for a save" if config else "", remedy)
-    if limits := [(limit, host.name) for host in hosts for facts in host.processes for limit in facts["limits"]]:
-        (least, less), (used, busy) = (
-            min(limits),
-            max((facts["in use"], host.name) for host in hosts for facts in host.processes),
-        )
+    least, host = min((facts["limit"], facts["host"]) for facts in every)
+    if least:
+        used, busy = max((facts["in use"], facts["host"]) for facts in every)
         known = int(0.97 * target.memory * (xla.memory_fraction() if target.sm else 1)) if target else 0
-        remedy = f"a device of {less} offers less: is it another kind?" if least < known else ""
+        remedy = f"a device of {host} offers less: is it another kind?" if least < known else ""
         remedy = f"another program holds {gb(used)} on {busy}: nvidia-smi names it" if used > OTHERS else remedy
         yield Line("device memory", f"{gb(least)} to use of each, {gb(used)} in use before", gb(known) if known else "", remedy)
-    if jax.devices()[0].platform == "gpu" and max(host.devices for host in hosts) > 1:
-        shm = min(facts["shm"] for host in hosts for facts in host.processes)
+    if jax.devices()[0].platform == "gpu" and len(jax.devices()) > len(_hosts(every, "shm")):
+        shm = min(facts["shm"] for facts in every)
         remedy = "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory" if shm < SHARED_MEMORY else ""
         yield Line("/dev/shm", f"{gb(shm)} free", gb(SHARED_MEMORY), remedy)
 
@@ -269,16 +256,16 @@ def rates(place: Path, n_bytes: int, seconds: float = math.inf) -> tuple[float, 
         path.unlink(missing_ok=True)
 
 
-def _disk(config: Config | None) -> Iterator[Line]:
+def _disk(config: Config | None, every: list[dict]) -> Iterator[Line]:
     """The rates of the run folder's disk, all processes at once, and its room."""
     place = run = Path(config.workdir if config else ".").absolute()
     while not place.is_dir():
         place = place.parent
-    own = _gather("host", socket.gethostname()).count(socket.gethostname())
+    host = socket.gethostname()
     try:
-        result = [*rates(place, DISK // own, DISK_SECONDS), shutil.disk_usage(place).free]
+        result = [*rates(place, DISK // len(_hosts(every, "host")[host]), DISK_SECONDS), shutil.disk_usage(place).free]
     except OSError as error:
-        result = f"process {jax.process_index()} on {socket.gethostname()}: {disk_error(error)}"
+        result = f"process {jax.process_index()} on {host}: {disk_error(error)}"
     results = _gather("disk", result)
     if failed := [text for text in results if isinstance(text, str)]:
         yield Line("disk", str(place), "each process can write there", failed[0])
@@ -298,21 +285,18 @@ def _disk(config: Config | None) -> Iterator[Line]:
     yield Line("room", f"{gb(free + used)} free or with checkpoints", f"{gb(n * state)} for {n} checkpoints", remedy)
 
 
-def _clocks(everyone: list[dict]) -> Iterator[Line]:
-    if len(everyone) > 1:
-        _client().wait_at_barrier("preflight", WAIT * 1_000)
-        times = [(at, facts["host"]) for at, facts in zip(_gather("clock", time.time()), everyone, strict=True)]
-        apart = max(times)[0] - min(times)[0]
-        remedy = (
-            f"{max(times)[1]} is ahead of {min(times)[1]}: does chrony or systemd-timesyncd run there?" if apart > 1 else ""
-        )
-        yield Line("clocks", f"{apart:.2f} s apart", "at most 1 s", remedy)
+def _clocks(every: list[dict]) -> Line:
+    _gather("arrival", None)  # all go on from here within milliseconds
+    times = [(at, facts["host"]) for at, facts in zip(_gather("clock", time.time()), every, strict=True)]
+    (early, behind), (late, ahead) = min(times), max(times)
+    remedy = f"{ahead} is ahead of {behind}: does chrony or systemd-timesyncd run there?" if late - early > 1 else ""
+    return Line("clocks", f"{late - early:.2f} s apart", "at most 1 s", remedy)
 
 
 # -- what the devices reach -----------------------------------------------------------------------------------------------
 
 
-def _matmul(target: targets.Target | None) -> Line:
+def _matmul(target: targets.Target | None, every: list[dict]) -> Line:
     """The rate of bf16 matmuls of the slowest device while all are at work."""
     size, times = (8_192, 20) if target else (512, 2)
     many = jax.jit(lambda x: lax.fori_loop(0, times, lambda _, y: (x @ y) / size, x))
@@ -327,7 +311,7 @@ def _matmul(target: targets.Target | None) -> Line:
     devices = jax.local_devices()
     with ThreadPoolExecutor(len(devices)) as pool:
         own = max(zip(pool.map(seconds, devices), map(str, devices), strict=True))
-    slowest, device, host = max(_gather("matmul", [*own, socket.gethostname()]))
+    (slowest, device), host = max((own, facts["host"]) for own, facts in zip(_gather("matmul", own), every, strict=True))
     rate, peak = 2 * size**3 / slowest / 1e12, target.flops / 1e12 if target else 0
     low = target.rates.matmul[0] * peak if target else 0
     remedy = f"is {device} of {host} throttled or shared? nvidia-smi -q -d PERFORMANCE" if rate < low else ""
@@ -335,11 +319,11 @@ def _matmul(target: targets.Target | None) -> Line:
     return Line("matmul", f"{rate:,.3g} TFLOP/s in bf16, the slowest: {device} of {host}", expected, remedy)
 
 
-def _collectives(mesh: jax.sharding.Mesh, target: targets.Target | None, hosts: list[Host]) -> Iterator[Line]:
+def _collectives(mesh: jax.sharding.Mesh, target: targets.Target | None, every: list[dict]) -> Iterator[Line]:
     """A line for each collective over each axis of the mesh, beside the slowest that `plan` expects."""
-    names = _gather("names", socket.gethostname())
-    order = sorted(mesh.devices.flat, key=lambda d: (names[d.process_index], d.process_index, d.id))
-    machine = targets.Machine("", target, order, len(order) // len(hosts) if target and target.sm else len(order))
+    order = sorted(mesh.devices.flat, key=lambda d: (every[d.process_index]["host"], d.process_index, d.id))
+    nodes = len(_hosts(every, "host")) if target and target.sm else 1  # a TPU slice counts as one
+    machine = targets.Machine("", target, order, len(order) // nodes)
     for axis, n in mesh.shape.items():
         for kind in COLLECTIVES if n > 1 else ():
             name, size = f"{kind} over {axis} ({n})", (2**27 if target else 2**20) // n * n  # bytes of the whole array
@@ -409,18 +393,16 @@ def slow_network(networks: set[str], ways: set[str], fabric: dict[str, str], plu
     return ""
 
 
-def _network(scratch: Path, target: targets.Target | None, hosts: list[Host]) -> Iterator[Line]:
+def _nccl(scratch: Path, target: targets.Target | None, every: list[dict]) -> Line:
     own = transport("".join(path.read_text(errors="replace") for path in scratch.glob("nccl.*")))
-    every = _gather("transport", [sorted(names) for names in own])
-    networks, ways = ({name for one in every for name in one[i]} for i in range(2))
-    value = f"ways {', '.join(sorted(ways)) or 'not said'}"
-    if len(hosts) == 1:
-        yield Line("NCCL", value)
-        return
-    facts = max((facts for host in hosts for facts in host.processes), key=lambda facts: len(facts["fabric"]))
+    both = _gather("transport", [sorted(names) for names in own])
+    networks, ways = ({name for one in both for name in one[i]} for i in range(2))
+    named = lambda names: ", ".join(sorted(names)) or "not known"
+    if len(_hosts(every, "host")) == 1:
+        return Line("NCCL", f"between GPUs {named(ways)}")
+    facts = max(every, key=lambda facts: len(facts["fabric"]))
     remedy = slow_network(networks, ways, facts["fabric"], facts["plugins"], target.between if target else 0)
-    value += f", network {', '.join(sorted(networks)) or 'not said'}; fabric {', '.join(facts['fabric']) or 'none'}"
-    yield Line("NCCL", f"{value}, plug-ins {', '.join(facts['plugins']) or 'none'}", "the fabric's network, GDRDMA", remedy)
-    asked = os.environ.get("NCCL_SOCKET_IFNAME", "")
-    value = f"NCCL_SOCKET_IFNAME={asked}; interfaces {', '.join(facts['interfaces'])}"
-    yield Line("interfaces", value)
+    value = f"between GPUs {named(ways)}, between hosts {named(networks)}; fabric {named(facts['fabric'])}"
+    value += f", plug-ins {named(facts['plugins'])}, interfaces {named(facts['interfaces'])}"
+    asked = f", NCCL_SOCKET_IFNAME={name}" if (name := os.environ.get("NCCL_SOCKET_IFNAME")) else ""
+    return Line("NCCL", value + asked, "the fabric's network, with GDRDMA", remedy)
