@@ -7,7 +7,7 @@ goes, with and without compiled programs kept; the time that the loop stands sti
 synchronously; what the first steps of a larger batch (`train.batch_ramp`) cost. `make demo` makes the default data.
 
 `--saves FOLDER` measures only saves, on the disk of FOLDER and without data: the part that holds the loop, the whole until the
-checkpoint is sealed, and what this disk does with a plain file of the same size. It needs free memory for three states and room on
+checkpoint is sealed, and what this disk does with a plain file of the same size. It needs memory for three states and room on
 the disk for one; what it wrote is deleted.
 """
 
@@ -36,7 +36,7 @@ from tinyllama_jax.base import config as c
 from tinyllama_jax.base import sharding
 from tinyllama_jax.core.program import build
 from tinyllama_jax.data import feed
-from tinyllama_jax.planning import preflight
+from tinyllama_jax.planning import measured
 from tinyllama_jax.run import checkpoint, initialize
 from tinyllama_jax.run import folder as run_folder
 
@@ -175,7 +175,7 @@ def saves(folder: Path, shape: tuple) -> dict[str, float | list[float]]:
                 out.setdefault("until the disk is synced", []).append(synced)
     del state
     for _ in range(3):
-        for what, rate in zip(("plain write", "plain read"), preflight.rates(folder, out["bytes"]), strict=True):
+        for what, rate in zip(("plain write", "plain read"), measured.of_disk(folder, out["bytes"]), strict=True):
             out[what].append(out["bytes"] / rate)
     out["most memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
     return out

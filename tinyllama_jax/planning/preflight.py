@@ -7,45 +7,34 @@ import os
 import re
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax.base import cli, dims, sharding
+from tinyllama_jax.base import cli, dims, sharding, store
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, disk_error
 from tinyllama_jax.core import xla
-from tinyllama_jax.planning import hlo, targets, timing
+from tinyllama_jax.planning import hlo, measured, targets, timing
+from tinyllama_jax.planning.measured import PAGE, WAIT, gather
 from tinyllama_jax.run import addresses, cluster, folder
 
 FAILED = 1  # exit code
-WAIT = 180  # seconds for the other processes to come, and for a collective to end
 DISK, DISK_SECONDS = 2**29, 8.0  # bytes that the processes of a host write together, and when each stops all the same
 SAVE = 120.0  # seconds of a save: with --checkpoint.minutes=8 a preemption then costs at most 10 minutes
 COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md, "Saving")
 SHARED_MEMORY = 2**30  # bytes of /dev/shm for NCCL; a container has 64 MiB unless it asks for more
 OTHERS = 10**9  # bytes of a device's memory in use before the run; a driver alone takes less
 COLLECTIVES = "all-gather", "reduce-scatter", "all-reduce"
-PLUGINS = (
-    "/opt/amazon/ofi-nccl/lib",
-    "/opt/amazon/ofi-nccl/lib/x86_64-linux-gnu",
-    "/usr/local/gib/lib64",
-    "/usr/local/nvidia/lib64",
-)
-PAGE = "launch/RUNBOOK.md, The network between GPU hosts"
+PLUGINS = "/opt/amazon/ofi-nccl/lib /opt/amazon/ofi-nccl/lib/x86_64-linux-gnu /usr/local/gib/lib64 /usr/local/nvidia/lib64"
 
 
 class Line(NamedTuple):
@@ -57,12 +46,8 @@ class Line(NamedTuple):
     remedy: str = ""  # empty: it is as expected
 
     def __str__(self) -> str:
-        compared = f" (expected: {self.expected})" if self.expected else ""
-        return (
-            f"CHECK {self.name}: {self.value}{compared}; {self.remedy}"
-            if self.remedy
-            else f"ok    {self.name}: {self.value}{compared}"
-        )
+        expected, remedy = self.expected and f" (expected: {self.expected})", self.remedy and f"; {self.remedy}"
+        return f"{'CHECK' if remedy else 'ok   '} {self.name}: {self.value}{expected}{remedy}"
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -92,7 +77,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
 def _lines(config: Config | None, scratch: Path) -> Iterator[Line]:
     smi = _smi()
     _join()
-    every = _gather("facts", _facts(smi))
+    every = gather("facts", _facts(smi))
     target = targets.of(jax.devices()[0].device_kind)
     yield _devices(config, every)
     mesh = sharding.make_mesh(config.mesh if config else config_lib.Mesh())
@@ -110,28 +95,25 @@ def _lines(config: Config | None, scratch: Path) -> Iterator[Line]:
 
 
 def _join() -> None:
+    """Joins the other processes. Raises UserError where JAX would abort: if process 0 does not answer."""
     xla.reserve_memory()
+    process, processes = cluster.identity()
+    deadline, wait = time.monotonic() + WAIT, process > 0
+    at = addresses.arguments(process, processes, WAIT)["coordinator_address"] if wait else ""
+    while wait:
+        try:
+            host, _, port = at.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), 5).close()
+            wait = False
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"process 0 does not answer at {at} ({error}): does it run, or is there a firewall?") from None
+            time.sleep(0.5)
     try:
         cluster.join((WAIT - 60) / cluster.STARTING)
     except RuntimeError as error:  # JAX's, of the connection
         why = str(error).splitlines()[0][:200]
-        raise UserError(f"not all processes have come within {WAIT} s; does each host run this command? ({why})") from None
-
-
-def _gather(name: str, value) -> list:
-    """`value` (JSON) of every process, in their order. Raises UserError naming one that has not come."""
-    if jax.process_count() == 1:
-        return [value]
-    from jax._src import distributed  # the coordinator's key-value store works where collectives do not; it has no public name
-
-    store, out = distributed.global_state.client, []
-    store.key_value_set(f"preflight/{name}/{jax.process_index()}", json.dumps(value))
-    for i in range(jax.process_count()):
-        try:
-            out.append(json.loads(store.blocking_key_value_get(f"preflight/{name}/{i}", WAIT * 1_000)))
-        except RuntimeError:
-            raise UserError(f"process {i} has not reported its {name} within {WAIT} s; read what it printed") from None
-    return out
+        raise UserError(f"not all {processes} processes have come within {WAIT} s: does each host run this? ({why})") from None
 
 
 def _smi() -> list[list[str]]:
@@ -149,7 +131,7 @@ def _facts(smi: list[list[str]]) -> dict:
     """What this process knows of its host, in JSON."""
     devices, versions, system = jax.local_devices(), folder.versions(), Path("/sys/class")
     software = {"python": versions["python"], "runtime": devices[0].client.platform_version.splitlines()[0]}
-    paths = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), *PLUGINS]
+    paths = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), *PLUGINS.split()]
     return {
         "host": socket.gethostname(),
         "devices": len(devices),
@@ -232,41 +214,20 @@ def state_bytes(config: Config) -> int:
     return sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
 
 
-def rates(place: Path, n_bytes: int, seconds: float = math.inf) -> tuple[float, float]:
-    """Bytes/s at which a file in the folder `place` is written, fsync included, and then read from the disk.
-
-    It gets `n_bytes`, or what `seconds` allow, and is removed. Raises OSError.
-    """
-    path, block, written = place / f".preflight-{socket.gethostname()}-{os.getpid()}", bytearray(os.urandom(2**23)), 0
-    try:
-        with path.open("wb", buffering=0) as file:
-            began = time.perf_counter()
-            while written < n_bytes and time.perf_counter() - began < seconds:
-                written += file.write(block)
-            os.fsync(file.fileno())
-            write = written / (time.perf_counter() - began)
-            if hasattr(os, "posix_fadvise"):  # not on macOS; without it the file is read from memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with path.open("rb", buffering=0) as file:
-            began = time.perf_counter()
-            while file.readinto(block):
-                pass
-            return write, written / (time.perf_counter() - began)
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def _disk(config: Config | None, every: list[dict]) -> Iterator[Line]:
     """The rates of the run folder's disk, all processes at once, and its room."""
-    place = run = Path(config.workdir if config else ".").absolute()
-    while not place.is_dir():
+    run = store.place(config.workdir if config else ".", "--workdir")
+    place = run.absolute() if isinstance(run, Path) else run
+    while isinstance(place, Path) and not place.is_dir():
         place = place.parent
     host = socket.gethostname()
     try:
-        result = [*rates(place, DISK // len(_hosts(every, "host")[host]), DISK_SECONDS), shutil.disk_usage(place).free]
-    except OSError as error:
-        result = f"process {jax.process_index()} on {host}: {disk_error(error)}"
-    results = _gather("disk", result)
+        free = shutil.disk_usage(place).free if isinstance(place, Path) else math.inf
+        result = [*measured.of_disk(place, DISK // len(_hosts(every, "host")[host]), DISK_SECONDS), free]
+    except (OSError, UserError) as error:
+        why = disk_error(error) if isinstance(error, OSError) else error
+        result = f"process {jax.process_index()} on {host}: {why}"
+    results = gather("disk", result)
     if failed := [text for text in results if isinstance(text, str)]:
         yield Line("disk", str(place), "each process can write there", failed[0])
         return
@@ -279,6 +240,8 @@ def _disk(config: Config | None, every: list[dict]) -> Iterator[Line]:
     seconds, most = state / write + state / read, keep.grace or SAVE  # process 0 reads all of it, to seal it
     remedy = f"take a faster disk: a preemption costs --checkpoint.minutes and {seconds:,.0f} s" if seconds > most else ""
     yield Line("disk", f"{value}, so {seconds:,.0f} s to save {gb(state)}", f"at most {most:.0f} s", remedy)
+    if not isinstance(run, Path):
+        return
     n = keep.keep + 1 + len(keep.kept) + (config.train.steps // keep.keep_every if keep.keep_every else 0)
     used = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     remedy = "free room, or keep fewer (--checkpoint.keep, keep_every)" if free + used < n * state else ""
@@ -286,8 +249,8 @@ def _disk(config: Config | None, every: list[dict]) -> Iterator[Line]:
 
 
 def _clocks(every: list[dict]) -> Line:
-    _gather("arrival", None)  # all go on from here within milliseconds
-    times = [(at, facts["host"]) for at, facts in zip(_gather("clock", time.time()), every, strict=True)]
+    gather("arrival", None)  # all go on from here within milliseconds
+    times = [(at, facts["host"]) for at, facts in zip(gather("clock", time.time()), every, strict=True)]
     (early, behind), (late, ahead) = min(times), max(times)
     remedy = f"{ahead} is ahead of {behind}: does chrony or systemd-timesyncd run there?" if late - early > 1 else ""
     return Line("clocks", f"{late - early:.2f} s apart", "at most 1 s", remedy)
@@ -299,19 +262,8 @@ def _clocks(every: list[dict]) -> Line:
 def _matmul(target: targets.Target | None, every: list[dict]) -> Line:
     """The rate of bf16 matmuls of the slowest device while all are at work."""
     size, times = (8_192, 20) if target else (512, 2)
-    many = jax.jit(lambda x: lax.fori_loop(0, times, lambda _, y: (x @ y) / size, x))
-
-    def seconds(device: jax.Device) -> float:
-        x = jax.device_put(jnp.ones((size, size), jnp.bfloat16), device)
-        jax.block_until_ready(many(x))
-        began = time.perf_counter()
-        jax.block_until_ready(many(x))
-        return (time.perf_counter() - began) / times
-
-    devices = jax.local_devices()
-    with ThreadPoolExecutor(len(devices)) as pool:
-        own = max(zip(pool.map(seconds, devices), map(str, devices), strict=True))
-    (slowest, device), host = max((own, facts["host"]) for own, facts in zip(_gather("matmul", own), every, strict=True))
+    every = zip(gather("matmul", measured.of_matmuls(size, times)), every, strict=True)
+    (slowest, device), host = max((one, facts["host"]) for one, facts in every)
     rate, peak = 2 * size**3 / slowest / 1e12, target.flops / 1e12 if target else 0
     low = target.rates.matmul[0] * peak if target else 0
     remedy = f"is {device} of {host} throttled or shared? nvidia-smi -q -d PERFORMANCE" if rate < low else ""
@@ -326,8 +278,8 @@ def _collectives(mesh: jax.sharding.Mesh, target: targets.Target | None, every: 
     machine = targets.Machine("", target, order, len(order) // nodes)
     for axis, n in mesh.shape.items():
         for kind in COLLECTIVES if n > 1 else ():
-            name, size = f"{kind} over {axis} ({n})", (2**27 if target else 2**20) // n * n  # bytes of the whole array
-            seconds = _timed(mesh, axis, kind, size, name)
+            name, size = f"{kind} over {axis} ({n})", (2**27 if target else 2**20) // (4 * n) * 4 * n
+            seconds = measured.of_collective(mesh, axis, kind, size)
             sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1) / 1e9
             value = f"{sent / seconds:,.3g} GB/s a device ({seconds * 1e3:,.2f} ms for {size >> 20} MiB)"
             if target:
@@ -339,69 +291,18 @@ def _collectives(mesh: jax.sharding.Mesh, target: targets.Target | None, every: 
                 yield Line(name, value)
 
 
-def _timed(mesh: jax.sharding.Mesh, axis: str, kind: str, size: int, name: str) -> float:
-    """The median of a collective's seconds, the longest of all processes."""
-    part, whole, dtype = PartitionSpec(axis), PartitionSpec(), jnp.dtype("bfloat16" if kind == "all-gather" else "float32")
-    f, given, returned = {
-        "all-gather": (lambda x: lax.all_gather(x, axis, tiled=True), part, whole),
-        "reduce-scatter": (lambda x: lax.psum_scatter(x, axis, tiled=True), whole, part),
-        "all-reduce": (lambda x: lax.psum(x, axis), whole, whole),
-    }[kind]
-    one = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=given, out_specs=returned, check_vma=False))
-    x = jax.jit(lambda: jnp.ones(size // dtype.itemsize, dtype), out_shardings=NamedSharding(mesh, given))()
-
-    def end() -> None:
-        print(
-            f"error: {name} has not ended within {WAIT} s: do the hosts reach one another? {PAGE}", file=sys.stderr, flush=True
-        )
-        os._exit(FAILED)
-
-    def seconds(times: int) -> float:
-        out = []
-        for _ in range(times):
-            began = time.perf_counter()
-            jax.block_until_ready(one(x))
-            out.append(time.perf_counter() - began)
-        return max(_gather(f"{times} times {name}", statistics.median_low(out)))
-
-    watch = threading.Timer(WAIT, end)
-    watch.start()
-    try:
-        seconds(1)  # compiles and connects
-        return seconds(max(3, min(20, int(1 / seconds(2)))))
-    finally:
-        watch.cancel()
-
-
 # -- the network ----------------------------------------------------------------------------------------------------------
 
 
-def transport(log: str) -> tuple[set[str], set[str]]:
-    """What NCCL's lines (NCCL_DEBUG=INFO) say: the networks between hosts, and the ways between two GPUs."""
-    ways = re.findall(r"NCCL INFO Channel .* via (\S+(?: Libfabric\S*)?)", log)
-    return set(re.findall(r"NCCL INFO Using network (.+)", log)), {re.sub(r"(?<=NET/)([^/]+)/\d+", r"\1", way) for way in ways}
-
-
-def slow_network(networks: set[str], ways: set[str], fabric: dict[str, str], plugins: list[str], between: float) -> str:
-    """Why NCCL is slow between hosts, and the remedy; empty if it is not. `between`: bytes/s that a node should have."""
-    if "Socket" in networks and "efa" in fabric.values() and not plugins:
-        return f"TCP, though this host has EFA: aws-ofi-nccl is not in LD_LIBRARY_PATH; {PAGE}"
-    if "Socket" in networks and (fabric or between > 15e9):
-        return f"TCP, not the fabric; {PAGE}"
-    if any(way.startswith("NET/") and "GDRDMA" not in way for way in ways) and "Socket" not in networks:
-        return "without GPUDirect all data pass through the host's memory: is nvidia_peermem loaded?"
-    return ""
-
-
 def _nccl(scratch: Path, target: targets.Target | None, every: list[dict]) -> Line:
-    own = transport("".join(path.read_text(errors="replace") for path in scratch.glob("nccl.*")))
-    both = _gather("transport", [sorted(names) for names in own])
+    own = measured.transport("".join(path.read_text(errors="replace") for path in scratch.glob("nccl.*")))
+    both = gather("transport", [sorted(names) for names in own])
     networks, ways = ({name for one in both for name in one[i]} for i in range(2))
     named = lambda names: ", ".join(sorted(names)) or "not known"
     if len(_hosts(every, "host")) == 1:
         return Line("NCCL", f"between GPUs {named(ways)}")
     facts = max(every, key=lambda facts: len(facts["fabric"]))
-    remedy = slow_network(networks, ways, facts["fabric"], facts["plugins"], target.between if target else 0)
+    remedy = measured.slow_network(networks, ways, facts["fabric"], facts["plugins"], target.between if target else 0)
     value = f"between GPUs {named(ways)}, between hosts {named(networks)}; fabric {named(facts['fabric'])}"
     value += f", plug-ins {named(facts['plugins'])}, interfaces {named(facts['interfaces'])}"
     asked = f", NCCL_SOCKET_IFNAME={name}" if (name := os.environ.get("NCCL_SOCKET_IFNAME")) else ""
