@@ -1,5 +1,6 @@
 """Measures what `preflight` compares: the rates of a disk, of matmuls and of collectives, and what NCCL says of its ways."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -21,6 +23,22 @@ from tinyllama_jax.base.errors import UserError
 
 WAIT = 180  # seconds for the other processes to come, and for a collective to end
 PAGE = "launch/RUNBOOK.md, The network between GPU hosts"
+
+
+@contextlib.contextmanager
+def within(line: str) -> Iterator[None]:
+    """Ends this process with `line` if the `with` block takes longer than `WAIT`: neither NCCL nor JAX would raise an error."""
+
+    def end() -> None:
+        print(f"error: after {WAIT} s {line}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    watch = threading.Timer(WAIT, end)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def gather(name: str, value) -> list:
@@ -87,7 +105,7 @@ def of_matmuls(size: int, times: int) -> tuple[float, str]:
 def of_collective(mesh: jax.sharding.Mesh, axis: str, kind: str, size: int) -> float:
     """The median seconds of all-gather (bf16), reduce-scatter or all-reduce (fp32) over an axis, the longest of all processes.
 
-    `size`: bytes of the whole array. If it does not end within `WAIT`, this process ends with a line that says so.
+    `size`: bytes of the whole array. If it does not end within `WAIT`, this process ends with a line.
     """
     part, whole, dtype = PartitionSpec(axis), PartitionSpec(), jnp.dtype("bfloat16" if kind == "all-gather" else "float32")
     f, given, returned = {
@@ -98,11 +116,6 @@ def of_collective(mesh: jax.sharding.Mesh, axis: str, kind: str, size: int) -> f
     one = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=given, out_specs=returned, check_vma=False))
     x = jax.jit(lambda: jnp.ones(size // dtype.itemsize, dtype), out_shardings=NamedSharding(mesh, given))()
 
-    def end() -> None:
-        line = f"error: {kind} over {axis} has not ended within {WAIT} s: do the hosts reach one another? {PAGE}"
-        print(line, file=sys.stderr, flush=True)
-        os._exit(1)
-
     def seconds(times: int) -> float:
         out = []
         for _ in range(times):
@@ -111,13 +124,9 @@ def of_collective(mesh: jax.sharding.Mesh, axis: str, kind: str, size: int) -> f
             out.append(time.perf_counter() - began)
         return max(gather(f"{times} x {kind} {axis}", statistics.median_low(out)))
 
-    watch = threading.Timer(WAIT, end)
-    watch.start()
-    try:
+    with within(f"{kind} over {axis} has not ended: do the hosts reach one another? {PAGE}"):
         seconds(1)  # compiles and connects
         return seconds(max(3, min(20, int(1 / seconds(2)))))
-    finally:
-        watch.cancel()
 
 
 def transport(log: str) -> tuple[set[str], set[str]]:

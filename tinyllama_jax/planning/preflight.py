@@ -28,7 +28,7 @@ from tinyllama_jax.planning.measured import PAGE, WAIT, gather
 from tinyllama_jax.run import addresses, cluster, folder
 
 FAILED = 1  # exit code
-DISK, DISK_SECONDS = 2**29, 8.0  # bytes that the processes of a host write together, and when each stops all the same
+DISK_SECONDS = 8.0  # after which a process stops to write, however little that is
 SAVE = 120.0  # seconds of a save: with --checkpoint.minutes=8 a preemption then costs at most 10 minutes
 COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md, "Saving")
 SHARED_MEMORY = 2**30  # bytes of /dev/shm for NCCL; a container has 64 MiB unless it asks for more
@@ -76,44 +76,23 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _lines(config: Config | None, scratch: Path) -> Iterator[Line]:
     smi = _smi()
-    _join()
+    xla.reserve_memory()
+    process, processes = cluster.identity()
+    where = addresses.arguments(process, processes, WAIT).get("coordinator_address") if processes > 1 else "each other"
+    with measured.within(f"the {abs(processes)} processes have not met: does each host run this command, and reach {where}?"):
+        cluster.join(2 * WAIT / cluster.STARTING)  # JAX would abort
     every = gather("facts", _facts(smi))
     target = targets.of(jax.devices()[0].device_kind)
     yield _devices(config, every)
     mesh = sharding.make_mesh(config.mesh if config else config_lib.Mesh())
     yield _software(every)
     yield from _memory(config, target, every)
-    yield from _disk(config, every)
+    yield from _disk(config, 2**29 if target else 2**26, every)
     yield _clocks(every)
     yield _matmul(target, every)
     yield from _collectives(mesh, target, every)
     if jax.devices()[0].platform == "gpu":
         yield _nccl(scratch, target, every)
-
-
-# -- all processes --------------------------------------------------------------------------------------------------------
-
-
-def _join() -> None:
-    """Joins the other processes. Raises UserError where JAX would abort: if process 0 does not answer."""
-    xla.reserve_memory()
-    process, processes = cluster.identity()
-    deadline, wait = time.monotonic() + WAIT, process > 0
-    at = addresses.arguments(process, processes, WAIT)["coordinator_address"] if wait else ""
-    while wait:
-        try:
-            host, _, port = at.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), 5).close()
-            wait = False
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(f"process 0 does not answer at {at} ({error}): does it run, or is there a firewall?") from None
-            time.sleep(0.5)
-    try:
-        cluster.join((WAIT - 60) / cluster.STARTING)
-    except RuntimeError as error:  # JAX's, of the connection
-        why = str(error).splitlines()[0][:200]
-        raise UserError(f"not all {processes} processes have come within {WAIT} s: does each host run this? ({why})") from None
 
 
 def _smi() -> list[list[str]]:
@@ -214,8 +193,8 @@ def state_bytes(config: Config) -> int:
     return sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
 
 
-def _disk(config: Config | None, every: list[dict]) -> Iterator[Line]:
-    """The rates of the run folder's disk, all processes at once, and its room."""
+def _disk(config: Config | None, n_bytes: int, every: list[dict]) -> Iterator[Line]:
+    """The rates of the run folder's disk, to which the processes of a host write `n_bytes` together, and its room."""
     run = store.place(config.workdir if config else ".", "--workdir")
     place = run.absolute() if isinstance(run, Path) else run
     while isinstance(place, Path) and not place.is_dir():
@@ -223,7 +202,7 @@ def _disk(config: Config | None, every: list[dict]) -> Iterator[Line]:
     host = socket.gethostname()
     try:
         free = shutil.disk_usage(place).free if isinstance(place, Path) else math.inf
-        result = [*measured.of_disk(place, DISK // len(_hosts(every, "host")[host]), DISK_SECONDS), free]
+        result = [*measured.of_disk(place, n_bytes // len(_hosts(every, "host")[host]), DISK_SECONDS), free]
     except (OSError, UserError) as error:
         why = disk_error(error) if isinstance(error, OSError) else error
         result = f"process {jax.process_index()} on {host}: {why}"
