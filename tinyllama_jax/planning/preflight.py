@@ -127,12 +127,13 @@ def _facts(smi: list[list[str]]) -> dict:
 
 
 def _free_memory() -> int:
-    """Free bytes of this host's memory, or of this container's."""
-    free = [1_024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free.append(int(most) - int(used.read_text()))
-    return min(free)
+    """Free bytes of this host's memory, or of this container's, whose limit counts cached files that can be dropped."""
+    info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    free = [1_024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", info.read_text() if info.is_file() else "")]
+    if (limit := group / "memory.max").is_file() and (most := limit.read_text().strip()).isdecimal():
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        free.append(int(most) - int((group / "memory.current").read_text()) + int(cached[1]))
+    return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 # -- what the hosts have --------------------------------------------------------------------------------------------------
