@@ -19,21 +19,21 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tinyllama_jax.base import store
-from tinyllama_jax.base.errors import UserError
 
 WAIT = 180  # seconds for the other processes to come, and for a collective to end
 PAGE = "launch/RUNBOOK.md, The network between GPU hosts"
 
 
+def end(line: str) -> None:
+    """Ends this process with a line. An exception would not do: at exit JAX waits for the other processes, and then aborts."""
+    print(f"error: after {WAIT} s {line}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def within(line: str) -> Iterator[None]:
-    """Ends this process with `line` if the `with` block takes longer than `WAIT`: neither NCCL nor JAX would raise an error."""
-
-    def end() -> None:
-        print(f"error: after {WAIT} s {line}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    watch = threading.Timer(WAIT, end)
+    """Ends this process with `line` if the `with` block takes longer than `WAIT`."""
+    watch = threading.Timer(WAIT, end, [line])
     watch.start()
     try:
         yield
@@ -42,18 +42,18 @@ def within(line: str) -> Iterator[None]:
 
 
 def gather(name: str, value) -> list:
-    """`value` (JSON) of every process, in their order. Raises UserError naming one that has not come."""
+    """`value` (JSON) of every process, in their order. Ends this process if another does not come within `WAIT`."""
     if jax.process_count() == 1:
         return [value]
     from jax._src import distributed  # the coordinator's key-value store works where collectives do not; it has no public name
 
-    store, out = distributed.global_state.client, []
-    store.key_value_set(f"preflight/{name}/{jax.process_index()}", json.dumps(value))
+    client, out = distributed.global_state.client, []
+    client.key_value_set(f"preflight/{name}/{jax.process_index()}", json.dumps(value))
     for i in range(jax.process_count()):
         try:
-            out.append(json.loads(store.blocking_key_value_get(f"preflight/{name}/{i}", WAIT * 1_000)))
+            out.append(json.loads(client.blocking_key_value_get(f"preflight/{name}/{i}", WAIT * 1_000)))
         except RuntimeError:
-            raise UserError(f"process {i} has not reported its {name} within {WAIT} s; read what it printed") from None
+            end(f"process {i} has not reported its {name}; read what it printed")
     return out
 
 

@@ -30,7 +30,7 @@ from tinyllama_jax.run import addresses, cluster, folder
 FAILED = 1  # exit code
 DISK_SECONDS = 8.0  # after which a process stops to write, however little that is
 SAVE = 120.0  # seconds of a save: with --checkpoint.minutes=8 a preemption then costs at most 10 minutes
-COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md, "Saving")
+COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md, "Saving, and what a preemption costs")
 SHARED_MEMORY = 2**30  # bytes of /dev/shm for NCCL; a container has 64 MiB unless it asks for more
 OTHERS = 10**9  # bytes of a device's memory in use before the run; a driver alone takes less
 COLLECTIVES = "all-gather", "reduce-scatter", "all-reduce"
@@ -78,10 +78,10 @@ def _lines(config: Config | None, scratch: Path) -> Iterator[Line]:
     smi = _smi()
     xla.reserve_memory()
     process, processes = cluster.identity()
-    where = addresses.arguments(process, processes, WAIT).get("coordinator_address") if processes > 1 else "each other"
-    with measured.within(f"the {abs(processes)} processes have not met: does each host run this command, and reach {where}?"):
-        cluster.join(2 * WAIT / cluster.STARTING)  # JAX would abort
-    every = gather("facts", _facts(smi))
+    where = addresses.arguments(process, processes, WAIT).get("coordinator_address") if processes > 1 else "one another"
+    with measured.within(f"the processes have not met: does each host run this command, and do they reach {where}?"):
+        cluster.join(2 * WAIT / cluster.STARTING)  # longer than WAIT: JAX would abort
+        every = gather("facts", _facts(smi))
     target = targets.of(jax.devices()[0].device_kind)
     yield _devices(config, every)
     mesh = sharding.make_mesh(config.mesh if config else config_lib.Mesh())
