@@ -30,7 +30,7 @@ from tinyllama_jax.run import addresses, cluster, folder
 FAILED = 1  # exit code
 DISK_SECONDS = 8.0  # after which a process stops to write, however little that is
 SAVE = 120.0  # seconds of a save: with --checkpoint.minutes=8 a preemption then costs at most 10 minutes
-COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md, "Saving, and what a preemption costs")
+COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md)
 SHARED_MEMORY = 2**30  # bytes of /dev/shm for NCCL; a container has 64 MiB unless it asks for more
 OTHERS = 10**9  # bytes of a device's memory in use before the run; a driver alone takes less
 COLLECTIVES = "all-gather", "reduce-scatter", "all-reduce"
