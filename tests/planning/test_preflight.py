@@ -56,9 +56,15 @@ def test_each_fact_is_compared(monkeypatch, tiny_config_file):
     """Fewer devices than promised, other versions, less memory: each line names the host and the value."""
     for name in preflight.addresses.CHOOSE:
         monkeypatch.delenv(name, raising=False)
+    line = preflight._devices(None, [FACTS])
+    assert (
+        line.expected == "8 by the scheduler or /dev and a GPU or TPU"
+        and "is jax[cuda12] or jax[tpu] installed?" in line.remedy
+    )
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     line = preflight._devices(None, [FACTS, OTHER])  # 8 virtual devices are here
-    assert (line.expected, line.remedy[-28:]) == ("16 by the scheduler or /dev", "CUDA_VISIBLE_DEVICES=0,1,2,3")
+    assert line.expected == "16 by the scheduler or /dev" and "CUDA_VISIBLE_DEVICES=0,1,2,3" in line.remedy
     assert preflight._devices(None, [FACTS]).remedy == "" and "node07 8" in str(line)
     older = OTHER | {"software": SOFTWARE | {"jax": "0.11.0"}}
     assert preflight._software([FACTS, older]).remedy == "node08 has jax 0.11.0: install the same"
@@ -68,6 +74,23 @@ def test_each_fact_is_compared(monkeypatch, tiny_config_file):
     assert remedies(FACTS, OTHER | {"free": 10**9}) == ["node08 has less than a save needs: end what else runs there", ""]
     assert "another program holds 2.0 GB on node08" in remedies(FACTS, OTHER | {"in use": 2 * 10**9})[1]
     assert "a device of node08 offers less" in remedies(FACTS, OTHER | {"limit": 36 * 10**9})[1]
+
+
+def test_what_only_gpus_have(monkeypatch, tmp_path):
+    """NCCL's lines of a file, /dev/shm of a container, and what nvidia-smi says of the GPUs that this process sees."""
+    (tmp_path / "nccl.node07.1").write_text(TCP)
+    line = preflight._nccl(tmp_path, A100, [FACTS, OTHER | {"fabric": {"rdmap0": "efa"}}])
+    assert "between hosts Socket; fabric rdmap0" in line.value and "aws-ofi-nccl" in line.remedy
+    assert preflight._nccl(tmp_path, A100, [FACTS, FACTS]) == ("NCCL", "between GPUs NET/Socket", "", "")  # one host
+    monkeypatch.setattr(preflight.jax, "devices", lambda: [argparse.Namespace(platform="gpu")] * 16)
+    *_, line = preflight._memory(None, A100, [FACTS, OTHER | {"shm": 2**26}])
+    assert line.value == "0.1 GB free" and "--shm-size=16g" in line.remedy
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preflight._smi() == []  # a host without it
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "570.1, 3"\necho "$@" >&2\n[ "$4" != 5,6 ] || echo "570.1, 2048"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert preflight._smi() == [["570.1", "3"], ["570.1", "2048"]]
 
 
 def test_the_bytes_of_a_checkpoint():

@@ -150,7 +150,8 @@ def _devices(config: Config | None, every: list[dict]) -> Line:
     n, where = len(jax.devices()), ", ".join(f"{host} {sum(of)}" for host, of in _hosts(every, "devices").items())
     wanted = [f"{promised} by the scheduler or /dev"] * (promised > 0) + [f"{mesh} by --mesh"] * (mesh > 0)
     chosen = " ".join(f"{name}={os.environ[name]}" for name in addresses.CHOOSE if name in os.environ)
-    remedy = f"is jax[cuda12] or jax[tpu] installed? {chosen}" if n < max(promised, mesh) else ""
+    wanted += ["a GPU or TPU"] * (only_cpu := jax.devices()[0].platform == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu")
+    remedy = f"is jax[cuda12] or jax[tpu] installed? {chosen}" if only_cpu or n < max(promised, mesh) else ""
     value = f"{n} x {jax.devices()[0].device_kind} ({where}) in {len(every)} processes"
     return Line("devices", value, " and ".join(wanted), remedy)
 
