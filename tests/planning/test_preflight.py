@@ -16,6 +16,7 @@ from tinyllama_jax import plan
 from tinyllama_jax.base import cli, dims, sharding
 from tinyllama_jax.base import config as c
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.core import xla
 from tinyllama_jax.planning import measured, preflight, targets
 
 assert len(jax.devices()) == 8
@@ -95,7 +96,7 @@ def test_what_only_gpus_have(monkeypatch, tmp_path):
 
 def test_the_bytes_of_a_checkpoint():
     config = cli.read("configs/3t.py")
-    assert preflight.state_bytes(config) == 12 * dims.n_parameters(config.model)  # 4 each of weight and two moments
+    assert xla.state_bytes(config) == 12 * dims.n_parameters(config.model)  # 4 each of weight and two moments
 
 
 def test_the_disk_is_compared_with_a_save(monkeypatch, tmp_path):

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from tinyllama_jax.base import cli, dims, sharding, store
+from tinyllama_jax.base import cli, sharding, store
 from tinyllama_jax.base import config as config_lib
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, disk_error
@@ -168,7 +167,7 @@ def _software(every: list[dict]) -> Line:
 def _memory(config: Config | None, target: targets.Target | None, every: list[dict]) -> Iterator[Line]:
     """Memory of the hosts and of the devices, and /dev/shm."""
     least, host = min((facts["free"], facts["host"]) for facts in every)
-    needs = COPIES * state_bytes(config) // len(_hosts(every, "free")) if config else 0
+    needs = COPIES * xla.state_bytes(config) // len(_hosts(every, "free")) if config else 0
     remedy = f"{host} has less than a save needs: end what else runs there" if least < needs else ""
     yield Line("host memory", f"at least {gb(least)} free", f"{gb(needs)} for a save" if config else "", remedy)
     least, host = min((facts["limit"], facts["host"]) for facts in every)
@@ -187,12 +186,6 @@ def _memory(config: Config | None, target: targets.Target | None, every: list[di
 def gb(n: float) -> str:
     """Bytes as text in GB."""
     return f"{n / 1e9:,.1f} GB"
-
-
-def state_bytes(config: Config) -> int:
-    """Bytes of a checkpoint: the weights, and two moments of those that train."""
-    size = lambda array: math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
-    return sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
 
 
 def _disk(config: Config | None, n_bytes: int, every: list[dict]) -> Iterator[Line]:
@@ -217,7 +210,7 @@ def _disk(config: Config | None, n_bytes: int, every: list[dict]) -> Iterator[Li
     if not config:
         yield Line("disk", f"{value}, {gb(free)} free")
         return
-    keep, state = config.checkpoint, state_bytes(config)
+    keep, state = config.checkpoint, xla.state_bytes(config)
     seconds, most = state / write + state / read, keep.grace or SAVE  # process 0 reads all of it, to seal it
     remedy = f"take a faster disk: a preemption costs --checkpoint.minutes and {seconds:,.0f} s" if seconds > most else ""
     yield Line("disk", f"{value}, so {seconds:,.0f} s to save {gb(state)}", f"at most {most:.0f} s", remedy)
