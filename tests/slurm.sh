@@ -204,6 +204,8 @@ arguments=(--config "$folder/tiny.py" --train.steps=200 --train.seqs_per_device=
 XLA_FLAGS=--xla_force_host_platform_device_count=4 "$python" -m "$MODULE" "${arguments[@]}" --workdir="$folder/run/one" \
     >"$folder/jobs/one" 2>&1 || fail "one process alone"
 export XLA_FLAGS=--xla_force_host_platform_device_count=2
+expect "$(MODULE=tinyllama_jax.plan submit preflight -- --here "${arguments[@]}" --workdir="$folder/run/preflight")" preflight COMPLETED 0:0 0
+[ "$(lines preflight 'ok    devices: 4 x cpu .* in 2 processes (expected: 4 by --mesh)')" = 1 ] || fail "preflight: did not report once"
 trains() { # JOB RUN: returns when it has trained 20 steps, and not yet all
     for _ in $(seq 480); do
         [ "$(cat "$folder/run/$2/metrics.jsonl" 2>/dev/null | wc -l)" -ge 20 ] && return
