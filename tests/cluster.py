@@ -26,6 +26,7 @@ class Cluster:
         address="127.0.0.1",
         module="tinyllama_jax.train",
         out=None,
+        flags=(),
         **keys,
     ):
         """`devices`: virtual devices a process. `prefix`: words before the command of process i. `keys`: a__b=c for --a.b=c.
@@ -37,13 +38,13 @@ class Cluster:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         options = [f"--{k.replace('__', '.')}={v}" for k, v in ({"mesh__fsdp": -1, "workdir": workdir} | keys).items()]
-        argv = [sys.executable, "-m", module, "--config", str(config_file), *options]
+        argv = [sys.executable, "-m", module, *flags, "--config", str(config_file), *options]
         self.files = [Path(out or self.workdir.parent) / f"{self.workdir.name}.{i}.out" for i in range(n)]
         self.processes = []
-        flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-        flags.append(f"--xla_force_host_platform_device_count={devices}")
+        xla = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+        xla.append(f"--xla_force_host_platform_device_count={devices}")
         for i, file in enumerate(self.files):
-            env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+            env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(xla)}
             if n > 1:
                 env |= {"JAX_COORDINATOR_ADDRESS": f"{address}:{port}", "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
             with file.open("w") as out:

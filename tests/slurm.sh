@@ -71,11 +71,11 @@ ReturnToService=2
 KillWait=20
 InactiveLimit=0
 SchedulerParameters=sched_interval=2,bf_interval=2
-NodeName=$host NodeAddr=127.0.0.1 Port=$port_1 CPUs=4 RealMemory=1000 Gres=gpu:a100:8
-NodeName=${host}x NodeAddr=127.0.0.1 Port=$port_2 CPUs=4 RealMemory=1000 Gres=gpu:a100:8
+NodeName=$host NodeAddr=127.0.0.1 Port=$port_1 CPUs=8 RealMemory=1000 Gres=gpu:a100:8
+NodeName=${host}x NodeAddr=127.0.0.1 Port=$port_2 CPUs=8 RealMemory=1000 Gres=gpu:a100:8
 PartitionName=all Nodes=$host,${host}x Default=YES MaxTime=INFINITE State=UP
 CONF
-touch "$folder"/gpu{0..7} # what Slurm takes for the devices of eight A100
+for i in {0..7}; do mknod "$folder/gpu$i" c 1 3 || skip "this machine makes no device files"; done # eight A100, for Slurm; /dev/null
 printf '%s\n' AutoDetect=off "Name=gpu Type=a100 File=$folder/gpu[0-7]" >"$folder/gres.conf"
 export SLURM_CONF=$folder/slurm.conf
 for _ in $(seq 50); do [ -S "$folder/munge/socket" ] && break; sleep 0.1; done
@@ -170,6 +170,31 @@ job=$(submit time-limit --time=5 -- wait/0)
 expect "$job" time-limit COMPLETED 0:0 1
 [ "$(lines time-limit '"signals": \[15\]')" = 2 ] || fail "time-limit: each process should have had one SIGTERM"
 
+# -- devices ---------------------------------------------------------------------------------------------------------------
+# Two nodes with eight GPUs each, whose device files are empty files: which of the 16 do the processes take?
+devices() { # NAME PROCESSES [sbatch's options]
+    local name=$1 processes=$2
+    shift 2
+    expect "$(MODULE=devices submit "$name" "$@" --)" "$name" COMPLETED 0:0 0
+    "$python" - "$folder/jobs/$name" "$processes" <<'SIXTEEN' || fail "$name: not 16 devices"
+import json, sys
+
+lines = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
+taken = [(line["node"], gpu) for line in lines for gpu in line["takes"]]
+assert len(lines) == int(sys.argv[2]) and len(taken) == len(set(taken)) == 16, lines
+assert {line["promised"] for line in lines} == {8}, lines
+print(f"ok: {len(taken)} devices in {len(lines)} processes; JAX alone takes {len({(x['node'], g) for x in lines for g in x['alone']})}")
+SIXTEEN
+}
+devices node 2
+devices gpu 16 --ntasks-per-node=8
+devices half 4 --ntasks-per-node=2
+devices bound 16 --ntasks-per-node=8 --gpu-bind=single:1
+devices mapped 16 --ntasks-per-node=8 --gpu-bind=map_gpu:7,6,5,4,3,2,1,0
+# Slurm 22.05 gives this step no GPU, since the script asks for GPUs a node as well
+expect "$(MODULE=devices submit per-task --ntasks-per-node=8 --gpus-per-task=a100:1 --)" per-task FAILED 2:0 0
+[ "$(lines per-task 'Slurm gave this host 8 GPUs, and its 8 processes see 0; .*--gpu-bind=single:1')" = 16 ] || fail "per-task: not refused"
+
 # -- a run ------------------------------------------------------------------------------------------------------------------
 # A small model on two nodes with two (virtual) devices each: told to stop and queued again, and with a process killed.
 # Either way every step is there once, with the batch and, to rounding, the loss of one process that was left alone.
@@ -179,6 +204,8 @@ arguments=(--config "$folder/tiny.py" --train.steps=200 --train.seqs_per_device=
 XLA_FLAGS=--xla_force_host_platform_device_count=4 "$python" -m "$MODULE" "${arguments[@]}" --workdir="$folder/run/one" \
     >"$folder/jobs/one" 2>&1 || fail "one process alone"
 export XLA_FLAGS=--xla_force_host_platform_device_count=2
+expect "$(MODULE=tinyllama_jax.plan submit preflight -- --here "${arguments[@]}" --workdir="$folder/run/preflight")" preflight COMPLETED 0:0 0
+[ "$(lines preflight 'ok    devices: 4 x cpu .* in 2 processes (expected: 4 by --mesh)')" = 1 ] || fail "preflight: did not report once"
 trains() { # JOB RUN: returns when it has trained 20 steps, and not yet all
     for _ in $(seq 480); do
         [ "$(cat "$folder/run/$2/metrics.jsonl" 2>/dev/null | wc -l)" -ge 20 ] && return

@@ -34,7 +34,7 @@ ORDER = {
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals checkpoint adapter folder metrics initialize references stages progress spikes "
     "log evaluation",
-    "planning": "targets hlo timing compiled search laws law_report report history chart run_page",
+    "planning": "targets hlo timing measured preflight compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
     "worker web server listen",
     "evals": "tasks score held_out questions passkey contamination harness in_training",

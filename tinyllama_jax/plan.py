@@ -3,14 +3,17 @@
 python -m tinyllama_jax.plan --config configs/3t.py --on a100-40g:2x8 [--section.key=value]
 python -m tinyllama_jax.plan --config configs/3t.py --on v5e:4x4 --mesh.data=1 --mesh.fsdp=-1 --sweep
 python -m tinyllama_jax.plan --law inference --inference-tokens 1e12
+python -m tinyllama_jax.plan --here --config configs/3t.py
 
 Compiles the run's own train step for that machine, on the CPU. Exit code 0: the step fits; 3: it does not; 2: a mistake in the
-command, or a kernel that the machine cannot run.
+command, or a kernel that the machine cannot run. --here checks and measures the machine that the command runs on instead, in
+every process of a job; exit code 0: all is as expected; 1: a line says what is not.
 """
 
 import os
+import sys
 
-if __name__ == "__main__":  # before jax is imported: its CUDA plugin fails without a driver
+if __name__ == "__main__" and "--here" not in sys.argv:  # before jax is imported: its CUDA plugin fails without a driver
     os.environ["JAX_PLATFORMS"] = "cpu"
     stderr = os.dup(2)
     try:  # importing jax also prints several lines about that
@@ -31,7 +34,7 @@ from tinyllama_jax.base import cli
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import feed
-from tinyllama_jax.planning import law_report, laws, targets
+from tinyllama_jax.planning import law_report, laws, preflight, targets
 from tinyllama_jax.planning.compiled import compile_step, gib, messages
 from tinyllama_jax.planning.report import draw_sweep, offer, prediction, report, show
 from tinyllama_jax.planning.search import nearest, recommended, sizes, sweep, whole_run
@@ -47,10 +50,12 @@ PRICES = {"train_peak": "FLOP/s of a device in training", "train_price": "USD pe
 def main(argv: list[str]) -> int:
     """Prints the plan; returns the exit code."""
     args, overrides = _arguments(argv)
+    if args.here:
+        return preflight.main(args, overrides)
     if args.law:
         return law_report.law(args, overrides)
     if not args.config or not args.on:
-        raise UserError("--config FILE and --on TARGET are needed (or --law); see --help")
+        raise UserError("--config FILE and --on TARGET are needed (or --law, or --here); see --help")
     config = cli.override(cli.read(args.config), cli.pairs(overrides))
     jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no record of its memory
     with messages():  # drops the plugin's lines about a missing driver
@@ -105,6 +110,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     known = ", ".join(f"{name}:{t.shape}" for name, t in targets.TARGETS.items())
     parser.add_argument("--config", help="a file such as configs/3t.py (none)")
     parser.add_argument("--on", help=f"the machine to compile for: {known}, or cpu:8 (none)")
+    parser.add_argument("--here", action="store_true", help="check and measure this machine, before a run pays for it (no)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and the lines on stderr (no)")
     parser.add_argument("--price", type=_number, help="USD per device and hour (the price in planning/targets.py)")
     parser.add_argument("--mfu", type=_part, help="achieved fraction of peak of matmuls (the range in planning/targets.py)")

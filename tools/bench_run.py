@@ -1,10 +1,14 @@
 """What a run costs besides its steps: starting, resuming, saving.
 
-    python tools/bench_run.py [--data DIR] [--model 15m|120m] [--json OUT]
+    python tools/bench_run.py [--data DIR] [--model 15m|120m|250m|400m] [--saves FOLDER] [--json OUT]
 
 The time from the command to its first step, resumed at steps 10, 10^4 and 10^6, over that of a fresh start; where that time
 goes, with and without compiled programs kept; the time that the loop stands still for a checkpoint, over that of saving it
 synchronously; what the first steps of a larger batch (`train.batch_ramp`) cost. `make demo` makes the default data.
+
+`--saves FOLDER` measures only saves, on the disk of FOLDER and without data: the part that holds the loop, the whole until the
+checkpoint is sealed, and what this disk does with a plain file of the same size. It needs memory for three states and room on
+the disk for one; what it wrote is deleted.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,10 +36,16 @@ from tinyllama_jax.base import config as c
 from tinyllama_jax.base import sharding
 from tinyllama_jax.core.program import build
 from tinyllama_jax.data import feed
-from tinyllama_jax.run import checkpoint, initialize
+from tinyllama_jax.planning import measured
+from tinyllama_jax.run import checkpoint, initialize, seals
 from tinyllama_jax.run import folder as run_folder
 
-SHAPES = {"15m": (6, 288, 6, 6, 768, 32000), "120m": (12, 768, 12, 1, 2048, 32000)}  # as c.Model's first fields
+SHAPES = {  # as c.Model's first fields
+    "15m": (6, 288, 6, 6, 768, 32000),
+    "120m": (12, 768, 12, 1, 2048, 32000),
+    "250m": (11, 1280, 20, 4, 3584, 32000),
+    "400m": (17, 1408, 22, 2, 3840, 32000),
+}
 FP32 = "params=float32,compute=float32,output=float32"
 
 
@@ -135,6 +146,41 @@ def stall(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
     return out
 
 
+def saves(folder: Path, shape: tuple) -> dict[str, float | list[float]]:
+    """Bytes of a state, and seconds of its saves as the run makes them, beside those of a plain file of as many bytes."""
+    config = c.Config(str(folder / "run"), c.Model(*shape, 64, precision=FP32, residual="float32"), c.Data({"x": 1.0}),
+                      c.Optim(4e-4, 4e-5, 10, 0.1, 1.0), c.Train(10, 64, 1), c.Checkpoint(10**9))  # fmt: skip
+    mesh = sharding.make_mesh(config.mesh)
+    out: dict = {"plain write": [], "plain read": []}
+    with jax.set_mesh(mesh):
+        state = build(config, mesh).init()
+        noise = lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) if leaf.ndim else leaf
+        state = jax.block_until_ready(jax.tree.map(noise, state))  # moments of 0 would be compressed to nothing
+        out["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        for i in range(4):  # the first is not counted: it makes the folders and threads
+            os.sync()
+            checkpoints = checkpoint.Checkpoints(config)
+            began, worked = time.perf_counter(), time.process_time()
+            checkpoints.save(i + 1, state)
+            blocks = time.perf_counter() - began
+            checkpoints.check(wait=True)
+            times = [blocks, time.perf_counter() - began, time.process_time() - worked]
+            began, sealed = time.perf_counter(), next((folder / "run" / "checkpoints").iterdir())
+            assert seals.damage(sealed) is None  # reads and hashes all of it, as sealing does
+            times.append(time.perf_counter() - began)
+            out["on disk"] = sum(path.stat().st_size for path in sealed.rglob("*") if path.is_file())
+            checkpoints.close()
+            shutil.rmtree(folder / "run")
+            for what, seconds in zip(("blocks", "until sealed", "processor time", "sealing alone"), times, strict=True):
+                out.setdefault(what, []).extend([seconds] * (i > 0))
+    del state
+    for _ in range(3):
+        for what, rate in zip(("plain write", "plain read"), measured.of_disk(folder, out["bytes"]), strict=True):
+            out[what].append(out["bytes"] / rate)
+    out["most memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
+    return out
+
+
 def boundary(folder: Path, data: Path, shape: tuple) -> dict[str, list[float]]:
     """Seconds that three steps take beyond as many usual ones: the first of a larger batch, and those after a checkpoint."""
     out: dict[str, list[float]] = {"boundary": [], "checkpoint": []}
@@ -158,10 +204,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="15m")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data/text").resolve(), help="a prepared folder")
+    parser.add_argument("--saves", type=Path, metavar="FOLDER", help="measure only saves, in a new folder within this one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     median = lambda values: sorted(values)[len(values) // 2]
     out: dict = {"platform": platform.platform(), "versions": run_folder.versions(), "model": args.model}
+    if args.saves:
+        with tempfile.TemporaryDirectory(dir=args.saves) as name:
+            out |= saves(Path(name), SHAPES[args.model])
+        for what, seconds in ((k, median(v)) for k, v in out.items() if isinstance(v, list)):
+            print(f"{args.model}, {out['bytes'] / 1e9:.2f} GB: {what} {seconds:.2f} s, {out['bytes'] / seconds / 1e9:.2f} GB/s")
+        print(
+            f"{args.model}: at most {out['most memory'] / 1e9:.1f} GB of memory, {out['most memory'] / out['bytes']:.1f} states"
+        )
+        if args.json:
+            args.json.write_text(json.dumps(out, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as name:
         out["first step seconds"] = resume(Path(name), args.data, SHAPES[args.model])
         fresh = median(out["first step seconds"]["at step 0"])

@@ -81,6 +81,8 @@ PACKED = SBATCH | {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}  # bot
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[::1]:1"}, 2, "[::1]:1", "[::1]:1"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "host"}, 2, "JAX_COORDINATOR_ADDRESS=host: must be HOST:PORT", ""),
         (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 4, "JAX_COORDINATOR_ADDRESS=: must be HOST:PORT", ""),
+        # as mpirun 4.1 sets it; 1531576320 / 4096 % 4096 = 1184, and 61440 + 1184 = 62624
+        (MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}, 4, "10.96.0.1:62624", "[::]:62624"),
     ],
 )
 def test_where_process_0_listens(monkeypatch, environment, count, address, bind):
@@ -99,15 +101,44 @@ def test_where_process_0_listens(monkeypatch, environment, count, address, bind)
     assert (told["num_processes"], told["process_id"], told["local_device_ids"]) == (count, 1, addresses.gpus())
 
 
+@pytest.mark.parametrize(
+    ("environment", "ours", "alone"),
+    [
+        (SBATCH, ALL, [0]),  # the fault: one GPU of eight
+        (SBATCH | EIGHT, [3], [3]),
+        (SBATCH | EIGHT | {"CUDA_VISIBLE_DEVICES": "3"}, ALL, [3]),  # --gpu-bind=single:1: it has one, whose number is 0
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": GPUS}, [4, 5, 6, 7], [1]),
+    ],
+)
+def test_jax_takes_the_devices_that_we_name(monkeypatch, environment, ours, alone):
+    """JAX's own detection, as `jax.distributed.initialize` calls it, keeps our list; without one it takes the local number."""
+    from jax._src import clusters
+
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_LOCAL", "SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
+    for name, value in ({"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.96.0.1:34911"} | environment).items():
+        monkeypatch.setenv(name, value)
+    if "SLURM_JOB_ID" in environment:
+        monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    assert detect(None, None, None, addresses.gpus(), None, 1)[3] == ours
+    assert detect(None, None, None, None, None, 1)[3] == alone
+
+
 def test_fewer_gpus_than_slurm_gave_are_refused():
     addresses.check_gpus("gpu", 8, SBATCH)
     addresses.check_gpus("gpu", 1, SBATCH | EIGHT)
     addresses.check_gpus("cpu", 1, SBATCH | {"JAX_PLATFORMS": "cpu"})
     addresses.check_gpus("gpu", 2, SBATCH | {"JAX_LOCAL_DEVICE_IDS": "0,1"})
     addresses.check_gpus("cpu", 1, {})
+    alone = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0"}  # of one process, started without srun
+    addresses.check_gpus("gpu", 1, alone | {"JAX_CUDA_VISIBLE_DEVICES": "0"})
     for platform, devices, environment, words in (
         ("gpu", 1, SBATCH, "gave this host 8 GPUs, and its 1 processes see 1"),
-        ("cpu", 2, SBATCH, "gave this host 8 GPUs, and its 1 processes see 0"),
+        ("cpu", 2, SBATCH, "gave this host 8 GPUs, and its 1 processes see 0; is jax.cuda12. installed"),
+        ("gpu", 1, alone, "CUDA_VISIBLE_DEVICES=0 hides the others; to take fewer, set JAX_CUDA_VISIBLE_DEVICES"),
+        ("cpu", 1, SBATCH | EIGHT | {"CUDA_VISIBLE_DEVICES": ""}, "this step has none .*--gpu-bind=single:1"),
     ):
         with pytest.raises(UserError, match=words):
             addresses.check_gpus(platform, devices, environment)
@@ -120,6 +151,13 @@ from tinyllama_jax.run import cluster
 cluster.join(20)
 print(json.dumps([xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.process_index(), jax.process_count(), jax.device_count()]))
 """
+
+
+def test_one_process_checks_its_gpus_too():
+    """Without it a job of one process trains on a CPU beside eight GPUs that are paid for."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "JAX_"))} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", JOIN], env=env | {"SLURM_GPUS_ON_NODE": "999"}, capture_output=True, text=True)
+    assert "UserError: Slurm gave this host 999 GPUs, and its 1 processes see " in done.stderr
 
 
 def test_one_task_a_node_as_slurm_starts_it_has_all_the_devices():

@@ -86,6 +86,12 @@ def reserve_memory() -> None:
         os.environ[MEMORY_NAMES[0]] = str(fraction)
 
 
+def state_bytes(config: Config) -> int:
+    """Returns the bytes of the weights and of the two moments of those that train: of a checkpoint, too."""
+    size = lambda array: math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+    return sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
+
+
 def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError if a device lacks the memory for its part of the weights and the two moments of those that train.
 
@@ -98,9 +104,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     else:
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
     parameters, split = dims.n_parameters(config.model), mesh.shape["fsdp"] * mesh.shape["tensor"]
-    size = lambda array: math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
-    kept = sum(size(array) * (3 if array.trains else 1) for array in dims.arrays(config.model, config.lora))
-    needs = (kept + (4 * parameters if config.lora.rank else 0)) // split
+    needs = (state_bytes(config) + (4 * parameters if config.lora.rank else 0)) // split
     if needs > has:
         raise UserError(
             f"the weights and moments of {parameters:,} parameters over fsdp x tensor = {split} devices take "

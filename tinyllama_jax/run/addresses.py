@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tinyllama_jax.base.errors import UserError
 
+DEVICE_FILES = "nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*"  # in /dev: an NVIDIA GPU, a TPU chip
+CHOOSE = ("CUDA_VISIBLE_DEVICES", "JAX_CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "JAX_PLATFORMS", "SLURM_GPUS_ON_NODE")
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's name for the address where process 0 listens: HOST or HOST:PORT
 
 
@@ -62,17 +64,31 @@ def gpus(env: Mapping[str, str] = os.environ) -> list[int] | None:
     return list(range(index * n // processes, (index + 1) * n // processes))
 
 
+def promised(env: Mapping[str, str] = os.environ) -> int:
+    """How many devices this host should have: as Slurm says, or by its device files; 0: not known, or JAX_* chooses fewer."""
+    given = env.get("SLURM_GPUS_ON_NODE", "")
+    if env.get("JAX_LOCAL_DEVICE_IDS") or env.get("JAX_CUDA_VISIBLE_DEVICES") or env.get("JAX_PLATFORMS") == "cpu":
+        return 0
+    return int(given) if given.isdecimal() else max(len(list(Path("/dev").glob(name))) for name in DEVICE_FILES)
+
+
 def check_gpus(platform: str, devices: int, env: Mapping[str, str] = os.environ) -> None:
     """Raises UserError if Slurm gave this host GPUs, but this process runs on a CPU or on fewer GPUs than its share.
 
     `devices`: how many this process has, of `platform`.
     """
-    given, processes = env.get("SLURM_GPUS_ON_NODE", ""), _on_this_host(env)[0]
-    chosen = env.get("JAX_LOCAL_DEVICE_IDS") or env.get("JAX_PLATFORMS") == "cpu"
-    if processes and given.isdecimal() and not chosen and (platform == "cpu" or devices * processes < int(given)):
-        seen = 0 if platform == "cpu" else devices * processes
-        remedy = "is jax[cuda12] installed, and what do CUDA_VISIBLE_DEVICES and --gpus-per-task say?"
-        raise UserError(f"Slurm gave this host {given} GPUs, and its {processes} processes see {seen}; {remedy}")
+    processes = 0 if "JAX_COORDINATOR_ADDRESS" in env else max(1, _on_this_host(env)[0])
+    given = promised(env) if processes and env.get("SLURM_GPUS_ON_NODE") else 0
+    seen = 0 if platform == "cpu" else devices * processes
+    if seen < given:
+        visible, one = env.get("CUDA_VISIBLE_DEVICES", ""), "--gpu-bind=single:1 shows each task one"
+        why = "is jax[cuda12] installed?"
+        if not visible and "SLURM_STEP_GPUS" not in env:
+            why = f"this step has none (no SLURM_STEP_GPUS): leave out --gpus-per-task; {one}"
+        elif platform != "cpu" and visible.count(",") < devices:
+            why = f"CUDA_VISIBLE_DEVICES={visible} hides the others"
+        fewer = f"to take fewer, set {'JAX_CUDA_VISIBLE_DEVICES' if processes == 1 else 'JAX_LOCAL_DEVICE_IDS'}"
+        raise UserError(f"Slurm gave this host {given} GPUs, and its {processes} processes see {seen}; {why}; {fewer}")
 
 
 def listen_on_loopback(processes: int) -> None:

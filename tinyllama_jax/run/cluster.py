@@ -65,9 +65,13 @@ def join(wait: float) -> None:
     process, processes = identity()
     if addresses.one_machine(processes):
         addresses.listen_on_loopback(processes)
-    if processes == 1:
+    if processes == 1 and not os.environ.get("SLURM_GPUS_ON_NODE"):
         return
     import jax
+
+    if processes == 1:
+        addresses.check_gpus(jax.default_backend(), jax.local_device_count())
+        return
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train`
     seconds = int(wait * STARTING) + 60  # longer than the parent's wait: its message names the missing process

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 
 import jax
 import numpy as np
@@ -112,13 +113,14 @@ def describe(
     splits = ", ".join(f"{p} ({len(b):,} blocks)" for p, b in held_out.items()) or "none: no source has that split"
     absent = [f"; {p} has no such split" for p in config.data.sources if held_out and p not in held_out]
     missing = [(s.directory, files) for s in sources if (files := s.missing())]
+    given = os.environ.get("SLURM_GPUS_ON_NODE")
     return [
         f"model: {dims.n_parameters(model):,} parameters, {model.precision}, "
         f"residual {model.residual_dtype}, remat {model.remat}",
         f"attention: {impl} ({reason}), {attention_scope(config)} documents; "
         f"loss: xla, {model.loss_chunk:,} tokens' logits at a time",
         f"mesh: {dict(mesh.shape)}, {mesh.size} of {jax.device_count()} devices of {jax.devices()[0].device_kind}, "
-        f"{jax.local_device_count()} a process",
+        f"{jax.local_device_count()} a process" + (f"; Slurm gave each host {given} GPUs" if given else ""),
         f"step: {config.train.tokens_per_step:,} tokens = {accumulation} micro-batches x {batch} sequences x {model.seq_len:,}",
         f"data: {data}",
         *(f"warning: {folder}: {len(files):,} files are missing, such as {files[0]}" for folder, files in missing),
