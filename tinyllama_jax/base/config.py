@@ -278,6 +278,22 @@ class Log(Section):
     eval_every: int = 1_000  # steps between validations; the last step is always validated
     sample: str = ""  # a text that the model continues after each validation; empty: none
     wandb: str = ""  # Weights & Biases project; empty: off
+    profile: str = ""  # FIRST:LAST: these steps are profiled, for xprof and TensorBoard; empty: none
+
+    def __post_init__(self):
+        super().__post_init__()
+        first, last = self.profiled
+        remedy = "must be FIRST:LAST, steps with 1 <= FIRST <= LAST, at most 100: a step's trace may take tens of MB"
+        check(not self.profile or 1 <= first <= last < first + 100, "log.profile", self.profile, remedy)
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """`profile` as (first, last) step; (0, 0) if it is empty."""
+        try:
+            first, last = (int(step) for step in (self.profile or "0:0").split(":"))
+            return first, last
+        except ValueError:
+            raise UserError(f"--log.profile={self.profile}: must be FIRST:LAST, such as 100:102") from None
 
 
 @dataclass(frozen=True)
@@ -332,6 +348,8 @@ class Config(Section):
         sides = {"q": model.n_heads, "o": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
         sides = {name: (model.d_model, n * model.d_head) for name, n in sides.items()}
         self.lora.check_fits(dict.fromkeys(("gate", "up", "down"), (model.d_model, model.d_ff)) | sides)
+        past = self.log.profiled[1] > self.train.steps and not self.train.epochs
+        check(not past, "log.profile", self.log.profile, f"the run ends at train.steps={self.train.steps}")
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps
         too_many = f"is more than train.steps={self.train.steps}"
