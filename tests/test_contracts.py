@@ -24,7 +24,7 @@ COMMANDS += ("convert", "train_tokenizer", "retrieve")
 SHARED = {("sft", "train"), ("dpo", "train"), ("dpo", "sft")}  # fine-tuning is pre-training on other data
 # Within a room too: the files from the lowest up, and no import of one that comes later.
 ORDER = {
-    "base": "errors files store dims mixture_weights values evals lora rope config cli schedule sharding",
+    "base": "errors files store dims mixture_weights values evals log lora rope config cli schedule sharding",
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
     "core": "xla linear lora model optim losses step program",
     "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
