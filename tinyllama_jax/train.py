@@ -82,9 +82,8 @@ def main(argv: list[str]) -> int:
             state, metrics = compiler.train(step)(state, batch)
             log.step(step, metrics, compiler.train(step))
             checkpoints.check()
-            scores.after(step, state.params)
-            due = step == config.train.steps or step % config.checkpoint.every == 0
-            agreed = log.agreed(step, agreement.after(due))  # after long scores
+            scores.after(step, state.params)  # may take long, so that processes agree after it
+            agreed = log.agreed(step, agreement.after(step == config.train.steps or step % config.checkpoint.every == 0))
             if agreed.save:
                 cluster.heartbeat(step, "saving")
                 log.sync(step)
