@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -197,6 +198,7 @@ def test_on_another_mesh_it_says_what_can_be_rounding(cube, tmp_path, capsys):
     assert again(run, 18, "--mesh.data=1", "--mesh.fsdp=8", "--mesh.tensor=1") == 1
     out = capsys.readouterr().out
     assert "the recorded run differed: a fault then, another mesh" in out and "checksum recorded" not in out
+    assert "the step is not the one that trained from step 1 on: settings, devices, versions or code changed" in out
 
 
 # -- a device that errs ---------------------------------------------------------------------------------------------------
@@ -229,6 +231,13 @@ def err(monkeypatch, where, at, device):
                 state = flip(state, device)
             return state, now
 
+        def lower(*shapes):
+            lowered = program.train.lower(*shapes)
+            compiled = lowered.compile()
+            trained.as_text, trained.memory_analysis = compiled.as_text, compiled.memory_analysis
+            return SimpleNamespace(as_text=lowered.as_text, compile=lambda: trained)
+
+        trained.lower = lower
         return program._replace(train=trained)
 
     monkeypatch.setattr(where, "build", erring)
@@ -271,6 +280,7 @@ def test_a_device_that_erred_in_the_run(tiny_config_file, tmp_path, monkeypatch,
     assert again(tmp_path / "run", 17 if every == 17 else 19) == 1
     out = capsys.readouterr().out
     assert "this machine agrees with itself: three executions gave the same bits" in out and "the recorded run differed" in out
+    assert ") is the one that trained from step 1 on" in out  # not the compiler
     if every == 17:
         assert f"step 17: params/{NAME} on device 5 (process 0) differs from the run's checkpoint" in out
     else:

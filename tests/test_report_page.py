@@ -10,7 +10,9 @@ from test_page import light
 from tinyllama_jax import report
 
 EVIL = "<img src=x onerror=alert(1)>&'\""
-SECTIONS = "Summary, Learning, Schedule and mixture, Speed, Faults and restarts, Evaluation scores, Samples, Configuration"
+SECTIONS = (
+    "Summary, Learning, Schedule and mixture, Speed, Time, Faults and restarts, Evaluation scores, Samples, Configuration"
+)
 
 
 def make(run, steps, rate=1e-3):
@@ -22,7 +24,8 @@ def make(run, steps, rate=1e-3):
         loss = 2 + 5 / step
         row = {"step": step, "loss": loss if step % 50 else None, "finite": step % 50 > 0, "lr": rate, "grad_norm": 1 / step}
         row |= {"tokens": tokens, "tokens_per_second": 1e6, "mfu_palm": 0.5, "share/a": 0.7, f"share/{EVIL}": 0.3, EVIL: step}
-        lines.append(row)
+        row |= {"seconds/productive": 6.0 * step, "seconds/lost": 2.0 * step, "seconds/down": 2.0 * step, "goodput": 0.75}
+        lines.append(row | {"time": 1.7e9 + step, "memory_peak_gib": 3.5})
         if step % 20 == 0:
             lines.append({"step": step, "val_loss": loss, "val_perplexity": math.exp(loss)})
     text = "".join(json.dumps(line) + "\n" for line in lines) + "damaged\n" + '{"step": 9999, "lo'
@@ -81,7 +84,12 @@ def test_it_fits_and_can_be_read(page, written):
     text = page.locator("main").inner_text()
     for part in ("8 steps skipped", "1 damaged line", EVIL, "<script>alert(2)</script>", "optim.peak_lr", "400", "unigram"):
         assert part in text or part in page.locator("body").text_content(), part
-    for title in ("Loss", "Perplexity", "Learning rate", "Batch size", "Throughput", "Gradient norm", EVIL):
+    assert "Goodput 75.0%: the productive hours, of the 0.8889 that were not down." in text  # 400 x 8 s
+    bar = [box["width"] for box in (part.bounding_box() for part in page.locator(".r0 .bar i").all())]
+    assert [width / sum(bar) for width in bar] == pytest.approx([0.6, 0, 0, 0, 0, 0, 0.2, 0.2], abs=0.01)
+    assert sum(bar) == pytest.approx(page.locator(".r0 .bar").bounding_box()["width"], rel=0.01)
+    titles = ("Loss", "Perplexity", "Learning rate", "Batch size", "Throughput", "Gradient norm", "Memory", "Goodput", EVIL)
+    for title in titles:
         figure = page.locator("figure", has=page.get_by_role("heading", name=title, exact=True)).first
         picture = figure.locator("svg.step")
         assert picture.is_visible() and title in picture.get_attribute("aria-label")

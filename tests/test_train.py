@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import PATIENCE
+from jax.profiler import ProfileData
 
 from tinyllama_jax import replay, train
 from tinyllama_jax.base import cli
@@ -24,7 +25,7 @@ from tinyllama_jax.inference import weights
 from tinyllama_jax.inference.engine import Engine, Request
 from tinyllama_jax.inference.sampling import Sampling
 from tinyllama_jax.inference.text import first_tokens
-from tinyllama_jax.run import checkpoint, spikes
+from tinyllama_jax.run import checkpoint, goodput, spikes
 
 EXACT = ("loss", "grad_norm", "checksum", "lr", "accuracy", "tokens")
 
@@ -41,8 +42,9 @@ def start(config_file, workdir, **keys):
 
 
 def curve(workdir):
-    """(lines of training steps, lines of validation) of metrics.jsonl."""
+    """(lines of training steps, lines of validation) of metrics.jsonl, without what a clock says."""
     lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in x.items() if k not in ("time", "goodput") and not k.startswith("seconds/")} for x in lines]
     return [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
 
 
@@ -54,10 +56,35 @@ def exact(lines):
 def quiet(tiny_config_file, tmp_path_factory):
     """An uninterrupted run in a process of its own: its folder and what it printed."""
     workdir = tmp_path_factory.mktemp("quiet") / "run"
-    process = start(tiny_config_file, workdir)
+    process = start(tiny_config_file, workdir, log__profile="5:7")
     out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, out
     return workdir, out
+
+
+def last_line(workdir):
+    return json.loads((Path(workdir) / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_steps_are_profiled_as_xprof_reads_them(quiet):
+    workdir, out = quiet
+    folder = workdir / "tensorboard" / "plugins" / "profile" / "steps_5-7"
+    assert f"steps 5-7 are profiled: pip install xprof; tensorboard --logdir {workdir / 'tensorboard'}\n" in out
+    (file,) = folder.glob("*.xplane.pb")
+    events = [e for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for e in line.events]
+    steps = [dict(event.stats) for event in events if event.name == "train"]
+    assert [step["step_num"] for step in steps] == [5, 6, 7] and all(step["_r"] == 1 for step in steps)  # roots of a step
+    assert sum(event.name == "data_wait" for event in events) == 3 and any("fusion" in event.name for event in events)
+    assert not list(workdir.glob(".profile*"))
+
+
+def test_the_parts_of_a_runs_time_are_the_time_that_it_took(quiet):
+    rows = [json.loads(line) for line in (quiet[0] / "metrics.jsonl").read_text().splitlines()]
+    first, parts = goodput.seconds(rows[0]), goodput.seconds(rows[-1])
+    assert sum(parts.values()) - sum(first.values()) == pytest.approx(rows[-1]["time"] - rows[0]["time"], abs=0.1)
+    assert {part for part, seconds in parts.items() if not seconds} == {"restarting", "lost", "down"}
+    assert rows[-1]["goodput"] == pytest.approx(parts["productive"] / sum(parts.values()), abs=1e-3)
+    assert "memory_peak_gib" not in rows[-1]  # a CPU does not tell
 
 
 def test_a_run_writes_what_it_should(quiet, tiny_config_file):
@@ -92,7 +119,7 @@ def test_a_run_writes_what_it_should(quiet, tiny_config_file):
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(quiet, tiny_config_file, tmp_path):
     workdir, rng = tmp_path / "run", np.random.default_rng(0)
-    kills = 0
+    kills, begun = 0, time.time()
     for kill_at in (2, 7, 13, 19):
         process = start(tiny_config_file, workdir)
         deadline = time.monotonic() + PATIENCE
@@ -115,6 +142,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(quiet, tiny_config_fil
     assert validations == quiet_validations
     starts = events(workdir)
     assert [event for event, _, _ in starts] == ["start"] * (kills + 1) + ["end"] and starts[0][2] == "from step 0"
+    last, first = last_line(workdir), json.loads((workdir / "events.jsonl").read_text().partition("\n")[0])
+    parts = goodput.seconds(last)
+    assert last["time"] - first["time"] < sum(parts.values()) < last["time"] - begun and min(parts.values()) > 0
     assert any(f"from step {step}; the steps up to" in text for _, step, text in starts[1:-1])
     ours, theirs = (checkpoint.load_params(w)[0] for w in (workdir, quiet[0]))
     for name in ("q", "down"):
@@ -268,7 +298,9 @@ def test_a_finished_run_has_nothing_to_do(quiet, tiny_config_file, capsys):
 def test_start_from_another_run(quiet, tiny_config_file, tmp_path, capsys):
     keys = {"init__from": quiet[0], "train__steps": 2, "optim__warmup_steps": 1, "mesh__fsdp": 8, "train__seqs_per_device": 1}
     assert train.main(command(tiny_config_file, tmp_path / "run", **keys)) == 0
-    assert f"weights: step 24 of {quiet[0]}, weights only" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"weights: step 24 of {quiet[0]}, weights only" in out
+    assert re.search(r"weights \d+\.\d s, scores \d+\.\d s, compilation and first step \d+\.\d s\n", out)  # scored before
     steps, _ = curve(tmp_path / "run")
     # the same first batch: the trained weights do better on it than the fresh ones did
     assert steps[0]["checksum"] == curve(quiet[0])[0][0]["checksum"]

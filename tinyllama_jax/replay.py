@@ -30,12 +30,12 @@ from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.base.files import check_local, read_json
 from tinyllama_jax.core import xla
 from tinyllama_jax.core.losses import for_data
-from tinyllama_jax.core.program import Program, attention_scope, build, choose_attention, on_devices
+from tinyllama_jax.core.program import Program, StepCompiler, attention_scope, build, choose_attention, on_devices
 from tinyllama_jax.core.step import TrainState, weight_of
 from tinyllama_jax.data import feed
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks
-from tinyllama_jax.run import checkpoint, cluster, initialize, metrics, seals
+from tinyllama_jax.run import checkpoint, cluster, initialize, metrics, programs, seals
 from tinyllama_jax.run import folder as run_folder
 
 COMPARED = "loss", "grad_norm", "checksum"
@@ -243,6 +243,8 @@ def judge(run: Run, last: int, state: TrainState, seen: dict[int, tuple[dict, np
     else:
         causes = "a fault then, another mesh, a setting changed since, or other versions or devices"
         lines.append(f"the recorded run differed: {causes}{ran_on(run)}")
+        compiled = StepCompiler(run.program, run.config, run.mesh, feed.dtype(run.sources)).train(last)
+        lines += filter(None, [programs.compare(run.config, last + 1, compiled)[0]])
     if any(d["name"] == "checksum" for d in differences):
         lines.append("its batches too: the data files changed, or --data.skip did")
     return lines

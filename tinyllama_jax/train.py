@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         log.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
             log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; raise train.steps or train.epochs")
-        agreement = cluster.Agreement(mesh, stop, checkpoints)
+        agreement = cluster.Agreement(mesh, stop, checkpoints, log.profiler.asked)
         scores = in_training.Scores(config, program, held_out, tasks, log, agreement)
         scores.before(start, state.params, came=bool(origin))
         if stopping := agreement.signal():
@@ -80,15 +80,16 @@ def main(argv: list[str]) -> int:
         compiler = StepCompiler(program, config, mesh, feed.dtype(sources))
         for step, batch in enumerate(batches, start + 1):
             state, metrics = compiler.train(step)(state, batch)
-            log.step(step, metrics)
+            log.step(step, metrics, compiler.train(step))
             checkpoints.check()
-            scores.after(step, state.params)
-            agreed = agreement.after(step == config.train.steps or step % config.checkpoint.every == 0)  # after long scores
+            scores.after(step, state.params)  # may take long, so that processes agree after it
+            agreed = log.agreed(step, agreement.after(step == config.train.steps or step % config.checkpoint.every == 0))
             if agreed.save:
                 cluster.heartbeat(step, "saving")
                 log.sync(step)
-                with log.timed("checkpoint"):
+                with log.timed("saving"):
                     checkpoints.save(step, state)
+                    checkpoints.check(wait=bool(agreed.stopping) or step == config.train.steps)
             if agreed.stopping:
                 log.say(f"{cluster.stopped_by(agreed.stopping)} after step {step:,}, {checkpoints.outcome(step)}", "stop")
                 return 128 + agreed.stopping
@@ -101,11 +102,12 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
     local = feed.training(config, sources, program.shape[1], rows, start)
     for step in range(start + 1, config.train.steps + 1):
         doing = "starting" if step <= start + 2 else "training"  # the first step is done when the second is under way
-        cluster.heartbeat(step, doing)
-        with log.timed("data_wait"):
-            batch = on_devices(next(local), program.batch, program.shape[1])
-        cluster.heartbeat(step, doing)  # again: a process that waits for its data is behind those that wait for it
-        yield batch
+        with log.profiler.step(step):  # until the next batch is asked for
+            cluster.heartbeat(step, doing)
+            with log.timed("data_wait"):
+                batch = on_devices(next(local), program.batch, program.shape[1])
+            cluster.heartbeat(step, doing)  # again: a process that waits for its data is behind those that wait for it
+            yield batch
 
 
 if __name__ == "__main__":

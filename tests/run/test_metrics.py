@@ -123,8 +123,8 @@ def test_clock_counts_waiting_and_leaves_evaluation_out(config, monkeypatch):
     now[0] += 1
     clock.lap(1)
     spend("data_wait", 1)
-    spend("elsewhere", 50)
-    spend("checkpoint", 2)
+    spend("evaluating", 50)
+    spend("saving", 2)
     now[0] += 3
     lap = clock.lap(3)  # two steps of 128 tokens in 1 + 2 + 3 seconds
     assert lap["tokens_per_second"] == pytest.approx(2 * 128 / 6) and lap["step_seconds"] == pytest.approx(3)

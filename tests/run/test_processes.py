@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import Cluster, signal_to
+from jax.profiler import ProfileData
 
 from tinyllama_jax.base import cli
 from tinyllama_jax.base.errors import UserError
@@ -48,6 +49,7 @@ def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, t
     """8 devices in 2 processes, 4 in 1, 16 in 4: every batch is that of the quiet run, every loss to rounding.
 
     The batch grows just before the first stop. Until then it also saves by the clock, after a step on which all agree.
+    The four profile the same steps, each its own devices.
     """
     workdir = tmp_path / "run"
     for n, devices, steps, keys in (
@@ -55,6 +57,8 @@ def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, t
         (1, 4, 15, {"train__seqs_per_device": 2, "mesh__data": 2}),
         (4, 4, 24, {"train__seqs_per_device": 1, "mesh__tensor": 2}),
     ):
+        if n == 4:
+            (workdir / "profile").touch()
         # a stop at `steps`, and not another train.steps: that would be another schedule
         run = Cluster(tiny_config_file, workdir, n, devices, train__batch_ramp=RAMP, **keys)
         if steps < 24:
@@ -69,6 +73,16 @@ def test_two_processes_then_one_then_four_are_one_run(quiet, tiny_config_file, t
             assert lines(workdir)[-1]["step"] == stopped < 24
             assert n != 2 or len(checkpoint.steps_in(workdir)) > 1  # of which the clock made all but the last
     same(lines(workdir), quiet)
+    (folder,) = (workdir / "tensorboard" / "plugins" / "profile").iterdir()
+    first, last = map(int, folder.name.removeprefix("steps_").split("-"))
+    assert 15 < first == last - 4 and f"steps {first}-{last} are profiled" in run.output(0)
+    for i, file in enumerate(sorted(folder.glob("*.xplane.pb"))):
+        host = ProfileData.from_file(str(file)).find_plane_with_name("/host:CPU")
+        numbers = [dict(e.stats)["step_num"] for line in host.lines for e in line.events if e.name == "train"]
+        assert file.name.startswith(f"{i:04}-") and numbers == [*range(first, last + 1)]
+    assert i == 3
+    seconds = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert seconds["seconds/restarting"] > 0 and seconds["seconds/down"] > 0 and not seconds["seconds/lost"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tinyllama_jax.base import mixture_weights, rope
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.evals import Eval
 from tinyllama_jax.base.files import check_local
+from tinyllama_jax.base.log import Log
 from tinyllama_jax.base.lora import NF4_BLOCK, Lora
 from tinyllama_jax.base.mixture_weights import Weight, exact, knots_of, weight_at
 from tinyllama_jax.base.values import LIMITS, Section, check, check_one_of
@@ -271,16 +272,6 @@ class Checkpoint(Section):
 
 
 @dataclass(frozen=True)
-class Log(Section):
-    """What is recorded during training."""
-
-    every: int = 1  # steps between lines of metrics.jsonl
-    eval_every: int = 1_000  # steps between validations; the last step is always validated
-    sample: str = ""  # a text that the model continues after each validation; empty: none
-    wandb: str = ""  # Weights & Biases project; empty: off
-
-
-@dataclass(frozen=True)
 class Init(Section):
     """Where the weights of a new run come from."""
 
@@ -332,6 +323,8 @@ class Config(Section):
         sides = {"q": model.n_heads, "o": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
         sides = {name: (model.d_model, n * model.d_head) for name, n in sides.items()}
         self.lora.check_fits(dict.fromkeys(("gate", "up", "down"), (model.d_model, model.d_ff)) | sides)
+        past = self.log.profiled[1] > self.train.steps and not self.train.epochs
+        check(not past, "log.profile", self.log.profile, f"the run ends at train.steps={self.train.steps}")
         steps, optim = self.train.tokens / self.train.tokens_per_step, self.optim
         warmup, cooldown = optim.warmup_steps, optim.cooldown_steps
         too_many = f"is more than train.steps={self.train.steps}"

@@ -90,6 +90,17 @@ def build(config: Config, mesh: jax.sharding.Mesh, loss: Loss = NEXT_TOKEN) -> P
     )
 
 
+class CompiledStep(NamedTuple):
+    """`Program.train`, compiled."""
+
+    compiled: jax.stages.Compiled
+    source: str  # `xla.fingerprint` of what was compiled
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """The state after a step, and its metrics."""
+        return self.compiled(state, batch)
+
+
 class StepCompiler:
     """Compiles the train step for each batch size of `train.batch_ramp`, in the background before the run gets there."""
 
@@ -101,12 +112,13 @@ class StepCompiler:
         self._train = schedule.in_steps(config)
         # on exit Python waits for a running compilation, a minute at most
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        self._steps: dict[int, Callable | concurrent.futures.Future] = {}
+        self._steps: dict[int, CompiledStep | concurrent.futures.Future] = {}
 
-    def train(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    def train(self, step: int) -> CompiledStep:
         """Returns the compiled function for `step`, like `Program.train`. Starts to compile the one that is needed next."""
         accumulation = self._accumulation(self._train.tokens_after(step) - self._train.tokens_after(step - 1))
-        self._steps.setdefault(accumulation, self._program.train)  # the first one is compiled when it is called
+        if accumulation not in self._steps:  # the first one
+            self._steps[accumulation] = self._compile(accumulation)
         for first, _, tokens in self._train.stages:
             soon = self._accumulation(tokens)
             if step <= first < min(step + self.NOTICE, self._train.steps) and soon not in self._steps:
@@ -118,10 +130,11 @@ class StepCompiler:
     def _accumulation(self, tokens: int) -> int:
         return tokens // (self._seq_len * self._program.shape[1])
 
-    def _compile(self, accumulation: int) -> Callable:
+    def _compile(self, accumulation: int) -> CompiledStep:
         with jax.set_mesh(self._mesh):  # each thread has its own mesh
             batch = shape_of_batch(self._program, self._seq_len, accumulation, self._dtype)
-            return self._program.train.lower(self._program.state, batch).compile()
+            lowered = self._program.train.lower(self._program.state, batch)
+            return CompiledStep(lowered.compile(), xla.fingerprint(lowered))
 
 
 def shape_of_batch(program: Program, seq_len: int, accumulation: int = 0, dtype: jnp.dtype = jnp.uint16) -> Batch:

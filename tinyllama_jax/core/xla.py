@@ -1,5 +1,6 @@
 """XLA's settings, each with its reason: compiler options, the reserved part of a GPU's memory, the compilation cache."""
 
+import hashlib
 import math
 import os
 import re
@@ -120,6 +121,25 @@ def keep_compiled(config: Config) -> None:
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))
         jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
+
+
+SOURCES = re.compile(r"^(?:FileNames|FunctionNames|FileLocations|StackFrames)\n(?:.+\n)*|, metadata=\{[^}]*\}", re.MULTILINE)
+
+
+def fingerprint(program: jax.stages.Lowered | jax.stages.Compiled) -> str:
+    """16 hex digits of a program, without the places in the source that its instructions come from; "" if it has no text.
+
+    Of a compiled one they tell which kernels XLA chose, also those that it chose for a GPU by timing them: the optimised
+    program has their tiles and algorithms. The 1.1B's step, for 16 A100, has 1.2 MB of text: 0.2 s on one core.
+    """
+    text = program.as_text()
+    return hashlib.sha256(SOURCES.sub("", text).encode()).hexdigest()[:16] if text else ""
+
+
+def memory() -> tuple[int, int]:
+    """(the most bytes that a device of this process has had in use so far, what it may use); 0 where not known, as on CPUs."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((of.get("peak_bytes_in_use", 0), of.get("bytes_limit", 0)) for of in stats)
 
 
 def lines(config: Config, mesh: jax.sharding.Mesh) -> list[str]:

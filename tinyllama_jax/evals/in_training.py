@@ -126,13 +126,13 @@ class Scores:
     def _validate(self, step: int, params: dict) -> None:
         """Records the held-out loss, and how `log.sample` continues."""
         self._log.record_pending(always=True)
-        with self._log.timed("elsewhere"):
+        with self._log.timed("evaluating"):
             scores = evaluate(self._program, self._config, params, self._held_out, step)
         perplexity = scores.get("val_perplexity")
         more = f"accuracy {scores['val_accuracy']:.3f}" if perplexity is None else f"perplexity {perplexity:.2f}"
         self._log.scores(step, scores, f"validation loss {scores['val_loss']:.4f}, {more}")
         if self._config.log.sample:
-            with self._log.timed("elsewhere"):
+            with self._log.timed("evaluating"):
                 self._log.sample(step, samples.continued(self._config, params, step))
 
     def _score(self, step: int, params: dict) -> None:
@@ -147,7 +147,7 @@ class Scores:
         model = harness("--eval.tasks").HarnessModel(loaded, loaded.begin_with_bos, quiet=True, between=between)
         self._log.record_pending(always=True)
         try:
-            with self._log.timed("elsewhere"):
+            with self._log.timed("evaluating"):
                 between()
                 results = _run(model, self._tasks, self._config)
         except _Stopped:

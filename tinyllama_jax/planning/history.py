@@ -19,7 +19,7 @@ POINTS = 2_000  # kept of each metric of a run, however long the run is
 KEYS = 300  # different metrics of a run; the page says how many more there are
 NAME = 200  # characters of the name of a metric
 LARGEST = 1e30  # numbers beyond it are not drawn, and those below 1 / LARGEST as 0
-NOT_DRAWN = {"step", "checksum", "skipped", "skipping_since", "skipped_in_a_row", "val_tokens"}
+NOT_DRAWN = {"step", "time", "checksum", "skipped", "skipping_since", "skipped_in_a_row", "val_tokens"}
 
 
 class Baseline(typing.TypedDict):

@@ -13,6 +13,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.planning import chart
 from tinyllama_jax.planning.chart import Curve, short
 from tinyllama_jax.planning.history import Points, Run, differences, thinned
+from tinyllama_jax.run import goodput
 
 RUNS = 16  # at most on a page: more curves cannot be told apart
 BUDGET = 600  # points of a picture, over its curves
@@ -38,6 +39,8 @@ SPEED = (
     ("Time of a step", "seconds", "step_seconds", "", "cut zero"),
     ("Waiting for data", "seconds a step", "data_wait_seconds", "", "cut zero"),
     ("Saving", "seconds a step", "checkpoint_seconds", "", "zero"),
+    ("Memory", "GiB of the fullest device, at most so far", "memory_peak_gib", "", "zero"),
+    ("Goodput", "share of the time that the run ran", "goodput", "", "zero"),
 )
 BY_SOURCE = (
     ("Mixture", "share of the sequences", "share/", "zero"),
@@ -65,6 +68,7 @@ def page(runs: list[Run]) -> str:
         "Learning": _charts(_known(runs, LEARNING)),
         "Schedule and mixture": _charts(_known(runs, SCHEDULE) + [c for row in BY_SOURCE for c in _by_source(runs, *row)]),
         "Speed": _charts(_known(runs, SPEED)),
+        "Time": _time(runs),
         "Faults and restarts": _faults(runs),
         "Evaluation scores": _charts(_scores(runs)) or _note("No scores: no --eval.every, and no file in RUN/evals."),
         "Samples": _samples(runs),
@@ -236,7 +240,7 @@ def _scores(runs: list[Run]) -> list[str]:
 
 def _others(runs: list[Run]) -> str:
     """Pictures of the numbers that no other section shows."""
-    prefixes = tuple(row[2] for row in BY_SOURCE)
+    prefixes = (*(row[2] for row in BY_SOURCE), "seconds/")
     keys = dict.fromkeys(k for run in runs for k in run.points if k not in USED and not k.startswith(prefixes))
     rows = [(key, "as metrics.jsonl has it", key, "", "") for key in keys][:OTHERS]
     more = _note(f"... and {len(keys) - OTHERS} more in metrics.jsonl") if len(keys) > OTHERS else ""
@@ -270,6 +274,27 @@ def _summary(runs: list[Run]) -> str:
     if len(rows) == 1:  # reads better from top to bottom, and fits a phone
         return _table(["", "at the end"], list(rows[0].items()))
     return _table(list(rows[0]), [list(row.values()) for row in rows], by_run=True)
+
+
+def _time(runs: list[Run]) -> str:
+    """For each run a bar and a table of where its time went."""
+    out = ""
+    for i, run in enumerate(runs):
+        parts = goodput.seconds(run.last)
+        if not (whole := sum(parts.values())):
+            continue
+        shares = {part: seconds / whole for part, seconds in parts.items()}
+        bar = "".join(f'<i class="c{j}" style="width:{share:.3%}"></i>' for j, share in enumerate(shares.values()))
+        named = "".join(f"<li>{_swatch(j)} {part}</li>" for j, part in enumerate(parts))
+        rows = [[part, short(parts[part] / 3_600), f"{shares[part]:.1%}", what] for part, what in goodput.PARTS.items()]
+        ran = short((whole - parts["down"]) / 3_600)
+        text = f"Goodput {goodput.keys(parts)['goodput']:.1%}: the productive hours, of the {ran} that were not down."
+        name = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        content = (
+            f'<div class="bar">{bar}</div><ul class="key">{named}</ul>{_table(["part", "hours", "share of all", ""], rows)}'
+        )
+        out += f'<article class="r{i}">{name}{_note(text)}{content}</article>'
+    return out or _note("No account: the runs were trained by a version that kept none.")
 
 
 def _faults(runs: list[Run]) -> str:

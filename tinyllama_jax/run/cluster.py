@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from tinyllama_jax.base.errors import UserError
@@ -152,37 +152,46 @@ class Agreed(typing.NamedTuple):
 
     stopping: signal.Signals | None  # the signal to stop for
     save: bool  # because it is time, or because it is the last chance and fits in what is left of `checkpoint.grace`
+    profile: bool  # the next steps
+    memory: int  # MiB that any device has had in use so far; 0: not known
 
 
 class Agreement:
-    """Makes all processes save or stop after the same step, once one of them is due to save or has received a signal."""
+    """Makes all processes save, stop or profile after the same step, once one of them is due to or has received a signal."""
 
-    def __init__(self, mesh, stop: list[signal.Signals], checkpoints):
-        """`mesh`: jax.sharding.Mesh over all processes' devices. `stop`: of `stop_on_signal`. `checkpoints`: `Checkpoints`."""
+    def __init__(self, mesh, stop: list[signal.Signals], checkpoints, profile: Callable[[], bool]):
+        """`mesh`: over all processes' devices. `stop`: of `stop_on_signal`. `checkpoints`: `Checkpoints`. `profile`: asked?"""
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
-        self._stop, self._checkpoints, self._asked = stop, checkpoints, None
+        self._stop, self._checkpoints, self._profile, self._asked = stop, checkpoints, profile, None
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._any = jax.jit(lambda flags: flags.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def signal(self) -> signal.Signals | None:
         """The signal to stop for, as `after` gives it."""
-        return self.after(step_saved=False).stopping
+        return self.after(step_saved=None).stopping
 
-    def after(self, step_saved: bool) -> Agreed:
+    def after(self, step_saved: bool | None) -> Agreed:
         """What to do after this step: the strongest wish of any process; of several, that of the call before, to avoid a wait.
 
-        `step_saved`: whether this step is saved anyway.
+        `step_saved`: whether this step is saved anyway; None: nothing may be saved or begin.
         """
         import jax
         import numpy as np
 
-        # 0: nothing; 1: save; 2 x signal: stop and save; 2 x signal + 1: stop, and do not save
-        wish = 2 * self._stop[0] + (not self._checkpoints.fits()) if self._stop else int(self._checkpoints.due())
+        from tinyllama_jax.core import xla
+
+        # 0: nothing; 1: profile; 2: save; 2 + 2 x signal: stop and save; 3 + 2 x signal: stop, and do not save
+        wish, memory = 0, xla.memory()[0] >> 20
+        if step_saved is not None:
+            wish = 2 * self._checkpoints.due() or int(self._profile())
+        if self._stop:
+            wish = 2 + 2 * self._stop[0] + (not self._checkpoints.fits())
         if jax.process_count() > 1:
-            local = np.full(jax.local_device_count(), wish, np.int32)
+            local = np.tile(np.array([wish, memory], np.int32), (jax.local_device_count(), 1))
             before, self._asked = self._asked, self._any(jax.make_array_from_process_local_data(self._flags, local))
-            wish = 0 if before is None else int(before)
-        stopping = signal.Signals(wish // 2) if wish > 1 else None
-        return Agreed(stopping, wish % 2 == 0 if stopping else wish == 1 or step_saved)
+            wish, memory = (0, memory) if before is None else np.asarray(before).tolist()
+            self._asked = None if wish else self._asked  # the same wish, which was still there when this call began
+        stopping = signal.Signals(wish // 2 - 1) if wish > 3 else None
+        return Agreed(stopping, wish % 2 == 0 if stopping else wish == 2 or bool(step_saved), wish == 1, memory)

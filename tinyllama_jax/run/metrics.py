@@ -20,13 +20,14 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tinyllama_jax.base.config import Config, flat
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, check_utf8, decode_json, exists, open_regular, read_json, write
+from tinyllama_jax.run import goodput
 
 LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
 TAIL = 1 << 23  # bytes read from the end of metrics.jsonl: thousands of lines
 Value = int | float | bool | str | list[float] | None
 
 # The keys that are read from a line of metrics.jsonl, whether of a step, a validation or a save
-_NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss"), float | None)
+_NUMBERS = dict.fromkeys(("loss", "grad_norm", "lr", "val_loss", "time"), float | None)
 _COUNTS = dict.fromkeys(("checksum", "tokens", "skipping_since", "skipped_in_a_row"), Count)
 _OTHERS = {"step": typing.Required[Count], "finite": bool, "recent_losses": list[float]}
 Line = typing.TypedDict("Line", _NUMBERS | _COUNTS | _OTHERS, total=False)
@@ -37,7 +38,7 @@ class Event(typing.TypedDict):
 
     step: Count
     time: float  # seconds since 1970
-    event: str  # start; stop: what made it end early; end: of the process, unless it is killed; sample
+    event: str  # start; stop: what made it end early; end: of the process, unless it is killed; program; sample
     text: str
 
 
@@ -85,9 +86,9 @@ def each(run: str | Path) -> Iterator[tuple[int, int, dict[str, Value] | ValueEr
             yield number, end, row
 
 
-def tail(run: str | Path) -> list[dict[str, Value]]:
-    """Reads the last lines of RUN/metrics.jsonl, without incomplete or damaged ones; none if there is no such file."""
-    path, out = Path(run) / "metrics.jsonl", []
+def tail(run: str | Path, name: str = "metrics.jsonl") -> list[dict[str, Value]]:
+    """Reads the last lines of RUN/`name`, without incomplete or damaged ones; none if there is no such file."""
+    path, out = Path(run) / name, []
     if exists(path):
         with open_regular(path) as f:
             f.seek(max(f.seek(0, os.SEEK_END) - TAIL, 0))
@@ -110,13 +111,18 @@ def skipped(rows: list[dict]) -> str:
 class Writer:
     """Writes each step's numbers to RUN/metrics.jsonl, RUN/tensorboard and, when asked, W&B."""
 
-    def __init__(self, config: Config, start: int):
-        """Removes the lines of steps after `start`, which will be trained again. Raises UserError."""
+    def __init__(self, config: Config, start: int, began: float | None = None):
+        """Removes the lines of steps after `start`, which will be trained again. Raises UserError.
+
+        `began`: when the process did, seconds since 1970. `parts`: of the run's time before that, see `goodput.carried`.
+        """
         run = Path(config.workdir)
-        last = max((row["step"] for row in tail(run)), default=start)
+        lines = tail(run)
+        last = max((row["step"] for row in lines), default=start)
         self._wandb = _wandb(config, start, last) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         truncate_after(run / "events.jsonl", math.inf)  # only what a kill cut short
+        self.parts = goodput.carried(lines, tail(run), tail(run, "events.jsonl"), began or time.time(), time.time())
         self._jsonl, self._happened = (run / "metrics.jsonl").open("a"), (run / "events.jsonl").open("a")
         again = f"; the steps up to {last:,}, which were not saved, are trained again" if last > start else ""
         self.event(start, "start", f"from step {start:,}{again}")
@@ -128,9 +134,10 @@ class Writer:
         )
 
     def write(self, step: int, values: dict[str, Value]) -> None:
-        """Writes a line of metrics.jsonl: {"step": step, ...}. Floats read back bit for bit; NaN and inf become null."""
+        """Writes a line of metrics.jsonl, with its step and time. Floats read back bit for bit; NaN and inf become null."""
         values = {k.encode(errors="backslashreplace").decode(): v for k, v in values.items()}  # folder names not in UTF-8
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        strict["time"] = round(time.time(), 3)
         self._jsonl.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
         self._jsonl.flush()
         scalars = {k: float(v) for k, v in values.items() if k != "checksum" and isinstance(v, int | float)}
