@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,14 +139,54 @@ def write(file: Place, content: str | bytes) -> None:
             system.pipe_file(file.url, content)
 
 
-def put(local: Path, file: Place) -> None:
-    """Moves a local file from the folder `staging` to its place, where it appears when it is complete."""
+def create(file: Remote, content: str) -> bool:
+    """Writes a file unless it is there; returns whether it did. A store without conditional writes always does."""
+    with reaching(file, "written", absent=False) as system:
+        with contextlib.suppress(FileExistsError):
+            system.pipe_file(file.url, content.encode(), mode="create")
+            return True
+        return system.cat_file(file.url) == content.encode()  # a request is sent again if its answer was lost
+
+
+def sizes(folder: Remote) -> dict[str, int]:
+    """Bytes of every file below `folder`, by its path from there; none if it is absent. Raises UserError without the bucket."""
+    with reaching(folder, absent=False) as system:
+        below = system.find(folder.url, detail=True).items()
+    start = len(folder.url.partition("://")[2]) + 1
+    return {path[start:]: entry["size"] for path, entry in below if path[start:] and not path.endswith("/")}
+
+
+def get(file: Remote, local: Path) -> None:
+    """Copies a file to this machine, where it appears when it is complete. Raises FileNotFoundError."""
+    local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(local)
+    with reaching(file) as system:
+        system.get_file(file.url, str(temporary))
+    os.replace(temporary, local)
+
+
+def working_copy(workdir: str) -> Path:
+    """The run folder on this machine: `workdir` itself, or for one in an object store a folder of the user's cache.
+
+    The cache is ~/.cache, or what XDG_CACHE_HOME names.
+    """
+    scheme, is_url, path = workdir.partition("://")
+    if not is_url:
+        return Path(workdir)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama_jax" / "runs"
+    bucket, _, name = path.rstrip("/").partition("/")
+    return cache / scheme / bucket / urllib.parse.quote(name, safe="")  # one folder each, also for runs below one another
+
+
+def put(local: Path, file: Place, keep: bool = False) -> None:
+    """Moves (with `keep`: copies) a local file from the folder `staging` to its place, where it appears when it is complete."""
     if isinstance(file, Path):
         os.replace(local, file)
         return
     with reaching(file, "written", absent=False) as system:
         system.put_file(str(local), file.url)
-    local.unlink()
+    if not keep:
+        local.unlink()
 
 
 def copy(local: Path, folder: Place) -> None:

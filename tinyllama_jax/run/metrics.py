@@ -20,6 +20,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tinyllama_jax.base.config import Config, flat
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, check_utf8, decode_json, exists, open_regular, read_json, write
+from tinyllama_jax.run import bucket
 
 LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
 TAIL = 1 << 23  # bytes read from the end of metrics.jsonl: thousands of lines
@@ -112,11 +113,12 @@ class Writer:
 
     def __init__(self, config: Config, start: int):
         """Removes the lines of steps after `start`, which will be trained again. Raises UserError."""
-        run = Path(config.workdir)
+        run = config.folder
         last = max((row["step"] for row in tail(run)), default=start)
         self._wandb = _wandb(config, start, last) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         truncate_after(run / "events.jsonl", math.inf)  # only what a kill cut short
+        bucket.push()  # before the next line: a bucket learns of lines that are gone from the file's size
         self._jsonl, self._happened = (run / "metrics.jsonl").open("a"), (run / "events.jsonl").open("a")
         again = f"; the steps up to {last:,}, which were not saved, are trained again" if last > start else ""
         self.event(start, "start", f"from step {start:,}{again}")
@@ -183,7 +185,7 @@ def _wandb(config: Config, start: int, last: int):
         import wandb
     except ImportError:
         raise UserError(f"--log.wandb={config.log.wandb}: W&B is not installed; pip install wandb") from None
-    file, run, settings = Path(config.workdir) / "wandb.json", _WandbRun(id="", skip=config.data.skip, group=""), flat(config)
+    file, run, settings = config.folder / "wandb.json", _WandbRun(id="", skip=config.data.skip, group=""), flat(config)
     before = read_json(file, _WandbRun) if exists(file) else run
     if not before["id"] or (run["skip"] != before["skip"] and start < last):
         run["id"] = secrets.token_hex(8)  # not the folder's name, which another run may have too
@@ -197,7 +199,7 @@ def _wandb(config: Config, start: int, last: int):
             group=run["group"],
             config=settings,
             resume="allow",
-            dir=config.workdir,
+            dir=str(config.folder),
         )
         write(file, json.dumps(run) + "\n")
         return started
