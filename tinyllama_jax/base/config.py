@@ -320,8 +320,9 @@ class Config(Section):
         check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
         if self.workdir.startswith(tuple(store.SCHEMES)) and ":/" in self.workdir:
             store.place(self.workdir, "--workdir")
-            plain = not set("*?[]{}#\\") & set(self.workdir)
-            check(plain, "workdir", self.workdir, "has a character of patterns, which URLs cannot have here; rename it")
+            parts = self.workdir.partition("://")[2].removesuffix("/").split("/")
+            plain = not set("*?[]{}#\\") & set(self.workdir) and not {"", ".", ".."} & set(parts)
+            check(plain, "workdir", self.workdir, "has a character of patterns, or an empty part, or .. in it; rename it")
         else:
             check_local("--workdir", self.workdir)
         for i, (_, _, tokens) in enumerate(self.train.stages):

@@ -91,7 +91,8 @@ def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iter
     except Exception as error:  # the libraries raise many types, for credentials, names, the network
         if absent and isinstance(error, FileNotFoundError):
             raise
-        hint = "no permission; log in, or ask for access: " if isinstance(error, PermissionError) else ""
+        hints = {PermissionError: "no permission; log in, or ask for access: ", FileNotFoundError: "no such bucket or object: "}
+        hint = next((text for kind, text in hints.items() if isinstance(error, kind)), "")
         raise UserError(f"{at}: cannot be {doing}: {hint}{' '.join(str(error).split()) or type(error).__name__}") from None
 
 

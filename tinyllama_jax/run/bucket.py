@@ -250,13 +250,13 @@ class _Copy:
 
     def _fetch_lines(self, name: str, objects: dict[str, int]) -> None:
         """Makes a file of lines from its parts, unless it holds them already and perhaps more."""
-        folder, end = f"{name}.parts/", 0
-        pattern = re.compile(re.escape(folder) + r"(\d+)")
+        folder, end = f"{name}.parts", 0
+        pattern = re.compile(re.escape(folder) + r"/(\d+)")
         parts = sorted((int(match[1]), n) for path, n in objects.items() if (match := pattern.fullmatch(path)))
         for start, n in parts:
             if start != end:
                 what = f"the bytes {end:,} to {start:,} are missing"
-                raise UserError(f"{self._url}/{folder}: {what}; restore them from a copy, or remove the parts after them")
+                raise UserError(f"{self._url / folder}: {what}; restore them from a copy, or remove the parts after them")
             end += n
         self._parts[name], file = parts, self._folder / name
         read = lambda start: store.read(self._url / folder / _part(start))
