@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from tinyllama_jax import train
 from tinyllama_jax.core import step
-from tinyllama_jax.run import bucket, seals
+from tinyllama_jax.run import lock, seals
 
 gradients, seal = step.gradients, seals.seal
 
@@ -44,6 +44,6 @@ def troubled(*args):
 
 if __name__ == "__main__":
     step.gradients, seals.seal = poisoned, troubled
-    bucket.STALE = float(os.environ.get("CHAOS_STALE", bucket.STALE))
-    bucket.BEAT = bucket.STALE / 4
+    lock.STALE = float(os.environ.get("CHAOS_STALE", lock.STALE))
+    lock.BEAT = lock.STALE / 4
     supervise.run(train.main)

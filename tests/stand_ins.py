@@ -16,14 +16,39 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def exact(read, decode):
+    """The emulator's reader of uploads, without its fault: of content that ends in a carriage return it loses that byte."""
+
+    def read_exactly(request, query):
+        out = read(request, query)
+        if isinstance(out, dict) and {"meta", "content"} <= out.keys():
+            body = decode(request.body, request)
+            boundary = b"\n--" + request.headers["Content-Type"].partition("boundary=")[2].strip('"').encode()
+            out["content"] = body[: body.rindex(boundary)].split(boundary, 1)[1].partition(b"\n\n")[2]
+        return out
+
+    return read_exactly
+
+
+def keeping(read):
+    def read_raw(request):
+        request.body = read(request)
+        return request.body
+
+    return read_raw
+
+
 @contextlib.contextmanager
 def servers():
     """Runs both, each with an empty bucket `bucket`; yields the environment variables that make clients use them."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
     s3 = moto.server.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    port = free_port()
-    gs = gcp_storage_emulator.server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    port, emulator = free_port(), gcp_storage_emulator.server
+    if emulator._read_data.__name__ != "read_exactly":
+        emulator._read_data = exact(emulator._read_data, emulator._decode_raw_data)
+        emulator._read_raw_data = keeping(emulator._read_raw_data)
+    gs = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     s3.start()
     gs.start()
     variables = {

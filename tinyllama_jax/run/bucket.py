@@ -1,11 +1,11 @@
-"""A run folder in an object store: its working copy on this machine, what is copied to the bucket when, and the lock there.
+"""A run folder in an object store: its working copy on this machine, what is copied to the bucket when, and the thread for it.
 
 With --workdir=s3://BUCKET/RUN (or gs://) a run trains in `Config.folder`, a run folder like any other. A thread of process 0
 copies it to the bucket: descriptions at once, new lines of metrics every minute and before a checkpoint, and of a checkpoint
 the seal last. At the start the bucket is right, and the working copy is made like it; only what it had yet to send is kept.
 
 RUN/metrics.jsonl.parts/N   the bytes of metrics.jsonl from N on (events.jsonl alike): an object cannot be appended to
-RUN/locks/N.json            `Holder`, who trains: the highest N; all else is as in a local run folder
+RUN/locks/N.json            who trains: see lock.py; all else is as in a local run folder
 """
 
 import concurrent.futures
@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -27,10 +26,9 @@ from tinyllama_jax.base import files, store
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, disk_error
 from tinyllama_jax.base.files import exists
-from tinyllama_jax.run import addresses, cluster, seals
+from tinyllama_jax.run import addresses, cluster, lock, seals
+from tinyllama_jax.run.lock import Lock
 
-BEAT = 30.0  # seconds between two signs of life in the lock
-STALE = 120.0  # seconds without one after which another machine takes over
 MINUTE = 60.0  # seconds after which new lines are sent without a checkpoint
 GIVE_UP = 600.0  # seconds in which the store may fail before the run ends
 PART = 1 << 20  # bytes that a part of a file of lines should have: up to then it is written again, longer
@@ -42,21 +40,12 @@ STATE = ".bucket"  # in the working copy: `State`; locked by the process that tr
 _open: "_Bucket | None" = None
 
 
-class Holder(typing.TypedDict):
-    """RUN/locks/N.json: the process that trains, or that did."""
-
-    host: str
-    pid: int
-    copy: str  # of its working copy: see `State`
-    time: float  # of its last sign of life, seconds since 1970
-    ended: bool
-
-
 class State(typing.TypedDict):
     """What a working copy knows of itself."""
 
     copy: str  # a random name
     sent: int  # the newest step whose checkpoint it has sent
+    whole: bool  # false while it is being made like the bucket
 
 
 @contextlib.contextmanager
@@ -111,83 +100,15 @@ def push() -> None:
         _open.push()
 
 
+def check() -> None:
+    """Raises the error of a sending that failed, or of a lock that was lost."""
+    if _open:
+        _open.check()
+
+
 def holds(step: int, wait: bool) -> bool:
     """Whether the checkpoint of `step` is on the bucket, if there is one; `wait`: waits until it is. Raises UserError."""
     return _open is None or _open.holds(step, wait)
-
-
-# -- the lock ---------------------------------------------------------------------------------------------------------------
-
-
-class _Lock:
-    """The right to train in a folder of an object store: the lock of the highest number, created only if it is not there."""
-
-    def __init__(self, url: store.Remote, copy: str):
-        self._folder, self._copy, self._number, self._beat = url / "locks", copy, 0, 0.0
-        self._busy = f"{url}: {cluster.BUSY}"
-
-    def take(self) -> tuple[bool, list[str]]:
-        """(whether this working copy was the last to train, lines to print). Raises UserError if another one trains."""
-        begun, first = time.monotonic(), None
-        while True:
-            number, last = self._newest()
-            own = last is not None and last["copy"] == self._copy
-            if last is None or own or last["ended"] or time.time() - last["time"] > STALE or time.monotonic() - begun > STALE:
-                break
-            if first and last != first:
-                raise UserError(f"{self._busy} ({last['host']}, pid {last['pid']})")
-            if first is None:
-                who = f"{last['host']}, pid {last['pid']}, which has not said that it ended"
-                print(f"waits up to {STALE:g} s for a sign of life of {who}", file=sys.stderr, flush=True)
-            first = last
-            time.sleep(min(BEAT / 3, 5))
-        self._number, text = number + 1, self._text()
-        if not store.create(self._file(), text):
-            raise UserError(self._busy)
-        notes = []
-        if store.create(self._file(), text + "\n"):  # it is there
-            what = "the store creates an object that is there already (no conditional writes)"
-            notes.append(f"{self._folder}: {what}: of two runs started within a second both may train; start only one")
-        for old in store.names(self._folder) - {self._file().name}:
-            store.remove(self._folder / old)
-        return own, notes
-
-    def hold(self, ended: bool = False) -> None:
-        """Gives a sign of life if it is time, or says that this process `ended`. Raises UserError if another one took over."""
-        if time.monotonic() - self._beat < BEAT and not ended:
-            return
-        self.check()
-        store.write(self._file(), self._text(ended))
-        self._beat = time.monotonic()
-
-    def check(self) -> None:
-        """Raises UserError if another process took over."""
-        number, last = self._newest()
-        if number != self._number or last is None or (last["copy"], last["pid"]) != (self._copy, os.getpid()):
-            who = f"{last['host']}, pid {last['pid']}, has" if last else "somebody has removed its lock, or"
-            raise _Taken(f"{self._folder}: {who} taken over this run; this process ends")
-
-    def _newest(self) -> tuple[int, Holder | None]:
-        numbers = [int(name[:-5]) for name in store.names(self._folder) if re.fullmatch(r"[0-9]{1,9}\.json", name)]
-        if not numbers:
-            return 0, None
-        file = self._folder / f"{max(numbers)}.json"
-        try:
-            return max(numbers), files.decode_json(store.read(file), Holder)
-        except FileNotFoundError:  # removed meanwhile by one that took over
-            return self._newest()
-        except ValueError as error:
-            raise UserError(f"{file}: is damaged ({error}); remove it if no process trains there") from None
-
-    def _file(self) -> store.Remote:
-        return self._folder / f"{self._number}.json"
-
-    def _text(self, ended: bool = False) -> str:
-        return json.dumps(Holder(host=socket.gethostname(), pid=os.getpid(), copy=self._copy, time=time.time(), ended=ended))
-
-
-class _Taken(UserError):
-    pass
 
 
 # -- the copy ---------------------------------------------------------------------------------------------------------------
@@ -196,8 +117,8 @@ class _Taken(UserError):
 class _Copy:
     """What of a run is on the bucket, and how it comes from there and gets there. Used by one thread at a time."""
 
-    def __init__(self, config: Config, url: store.Remote, state: State, lock: _Lock):
-        self._config, self._url, self._folder, self._state, self._lock = config, url, config.folder, state, lock
+    def __init__(self, config: Config, url: store.Remote, state: State, held: Lock):
+        self._config, self._url, self._folder, self._state, self._lock = config, url, config.folder, state, held
         self.steps: set[int] = set()  # of the checkpoints on the bucket that are whole
         self._fetched: set[str] | None = None  # what was in both places before the first `send`
         self._small: dict[str, tuple[int, int]] = {}  # descriptions on the bucket -> (bytes, time of change) of what was sent
@@ -213,9 +134,11 @@ class _Copy:
         self.steps = {step for step, paths in checkpoints.items() if f"checkpoints/{step}/{seals.SEAL}" in paths}
         for step in checkpoints.keys() - self.steps:  # half sent, or half removed
             _each(lambda path: store.remove(url / path), checkpoints[step])
-        for path in [] if own else folder.iterdir():
-            if path.name not in (STATE, "processes"):  # the second is in use: see supervise.py
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not (own and self._state["whole"]):
+            self._note(whole=False, sent=0)
+            for path in folder.iterdir():
+                if path.name not in (STATE, "processes"):  # the second is in use: see supervise.py
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         small = [path for path in objects if path in DESCRIPTIONS or path.startswith(FOLDERS)]
         _each(lambda path: store.get(url / path, folder / path), [p for p in small if not exists(folder / p)])
         for path in small:
@@ -223,8 +146,9 @@ class _Copy:
                 self._small[path] = status.st_size, status.st_mtime_ns  # may be 100s of MB, and never changes
         for name in LINES:
             self._fetch_lines(name, objects)
-        local = {step for step in seals.steps_in(folder) if step in self.steps or step > self._state["sent"]}
-        for step in set(seals.steps_in(folder)) - local:  # somebody has taken it from the bucket
+        newest = max([self._state["sent"], *self.steps])
+        local = {step for step in seals.steps_in(folder) if step in self.steps or step > newest}
+        for step in {*seals.steps_in(folder)} - local:  # somebody has taken it from the bucket
             shutil.rmtree(folder / "checkpoints" / str(step))
         if ahead := local - self.steps:
             what = f"checkpoint {max(ahead)} was not on the bucket yet"
@@ -238,7 +162,13 @@ class _Copy:
             if not reason:
                 break
         self._fetched = {*small, *(f"checkpoints/{step}" for step in seals.steps_in(folder) if step in self.steps)}
+        self._note(whole=True)
         return notes
+
+    def _note(self, **values: int | bool) -> None:
+        self._state |= values
+        with (self._folder / STATE).open("r+b") as f:  # in place: the file is locked
+            f.write(json.dumps(self._state).encode().ljust(100))
 
     def _fetch_checkpoint(self, path: Path, objects: list[str]) -> None:
         partial = path.with_name(f"{path.name}{seals.PARTIAL}-fetched")
@@ -339,8 +269,7 @@ class _Copy:
         self._lock.check()  # sending may have taken long
         store.put(path / seals.SEAL, place / seals.SEAL, keep=True)
         self.steps.add(step)
-        self._state["sent"] = max(step, self._state["sent"])
-        _write_state(self._folder, self._state)
+        self._note(sent=max(step, self._state["sent"]))
 
     def _remove_checkpoint(self, step: int) -> None:
         place = self._url / "checkpoints" / str(step)
@@ -356,12 +285,6 @@ def _part(start: int) -> str:
 def _each(do: typing.Callable[[typing.Any], object], items: list) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(do, items))
-
-
-def _write_state(folder: Path, state: State) -> None:
-    with (folder / STATE).open("r+b") as f:  # in place: the file is locked
-        f.write(json.dumps(state).encode().ljust(200))
-        f.truncate()
 
 
 # -- the thread -------------------------------------------------------------------------------------------------------------
@@ -385,15 +308,17 @@ class _Bucket:
         files.make_folder("--workdir", self._config.workdir, self._folder)
         self._file = files.claim(self._folder / STATE, f"{self._config.workdir}: {cluster.BUSY}")
         objects = store.sizes(self._url)
+        if not objects and seals.steps_in(self._folder):
+            what = f"{self._folder} holds checkpoints of it; send them back with the store's own tool, or remove that folder"
+            raise UserError(f"{self._url}: is empty, and its working copy {what}")
         if "config.json" not in objects and any(not path.startswith("locks/") for path in objects):
             what = f"holds {next(p for p in objects if not p.startswith('locks/'))}, and no config.json of a run"
             raise UserError(f"--workdir={self._config.workdir}: {what}; name a new folder")
         try:
             state = files.read_json(self._folder / STATE, State)
         except UserError:  # new
-            state = State(copy=secrets.token_hex(8), sent=0)
-            _write_state(self._folder, state)
-        self._lock = _Lock(self._url, state["copy"])
+            state = State(copy=secrets.token_hex(8), sent=0, whole=False)
+        self._lock = Lock(self._url, state["copy"])
         own, notes = self._lock.take()
         self._copy = _Copy(self._config, self._url, state, self._lock)
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -407,10 +332,10 @@ class _Bucket:
             asked = self._asked
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._done >= asked or self._error)
-        self._raise()
+        self.check()
 
     def holds(self, step: int, wait: bool) -> bool:
-        self._raise()
+        self.check()
         if step not in self._copy.steps:
             if wait:
                 self.push()
@@ -420,7 +345,7 @@ class _Bucket:
                     self._changed.notify_all()
         return step in self._copy.steps
 
-    def _raise(self) -> None:
+    def check(self) -> None:
         if self._error:
             raise self._error
 
@@ -442,7 +367,7 @@ class _Bucket:
         """Gives signs of life, and sends what is new: when asked, and from the first time on every minute."""
         well = sent = time.monotonic()
         while not self._closing:
-            pause = BEAT / 3
+            pause = lock.BEAT / 3
             try:
                 self._lock.hold()
                 asked = self._asked
@@ -452,7 +377,7 @@ class _Bucket:
                 well = time.monotonic()
             except Exception as error:  # the main thread raises it again
                 error = UserError(disk_error(error)) if isinstance(error, OSError) else error
-                passes = self._done and isinstance(error, UserError) and not isinstance(error, _Taken)
+                passes = self._done and isinstance(error, UserError) and not isinstance(error, lock.Taken)
                 if not passes or time.monotonic() - well > GIVE_UP:
                     self._error = error
                 else:

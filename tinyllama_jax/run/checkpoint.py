@@ -99,6 +99,7 @@ class Checkpoints:
 
     def check(self, wait: bool = False) -> None:
         """Raises the error of a save that failed in the background. `wait`: waits first until it is on disk or bucket."""
+        bucket.check()
         with self._disk_errors():
             self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
             done = self._saving and exists(self._folder / str(self._last) / seals.SEAL)

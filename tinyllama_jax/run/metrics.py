@@ -67,7 +67,7 @@ def each(run: str | Path) -> Iterator[tuple[int, int, dict[str, Value] | ValueEr
     A damaged line, or one of an earlier step than the line before it, is a ValueError. Raises UserError, OSError.
     """
     check_utf8(run)
-    path = Path(run) / "metrics.jsonl"
+    path = _file(run)
     if not exists(path):
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
     end = step = 0
@@ -86,9 +86,17 @@ def each(run: str | Path) -> Iterator[tuple[int, int, dict[str, Value] | ValueEr
             yield number, end, row
 
 
+def _file(run: str | Path) -> Path:
+    """RUN/metrics.jsonl. Raises UserError if it is still in parts, as in a copy of a run in an object store."""
+    path = Path(run) / "metrics.jsonl"
+    if not exists(path) and (parts := path.with_name("metrics.jsonl.parts")).is_dir():
+        raise UserError(f"{path}: is in parts, as a bucket holds it; first run: cat {parts}/* > {path}")
+    return path
+
+
 def tail(run: str | Path) -> list[dict[str, Value]]:
     """Reads the last lines of RUN/metrics.jsonl, without incomplete or damaged ones; none if there is no such file."""
-    path, out = Path(run) / "metrics.jsonl", []
+    path, out = _file(run), []
     if exists(path):
         with open_regular(path) as f:
             f.seek(max(f.seek(0, os.SEEK_END) - TAIL, 0))
