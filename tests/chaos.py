@@ -155,9 +155,10 @@ class Chaos:
 
     def a_save(self, cluster):
         """Waits until a checkpoint is half written."""
-        deadline = time.monotonic() + BUSY
+        partial = lambda: {*(self.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
+        before, deadline = partial(), time.monotonic() + BUSY  # before: left by an earlier fault
         while time.monotonic() < deadline and all(p.poll() is None for p in cluster.processes):
-            if list((self.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+            if partial() - before:
                 time.sleep(self.rng.uniform(0, 0.05))
                 return
 

@@ -148,8 +148,12 @@ class _Copy:
             self._fetch_lines(name, objects)
         newest = max([self._state["sent"], *self.steps])
         local = {step for step in seals.steps_in(folder) if step in self.steps or step > newest}
-        for step in {*seals.steps_in(folder)} - local:  # somebody has taken it from the bucket
-            shutil.rmtree(folder / "checkpoints" / str(step))
+        for step in {*seals.steps_in(folder)} - local:
+            path = folder / "checkpoints" / str(step)
+            if step in seals.expired(sorted({*self.steps, step}), self._config.checkpoint):
+                shutil.rmtree(path)
+            else:
+                notes.append(f"checkpoint {step} is no longer on the bucket, and is now {seals.set_aside(folder, path)}")
         if ahead := local - self.steps:
             what = f"checkpoint {max(ahead)} was not on the bucket yet"
             notes.append(f"{what}: it is taken from the working copy, and sent")
