@@ -218,6 +218,12 @@ def remove(at: Place) -> None:
         at.unlink(missing_ok=True)
 
 
+def remove_object(file: Remote) -> None:
+    """Removes a file if it is there; unlike `remove` it asks for no list."""
+    with contextlib.suppress(FileNotFoundError), reaching(file) as system:
+        system.rm_file(file.url)
+
+
 def is_whole(file: Place, size: int, checksum: str) -> bool:
     """Whether a file is complete: by checksum here, since workers do not sync to disk; in an object store by size only."""
     try:

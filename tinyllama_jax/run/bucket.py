@@ -133,7 +133,7 @@ class _Copy:
                 checkpoints.setdefault(int(match[1]), []).append(path)
         self.steps = {step for step, paths in checkpoints.items() if f"checkpoints/{step}/{seals.SEAL}" in paths}
         for step in checkpoints.keys() - self.steps:  # half sent, or half removed
-            _each(lambda path: store.remove(url / path), checkpoints[step])
+            _each(lambda path: store.remove_object(url / path), checkpoints[step])
         if not (own and self._state["whole"]):
             self._note(whole=False, sent=0)
             for path in folder.iterdir():
@@ -237,7 +237,7 @@ class _Copy:
                 if step := re.fullmatch(r"checkpoints/(\d+)", name):
                     self._remove_checkpoint(int(step[1]))
                 else:
-                    store.remove(self._url / name)
+                    store.remove_object(self._url / name)
         self._fetched = None
 
     def _send_lines(self, name: str) -> None:
@@ -245,7 +245,7 @@ class _Copy:
         file, parts, place = self._folder / name, self._parts[name], self._url / f"{name}.parts"
         size = file.stat().st_size if exists(file) else 0
         while parts and parts[-1][0] >= size:
-            store.remove(place / _part(parts[-1][0]))
+            store.remove_object(place / _part(parts[-1][0]))
             parts.pop()
         end = sum(parts[-1]) if parts else 0
         cut = size < end
@@ -278,8 +278,8 @@ class _Copy:
     def _remove_checkpoint(self, step: int) -> None:
         place = self._url / "checkpoints" / str(step)
         self.steps.discard(step)
-        store.remove(place / seals.SEAL)  # first: without it the others are not taken for a checkpoint
-        _each(lambda name: store.remove(place / name), [*store.sizes(place)])
+        store.remove_object(place / seals.SEAL)  # first: without it the others are not taken for a checkpoint
+        _each(lambda name: store.remove_object(place / name), [*store.sizes(place)])
 
 
 def _part(start: int) -> str:

@@ -60,7 +60,7 @@ class Lock:
             what = "the store creates an object that is there already (no conditional writes)"
             notes.append(f"{self._folder}: {what}: of two runs started within a second both may train; start only one")
         for old in store.names(self._folder) - {self._file().name}:
-            store.remove(self._folder / old)
+            store.remove_object(self._folder / old)
         return own, notes
 
     def hold(self, ended: bool = False) -> None:
