@@ -176,6 +176,18 @@ def test_what_was_not_sent_yet_is_kept_and_what_a_person_removed_is_not(config, 
     copy.push()
     copy.end()
     checkpoint(15)
+
+    def fails(path, *more, **options):
+        if path.name == "weights":
+            raise UserError("the network is gone")
+        put(path, *more, **options)
+
+    put, copy = store.put, opened(config, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the network is gone"):
+        patch.setattr(store, "put", fails)
+        copy.push()
+    copy.end()
+    assert len(stand_ins.names(f"{config.workdir}/checkpoints/*/seal.json")) == 2
     copy = opened(config, monkeypatch)
     assert seals.steps_in(config.folder) == [5, 10, 15] and "checkpoint 15 was not on the bucket yet" in copy.notes[1]
     copy.push()
