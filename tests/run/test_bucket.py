@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -19,7 +20,9 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.run import bucket, lock, metrics, seals
 
 pytestmark = pytest.mark.xdist_group("bucket")  # one pair of servers
-ONE = {"train__seqs_per_device": 1}  # conftest.py makes eight devices
+ROOT = Path(__file__).parents[2]
+# conftest.py makes eight devices
+SHORT = ["--train.steps=12", "--checkpoint.every=4", "--log.eval_every=100", "--train.seqs_per_device=1"]
 EXACT = ("step", "loss", "grad_norm", "checksum", "lr")
 
 
@@ -35,11 +38,10 @@ def stores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tiny_config_file):
-    """run(workdir, **options) trains; returns the run folder here."""
+    """run(workdir) trains; returns the run folder here."""
 
-    def run(workdir, **options):
-        words = [f"--{key.replace('__', '.')}={value}" for key, value in {"workdir": workdir, **ONE, **options}.items()]
-        assert train.main(["--config", str(tiny_config_file), *words]) == 0
+    def run(workdir):
+        assert train.main(["--config", str(tiny_config_file), f"--workdir={workdir}", *SHORT]) == 0
         return store.working_copy(str(workdir))
 
     return run
@@ -47,7 +49,7 @@ def run(tiny_config_file):
 
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory):
-    """The lines of metrics of a local run of 24 steps."""
+    """The lines of metrics of a local run."""
     return exact(run(tmp_path_factory.mktemp("local") / "run"))
 
 
@@ -69,8 +71,10 @@ def flip(scheme, pattern):
 
 def test_killed_with_the_disk_gone_it_goes_on_with_the_same_bits(run, undisturbed, tiny_config_file, capsys):
     url = "s3://bucket/deep/killed"
-    argv = ["--config", str(tiny_config_file), "--workdir", url, "--train.seqs_per_device=1"]
-    with subprocess.Popen([sys.executable, "-m", "tinyllama_jax.train", *argv], stdout=subprocess.DEVNULL) as process:
+    argv = ["--config", str(tiny_config_file), "--workdir", url, *SHORT]
+    command = [sys.executable, str(ROOT / "tests" / "chaos_train.py"), *argv]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CHAOS_SEAL_SECONDS": "1"}  # it cannot have ended when it is killed
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) as process:
         end = time.monotonic() + 300
         while not stand_ins.names(f"{url}/checkpoints/*/seal.json") and time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
@@ -88,18 +92,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(run, undisturbed, capsys):
     url = "gs://bucket/damaged"
     run(url)
     assert "no conditional writes" in capsys.readouterr().out  # of the stand-in; the real store has them
-    assert [f"{url}/checkpoints/{step}/seal.json"[5:] for step in (15, 20, 24)] == sorted(
+    assert [f"{url}/checkpoints/{step}/seal.json"[5:] for step in (12, 4, 8)] == sorted(
         stand_ins.names(f"{url}/checkpoints/*/seal.json")
     )
-    flip("gs", "bucket/damaged/checkpoints/24/params/ocdbt.process_0/manifest.ocdbt")
+    flip("gs", "bucket/damaged/checkpoints/12/params/ocdbt.process_0/manifest.ocdbt")
     lose_disk(url)
     folder = run(url)
     out = capsys.readouterr().out
-    assert "weights: step 20 of" in out and "checkpoint 24 is not used (params/ocdbt.process_0/manifest.ocdbt is not" in out
+    assert "weights: step 8 of" in out and "checkpoint 12 is not used (params/ocdbt.process_0/manifest.ocdbt is not" in out
     assert exact(folder) == undisturbed
     kept = {name.split("/")[3] for name in stand_ins.names(f"{url}/set_aside/*/seal.json")}
-    assert len(kept) == 1 and next(iter(kept)).startswith("24-")
-    assert {int(name.split("/")[3]) for name in stand_ins.names(f"{url}/checkpoints/*/seal.json")} == {15, 20, 24}
+    assert len(kept) == 1 and next(iter(kept)).startswith("12-")
+    assert {int(name.split("/")[3]) for name in stand_ins.names(f"{url}/checkpoints/*/seal.json")} == {4, 8, 12}
 
 
 @pytest.fixture
