@@ -80,13 +80,14 @@ bench: $(VENV)/.dev
 .PHONY: vllm-venv
 vllm-venv: $(VENV)-vllm/.base
 
-# 5,000 damaged files and odd arguments, then 20 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
+# 5,000 damaged files and odd arguments, then 28 faults of a run: an hour and a half on two cores; make test-long SEED=2 tries
 # others. Then the oldest packages, the whole arc, the same with SmolLM2, an export in vLLM, 1,000 requests to a server, all of PIQA
 # by SmolLM2, ours and by lm-eval.
 .PHONY: test-long
 test-long: $(VENV)/.dev $(VENV)-vllm/.base
 	$(PY) tests/fuzz.py --seed $(or $(SEED),1) --cases 5000
 	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 20
+	$(PY) tests/chaos.py --seed $(or $(SEED),1) --faults 8 --workdir s3
 	$(MAKE) --no-print-directory test-oldest
 	rm -rf runs/test-arc runs/test-arc-real
 	$(PY) -m examples.arc --workdir runs/test-arc

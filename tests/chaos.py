@@ -1,6 +1,7 @@
 """Trains in 2 processes with real checkpoints and injects faults at random moments until the run is done.
 
     python tests/chaos.py --faults 200 --seed 1 --json FILE
+    python tests/chaos.py --faults 30 --workdir s3      # the run folder on a local stand-in for S3 (or gs), killed with -9
 
 After each fault the same command is run again. In the end every loss, gradient norm and batch checksum must equal those of an
 undisturbed run bit for bit. Prints a table of faults by kind; exit code 1 if anything was wrong. Some faults need root: a small
@@ -23,9 +24,12 @@ import time
 from pathlib import Path
 
 import jax
+import stand_ins
 from array_record.python import array_record_module
 from cluster import Cluster, signal_to
 from tiny import make_tiny_data
+
+from tinyllama_jax.base.store import working_copy
 
 WAIT = 20  # --train.wait: six of it for starting, which a busy machine may need
 BUSY = 600  # seconds more in which every process has to end
@@ -49,9 +53,16 @@ KINDS = {
     "write error in a save": "fail_a_save",
     "data shard swapped for one of its size": "swap_data",
     "not finite for good": "poison",
+    "kill -9 of all processes while a checkpoint is sent": "kill_all_sending",
+    "loss of the machine with its disk": "lose_disk",
+    "loss of the machine with its disk while a checkpoint is sent": "lose_disk_sending",
     "disk full": "fill_disk",
     "network cut": "cut_network",
 }
+
+
+ON_A_BUCKET = ("kill_", "lose_disk")  # the faults that are tried with the run folder in an object store
+NEED_A_BUCKET = ("kill_all_sending", "lose_disk", "lose_disk_sending")
 
 
 class Wrong(Exception):
@@ -59,17 +70,28 @@ class Wrong(Exception):
 
 
 class Chaos:
-    def __init__(self, folder, seed, steps, devices):
+    def __init__(self, folder, seed, steps, devices, store=None):
+        """`store`: s3 or gs, for a run folder in a stand-in for that object store."""
         self.rng, self.folder, self.steps, self.devices = random.Random(seed), Path(folder), steps, devices
         (self.folder / "data").mkdir()
         self.data = make_tiny_data(self.folder / "data")
         self.disk, self.cable = self.folder / "disk", None
         self.disk.mkdir()
         self.small = not root("mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(self.disk))
-        self.run = self.disk / "run"
+        self.url = self.run = self.disk / "run"
+        self.end_servers = contextlib.ExitStack()
         self.nonfinite = ",".join(map(str, sorted(self.rng.sample(range(2, steps), max(2, steps // 100)))))
         self.recomputed = collections.Counter()
-        self.lay_cable()
+        if store:
+            self.use(store)
+        else:
+            self.lay_cable()
+
+    def use(self, store):
+        os.environ |= self.end_servers.enter_context(stand_ins.servers())
+        os.environ |= {"XDG_CACHE_HOME": str(self.disk), "CHAOS_STALE": "4"}
+        self.url = f"{store}://bucket/run"
+        self.run = working_copy(self.url)
 
     def lay_cable(self):
         """Two hosts on this machine: namespaces with an address each and a veth pair between them."""
@@ -90,6 +112,7 @@ class Chaos:
             self.cable = names
 
     def close(self):
+        self.end_servers.close()
         for name in self.cable or ():
             root("ip", "netns", "del", name)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
@@ -114,7 +137,7 @@ class Chaos:
             "CHAOS_WRITE_ERROR": str(self.folder / "write error"),
             "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}",
         }
-        workdir = workdir or self.run
+        workdir = workdir or self.url
         return Cluster(
             self.data / "tiny.py", workdir, 2, self.devices, module="chaos_train", out=self.folder, checkpoint__keep=4, **keys
         )
@@ -132,9 +155,10 @@ class Chaos:
 
     def a_save(self, cluster):
         """Waits until a checkpoint is half written."""
-        deadline = time.monotonic() + BUSY
+        partial = lambda: {*(self.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
+        before, deadline = partial(), time.monotonic() + BUSY  # before: left by an earlier fault
         while time.monotonic() < deadline and all(p.poll() is None for p in cluster.processes):
-            if list((self.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+            if partial() - before:
                 time.sleep(self.rng.uniform(0, 0.05))
                 return
 
@@ -167,6 +191,29 @@ class Chaos:
 
     def kill_all_saving(self, cluster):
         self.kill_all(cluster, self.a_save)
+
+    def a_sending(self, cluster):
+        """Waits until a checkpoint is whole here, and is being sent to the bucket."""
+        before, deadline = self.checkpoints(), time.monotonic() + BUSY
+        while time.monotonic() < deadline and all(p.poll() is None for p in cluster.processes):
+            if not set(self.checkpoints()) <= set(before):
+                time.sleep(self.rng.uniform(0, 0.5))
+                return
+            time.sleep(0.01)
+
+    def kill_all_sending(self, cluster):
+        self.kill_all(cluster, self.a_sending)
+
+    def lose_disk(self, cluster, moment=None):
+        self.kill_all(cluster, moment)
+        reached = cluster.steps()
+        shutil.rmtree(self.run, ignore_errors=True)
+        seals = stand_ins.names(f"{self.url}/checkpoints/*/seal.json")
+        kind = {method: kind for kind, method in KINDS.items()}["lose_disk_sending" if moment else "lose_disk"]
+        self.recomputed[kind] += reached - max((int(name.split("/")[-2]) for name in seals), default=0)
+
+    def lose_disk_sending(self, cluster):
+        self.lose_disk(cluster, self.a_sending)
 
     def kill_host(self, cluster):
         self.some_time(cluster)
@@ -364,7 +411,10 @@ class Chaos:
     # -- the whole ------------------------------------------------------------------------------------------------------
 
     def possible(self):
-        out = dict(KINDS)
+        on_bucket = self.url != self.run
+        out = {kind: m for kind, m in KINDS.items() if (m.startswith(ON_A_BUCKET) if on_bucket else m not in NEED_A_BUCKET)}
+        if on_bucket:
+            return out
         for kind, there, why in (
             ("disk full", self.small, "needs leave to mount a file system"),
             ("network cut", self.cable, "needs leave to make network namespaces"),
@@ -405,7 +455,11 @@ class Chaos:
         cluster = self.start(workdir)
         if cluster.wait(1_200) != [0, 0]:
             raise Wrong(f"the run did not end well:\n{cluster.output(0)}\n{cluster.output(1)}")
-        lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+        if workdir == self.url != self.run:  # the bucket alone holds all of it
+            shutil.rmtree(self.run)
+            if (again := self.start(workdir)).wait(1_200) != [0, 0]:
+                raise Wrong(f"the bucket cannot be read again:\n{again.output(0)}\n{again.output(1)}")
+        lines = [json.loads(line) for line in (working_copy(str(workdir)) / "metrics.jsonl").read_text().splitlines()]
         return [[line[name] for name in EXACT] for line in lines if "checksum" in line]
 
 
@@ -429,21 +483,23 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, default=2, help="virtual devices a process")
     parser.add_argument("--only", help="one kind of fault")
+    parser.add_argument("--workdir", choices=("s3", "gs"), help="the run folder is in a stand-in for this object store")
     parser.add_argument("--json", help="adds the result to this file's list")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the processes of the run
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        chaos = Chaos(folder, args.seed, 20 * args.faults + 40, args.devices)
+        chaos = Chaos(folder, args.seed, 20 * args.faults + 40, args.devices, args.workdir)
         try:
             quiet = chaos.finish(Path(folder) / "quiet")
             done = chaos.faults(args.faults, args.only)
-            ours = chaos.finish(chaos.run)
+            ours = chaos.finish(chaos.url)
         finally:
             chaos.close()
     differing = sum(a != b for a, b in zip(ours, quiet, strict=True))
     result = {
         "seed": args.seed,
+        "workdir": args.workdir or "local",
         "steps": len(quiet),
         "steps_not_finite": sum(1 for line in quiet if line[1] is None),
         "faults": dict(done),

@@ -2,6 +2,7 @@
 
 CHAOS_NONFINITE: steps ("3,17") with a loss that is not finite      CHAOS_NONFINITE_FROM: from this step on no loss is finite
 CHAOS_WRITE_ERROR: a file; while it exists, no checkpoint can be sealed      CHAOS_SEAL_SECONDS: the delay of each seal
+CHAOS_STALE: the seconds after which the lock of a dead machine in an object store is taken over
 """
 
 import errno
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 
 from tinyllama_jax import train
 from tinyllama_jax.core import step
-from tinyllama_jax.run import seals
+from tinyllama_jax.run import lock, seals
 
 gradients, seal = step.gradients, seals.seal
 
@@ -43,4 +44,6 @@ def troubled(*args):
 
 if __name__ == "__main__":
     step.gradients, seals.seal = poisoned, troubled
+    lock.STALE = float(os.environ.get("CHAOS_STALE", lock.STALE))
+    lock.BEAT = lock.STALE / 4
     supervise.run(train.main)

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tinyllama_jax.base.store import working_copy
+
 PATIENCE = 600  # seconds: nothing may take longer, on however busy a machine
 
 
@@ -33,7 +35,7 @@ class Cluster:
 
         `out`: folder for what they print, beside the run folder by default.
         """
-        self.workdir = Path(workdir)
+        self.workdir = working_copy(str(workdir))
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

@@ -74,7 +74,7 @@ WORDS += [
     "%s",
     "*",
 ]
-WORDS += ["gs://x/y", "http://127.0.0.1:9/x", "a" * 300, "a" * 100_000, "\x1b[31m", "💥", "٣", "\udcff"]
+WORDS += ["gs://x", "http://127.0.0.1:9/x", "a" * 300, "a" * 100_000, "\x1b[31m", "💥", "٣", "\udcff"]
 
 
 def damage_bytes(rng: random.Random, data: bytes) -> bytes:

@@ -32,8 +32,8 @@ ORDER = {
     "export.added_tokens export.litpkds "
     "prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
-    "run": "addresses cluster supervise seals checkpoint adapter folder goodput metrics initialize references stages "
-    "programs progress profiler spikes log evaluation",
+    "run": "addresses cluster supervise seals lock bucket checkpoint adapter folder goodput metrics initialize references "
+    "stages programs progress profiler spikes log evaluation",
     "planning": "targets hlo timing measured preflight compiled search laws law_report report history chart run_page",
     "inference": "quantize weights forward sampling speculative device engine retrieval text samples options openai answers "
     "worker web server listen",

@@ -17,18 +17,20 @@ if __name__ == "__main__":
 from tinyllama_jax import sft, train
 from tinyllama_jax.base import cli, mixture_weights
 from tinyllama_jax.core import xla
-from tinyllama_jax.run import initialize
+from tinyllama_jax.run import bucket, initialize
 from tinyllama_jax.run.references import with_references
 
 
 def main(argv: list[str]) -> int:
     """Writes the pairs with their reference as blocks, unless an earlier run kept them, and trains; returns the exit code."""
-    argv = sft.as_training(cli.load(argv, __doc__), argv, "preferences")
     config = cli.load(argv, __doc__)
-    xla.reserve_memory()
-    with_reference = with_references(initialize.resolved(config, None))  # of a resumed run: the weights that it started from
-    sources = {with_reference.get(path, path): weight for path, weight in config.data.sources.items()}
-    return train.main([*argv, f"--data.sources={mixture_weights.sources_text(sources)}"])
+    with bucket.opened(config):
+        argv = sft.as_training(config, argv, "preferences")
+        config = cli.load(argv, __doc__)
+        xla.reserve_memory()
+        with_reference = with_references(initialize.resolved(config, None))  # of a resumed run: those that it started from
+        sources = {with_reference.get(path, path): weight for path, weight in config.data.sources.items()}
+        return train.main([*argv, f"--data.sources={mixture_weights.sources_text(sources)}"])
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ from tinyllama_jax.base.files import make_folder
 from tinyllama_jax.data import chat
 from tinyllama_jax.data.blocks import MANIFEST, read_manifest
 from tinyllama_jax.data.prepare import chats
-from tinyllama_jax.run import cluster, initialize, seals
+from tinyllama_jax.run import bucket, cluster, initialize, seals
 from tinyllama_jax.run import folder as run_folder
 
 
 def main(argv: list[str]) -> int:
     """Writes the conversations as blocks, unless they are kept from an earlier run, and trains. Returns the exit code."""
     config = cli.load(argv, __doc__)
-    return train.main(as_training(config, argv))
+    with bucket.opened(config):
+        return train.main(as_training(config, argv))
 
 
 def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str]:
@@ -43,7 +44,7 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
         model = _model_of(base, config, origin)
         config = cli.load([*model, *argv])  # before the data are written, so that wrong settings are refused at once
         run_folder.check_same_model(config.model, base.model, str(origin))
-        if (resumed := bool(seals.steps_in(config.workdir))) and base.tokenizer.vocab_size > base.rows:
+        if (resumed := bool(seals.steps_in(config.folder))) and base.tokenizer.vocab_size > base.rows:
             what = f"the run in {origin} has not all of them; restore that value, or use --workdir=NEW"
             raise UserError(f"--model.added_tokens={config.model.added_tokens}: {what}")
         if resumed:
@@ -58,8 +59,8 @@ def as_training(config: Config, argv: list[str], kind: str = "chat") -> list[str
         chat.check_ends(template, base.tokenizer)
         encoder = chats.Encoder(template, base.tokenizer, base.begin_with_bos, config.model.seq_len + 1, kind)
         _say(f"chat template {template.name} ({template.why})")
-        place, sources = Path(config.workdir).parent / "prepared", {}
-        for folder in (Path(config.workdir), place):
+        place, sources = config.folder.parent / "prepared", {}
+        for folder in (config.folder, place):
             make_folder("--workdir", config.workdir, folder)
         for path, weight in config.data.sources.items():
             ready = _is_prepared(path, kind)
@@ -107,8 +108,8 @@ def _say(line: str) -> None:
 
 def _origin(config: Config) -> Path:
     """Where the tokenizer and the shape of the weights are: the run itself once it has a checkpoint, else `init.from`."""
-    if seals.steps_in(config.workdir):
-        return Path(config.workdir)
+    if seals.steps_in(config.folder):
+        return config.folder
     if not config.init.from_:
         raise UserError("--init.from is empty; name the weights to start from: a run, a Hugging Face folder or a GGUF file")
     if not Path(config.init.from_).exists():

@@ -24,7 +24,7 @@ from tinyllama_jax.data import feed
 from tinyllama_jax.data.blocks import Blocks
 from tinyllama_jax.evals import in_training
 from tinyllama_jax.planning import targets
-from tinyllama_jax.run import cluster, initialize
+from tinyllama_jax.run import bucket, cluster, initialize
 from tinyllama_jax.run import folder as run_folder
 from tinyllama_jax.run.checkpoint import Checkpoints
 from tinyllama_jax.run.log import Log
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
         config = cli.load(argv, __doc__)
         xla.reserve_memory()
         cluster.join(config.train.wait)
+        copied = at_end.enter_context(bucket.opened(config))
         xla.keep_compiled(config)
 
         # -- the data, the devices, the functions to compile, the run folder
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
 
         log = at_end.enter_context(Log(config, sources, mesh.size, start, argv=argv, stop=stop, startup=startup,
                                        peak_flops=targets.peak_flops))  # fmt: skip
-        log.say("\n".join([*notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
+        log.say("\n".join([*copied, *notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
         if start >= config.train.steps:
             log.say(f"nothing to do: the run is at step {start:,} of {config.train.steps:,}; raise train.steps or train.epochs")
         agreement = cluster.Agreement(mesh, stop, checkpoints, log.profiler.asked)

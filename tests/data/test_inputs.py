@@ -1,16 +1,14 @@
 """What comes from an object store or a TensorFlow data set becomes the same bytes as from this machine's files."""
 
 import json
-import logging
 import os
 import socket
 from pathlib import Path
 
 import fsspec
-import gcp_storage_emulator.server
-import moto.server
 import numpy as np
 import pytest
+import stand_ins
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from test_prepare import digests, expected, lines, make_corpus, stream
@@ -22,39 +20,11 @@ from tinyllama_jax.data.prepare.pipeline import prepare
 # -- object stores ------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def stores():
     """Local servers in place of S3 and Google Cloud Storage, each with an empty bucket `bucket`."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
-    s3 = moto.server.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    port = free_port()
-    gs = gcp_storage_emulator.server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    s3.start()
-    gs.start()
-    variables = {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*s3.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "any",
-        "AWS_SECRET_ACCESS_KEY": "any",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",  # here, what fails once fails again
-        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google what kind of bucket it is
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
-        fsspec.filesystem("s3").mkdir("bucket")
+    with stand_ins.servers():
         yield
-    s3.stop()
-    gs.stop()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +91,7 @@ def test_a_store_that_does_not_answer_does_not_make_a_file_bad(uploaded, model, 
             with pytest.raises(UserError, match=f"s3://bucket/corpus/{kind}: cannot be read: .*reset"):
                 prepare(**{**options, "train": [f"s3://bucket/corpus/{kind}"]}, bad_files="skip", output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{stand_ins.free_port()}")
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(UserError, match="s3://bucket/corpus/b.jsonl.zst: cannot be read: Could not connect"):
         prepare(**options, output=tmp_path / "out")

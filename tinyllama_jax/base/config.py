@@ -7,8 +7,9 @@ import json
 import math
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tinyllama_jax.base import mixture_weights, rope
+from tinyllama_jax.base import mixture_weights, rope, store
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.evals import Eval
 from tinyllama_jax.base.files import check_local
@@ -308,7 +309,13 @@ class Config(Section):
     def __post_init__(self):
         super().__post_init__()
         check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
-        check_local("--workdir", self.workdir)
+        if self.workdir.startswith(tuple(store.SCHEMES)) and ":/" in self.workdir:
+            store.place(self.workdir, "--workdir")
+            parts = self.workdir.partition("://")[2].removesuffix("/").split("/")
+            plain = not set("*?[]{}#\\") & set(self.workdir) and not {"", ".", ".."} & set(parts)
+            check(plain, "workdir", self.workdir, "has a character of patterns, or an empty part, or .. in it; rename it")
+        else:
+            check_local("--workdir", self.workdir)
         for i, (_, _, tokens) in enumerate(self.train.stages):
             key = "batch_ramp" if i else "tokens_per_step"
             remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"
@@ -330,6 +337,11 @@ class Config(Section):
         too_many = f"is more than train.steps={self.train.steps}"
         check(warmup <= steps, "optim.warmup_steps", warmup, too_many)
         check(cooldown <= steps - warmup, "optim.cooldown_steps", cooldown, f"{too_many} less optim.warmup_steps={warmup}")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder on this machine: `workdir`, or the working copy of one in an object store."""
+        return store.working_copy(self.workdir)
 
     @property
     def seqs_per_step(self) -> int:

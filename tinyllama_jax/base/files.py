@@ -40,6 +40,8 @@ def check_local(option: str, path: str | Path) -> None:
         raise UserError(f"{option} is empty; give a path")
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", str(path), re.DOTALL):
         cure = f"write /{url[3]}" if url[1].lower() == "file" else "mount it, or copy it to a disk, and name that folder"
+        tools = {"s3": "aws s3 cp --recursive", "gs": "gcloud storage cp -r"}
+        cure += f" ({tools[url[1]]} URL FOLDER)" if url[1] in tools else ""
         slashes = url[2] if len(url[2]) > 1 else "//"  # pathlib turns two into one
         raise UserError(f"{option}={url[1]}:{slashes}{url[3]}: is a URL, and must be a local path; {cure}")
 

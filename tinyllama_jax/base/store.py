@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ def reaching(at: Remote | str, doing: str = "read", absent: bool = True) -> Iter
     except Exception as error:  # the libraries raise many types, for credentials, names, the network
         if absent and isinstance(error, FileNotFoundError):
             raise
-        hint = "no permission; log in, or ask for access: " if isinstance(error, PermissionError) else ""
+        hints = {PermissionError: "no permission; log in, or ask for access: ", FileNotFoundError: "no such bucket or object: "}
+        hint = next((text for kind, text in hints.items() if isinstance(error, kind)), "")
         raise UserError(f"{at}: cannot be {doing}: {hint}{' '.join(str(error).split()) or type(error).__name__}") from None
 
 
@@ -138,14 +140,54 @@ def write(file: Place, content: str | bytes) -> None:
             system.pipe_file(file.url, content)
 
 
-def put(local: Path, file: Place) -> None:
-    """Moves a local file from the folder `staging` to its place, where it appears when it is complete."""
+def create(file: Remote, content: str) -> bool:
+    """Writes a file unless it is there; returns whether it did. A store without conditional writes always does."""
+    with reaching(file, "written", absent=False) as system:
+        with contextlib.suppress(FileExistsError):
+            system.pipe_file(file.url, content.encode(), mode="create")
+            return True
+        return system.cat_file(file.url) == content.encode()  # a request is sent again if its answer was lost
+
+
+def sizes(folder: Remote) -> dict[str, int]:
+    """Bytes of every file below `folder`, by its path from there; none if it is absent. Raises UserError without the bucket."""
+    with reaching(folder, absent=False) as system:
+        below = system.find(folder.url, detail=True).items()
+    start = len(folder.url.partition("://")[2]) + 1
+    return {path[start:]: entry["size"] for path, entry in below if path[start:] and not path.endswith("/")}
+
+
+def get(file: Remote, local: Path) -> None:
+    """Copies a file to this machine, where it appears when it is complete. Raises FileNotFoundError."""
+    local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(local)
+    with reaching(file) as system:
+        system.get_file(file.url, str(temporary))
+    os.replace(temporary, local)
+
+
+def working_copy(workdir: str) -> Path:
+    """The run folder on this machine: `workdir` itself, or for one in an object store a folder of the user's cache.
+
+    The cache is ~/.cache, or what XDG_CACHE_HOME names.
+    """
+    scheme, is_url, path = workdir.partition("://")
+    if not is_url:
+        return Path(workdir)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama_jax" / "runs"
+    bucket, _, name = path.rstrip("/").partition("/")
+    return cache / scheme / bucket / urllib.parse.quote(name, safe="")  # one folder each, also for runs below one another
+
+
+def put(local: Path, file: Place, keep: bool = False) -> None:
+    """Moves (with `keep`: copies) a local file from the folder `staging` to its place, where it appears when it is complete."""
     if isinstance(file, Path):
         os.replace(local, file)
         return
     with reaching(file, "written", absent=False) as system:
         system.put_file(str(local), file.url)
-    local.unlink()
+    if not keep:
+        local.unlink()
 
 
 def copy(local: Path, folder: Place) -> None:
@@ -174,6 +216,12 @@ def remove(at: Place) -> None:
         shutil.rmtree(at, ignore_errors=True)
     else:
         at.unlink(missing_ok=True)
+
+
+def remove_object(file: Remote) -> None:
+    """Removes a file if it is there; unlike `remove` it asks for no list."""
+    with contextlib.suppress(FileNotFoundError), reaching(file) as system:
+        system.rm_file(file.url)
 
 
 def is_whole(file: Place, size: int, checksum: str) -> bool:

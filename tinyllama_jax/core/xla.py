@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -119,7 +118,7 @@ def keep_compiled(config: Config) -> None:
     XLA chooses GPU kernels by timing them. The cache keeps its choice: a resumed run has the same bits and starts faster.
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir).resolve() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(config.folder.resolve() / "compiled"))
         jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
 
 

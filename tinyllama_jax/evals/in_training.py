@@ -61,7 +61,7 @@ def find_tasks(config: Config, sources: list[Blocks]) -> Tasks | None:
         wanted = lib.tasks(names, folders.get("include"), folders.get("data"), "eval.")
     tokenizer, bos = tokenizer_lib.load(sources[0].tokenizer), any(source.manifest["bos"] for source in sources)
     model = weights.for_inference(dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
-    tasks = Tasks(wanted, Loaded(None, model, tokenizer, bos, Path(config.workdir), jax.sharding.get_mesh()))
+    tasks = Tasks(wanted, Loaded(None, model, tokenizer, bos, config.folder, jax.sharding.get_mesh()))
     answers = lib.HarnessModel(tasks.loaded, bos, quiet=True)
     answers.scorer = lambda texts, done: [score.Scores(np.zeros(text.n), np.zeros(text.n, bool)) for text in texts]
     try:
@@ -119,7 +119,7 @@ class Scores:
 
     def _unscored(self, step: int) -> bool:
         """Whether metrics.jsonl lacks a task at `step`; what process 0 reads there holds for all."""
-        keys = {key for row in metrics.tail(self._config.workdir) if row["step"] == step for key in row}
+        keys = {key for row in metrics.tail(self._config.folder) if row["step"] == step for key in row}
         known = all(any(key.startswith(f"eval/{task.task_name}/") for key in keys) for task in self._tasks.wanted)
         return not multihost_utils.broadcast_one_to_all(np.int32(known))
 

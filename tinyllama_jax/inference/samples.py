@@ -1,7 +1,6 @@
 """Samples text during training, from the trainer's own parameters on its own mesh."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 
@@ -18,7 +17,7 @@ TOKENS = 64  # of a sample
 
 def continued(config: Config, params: dict, step: int) -> str:
     """`log.sample` and the model's continuation, drawn at temperature 0.8; `step` is the seed. All processes call this."""
-    run = Path(config.workdir)
+    run = config.folder
     tokenizer = tokenizer_lib.load(run / "tokenizer")
     model, mesh = dataclasses.replace(config.model, attention="auto"), jax.sharding.get_mesh()
     begin_with_bos = tokenizer_lib.documents_begin_with_bos(run)

@@ -24,7 +24,7 @@ from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import exists
 from tinyllama_jax.core import lora, model, optim
 from tinyllama_jax.core.step import TrainState, new_state
-from tinyllama_jax.run import cluster, seals
+from tinyllama_jax.run import bucket, cluster, seals
 from tinyllama_jax.run.seals import damage, find_step, steps_in
 
 # errors of a disk; in exceptions without an errno they are recognised by their text
@@ -47,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, config: Config):
         """Opens or creates RUN/checkpoints. Removes checkpoints that a killed process left half written or half deleted."""
-        self._run, self._keep = Path(config.workdir).resolve(), config.checkpoint
+        self._run, self._keep = config.folder.resolve(), config.checkpoint
         self._folder = self._run / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._last, self._saving, self._failed = self.latest(), False, False
@@ -98,10 +98,13 @@ class Checkpoints:
         return f"{what}; the same command resumes from step {self._last or 0:,}"
 
     def check(self, wait: bool = False) -> None:
-        """Raises the error of a save that failed in the background. `wait`: waits first until the save is on disk."""
+        """Raises the error of a save that failed in the background. `wait`: waits first until it is on disk or bucket."""
+        bucket.check()
         with self._disk_errors():
             self._writer.wait_until_finished() if wait else self._writer.check_for_errors()
-            if self._saving and exists(self._folder / str(self._last) / seals.SEAL):
+            done = self._saving and exists(self._folder / str(self._last) / seals.SEAL)
+        if done and bucket.holds(self._last, wait):
+            with self._disk_errors():
                 self._saving, self.seconds = False, time.monotonic() - self._begun
                 if self._first:
                     self._rotate()
@@ -128,13 +131,11 @@ class Checkpoints:
     def _rotate(self) -> None:
         """Records that the newest checkpoint is whole, and starts to delete those that are no longer kept."""
         seals.remember(self._run, self._last)
-        keep = self._keep
-        for step in steps_in(self._run)[: -keep.keep]:
-            if step not in keep.kept and not (keep.keep_every and step % keep.keep_every == 0):
-                old = self._folder / f"{step}{seals.OLD}"
-                (self._folder / str(step)).rename(old)  # atomic: a half-deleted checkpoint never has its name
-                self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True))
-                self._deleting[-1].start()
+        for step in seals.expired(steps_in(self._run), self._keep):
+            old = self._folder / f"{step}{seals.OLD}"
+            (self._folder / str(step)).rename(old)  # atomic: a half-deleted checkpoint never has its name
+            self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True))
+            self._deleting[-1].start()
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ from tinyllama_jax.base.mixture_weights import Weight
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import MANIFEST, read_manifest
 from tinyllama_jax.data.mixture import Mixture
-from tinyllama_jax.run import cluster, seals
+from tinyllama_jax.run import bucket, cluster, seals
 from tinyllama_jax.run.checkpoint import load_config
 
 PACKAGES = (
@@ -79,7 +79,7 @@ def opened(config: Config, sources: list[dict], tokenizer: Path) -> Iterator[lis
 
     Yields lines to print. Arguments and errors: see `open_run`, `seals.recover` and `files.claim`.
     """
-    run, notes = Path(config.workdir), []
+    run, notes = config.folder, []
     with contextlib.ExitStack() as at_end:
         if jax.process_index() == 0:
             make_folder("--workdir", run, run)
@@ -87,6 +87,7 @@ def opened(config: Config, sources: list[dict], tokenizer: Path) -> Iterator[lis
             if not foreign or exists(run / "config.json") or exists(run / "lock"):  # else `open_run` rejects the folder
                 at_end.callback(os.close, claim(run / "lock", f"{run}: {cluster.BUSY}"))
             notes = open_run(config, sources, tokenizer) + seals.recover(config)
+            bucket.push()
         multihost_utils.sync_global_devices("run folder")
         yield notes
 
@@ -97,7 +98,7 @@ def open_run(config: Config, sources: list[dict], tokenizer: Path) -> list[str]:
     `sources`: for each source, in order, the fields of `Source` besides path and weight. `tokenizer`: the folder or file of
     the data's tokenizer. Raises UserError if the run has another model, other data or other batches.
     """
-    run = Path(config.workdir)
+    run = config.folder
     check_utf8(os.path.abspath(run))
     named = zip(config.data.sources.items(), sources, strict=True)
     data = [{"path": path, "weight": weight, **source} for (path, weight), source in named]
@@ -130,7 +131,7 @@ def _create_run(run: Path, config: Config, tokenizer: Path) -> None:
 
 def check_settings(config: Config) -> list[str]:
     """Lines on what has changed in the settings of a run that has a checkpoint. Raises UserError if it is another run."""
-    run, step = Path(config.workdir), seals.steps_in(config.workdir)[-1]
+    run, step = config.folder, seals.steps_in(config.folder)[-1]
     if not seals.has_state(run, step):  # an import
         raise UserError(f"{run}: holds weights only; start from it with --workdir=NEW --init.from={run}")
     return _compare(load_config(run), config, step)

@@ -28,7 +28,7 @@ def find_origin(config: Config, sources: list[Blocks]) -> tuple[Config, Path | N
 
     A run with a checkpoint of its own has no origin. Raises UserError if the origin does not fit `config`.
     """
-    origin, notes = (None, []) if seals.steps_in(config.workdir) else check_origin(config, sources)
+    origin, notes = (None, []) if seals.steps_in(config.folder) else check_origin(config, sources)
     return resolved(config, origin), origin, notes
 
 
@@ -131,9 +131,9 @@ def resolved(config: Config, origin: Path | None) -> Config:
 
     A run with a checkpoint of its own keeps all that is recorded of its origin.
     """
-    recorded = exists(Path(config.workdir) / "config.json")
-    before = checkpoint.load_config(config.workdir).init if recorded else config.init
-    if seals.steps_in(config.workdir):
+    recorded = exists(config.folder / "config.json")
+    before = checkpoint.load_config(config.folder).init if recorded else config.init
+    if seals.steps_in(config.folder):
         return dataclasses.replace(config, init=dataclasses.replace(before, start_over=config.init.start_over))
     if not origin or config.init.step or not (origin / "checkpoints").is_dir():
         return config
@@ -193,7 +193,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
     Returns a line on the result. Raises UserError if a checksum differs.
     """
     run, data_order, checked = config.workdir, feed.order(config, sources), 0
-    rows = [row for row in metrics.tail(run) if "checksum" in row and 1 <= row["step"] <= step]
+    rows = [row for row in metrics.tail(config.folder) if "checksum" in row and 1 <= row["step"] <= step]
     for row in reversed(rows[-64:]):
         source, block = data_order.at(row["step"])
         if checked >= 3 and (checked + 1) * len(block) * config.model.seq_len > READ_AGAIN:

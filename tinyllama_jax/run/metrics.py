@@ -20,7 +20,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tinyllama_jax.base.config import Config, flat
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, check_utf8, decode_json, exists, open_regular, read_json, write
-from tinyllama_jax.run import goodput
+from tinyllama_jax.run import bucket, goodput
 
 LONGEST = 1 << 24  # bytes of a line of metrics.jsonl; the line of a skipped step lists its blocks
 TAIL = 1 << 23  # bytes read from the end of metrics.jsonl: thousands of lines
@@ -67,7 +67,7 @@ def each(run: str | Path) -> Iterator[tuple[int, int, dict[str, Value] | ValueEr
     A damaged line, or one of an earlier step than the line before it, is a ValueError. Raises UserError, OSError.
     """
     check_utf8(run)
-    path = Path(run) / "metrics.jsonl"
+    path = _file(run)
     if not exists(path):
         raise UserError(f"{run}: is not a run folder, or its first step is not done (it has no metrics.jsonl)")
     end = step = 0
@@ -86,9 +86,17 @@ def each(run: str | Path) -> Iterator[tuple[int, int, dict[str, Value] | ValueEr
             yield number, end, row
 
 
+def _file(run: str | Path, name: str = "metrics.jsonl") -> Path:
+    """RUN/`name`. Raises UserError if it is still in parts, as in a copy of a run in an object store."""
+    path = Path(run) / name
+    if not exists(path) and (parts := path.with_name(f"{name}.parts")).is_dir():
+        raise UserError(f"{path}: is in parts, as a bucket holds it; first run: cat {parts}/* > {path}")
+    return path
+
+
 def tail(run: str | Path, name: str = "metrics.jsonl") -> list[dict[str, Value]]:
     """Reads the last lines of RUN/`name`, without incomplete or damaged ones; none if there is no such file."""
-    path, out = Path(run) / name, []
+    path, out = _file(run, name), []
     if exists(path):
         with open_regular(path) as f:
             f.seek(max(f.seek(0, os.SEEK_END) - TAIL, 0))
@@ -116,12 +124,13 @@ class Writer:
 
         `began`: when the process did, seconds since 1970. `parts`: of the run's time before that, see `goodput.carried`.
         """
-        run = Path(config.workdir)
+        run = config.folder
         lines = tail(run)
         last = max((row["step"] for row in lines), default=start)
         self._wandb = _wandb(config, start, last) if config.log.wandb else None
         truncate_after(run / "metrics.jsonl", start)
         truncate_after(run / "events.jsonl", math.inf)  # only what a kill cut short
+        bucket.push()  # before the next line: a bucket learns of lines that are gone from the file's size
         self.parts = goodput.carried(lines, tail(run), tail(run, "events.jsonl"), began or time.time(), time.time())
         self._jsonl, self._happened = (run / "metrics.jsonl").open("a"), (run / "events.jsonl").open("a")
         again = f"; the steps up to {last:,}, which were not saved, are trained again" if last > start else ""
@@ -190,7 +199,7 @@ def _wandb(config: Config, start: int, last: int):
         import wandb
     except ImportError:
         raise UserError(f"--log.wandb={config.log.wandb}: W&B is not installed; pip install wandb") from None
-    file, run, settings = Path(config.workdir) / "wandb.json", _WandbRun(id="", skip=config.data.skip, group=""), flat(config)
+    file, run, settings = config.folder / "wandb.json", _WandbRun(id="", skip=config.data.skip, group=""), flat(config)
     before = read_json(file, _WandbRun) if exists(file) else run
     if not before["id"] or (run["skip"] != before["skip"] and start < last):
         run["id"] = secrets.token_hex(8)  # not the folder's name, which another run may have too
@@ -204,7 +213,7 @@ def _wandb(config: Config, start: int, last: int):
             group=run["group"],
             config=settings,
             resume="allow",
-            dir=config.workdir,
+            dir=str(config.folder),
         )
         write(file, json.dumps(run) + "\n")
         return started

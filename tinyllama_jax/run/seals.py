@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyllama_jax.base import files, schedule
-from tinyllama_jax.base.config import Config
+from tinyllama_jax.base.config import Checkpoint, Config
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import exists
 
@@ -57,6 +57,11 @@ def _strays(run: str | Path) -> list[str]:
     """Names in RUN/checkpoints that are neither checkpoints nor left there by this program or a file manager."""
     steps = set(map(str, steps_in(run)))
     return [name for name in _names(run) if name not in steps and not unfinished(name)]
+
+
+def expired(steps: list[int], keep: Checkpoint) -> list[int]:
+    """Of the steps with a checkpoint, in order, those that `keep` does not keep."""
+    return [s for s in steps[: -keep.keep] if s not in keep.kept and not (keep.keep_every and s % keep.keep_every == 0)]
 
 
 def unfinished(name: str) -> bool:
@@ -184,7 +189,7 @@ def recover(config: Config) -> list[str]:
     metrics are copied to RUN/set_aside too. Only process 0 calls it, before the others look. Raises UserError, and moves
     nothing, if the run had checkpoints and can resume from none.
     """
-    run, aside, newest = Path(config.workdir), {}, None
+    run, aside, newest = config.folder, {}, None
     _check_skip(run, config)
     for step in reversed(_numbered(run)):
         path = run / "checkpoints" / str(step)
@@ -216,7 +221,7 @@ def start_over(config: Config) -> None:
 
     Does nothing if no step was ever saved. Raises UserError, and moves nothing, if `init.start_over` is another step.
     """
-    run, given = Path(config.workdir), config.init.start_over
+    run, given = config.folder, config.init.start_over
     if not (saved := last_saved(run)):
         return
     if given != saved:

@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, config: Config, start: int, argv: list[str]):
         """`start`: the step before the first one here. `argv`: the arguments of the command, for the advice."""
         self.config, self.argv = config, argv
-        self.losses, self.skipping_since, self.skipped_in_a_row = remembered(config.workdir, start)
+        self.losses, self.skipping_since, self.skipped_in_a_row = remembered(config.folder, start)
         self._above = 0.0
 
     def step(self, step: int, loss: float, finite: bool, predicts: bool) -> bool:
@@ -75,7 +75,7 @@ class Watch:
     def _advice(self, what: str, first: int, last: int) -> str:
         """The message `what`, with the commands to replay the steps `first` to `last` and to train without them."""
         again = [sys.executable, "-m", "tinyllama_jax.train", *cli.skipping(self.argv, self.config.data, first, last)]
-        look = [sys.executable, "-m", "tinyllama_jax.replay", "--run", self.config.workdir, "--step", str(first)]
+        look = [sys.executable, "-m", "tinyllama_jax.replay", "--run", str(self.config.folder), "--step", str(first)]
         return (
             f"{what}. To look at {'it' if first == last else 'the first'}:\n    {shlex.join(look)}\n"
             f"To resume from the checkpoint before it without {'its batch' if first == last else 'these batches'}:\n"

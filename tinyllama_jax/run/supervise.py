@@ -146,7 +146,7 @@ class _Process:
 
 class _Watch:
     def __init__(self, config: Config, child: subprocess.Popen, place: mmap.mmap):
-        self.folder, self.wait, self.child, self.place = Path(config.workdir) / "processes", config.train.wait, child, place
+        self.folder, self.wait, self.child, self.place = config.folder / "processes", config.train.wait, child, place
         make_folder("--workdir", config.workdir, self.folder)
         self.beat, self.started = min(1.0, self.wait / 10), time.monotonic()
         self.file: int | None = None
