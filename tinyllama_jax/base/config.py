@@ -99,9 +99,7 @@ class Data(Section):
     template: str = ""  # sft, dpo: guanaco, chatml, zephyr, or a .jinja file; in a config file only for weights that bring none
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out; a later part counts the steps without them
     workers: int = 2  # threads that read ahead; no effect on what is read
-    cache: str = (
-        ""  # FOLDER or FOLDER:GB for shards of sources on gs:// and s3://; without GB, 80% of the free disk; empty: in ~/.cache
-    )
+    cache: str = ""  # FOLDER or FOLDER:GB for shards from gs:// and s3://; without GB, 80% of the free disk; empty: in ~/.cache
     verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json
 
     def __post_init__(self):

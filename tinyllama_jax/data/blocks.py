@@ -270,7 +270,8 @@ class Blocks:
         groups = np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(indices) else ()
         begins = self._ends - np.diff(self._ends, prepend=0)
         wanted = {int(files[rows[0]]): (indices[rows] - begins[files[rows[0]]]).tolist() for rows in groups}
-        by_range = self._by_range({f: at for f, at in wanted.items() if self.shards and not self.shards.whole(f)})
+        far = [f for f in wanted if not (self._readers[f] or self.shards.whole(f))] if self.shards else []
+        by_range = self._by_range({f: wanted[f] for f in far})
         for rows, (file, positions) in zip(groups, wanted.items(), strict=True):
             records = by_range.get(file) or self._records(file, positions)
             for row, position, record in zip(rows, positions, records, strict=True):

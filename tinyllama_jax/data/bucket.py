@@ -26,6 +26,7 @@ from tinyllama_jax.base.store import Remote
 
 SHARE = 0.8  # of the free disk, for a cache without a size
 PIECE = 1 << 25  # bytes of a shard asked for at once
+GAP = 1 << 17  # bytes between two ranges that are read at once: as long to read as a request takes of the processor, 1.5 ms
 THREADS = 4  # that fetch shards
 WAITS = 1, 2, 4, 8, 15, 30  # seconds before what failed is tried again; s3fs and gcsfs try about five times themselves
 OUTAGES = 10  # times that all this may fail before a run stops which needs nothing from the bucket at the moment
@@ -170,7 +171,12 @@ class Cache:
 
 
 _HELD: dict[Path, int] = {}  # folder of a data set -> the file that this process has locked there
-cache = functools.lru_cache(Cache)
+
+
+@functools.lru_cache(8)
+def cache(text: str) -> Cache:
+    """The one of a value of `data.cache`. Raises UserError."""
+    return Cache(text)
 
 
 # -- the shards of a split ----------------------------------------------------------------------------------------------------
@@ -222,32 +228,43 @@ class Shards:
             self.range_blocks += by_range
             self.seconds += seconds
 
-    def ranges(self, wanted: list[tuple[int, int, int]], whole: bool = False) -> list[bytes]:
-        """The bytes [start, end) of shards, (shard, start, end) each, asked for all at once. Raises UserError, Damaged."""
-        out: list[bytes | None] = [None] * len(wanted)
+    def ranges(self, wanted: list[tuple[int, int, int]]) -> list[bytes]:
+        """The bytes of (shard, start, end) each; those that lie close together are read at once. Raises UserError, Damaged."""
+        order, spans, places = sorted(range(len(wanted)), key=wanted.__getitem__), [], {}
+        for k in order:
+            i, start, end = wanted[k]
+            if spans and spans[-1][0] == i and start - spans[-1][2] <= GAP:
+                spans[-1][2] = max(spans[-1][2], end)
+            else:
+                spans.append([i, start, end])
+            places[k] = len(spans) - 1
+        parts = self._read(spans)
+        with self._lock:
+            self.range_bytes += sum(map(len, parts))
+        cut = lambda span, start, end: parts[span][start - spans[span][1] : end - spans[span][1]]
+        return [cut(places[k], start, end) for k, (_, start, end) in enumerate(wanted)]
+
+    def _read(self, spans: list) -> list[bytes]:
+        """The bytes of (shard, start, end) each, asked for all together. Raises UserError, Damaged."""
+        out: list[bytes | None] = [None] * len(spans)
 
         def ask(system: Any) -> None:
             left = [k for k, part in enumerate(out) if part is None]
-            files, starts, ends = map(list, zip(*(wanted[k] for k in left), strict=True))
+            files, starts, ends = map(list, zip(*(spans[k] for k in left), strict=True))
             parts = system.cat_ranges([self.files[i].url for i in files], starts, ends, on_error="return")
             for k, part in zip(left, parts, strict=True):
-                i, start, end = wanted[k]
+                i, start, end = spans[k]
                 if isinstance(part, FileNotFoundError):
                     raise Damaged(f"{self.files[i]}: is not there any more; put it back, or prepare the data again")
                 if isinstance(part, bytes) and len(part) != end - start:
                     what = f"bytes {start:,} to {end:,} are {len(part):,} bytes"
-                    raise Damaged(
-                        f"{self.files[i]}: has changed: {what}; put the old one back, or start again with the new data"
-                    )
+                    raise Damaged(f"{self.files[i]}: has changed: {what}; put the old one back, or start again")
                 out[k] = part if isinstance(part, bytes) else None
             if failed := next((part for part in parts if isinstance(part, BaseException)), None):
                 raise failed
 
-        if wanted:
-            _insist(f"{self.files[wanted[0][0]]}" if len(wanted) == 1 else self.source.url, ask)
-        with self._lock:
-            self.whole_bytes += sum(map(len, out)) * whole
-            self.range_bytes += sum(map(len, out)) * (not whole)
+        if spans:
+            _insist(str(self.files[spans[0][0]]) if len(spans) == 1 else self.source.url, ask)
         return out
 
     def fetch(self, i: int, wait: float = 0.0) -> bool:
@@ -282,7 +299,9 @@ class Shards:
                     file.truncate(self.sizes[i])  # others see how much room it will take
                     hashed = hashlib.sha256()
                     for start in range(0, self.sizes[i], PIECE):
-                        (piece,) = self.ranges([(i, start, min(start + PIECE, self.sizes[i]))], whole=True)
+                        (piece,) = self._read([(i, start, min(start + PIECE, self.sizes[i]))])
+                        with self._lock:
+                            self.whole_bytes += len(piece)
                         self.check_header(i, piece if not start else self.header)
                         hashed.update(piece)
                         file.write(piece)
@@ -315,7 +334,7 @@ class Shards:
                 self.path(i).unlink()
         hashed = hashlib.sha256()
         for start in range(0, self.sizes[i], PIECE):
-            hashed.update(self.ranges([(i, start, min(start + PIECE, self.sizes[i]))])[0])
+            hashed.update(self._read([(i, start, min(start + PIECE, self.sizes[i]))])[0])
         return hashed.hexdigest()
 
     def news(self, last: bool = False) -> list[str]:

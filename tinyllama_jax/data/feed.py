@@ -283,21 +283,14 @@ def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int
 def training(config: Config, sources: list[Blocks], batch: int, rows: np.ndarray, start: int) -> Iterator:
     """Steps `start` + 1, `start` + 2, ... as in `Steps`. No earlier step is read."""
     data_order = order(config, sources)
-    dataset = grain.MapDataset.source(Steps(sources, data_order, config.train.steps, batch, rows))
+    read = Steps(sources, data_order, config.train.steps, batch, rows)
+    if any(source.shards for source in sources) and start < len(read):
+        yield read[start]  # by itself, and before shards are fetched: it comes sooner
+        start += 1
+        bucket.ahead(_needed(sources, data_order, config.train.steps, batch, rows, start))
     # two steps ahead per thread; a step of 2 M tokens is 4 MB
     ahead = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
-    batches = iter(dataset[start:].to_iter_dataset(ahead))
-    if not any(source.shards for source in sources):
-        return batches
-    return _with_shards(batches, _needed(sources, data_order, config.train.steps, batch, rows, start))
-
-
-def _with_shards(batches: Iterator, needed: Iterator) -> Iterator:
-    """`batches`; the shards `needed` are fetched from when the first batch is there, which then comes sooner."""
-    for number, values in enumerate(batches):
-        if not number:
-            bucket.ahead(needed)
-        yield values
+    yield from grain.MapDataset.source(read)[start:].to_iter_dataset(ahead)
 
 
 def _needed(

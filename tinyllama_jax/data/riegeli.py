@@ -1,8 +1,8 @@
 """ArrayRecord files by byte ranges: where each record lies, and a record out of its bytes. The C++ library reads only paths.
 
-Format: github.com/google/riegeli, doc/riegeli_records_file_format.md, and ArrayRecord's footer as `group_size:1` writes it. A file
-is a row of chunks of one record each. Its last 64 KiB begin with a chunk that says where the footer is, which says where each
-chunk begins. The hashes of chunks (HighwayHash) are not computed here; the SHA-256 of a whole file is, when it has arrived.
+Format: github.com/google/riegeli, doc/riegeli_records_file_format.md, and ArrayRecord's footer as `group_size:1` writes it. A
+file is a row of chunks of one record each. Its last 64 KiB begin with a chunk that says where the footer is, which says where
+each chunk begins. Hashes of chunks (HighwayHash) are not computed here; the SHA-256 of a whole file is, when it has arrived.
 """
 
 import struct
@@ -55,13 +55,13 @@ def _chunk(data: bytes, start: int) -> tuple[list[int], bytes]:
         _, size, _, kind = CHUNK.unpack_from(data)
         inside = data[CHUNK.size : CHUNK.size + size]
         if chr(kind & 255) != "r" or len(inside) != size:
-            raise ValueError("it is cut short, or its records are not stored one by one")
+            raise IndexError("cut short, or not one whose records are stored one by one")
         n, at = _varint(inside, 1)
         unpacked = {0: bytes, ord("z"): _zstd}[inside[0]]
         packed, values = unpacked(inside[at : at + n]), unpacked(inside[at + n :])
         sizes = [_varint(packed, 0)[0]] if kind >> 8 == 1 else _varints(packed).tolist()
-    except (struct.error, IndexError, KeyError, OSError) as error:  # OSError: pyarrow's
-        raise ValueError(f"chunk at {start:,}: {type(error).__name__}: {error}") from None
+    except (struct.error, IndexError, KeyError, OSError, ValueError) as error:  # OSError: pyarrow's
+        raise ValueError(f"chunk at {start:,}: {error}") from None
     if len(sizes) != kind >> 8 or sum(sizes) != len(values):
         raise ValueError(f"chunk at {start:,}: the sizes of its records do not add up")
     return sizes, values
