@@ -345,7 +345,7 @@ def test_a_cache_that_is_too_small_reads_the_others_from_the_bucket(uploaded, tm
         if far.shards.full and len([*tmp_path.rglob("*.cached")]) == 2:
             break
         time.sleep(0.01)
-    assert far.shards.full == "the cache is full" and far.shards.news() == []
+    assert far.shards.full == "the cache is full"
     assert sum(f.stat().st_size for f in tmp_path.rglob("*.cached")) <= sum(sizes[:2])
     assert same(far, near, np.arange(len(near))) and 0 < far.shards.whole_blocks < far.shards.range_blocks
     assert "GB of single blocks" in far.shards.news(last=True)[0]

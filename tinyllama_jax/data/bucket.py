@@ -142,7 +142,7 @@ class Cache:
         out = []
         for folder in self.folder.iterdir() if self.folder.is_dir() else ():
             with contextlib.suppress(OSError):  # other processes remove files too
-                if (folder / MARK).is_file():
+                if re.fullmatch(r".*-[0-9a-f]{16}", folder.name) and (folder / MARK).is_file():
                     with os.scandir(folder) as entries:
                         for entry in entries:
                             if entry.name.endswith((".cached", ".partial")) and entry.is_file(follow_symlinks=False):
