@@ -266,6 +266,18 @@ def test_sources_that_are_not_there(uploaded, tmp_path, scheme, monkeypatch):
         opened("hdfs://b/x", tmp_path)
     with pytest.raises(UserError, match=f"{scheme}://bucket/sets/prepared: must be a local folder here: copy it first"):
         audit([f"{scheme}://bucket/sets/prepared"], tmp_path / "page.html")
+    if scheme == "s3":
+        with monkeypatch.context() as patch:
+            for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                patch.delenv(key)
+            patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+            fsspec.filesystem("s3").clear_instance_cache()
+            bucket.listing.cache_clear()
+            with pytest.raises(UserError, match="^s3://bucket/sets/prepared: cannot be read: .*credentials"):
+                opened("s3://bucket/sets/prepared", tmp_path)
+        fsspec.filesystem("s3").clear_instance_cache()
+        bucket.listing.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, store.SCHEMES[scheme], None)
         patch.setattr(fsspec, "filesystem", lambda *_, **__: __import__(store.SCHEMES[scheme]))
@@ -348,7 +360,9 @@ def test_a_cache_that_is_too_small_reads_the_others_from_the_bucket(uploaded, tm
     assert far.shards.full == "the cache is full"
     assert sum(f.stat().st_size for f in tmp_path.rglob("*.cached")) <= sum(sizes[:2])
     assert same(far, near, np.arange(len(near))) and 0 < far.shards.whole_blocks < far.shards.range_blocks
-    assert "GB of single blocks" in far.shards.news(last=True)[0]
+    first, line = far.shards.news(last=True)
+    assert first.endswith("prepared: the cache is full; blocks of the other shards are read one by one")
+    assert "GB of single blocks" in line
 
 
 def test_what_is_removed_and_what_never(uploaded, tmp_path, fresh):

@@ -48,7 +48,8 @@ def remote(path: str | Path) -> Remote | None:
 def listing(folder: Remote) -> dict[str, tuple[int, str]]:
     """File -> (bytes, the store's mark of its contents) of a folder; kept for the life of the process: a list takes a while."""
     try:
-        entries = _insist(folder.url, lambda system: system.ls(folder.url, detail=True))
+        with store.reaching(folder) as system:  # not tried again: what fails at the start is a login or a name
+            entries = system.ls(folder.url, detail=True)
     except FileNotFoundError:
         return {}
     mark = lambda entry: str(entry.get("ETag") or entry.get("md5Hash") or entry.get("etag") or "")
@@ -276,6 +277,7 @@ class Shards:
             return self.whole(i)
         if not self.cache.room(self.sizes[i]):
             self.full = "the cache is full"
+            self.notes.append(f"data.cache: {self.source}: {self.full}; blocks of the other shards are read one by one")
             return False
         partial = self.path(i).with_suffix(".partial")
         try:
@@ -305,7 +307,9 @@ class Shards:
                         self.check_header(i, piece if not start else self.header)
                         hashed.update(piece)
                         file.write(piece)
-                    self._check(i, hashed.hexdigest())
+                    if self._sha256 and (checksum := hashed.hexdigest()) != self._sha256[i]:
+                        what = f"is not as it was prepared (its sha256 is {checksum})"
+                        raise Damaged(f"{self.files[i]}: {what}; copy or prepare the data again")
                     file.flush()
                     os.fsync(file.fileno())
                     os.replace(partial, self.path(i))
@@ -319,17 +323,13 @@ class Shards:
         if not begin.startswith(self.header):
             raise Damaged(f"{self.files[i]}: does not begin as {self.files[0]} does ({begin[:24]!r}); copy it again")
 
-    def _check(self, i: int, checksum: str) -> None:
-        if self._sha256 and checksum != self._sha256[i]:
-            what = f"is not as it was prepared (its sha256 is {checksum})"
-            raise Damaged(f"{self.files[i]}: {what}; copy or prepare the data again")
-
     def sha256(self, i: int) -> str:
         """Of a shard: of the one on the disk, which is removed if it is damaged; else of the bytes in the bucket."""
         for _ in range(2):
             if self.fetch(i, wait=60):
-                if not self._sha256 or (checksum := sha256(self.path(i))) == self._sha256[i]:
-                    return checksum if self._sha256 else sha256(self.path(i))
+                checksum = sha256(self.path(i))
+                if not self._sha256 or checksum == self._sha256[i]:
+                    return checksum
                 self.notes.append(f"warning: {self.path(i)}: was damaged on this disk, and is fetched again")
                 self.path(i).unlink()
         hashed = hashlib.sha256()
