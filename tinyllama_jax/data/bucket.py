@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError, disk_error
@@ -125,8 +125,11 @@ class Cache:
                 store.write(local, content)
         return folder
 
-    def room(self, size: int) -> bool:
-        """Whether `size` more bytes fit, after the shards least recently opened of data sets that nobody reads are removed."""
+    def room(self, size: int, file: BinaryIO | None = None) -> bool:
+        """Whether `size` more bytes fit, after the shards least recently opened of data sets that nobody reads are removed.
+
+        If so, the empty `file` gets that size, so that all processes see how much room it will take.
+        """
         with self._lock:
             if time.monotonic() >= self._next_look:
                 began = time.monotonic()
@@ -135,7 +138,9 @@ class Cache:
             if self._used + size > self.limit:
                 self._remove(size)
             fits = self._used + size <= self.limit
-            self._used += size * fits
+            if fits and file:
+                file.truncate(size)
+                self._used += size
             return fits
 
     def _entries(self) -> list[tuple[int, int, Path]]:
@@ -275,10 +280,6 @@ class Shards:
         """
         if self.whole(i) or self.full:
             return self.whole(i)
-        if not self.cache.room(self.sizes[i]):
-            self.full = "the cache is full"
-            self.notes.append(f"data.cache: {self.source}: {self.full}; blocks of the other shards are read one by one")
-            return False
         partial = self.path(i).with_suffix(".partial")
         try:
             with os.fdopen(claim(partial, "busy", wait), "rb+") as file:
@@ -292,31 +293,38 @@ class Shards:
                 raise
             return False
 
-    def _fetched(self, i: int, partial: Path, file: Any) -> bool:
+    def _fetched(self, i: int, partial: Path, file: BinaryIO) -> bool:
         """Fills `partial`, locked as `file`, and renames it."""
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), partial.stat()) and not self.whole(i):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
                 try:
-                    file.truncate(0)
-                    file.truncate(self.sizes[i])  # others see how much room it will take
-                    hashed = hashlib.sha256()
-                    for start in range(0, self.sizes[i], PIECE):
-                        (piece,) = self._read([(i, start, min(start + PIECE, self.sizes[i]))])
-                        with self._lock:
-                            self.whole_bytes += len(piece)
-                        self.check_header(i, piece if not start else self.header)
-                        hashed.update(piece)
-                        file.write(piece)
-                    if self._sha256 and (checksum := hashed.hexdigest()) != self._sha256[i]:
-                        what = f"is not as it was prepared (its sha256 is {checksum})"
-                        raise Damaged(f"{self.files[i]}: {what}; copy or prepare the data again")
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(partial, self.path(i))
-                except BaseException:
+                    if not self.whole(i):
+                        self._fill(i, file)
+                        os.replace(partial, self.path(i))
+                finally:
                     partial.unlink(missing_ok=True)
-                    raise
         return self.whole(i)
+
+    def _fill(self, i: int, file: BinaryIO) -> None:
+        """Writes a shard to the empty `file`, if there is room. Raises FileNotFoundError if not, and Damaged."""
+        file.truncate(0)
+        if not self.cache.room(self.sizes[i], file):
+            self.full = "the cache is full"
+            self.notes.append(f"data.cache: {self.source}: {self.full}; blocks of the other shards are read one by one")
+            raise FileNotFoundError
+        hashed = hashlib.sha256()
+        for start in range(0, self.sizes[i], PIECE):
+            (piece,) = self._read([(i, start, min(start + PIECE, self.sizes[i]))])
+            with self._lock:
+                self.whole_bytes += len(piece)
+            self.check_header(i, piece if not start else self.header)
+            hashed.update(piece)
+            file.write(piece)
+        if self._sha256 and (checksum := hashed.hexdigest()) != self._sha256[i]:
+            what = f"is not as it was prepared (its sha256 is {checksum})"
+            raise Damaged(f"{self.files[i]}: {what}; copy or prepare the data again")
+        file.flush()
+        os.fsync(file.fileno())
 
     def check_header(self, i: int, begin: bytes) -> None:
         """Raises Damaged if a file that begins with `begin` does not begin as all do."""
