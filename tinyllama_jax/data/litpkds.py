@@ -135,8 +135,9 @@ class Packed(Blocks):
         tokens, length = np.empty((len(indices), width), self.dtype), self.stored(indices)
         begin, began = HEADER.size + block * (width * self.dtype.itemsize), time.perf_counter()
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        shards, open_ = self.shards, self._readers
-        far = [row for row, f in enumerate(file.tolist()) if f not in open_ and not shards.whole(f)] if shards else []
+        closed = set(file.tolist()) - self._readers.keys() if self.shards else ()
+        away = {f for f in closed if not self.shards.whole(f)}
+        far = [row for row, f in enumerate(file.tolist()) if f in away] if away else []
         parts = dict(zip(far, self._by_range(file[far].tolist(), begin[far].tolist(), length[far].tolist()), strict=True))
         readers = [None if row in parts else self._readers.get(f) or self._reader(f) for row, f in enumerate(file.tolist())]
         need = (begin + width * self.dtype.itemsize - page).tolist()
