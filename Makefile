@@ -71,6 +71,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PY) tools/bench_data.py
 	$(PY) tools/bench_loading.py
+	$(PY) tools/bench_bucket.py
 	$(PY) tools/bench_run.py
 	$(PY) tools/bench_kernels.py
 	$(PY) tools/bench_train.py

@@ -22,8 +22,8 @@ from tinyllama_jax.kernels import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-names = "bench_common bench_generate bench_gpu bench_kernels bench_loading bench_static bench_train profile_step"
-common, bench_generate, bench_gpu, bench_kernels, bench_loading, bench_static, bench_train, profile_step = map(
+names = "bench_bucket bench_common bench_generate bench_gpu bench_kernels bench_loading bench_static bench_train profile_step"
+bench_bucket, common, bench_generate, bench_gpu, bench_kernels, bench_loading, bench_static, bench_train, profile_step = map(
     importlib.import_module, names.split()
 )
 generate_rows, generate_model, generate_server = map(
@@ -492,3 +492,19 @@ def test_bench_finetune(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", command)
     assert bench_finetune.main() == 0 and capsys.readouterr().out.startswith("right\ntext ")
     assert json.loads((tmp_path / "it.json").read_text())["rows"].keys() == {"text", "chat", "preferences"}
+
+
+def test_bench_bucket(tmp_path, tiny_data, monkeypatch):
+    """Its server in place of S3, too."""
+    for module in (bench_loading, bench_bucket):
+        monkeypatch.setattr(module, "BATCH", 16)
+    monkeypatch.setattr(bench_loading, "SECONDS", 0.02)
+    monkeypatch.setattr(bench_bucket, "TURNS", 2)
+    monkeypatch.setattr(bench_bucket, "STEP", 0.01)
+    for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "FOLDER"):
+        monkeypatch.setenv(name, "")  # put back at the end
+    paths = bench_loading.make(tmp_path / "data", 3, 16, tiny_data / "512.model")
+    with bench_bucket.server(tmp_path):
+        for path in paths.values():
+            out = bench_bucket.measure(path, f"s3://{Path(path).relative_to(tmp_path)}", f"{tmp_path / 'cache'}:1")
+            assert out["files"] == 3 and out["first batch, s"] > 0 and out["bucket over local, tokens/s"] > 0

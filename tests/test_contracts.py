@@ -28,8 +28,8 @@ ORDER = {
     "kernels": "attention.plain attention.library attention.triton attention cross_entropy nf4",
     "core": "xla linear lora model optim losses step program",
     "hub": "tensor_files card llama peft gguf_header gguf_keys gguf litgpt",
-    "data": "tokenizer control chat conversations blocks litpkds shuffle mixture feed export.tokenizer export.gguf_tokenizer "
-    "export.added_tokens export.litpkds "
+    "data": "tokenizer control chat conversations riegeli bucket blocks litpkds shuffle mixture feed export.tokenizer "
+    "export.gguf_tokenizer export.added_tokens export.litpkds "
     "prepare.inputs prepare.documents prepare.corpora prepare.clean prepare.shards prepare.duplicates "
     "prepare.runners prepare.folder prepare.chats prepare.vocabulary prepare.pipeline audit.survey audit.report",
     "run": "addresses cluster supervise seals lock bucket checkpoint adapter folder goodput metrics initialize references "

@@ -102,6 +102,8 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
     rows = feed.rows_here(program.batch.tokens, program.shape, axis=1)
     local = feed.training(config, sources, program.shape[1], rows, start)
     for step in range(start + 1, config.train.steps + 1):
+        for line in feed.news(sources):
+            log.say(line)
         doing = "starting" if step <= start + 2 else "training"  # the first step is done when the second is under way
         with log.profiler.step(step):  # until the next batch is asked for
             cluster.heartbeat(step, doing)
@@ -109,6 +111,8 @@ def training_batches(config: Config, sources: list[Blocks], program: Program, st
                 batch = on_devices(next(local), program.batch, program.shape[1])
             cluster.heartbeat(step, doing)  # again: a process that waits for its data is behind those that wait for it
             yield batch
+    for line in feed.news(sources, last=True):
+        log.say(line)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from test_prepare import ROOT, children, command, digests, finished, gone, lines
 from tinyllama_jax import prepare as prepare_lib
 from tinyllama_jax.base import store
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.data.blocks import Blocks
+from tinyllama_jax.data.blocks import Blocks, read_manifest
 from tinyllama_jax.data.prepare import pipeline, runners
 from tinyllama_jax.data.prepare.pipeline import prepare
 
@@ -283,9 +283,11 @@ def test_an_object_store_and_a_job_killed_half_way(bucket, corpus, model, tmp_pa
         with pytest.raises(UserError, match=says) as error:
             prepare_lib.main([*map(str, options), *map(str, change)])
         assert "\n" not in str(error.value)
-    for folder in (url, Path(url)):
-        with pytest.raises(UserError, match="^s3://bucket/deep/out: training reads local folders: copy it first"):
-            Blocks(folder, "train")
+    for folder in (url, Path(url)):  # pathlib turns two slashes into one
+        blocks, here = Blocks(folder, "train", str(tmp_path / "cache")), Blocks(tmp_path / "copy", "train")
+        assert (blocks.read(range(len(here)))[0] == here.read(range(len(here)))[0]).all() and blocks.shards.range_blocks
+    with pytest.raises(UserError, match="^s3://bucket/deep/out: must be a local folder here: copy it first"):
+        read_manifest(url)
 
 
 # -- how far it is ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ def _parse(key: str, text: str, kind: type) -> object:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if typing.get_origin(kind) is dict:  # DIR:WEIGHT,DIR:WEIGHT; a single DIR needs no weight
-            parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",") if part]
+            weighted = lambda part: not part.rpartition(":")[2].startswith("//")  # the colon of a URL
+            parts = [
+                part.rpartition(":") if ":" in part and weighted(part) else (part, ":", "1") for part in text.split(",") if part
+            ]
             sources = {path: _weight(key, text, path, weight) for path, _, weight in parts}
             check(len(sources) == len(parts), key, text, "names a folder twice; add up its weights")
             return sources

@@ -91,8 +91,9 @@ class Model(Section):
 class Data(Section):
     """Where the blocks come from. Together with `train.seed` and the step, it determines every batch."""
 
-    # PATH:WEIGHT,PATH:WEIGHT: folders written by `prepare`, or DIR/PREFIX of LITPKDS files; for sft and dpo files, folders or
-    # patterns of conversations. Weights are normalised to shares of the sequences; W@TOKENS..W@TOKENS changes one over time
+    # PATH:WEIGHT,PATH:WEIGHT: folders written by `prepare`, or DIR/PREFIX of LITPKDS files, also on gs:// and s3://; for sft
+    # and dpo files, folders or patterns of conversations. Weights are normalised to shares of the sequences;
+    # W@TOKENS..W@TOKENS changes one over time
     sources: dict[str, Weight]
     eval_blocks: int = 0  # validation blocks read per source; 0: all of them
     document_mask: bool = False  # attention within each document: they end at eos or, where sources have none, begin at bos
@@ -100,6 +101,7 @@ class Data(Section):
     template: str = ""  # sft, dpo: guanaco, chatml, zephyr, or a .jinja file; in a config file only for weights that bring none
     skip: str = ""  # STEP:STEP,...: steps (both ends) whose batches are left out; a later part counts the steps without them
     workers: int = 2  # threads that read ahead; no effect on what is read
+    cache: str = ""  # FOLDER or FOLDER:GB for shards from gs:// and s3://; without GB, 80% of the free disk; empty: in ~/.cache
     verify: bool = False  # compare the sha256 of each data file, at the start, with the one in the manifest or in RUN/data.json
 
     def __post_init__(self):

@@ -4,8 +4,9 @@ import math
 import os
 import resource
 import threading
+import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +14,13 @@ import msgspec
 import numpy as np
 from array_record.python import array_record_module
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.dims import EXTRAS
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import Count, check_utf8, read_json, sha256
+from tinyllama_jax.base.store import Place, Remote
+from tinyllama_jax.data import bucket, riegeli
+from tinyllama_jax.data.bucket import Damaged, Shards
 
 FORMAT = 1  # of the manifest; raised when an older reader would misunderstand it
 MANIFEST = "manifest.json"
@@ -86,10 +91,6 @@ class Manifest(typing.TypedDict, total=False):
     cleaning: dict
 
 
-class Damaged(UserError):
-    """A file of a data set has changed since it was written."""
-
-
 class Sequences(typing.NamedTuple):
     """Blocks: `tokens` [n, S + 1] as stored, `length` [n] int32, the number of real tokens, and the EXTRAS of their kind."""
 
@@ -148,24 +149,15 @@ class Record:
 
 
 def read_manifest(directory: str | Path) -> tuple[dict, str]:
-    """The manifest in `directory`, and the sha256 of its bytes. Raises UserError if this is not a finished data set."""
-    scheme, is_url, path = str(directory).partition(":/")  # pathlib turns two slashes into one
-    if is_url and scheme.isalnum():
-        url, copy = f"{scheme}://{path.lstrip('/')}", "aws s3 sync" if scheme == "s3" else "gcloud storage rsync -r"
-        raise UserError(f"{url}: training reads local folders: copy it first, for example with `{copy} {url} FOLDER`")
+    """The manifest in a local folder, and the sha256 of its bytes. Raises UserError if this is not a finished data set."""
+    if url := bucket.remote(directory):
+        how = "aws s3 sync" if url.url.startswith("s3:") else "gcloud storage rsync -r"
+        raise UserError(f"{url}: must be a local folder here: copy it first, for example with `{how} {url} FOLDER`")
     check_utf8(directory)
     directory = Path(directory)
     path = directory / MANIFEST
-    if not directory.is_dir():
-        if directory.with_name(directory.name + ".partial").is_dir():
-            raise UserError(f"{directory}: is half prepared; run `python -m tinyllama_jax.prepare` again to finish it")
-        raise UserError(f"{directory}: no such folder; `python -m tinyllama_jax.prepare` makes it")
-    if not path.is_file() and (packed := sorted(directory.glob("*.bin"))):
-        first = next((file for file in packed if file.name.startswith("train")), packed[0])
-        name = first.name.rpartition("_")[0] or first.stem
-        raise UserError(f"{directory}: holds .bin files: give the start of their names, such as {directory / name}")
     if not path.is_file():
-        raise UserError(f"{directory}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.prepare`")
+        _refuse(directory, store.names(directory) if directory.is_dir() else ())
     again = "copy or prepare the data again"
     written = read_json(path, typing.TypedDict("Format", {"format": int}), again)["format"]
     if written != FORMAT:
@@ -177,6 +169,30 @@ def read_manifest(directory: str | Path) -> tuple[dict, str]:
     return manifest, sha256(path)
 
 
+def _refuse(folder: Place, names: Collection[str]) -> typing.NoReturn:
+    """Raises UserError that says what is wrong with a folder without a manifest, whose files are `names`."""
+    if not names and not (isinstance(folder, Path) and folder.is_dir()):
+        half = folder.with_name(folder.name + ".partial")
+        if half.is_dir() if isinstance(half, Path) else store.holds_something(half):
+            raise UserError(f"{folder}: is half prepared; run `python -m tinyllama_jax.prepare` again to finish it")
+        what = "folder" if isinstance(folder, Path) else "bucket or folder"
+        raise UserError(f"{folder}: no such {what}; `python -m tinyllama_jax.prepare` makes it")
+    if packed := sorted(name for name in names if name.endswith(".bin")):
+        first = next((name for name in packed if name.startswith("train")), packed[0])
+        start = first.rpartition("_")[0] or first.removesuffix(".bin")
+        raise UserError(f"{folder}: holds .bin files: give the start of their names, such as {folder / start}")
+    raise UserError(f"{folder}: has no {MANIFEST}; it was not made by `python -m tinyllama_jax.prepare`")
+
+
+def _fetched(source: Remote, cache: str) -> Path:
+    """A local folder with the manifest and the tokenizer of a data set in a bucket. Raises UserError."""
+    names, tokenizer = bucket.listing(source), source / "tokenizer"
+    if MANIFEST not in names:
+        _refuse(source, names)
+    small = [source / MANIFEST, *(tokenizer / name for name in bucket.listing(tokenizer))]
+    return bucket.cache(cache).data_set(source, small)
+
+
 class Blocks:
     """The blocks of one split of a folder that `prepare` wrote. Files are opened when first read. Can be pickled.
 
@@ -184,36 +200,47 @@ class Blocks:
     tokenizer: its folder or file
     manifest_sha256, tokenizer_sha256: hashes of both
     sha256: hash of all files, set by `verify` if no manifest has hashes
+    shards: of a data set in a bucket
     """
 
     sha256: str | None = None
     kind: str = "text"
+    shards: Shards | None = None
 
-    def __init__(self, directory: str | Path, split: str):
-        """Raises UserError if the folder is incomplete, has another format or has no `split`."""
-        self.directory, self.split = Path(directory), split
-        self.manifest, self.manifest_sha256 = read_manifest(directory)
+    def __init__(self, directory: str | Path, split: str, cache: str = ""):
+        """`directory`: may be in a bucket; `cache` is then `data.cache`.
+
+        Raises UserError if the folder is incomplete, has another format or has no `split`.
+        """
+        remote = bucket.remote(directory)
+        self.directory, self.split = remote or Path(directory), split
+        folder = _fetched(remote, cache) if remote else self.directory
+        self.manifest, self.manifest_sha256 = read_manifest(folder)
         splits = self.manifest["splits"]
         if split not in splits:
             raise UserError(f"{directory}: has no split {split!r}, only {', '.join(splits)}; prepare it again with --{split}")
         self.seq_len, self.dtype = self.manifest["seq_len"], np.dtype(self.manifest["dtype"])
         self.kind = self.manifest.get("kind", "text")
-        self.tokenizer, self.tokenizer_sha256 = self.directory / "tokenizer", self.manifest["tokenizer"]["sha256"]
+        self.tokenizer, self.tokenizer_sha256 = folder / "tokenizer", self.manifest["tokenizer"]["sha256"]
         shards = splits[split]["shards"]
-        self._files = [self.directory / shard["file"] for shard in shards]
+        self._files: list[Place] = [self.directory / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["blocks"] for shard in shards])
+        sizes = {name: size for name, (size, _) in bucket.listing(remote).items()} if remote else {}
         for file, shard in zip(self._files, shards, strict=True):
-            size = file.stat().st_size if file.is_file() else None
+            size = sizes.get(file.name) if remote else file.stat().st_size if file.is_file() else None
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size:,} bytes"
                 raise Damaged(f"{file}: {state}, and should have {shard['bytes']:,}; copy or prepare the data again")
+        if remote:
+            bytes_, hashes = zip(*((shard["bytes"], shard["sha256"]) for shard in shards), strict=True)
+            self.shards = Shards(remote, bucket.cache(cache), folder, self._files, bytes_, hashes)
         self._open()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_record")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_record", "_offsets")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -222,6 +249,7 @@ class Blocks:
     def _open(self) -> None:
         self._readers: list = [None] * len(self._files)
         self._lock = threading.Lock()
+        self._offsets: dict[int, np.ndarray] = {}  # of the records of shards that are still in a bucket
         self._record = Record(self.seq_len, self.dtype.name, self.kind)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -237,17 +265,49 @@ class Blocks:
         tokens = np.empty((len(indices), self.seq_len + 1), self.dtype)
         length = np.empty(len(indices), np.int32)
         extras = {name: np.empty(tokens.shape, dtype) for name, dtype in EXTRAS[self.kind].items()}
-        files = np.searchsorted(self._ends, indices, side="right")
-        order = np.argsort(files, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(indices) else ():
-            file = int(files[rows[0]])
-            positions = (indices[rows] - (self._ends[file - 1] if file else 0)).tolist()
-            for row, position, record in zip(rows, positions, self._records(file, positions), strict=True):
+        files = self.files_of(indices)
+        order, began = np.argsort(files, kind="stable"), time.perf_counter()
+        groups = np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(indices) else ()
+        begins = self._ends - np.diff(self._ends, prepend=0)
+        wanted = {int(files[rows[0]]): (indices[rows] - begins[files[rows[0]]]).tolist() for rows in groups}
+        far = [f for f in wanted if not (self._readers[f] or self.shards.whole(f))] if self.shards else []
+        by_range = self._by_range({f: wanted[f] for f in far})
+        for rows, (file, positions) in zip(groups, wanted.items(), strict=True):
+            records = by_range.get(file) or self._records(file, positions)
+            for row, position, record in zip(rows, positions, records, strict=True):
                 try:
                     length[row] = self._record.decode(record, tokens[row], **{name: a[row] for name, a in extras.items()})
                 except ValueError as error:
                     raise self._damaged(file, position, error) from None
+        self._count(sum(map(len, by_range.values())), len(indices), began)
         return Sequences(tokens, length, **extras)
+
+    def _count(self, by_range: int, n: int, began: float) -> None:
+        if self.shards:
+            self.shards.count(n - by_range, by_range, time.perf_counter() - began)
+
+    def _by_range(self, wanted: dict[int, list[int]]) -> dict[int, list[bytes]]:
+        """Shard -> records, of shards -> positions that are still in a bucket."""
+        offsets = {f: known for f in wanted if (known := self._offsets.get(f)) is not None}
+        counts, sizes = np.diff(self._ends, prepend=0).tolist(), self.shards.sizes if wanted else ()
+        tails = [(f, riegeli.tail(sizes[f], counts[f]), sizes[f]) for f in wanted if f not in offsets]
+        out, file = {}, 0
+        try:
+            for (file, start, _), tail in zip(tails, self.shards.ranges(tails) if tails else (), strict=True):
+                offsets[file] = self._offsets[file] = riegeli.offsets(tail, start, counts[file])
+            spans = [(f, *offsets[f][at : at + 2].tolist()) for f, positions in wanted.items() for at in positions]
+            parts = iter(self.shards.ranges(spans) if spans else ())
+            for file, positions in wanted.items():
+                out[file] = [riegeli.record(next(parts), int(offsets[file][at])) for at in positions]
+        except ValueError as error:
+            raise self._damaged(file, wanted[file][0], error) from None
+        return out
+
+    def hold(self, first: int, last: int) -> None:
+        """Brings the shards of the blocks [first, last) to the disk whole, if they are in a bucket and the cache has room."""
+        begin, end = self.files_of([first, last - 1]).tolist() if self.shards else (0, -1)
+        for file in range(begin, end + 1):
+            self.shards.fetch(file, wait=60)
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, np.int64)
@@ -257,8 +317,12 @@ class Blocks:
 
     def place(self, index: int) -> tuple[Path, int]:
         """The file of a block, and the block's record in it."""
-        file = int(np.searchsorted(self._ends, index, side="right"))
+        file = int(self.files_of(index))
         return self._files[file], int(index - (self._ends[file - 1] if file else 0))
+
+    def files_of(self, indices: np.ndarray) -> np.ndarray:
+        """The number of the file that each block is in."""
+        return np.searchsorted(self._ends, indices, side="right")
 
     def files(self) -> list[tuple[Path, int, int]]:
         """(file, its first block, its last block + 1) for each file, in order."""
@@ -276,8 +340,9 @@ class Blocks:
                 raise Damaged(f"{file}: is not as it was prepared (its sha256 is {checksum}); copy or prepare the data again")
 
     def _checksums(self, after_file: Callable[[], None]) -> Iterator[str]:
-        with ThreadPoolExecutor(16) as pool:  # hashlib releases the GIL
-            for checksum in pool.map(sha256, self._files):
+        shards = self.shards
+        with ThreadPoolExecutor(4 if shards else 16) as pool:  # hashlib releases the GIL
+            for checksum in pool.map(*((shards.sha256, range(len(self._files))) if shards else (sha256, self._files))):
                 after_file()
                 yield checksum
 
@@ -294,8 +359,9 @@ class Blocks:
             raise self._damaged(file, positions[0], error) from None
 
     def _damaged(self, file: int, position: int, error: Exception) -> Damaged:
-        reason = str(error).split("\n")[0]
-        return Damaged(f"{self._files[file]}, record {position}: is damaged; copy or prepare the data again ({reason})")
+        reason, path = str(error).split("\n")[0], self.shards and self.shards.whole(file) and self.shards.path(file)
+        cure = f"remove {path}, and it is fetched again" if path else "copy or prepare the data again"
+        return Damaged(f"{self._files[file]}, record {position}: is damaged; {cure} ({reason})")
 
     def _reader(self, file: int) -> array_record_module.ArrayRecordReader:
         with self._lock:
@@ -307,14 +373,21 @@ class Blocks:
                 options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
                 try:
                     reader = array_record_module.ArrayRecordReader(
-                        os.fspath(self._files[file]), options, file_reader_buffer_size=1 << 15
+                        os.fspath(self._local(file)), options, file_reader_buffer_size=1 << 15
                     )
                 except Exception as error:
                     raise self._damaged(file, 0, error) from None
                 if reader.num_records() != (blocks := int(np.diff(self._ends, prepend=0)[file])):
                     raise self._damaged(file, 0, ValueError(f"{reader.num_records()} records, where {blocks} were written"))
                 self._readers[file] = reader
+                self._offsets.pop(file, None)
             return self._readers[file]
+
+    def _local(self, file: int) -> Path:
+        """The path of a file that is on this disk."""
+        if self.shards:
+            os.utime(self.shards.path(file))  # the least recently opened are removed first
+        return self.shards.path(file) if self.shards else self._files[file]
 
 
 def may_open(n: int) -> int:

@@ -12,12 +12,13 @@ import grain
 import jax
 import numpy as np
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.config import Bos, Config
 from tinyllama_jax.base.dims import EXTRAS
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.schedule import NONE, batch_of, left_out
 from tinyllama_jax.base.values import LIMITS
-from tinyllama_jax.data import litpkds
+from tinyllama_jax.data import bucket, litpkds
 from tinyllama_jax.data.blocks import Blocks, Sequences
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.shuffle import permuted
@@ -25,14 +26,18 @@ from tinyllama_jax.data.shuffle import permuted
 MANY_EPOCHS = 4  # up to this many, repeated data are worth nearly as much as new data (Muennighoff et al., arXiv:2305.16264)
 
 
-def open_source(path: str, split: str, seq_len: int) -> Blocks:
-    """One split of a source: a folder that `prepare` wrote, or LITPKDS files DIR/PREFIX, which can be read with any S."""
-    return litpkds.Packed(path, split, seq_len) if litpkds.files_of(path, split) else Blocks(path, split)
+def open_source(path: str, split: str, seq_len: int, cache: str = "") -> Blocks:
+    """One split of a source: a folder that `prepare` wrote, or LITPKDS files DIR/PREFIX, which can be read with any S.
+
+    Either may be in a bucket; `cache` is `data.cache`.
+    """
+    return litpkds.Packed(path, split, seq_len, cache) if litpkds.files_of(path, split) else Blocks(path, split, cache)
 
 
 def open_sources(config: Config) -> list[Blocks]:
     """The training split of each source of `config`. Raises UserError if one does not fit the model or another source."""
-    opened = [open_source(path, "train", config.model.seq_len) for path in config.data.sources]
+    bucket.cache(config.data.cache)  # is checked even if nothing needs it
+    opened = [open_source(path, "train", config.model.seq_len, config.data.cache) for path in config.data.sources]
     if len(opened) > 1:
         _check_apart(config, opened)
     for path, blocks in zip(config.data.sources, opened, strict=True):
@@ -87,7 +92,7 @@ def _check_apart(config: Config, opened: list[Blocks]) -> None:
     owner: dict[str, str] = {}  # real path of a file -> the source that has it
     for path, blocks in zip(config.data.sources, opened, strict=True):
         for file, _, _ in blocks.files():
-            if (other := owner.setdefault(os.path.realpath(file), path)) != path:
+            if (other := owner.setdefault(os.path.realpath(str(file)), path)) != path:
                 remedy = "add up their weights, or name other files"
                 raise UserError(f"--data.sources: {path} and {other} both have {file}; {remedy}")
 
@@ -128,7 +133,7 @@ def open_held_out(config: Config, sources: list[Blocks]) -> dict[str, Blocks]:
     """Path -> validation split, of the sources that have one."""
     named = zip(config.data.sources, sources, strict=True)
     with_validation = [(path, blocks) for path, blocks in named if "validation" in blocks.manifest["splits"]]
-    return {path: open_source(path, "validation", blocks.seq_len) for path, blocks in with_validation}
+    return {path: open_source(path, "validation", blocks.seq_len, config.data.cache) for path, blocks in with_validation}
 
 
 def verify(config: Config, sources: list[Blocks], after_file: Callable[[], None] = lambda: None) -> list[str]:
@@ -141,7 +146,7 @@ def verify(config: Config, sources: list[Blocks], after_file: Callable[[], None]
     paths, started = [file for source in sources for file, _, _ in source.files()], time.perf_counter()
     for source in sources:
         source.verify(after_file)
-    size, seconds = sum(path.stat().st_size for path in paths) / 1e9, time.perf_counter() - started
+    size, seconds = sum(map(store.bytes_of, paths)) / 1e9, time.perf_counter() - started
     return [f"data.verify: {len(paths):,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
 
 
@@ -277,10 +282,37 @@ def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int
 
 def training(config: Config, sources: list[Blocks], batch: int, rows: np.ndarray, start: int) -> Iterator:
     """Steps `start` + 1, `start` + 2, ... as in `Steps`. No earlier step is read."""
-    dataset = grain.MapDataset.source(Steps(sources, order(config, sources), config.train.steps, batch, rows))
+    data_order = order(config, sources)
+    read = Steps(sources, data_order, config.train.steps, batch, rows)
+    if any(source.shards for source in sources) and start < len(read):
+        yield read[start]  # by itself, and before shards are fetched: it comes sooner
+        start += 1
+        bucket.ahead(_needed(sources, data_order, config.train.steps, batch, rows, start))
     # two steps ahead per thread; a step of 2 M tokens is 4 MB
     ahead = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
-    return iter(dataset[start:].to_iter_dataset(ahead))
+    yield from grain.MapDataset.source(read)[start:].to_iter_dataset(ahead)
+
+
+def _needed(
+    sources: list[Blocks], order: Order, steps: int, batch: int, rows: np.ndarray, start: int
+) -> Iterator[tuple[bucket.Shards, int]]:
+    """(shards, shard) in the order in which the `rows` of this process first need them after step `start`."""
+    left = [set(range(len(source.files()))) if source.shards else set() for source in sources]
+    for step in range(start + 1, steps + 1):
+        in_step = np.arange(order.size(step) // batch)[:, None] * batch + rows[None, :]
+        source, block = order.at(step, in_step.ravel())
+        for j in [j for j, files in enumerate(left) if files]:
+            for file in dict.fromkeys(sources[j].files_of(block[source == j]).tolist()):
+                if file in left[j]:
+                    left[j].remove(file)
+                    yield sources[j].shards, file
+        if not any(left):
+            return
+
+
+def news(sources: Iterable[Blocks], last: bool = False) -> list[str]:
+    """Lines on what was fetched from buckets, when there is something new: see `Shards.news`."""
+    return [line for source in sources if source.shards for line in source.shards.news(last)]
 
 
 def validation(blocks: Blocks, limit: int, batch: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray | None, ...]]:
@@ -291,5 +323,6 @@ def validation(blocks: Blocks, limit: int, batch: int, rows: np.ndarray) -> Iter
     n = min(limit, len(blocks)) if limit else len(blocks)
     for first in range(0, n, batch):
         index = first + rows
+        blocks.hold(first, min(first + batch, n))  # each evaluation reads them again
         read = blocks.sequences(np.minimum(index, n - 1))
         yield read.tokens, np.where(index < n, read.length, 0).astype(np.int32), None, read.marks, read.reference

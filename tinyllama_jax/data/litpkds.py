@@ -11,14 +11,17 @@ import os
 import re
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.base import files
+from tinyllama_jax.base import files, store
 from tinyllama_jax.base.errors import UserError
+from tinyllama_jax.base.store import Place, Remote
+from tinyllama_jax.data import bucket
 from tinyllama_jax.data import tokenizer as tokenizer_lib
 from tinyllama_jax.data.blocks import Blocks, Damaged, Sequences, may_open
 
@@ -31,16 +34,20 @@ SAMPLES = 64, 4_096  # blocks searched for bos and eos (64 of 2,049 tokens have 
 AHEAD = 256  # headers that a thread reads in one task
 
 
-def files_of(path: str | Path, split: str = "train") -> list[Path]:
+def files_of(path: str | Path, split: str = "train") -> list[Place]:
     """The .bin files of `split` whose names begin with the name of `path` (without a * at its end), in order.
 
     Files of another split have its name in place of "train". Empty if `path` is a folder.
     """
-    folder, prefix = os.path.split(os.fspath(path).removesuffix(".bin").removesuffix("*"))
+    remote = bucket.remote(path)
+    folder, prefix = os.path.split(str(remote or path).removesuffix(".bin").removesuffix("*"))
     if split != "train":
         if "train" not in prefix:
             return []
         prefix = prefix.replace("train", split, 1)
+    if remote:
+        names = bucket.listing(Remote(folder)) if prefix and not bucket.listing(remote) else ()
+        return [Remote(folder) / name for name in sorted(names) if name.startswith(prefix) and name.endswith(".bin")]
     folder = folder or "."
     if not prefix or os.path.isdir(path) or not os.path.isdir(folder):
         return []
@@ -73,12 +80,16 @@ class Packed(Blocks):
     length 0.
     """
 
-    def __init__(self, path: str | Path, split: str, seq_len: int):
-        """`path`: as in `files_of`. Raises UserError if a file's header or size is wrong, or there is no tokenizer."""
+    def __init__(self, path: str | Path, split: str, seq_len: int, cache: str = ""):
+        """`path`: as in `files_of`. `cache`: as in `Blocks`.
+
+        Raises UserError if a file's header or size is wrong, or there is no tokenizer.
+        """
         splits = {name: files_of(path, name) for name in ("train", "validation")}
         if not splits.get(split):
             raise UserError(f"{path}: has no split {split!r}: there is no file of that name in {os.path.dirname(path) or '.'}")
-        self.directory, self.split, self.seq_len = Path(path), split, seq_len
+        remote = bucket.remote(path)
+        self.directory, self.split, self.seq_len = remote or Path(path), split, seq_len
         self._files = splits[split]
         self._stored, self._chunk, headers = _headers(self._files)
         self.dtype = np.dtype(self._stored.name)
@@ -86,7 +97,7 @@ class Packed(Blocks):
         for file, header in zip(self._files, headers, strict=True):
             identity.update(f"{file.name} {HEADER.size + self._chunk * self._stored.itemsize} ".encode() + header)
         self.manifest_sha256 = identity.hexdigest()
-        spm = tokenizer_beside(self._files[0].parent)
+        spm = self._fetched(remote, cache, headers[0]) if remote else tokenizer_beside(self._files[0].parent)
         self.tokenizer, self.tokenizer_sha256 = spm.path, spm.sha256
         vocabulary = {"sha256": spm.sha256, "vocab_size": spm.vocab_size, "bos_id": spm.bos_id, "eos_id": spm.eos_id}
         self.manifest = {"seq_len": seq_len, "dtype": self.dtype.name, "tokenizer": vocabulary}
@@ -97,7 +108,23 @@ class Packed(Blocks):
         self.manifest["bos"], self.manifest["eos"], _ = edges(self)  # the format does not record them
         self._open()
 
+    def _fetched(self, source: Remote, cache: str, header: bytes) -> tokenizer_lib.Tokenizer:
+        """The tokenizer beside the files in a bucket. Sets up the cache of the files."""
+        folder = Remote(source.url.rpartition("/")[0])
+        inside, beside = (folder / "tokenizer"), bucket.listing(folder)
+        small = [inside / n for n in bucket.listing(inside)] or [folder / n for n in beside if n.endswith((".json", ".model"))]
+        identity = str([(file.name, beside[file.name]) for file in self._files])
+        copy = bucket.cache(cache).data_set(source, small, identity)
+        sizes = [beside[file.name][0] for file in self._files]
+        self.shards = bucket.Shards(source, bucket.cache(cache), copy, self._files, sizes, [])
+        self.shards.header = header
+        try:
+            return tokenizer_beside(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), str(folder))) from None
+
     def _open(self) -> None:
+        self._checked_headers: set[int] = set()
         self._readers: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._lock = threading.Lock()
 
@@ -106,21 +133,37 @@ class Packed(Blocks):
         indices, width = self._checked(indices), self.seq_len + 1
         file, block = np.divmod(indices, self._per_file)
         tokens, length = np.empty((len(indices), width), self.dtype), self.stored(indices)
-        begin = HEADER.size + block * (width * self.dtype.itemsize)
+        begin, began = HEADER.size + block * (width * self.dtype.itemsize), time.perf_counter()
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        readers = [self._readers.get(f) or self._reader(f) for f in file.tolist()]
+        closed = set(file.tolist()) - self._readers.keys() if self.shards else ()
+        away = {f for f in closed if not self.shards.whole(f)}
+        far = [row for row, f in enumerate(file.tolist()) if f in away] if away else []
+        parts = dict(zip(far, self._by_range(file[far].tolist(), begin[far].tolist(), length[far].tolist()), strict=True))
+        readers = [None if row in parts else self._readers.get(f) or self._reader(f) for row, f in enumerate(file.tolist())]
         need = (begin + width * self.dtype.itemsize - page).tolist()
-        for (mapped, _), at, size in zip(readers, page.tolist(), need, strict=True):
-            mapped.madvise(mmap.MADV_WILLNEED, at, size)  # all at once: three times as fast from a disk
-        for row, ((_, stored), at) in enumerate(zip(readers, (block * width).tolist(), strict=True)):
-            part = stored[at : at + width]
+        for reader, at, size in zip(readers, page.tolist(), need, strict=True):
+            if reader:
+                reader[0].madvise(mmap.MADV_WILLNEED, at, size)  # all at once: three times as fast from a disk
+        for row, (reader, at) in enumerate(zip(readers, (block * width).tolist(), strict=True)):
+            part = reader[1][at : at + width] if reader else parts[row]
             if len(part) == width:
                 tokens[row] = part
             else:
                 tokens[row, : len(part)], tokens[row, len(part) :] = part, 0
         for row in np.flatnonzero(self._padded(tokens, length)):
             length[row] = self._without_padding(tokens[row, : length[row]])
+        self._count(len(far), len(indices), began)
         return Sequences(tokens, length)
+
+    def _by_range(self, files: list[int], begins: list[int], lengths: list[int]) -> list[np.ndarray]:
+        """Parts of files that are still in a bucket, in tokens; of each file its header is read and checked, too."""
+        new = [f for f in dict.fromkeys(files) if f not in self._checked_headers]
+        wanted = [(f, at, at + n * self.dtype.itemsize) for f, at, n in zip(files, begins, lengths, strict=True)]
+        read = self.shards.ranges(wanted + [(f, 0, HEADER.size) for f in new]) if wanted else []
+        for f, header in zip(new, read[len(wanted) :], strict=True):
+            self.shards.check_header(f, header)
+            self._checked_headers.add(f)
+        return [np.frombuffer(part, self._stored) for part in read[: len(wanted)]]
 
     def stored(self, indices: np.ndarray) -> np.ndarray:
         """How many tokens the blocks [n] have on the disk [n] int32, padding included."""
@@ -154,7 +197,7 @@ class Packed(Blocks):
                 if len(self._readers) >= may_open(min(len(self._files), MAPPED)):
                     self._readers.pop(next(iter(self._readers)))  # it stays mapped while another thread still copies from it
                 try:
-                    with files.open_regular(self._files[file]) as opened:
+                    with files.open_regular(self._local(file)) as opened:
                         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
                     mapped.madvise(mmap.MADV_RANDOM)  # else each fault reads 128 KiB
                     self._readers[file] = mapped, np.frombuffer(mapped, self._stored, self._chunk, HEADER.size)
@@ -163,11 +206,18 @@ class Packed(Blocks):
             return self._readers[file]
 
 
-def _headers(files: list[Path]) -> tuple[np.dtype, int, list[bytes]]:
-    """(dtype, tokens per file, headers). Raises UserError naming the first file that is truncated or unlike the others."""
-    with ThreadPoolExecutor(16) as pool:  # over a network 16 headers arrive in the time of one
-        parts = pool.map(lambda i: [_header(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
-        headers = [header for part in parts for header in part]
+def _headers(files: list[Place]) -> tuple[np.dtype, int, list[bytes]]:
+    """(dtype, tokens per file, headers). Raises UserError naming the first file that is truncated or unlike the others.
+
+    In a bucket only the first header is read: the others must be the same, and are checked with the first bytes of each file.
+    """
+    if isinstance(files[0], Remote):
+        first, sizes = store.read(files[0], 0, HEADER.size), bucket.listing(Remote(files[0].url.rpartition("/")[0]))
+        headers = [(first, sizes[file.name][0]) for file in files]
+    else:
+        with ThreadPoolExecutor(16) as pool:  # over a network 16 headers arrive in the time of one
+            parts = pool.map(lambda i: [_header(file) for file in files[i : i + AHEAD]], range(0, len(files), AHEAD))
+            headers = [header for part in parts for header in part]
     checked = None
     for file, (header, size) in zip(files, headers, strict=True):
         if (header, size) == checked:

@@ -40,6 +40,7 @@ def scores(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, data: Data, edg
     n = min(limit or len(blocks), len(blocks))
     per_block, totals = [], np.zeros(5)  # nats, tokens, correct ones, nats of tokens with bytes, bytes
     for first in range(0, n, READ):
+        blocks.hold(first, min(first + READ, n))
         read = blocks.sequences(np.arange(first, min(first + READ, n)))
         owners, texts = [], []
         for i, (row, size) in enumerate(zip(read.tokens.astype(np.int32), read.length, strict=True)):
@@ -89,6 +90,7 @@ def by_position(scorer: Scorer, tokenizer: Tokenizer, blocks: Blocks, limit: int
     for first in range(0, len(blocks), READ):
         if limit and len(texts) >= limit:
             break
+        blocks.hold(first, min(first + READ, len(blocks)))
         tokens, length = blocks.read(np.arange(first, min(first + READ, len(blocks))))
         waiting += [token for row, size in zip(tokens, length, strict=True) for token in row[:size].tolist()]
         while len(waiting) > context:

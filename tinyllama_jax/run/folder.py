@@ -6,6 +6,7 @@ RUN/checkpoints/N/   the state after step N              RUN/metrics.jsonl, RUN/
 RUN/set_aside/N-...  checkpoints no longer used          RUN/events.jsonl     starts, ends and samples: see metrics.py
 RUN/processes/       see supervise.py                    RUN/newest.json      the newest step that was saved
 RUN/lock             held by process 0 while it trains   RUN/wandb.json       the run at W&B: see metrics.py
+RUN/programs.json    which compiled programs trained it  RUN/profile          asks for a profile: see profiler.py
 """
 
 import contextlib

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from tinyllama_jax.base import store
 from tinyllama_jax.base.config import Config, Model
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.files import exists
@@ -201,7 +202,7 @@ def check_batches(config: Config, sources: list[Blocks], step: int) -> list[str]
         checksum = feed.checksum(feed.gather(sources, source, block))
         if checksum != row["checksum"]:
             files = {sources[j].place(b)[0] for j, b in zip(source.tolist(), block.tolist(), strict=True)}
-            newest = max(files, key=lambda file: file.stat().st_mtime)
+            newest = max(files, key=store.modified_ns)
             what = f"its batch is not the one that the run in {run} was trained on ({row['checksum']}, and now {checksum})"
             remedy = f"put the old one back, or start another run with --workdir=NEW --init.from={run}"
             cause = f"a data file has changed, probably {newest}, the newest of them"

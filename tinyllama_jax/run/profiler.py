@@ -7,7 +7,6 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 
@@ -21,7 +20,7 @@ class Profiler:
 
     def __init__(self, config: Config, start: int, say: Callable, idle: Callable[[], object], timed: Callable):
         """`start`: the step before the first one here. `say`, `timed`: of `Log`. `idle`: waits until all devices are."""
-        self._run, self._steps, self._say, self._idle = Path(config.workdir), config.train.steps, say, idle
+        self._run, self._steps, self._say, self._idle = config.folder, config.train.steps, say, idle
         self._timed = timed
         self._partial = self._run / f".profile-{jax.process_index()}"
         self._from = self._until = 0  # of the profile that is being made

@@ -2,7 +2,6 @@
 
 import json
 import typing
-from pathlib import Path
 
 import jax
 
@@ -27,7 +26,7 @@ def compare(config: Config, step: int, program: CompiledStep) -> tuple[str, bool
 
     Returns (a line, empty if there was none; whether XLA made another program of the same step; programs.json's new content).
     """
-    file, train = Path(config.workdir) / "programs.json", schedule.in_steps(config)
+    file, train = config.folder / "programs.json", schedule.in_steps(config)
     known = read_json(file, list[Trained], "delete it: it only tells whether the program changes") if exists(file) else []
     known = [trained for trained in known if trained["step"] < step]
     tokens = train.tokens_after(step) - train.tokens_after(step - 1)
@@ -54,6 +53,6 @@ def record(config: Config, step: int, resumed: bool, program: CompiledStep) -> t
     `train.deterministic`; it also prints a line if nothing is compiled otherwise.
     """
     line, otherwise, known = compare(config, step, program)
-    write(Path(config.workdir) / "programs.json", json.dumps(known) + "\n")
+    write(config.folder / "programs.json", json.dumps(known) + "\n")
     wanted = (otherwise or resumed) if config.train.deterministic else otherwise and jax.default_backend() != "gpu"
     return f"step {step:,}: {line}" if line and wanted else "", otherwise

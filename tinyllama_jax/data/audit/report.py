@@ -23,7 +23,7 @@ import rich.progress
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.errors import UserError, disk_error
 from tinyllama_jax.base.files import write
-from tinyllama_jax.data import feed, litpkds
+from tinyllama_jax.data import bucket, feed, litpkds
 from tinyllama_jax.data.audit.survey import OCTAVE, Findings, Survey, duplicates, name_of, survey
 from tinyllama_jax.data.blocks import MANIFEST, Blocks, Damaged, read_manifest
 
@@ -34,6 +34,8 @@ SAMPLES = 1 << 29  # most samples of a run whose order is checked: 1.1 x 10^12 t
 def open_splits(path: str, seq_len: int, findings: Findings) -> list[Blocks]:
     """The splits of the source at `path`; a damaged split is a finding. Raises UserError if there is no such source."""
     try:
+        if bucket.remote(path):
+            read_manifest(path)  # raises: an audit reads all, again and again
         if packed := litpkds.files_of(path):
             splits = [s for s in ("train", "validation") if s == "train" or litpkds.files_of(path, s)]
         else:

@@ -51,6 +51,7 @@ def write(
 def stream(blocks: Blocks) -> Iterator[np.ndarray]:
     """Yields all tokens of a source in order, without padding."""
     for first in range(0, len(blocks), 1024):
+        blocks.hold(first, min(first + 1024, len(blocks)))
         tokens, length = blocks.read(np.arange(first, min(first + 1024, len(blocks))))
         yield tokens[np.arange(tokens.shape[1]) < length[:, None]]
 
