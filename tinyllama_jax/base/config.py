@@ -311,13 +311,7 @@ class Config(Section):
     def __post_init__(self):
         super().__post_init__()
         check(bool(self.workdir), "workdir", self.workdir, "must name a folder for the run")
-        if self.workdir.startswith(tuple(store.SCHEMES)) and ":/" in self.workdir:
-            store.place(self.workdir, "--workdir")
-            parts = self.workdir.partition("://")[2].removesuffix("/").split("/")
-            plain = not set("*?[]{}#\\") & set(self.workdir) and not {"", ".", ".."} & set(parts)
-            check(plain, "workdir", self.workdir, "has a character of patterns, or an empty part, or .. in it; rename it")
-        else:
-            check_local("--workdir", self.workdir)
+        store.check_workdir(self.workdir)
         for i, (_, _, tokens) in enumerate(self.train.stages):
             key = "batch_ramp" if i else "tokens_per_step"
             remedy = f"must be a multiple of model.seq_len={self.model.seq_len}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_jax.base.errors import UserError
-from tinyllama_jax.base.files import listed, open_regular, sha256
+from tinyllama_jax.base.files import check_local, listed, open_regular, sha256
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # of a URL -> the package that fsspec reads it with
 
@@ -60,6 +60,16 @@ def place(path: str | Path, option: str) -> Place:
     if not all(path_in_store.rstrip("/").partition("/")[::2]):
         raise UserError(f"{option} {path}: must name a folder in a bucket, such as {scheme}://BUCKET/FOLDER")
     return Remote(f"{scheme}://{path_in_store.rstrip('/')}")
+
+
+def check_workdir(workdir: str) -> None:
+    """Raises UserError unless `workdir` can name a run folder: a local path, or a folder in a bucket without odd characters."""
+    if not (workdir.startswith(tuple(SCHEMES)) and ":/" in workdir):
+        return check_local("--workdir", workdir)
+    parts = place(workdir, "--workdir").url.partition("://")[2].split("/")
+    if set("*?[]{}#\\") & set(workdir) or {"", ".", ".."} & set(parts):
+        raise UserError(f"--workdir={workdir}: has a character of patterns, or an empty part, or .. in it; rename it")
+    return None
 
 
 def filesystem(url: str) -> Any:
