@@ -175,7 +175,7 @@ def test_variables_have_the_names_of_their_things(path):
 def test_config_keys():
     assert list(c.keys()) == (ROOT / "tests" / "config_keys.txt").read_text().split()
     # the budget: raise it only by a diff to defend; fine-tuning took 8 keys, scores during training 5, profiles 1
-    assert len(c.keys()) <= 82
+    assert len(c.keys()) <= 83
 
 
 def test_imports_leave_jax_its_devices():
@@ -202,8 +202,8 @@ def test_sizes_stay_within_budget():
         "run.",
         *(f"data.{n}" for n in ["tokenizer", "blocks", "litpkds", "riegeli", "bucket", "shuffle", "mixture", "feed"]),
     )
-    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 7_620
-    assert sum(lines.values()) <= 23_750 and lines["train"] <= 125 and max(lines.values()) <= 405
+    assert sum(n for name, n in lines.items() if name.startswith(trusted) and name != "train_tokenizer") <= 9_450
+    assert sum(lines.values()) <= 25_850 and lines["train"] <= 125 and max(lines.values()) <= 405
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "prepare":  # 25 options in its signature
