@@ -63,7 +63,6 @@ def main(argv: list[str]) -> int:
         start = int(state.step)
         notes += initialize.check_batches(config, sources, start)
         startup.mark("weights")
-
         log = at_end.enter_context(Log(config, sources, mesh.size, start, argv=argv, stop=stop, startup=startup,
                                        peak_flops=targets.peak_flops))  # fmt: skip
         log.say("\n".join([*copied, *notes, *describe(config, mesh, program, sources, held_out), f"weights: {came_from}"]))
