@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import urllib.request
 
 import fsspec
 import gcp_storage_emulator.server
@@ -63,6 +64,8 @@ def servers():
     before = {name: os.environ.get(name) for name in variables}
     try:
         os.environ |= variables
+        reset = urllib.request.Request(f"{variables['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset).close()  # moto keeps the objects of an earlier server in this process
         fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
         fsspec.filesystem("s3").mkdir("bucket")
         yield variables

@@ -7,6 +7,7 @@ from pathlib import Path
 import generated
 import pytest
 import sentencepiece
+import stand_ins
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/llama2_tokenizer.model"
 # the demo's settings, and others that change what a cut in a text does
@@ -60,6 +61,13 @@ def train(kind: str, **more) -> bytes:
         sentence_iterator=iter(text), model_writer=model, minloglevel=2, num_threads=1, **options
     )
     return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def stores():
+    """Local servers in place of S3 and Google Cloud Storage, each with an empty bucket `bucket`."""
+    with stand_ins.servers():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,6 @@ from tinyllama_jax.data.prepare.pipeline import prepare
 
 
 @pytest.fixture(scope="module")
-def stores():
-    """Local servers in place of S3 and Google Cloud Storage, each with an empty bucket `bucket`."""
-    with stand_ins.servers():
-        yield
-
-
-@pytest.fixture(scope="module")
 def uploaded(tmp_path_factory, stores, texts) -> Path:
     """A local folder that is also at corpus/ in the bucket of each store."""
     folder = make_corpus(tmp_path_factory.mktemp("stores") / "corpus", texts)

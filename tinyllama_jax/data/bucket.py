@@ -347,7 +347,7 @@ class Shards:
 
     def news(self, last: bool = False) -> list[str]:
         """Warnings; and a line on the cache at the start, ever less often until all shards are there, and at the end."""
-        notes, self.notes = self.notes, []
+        notes, self.notes = list(dict.fromkeys(self.notes)), []  # several threads meet the same full disk
         if time.monotonic() < self._next_line and not last:
             return notes
         names = {path.name for path in self.folder.glob("*.cached")}

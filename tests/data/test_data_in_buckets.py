@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from test_inputs import free_port, stores  # noqa: F401
+from stand_ins import free_port
 
 from tinyllama_jax import train
 from tinyllama_jax.base import cli, store
@@ -47,7 +47,7 @@ def local(tmp_path_factory, texts, model) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uploaded(local, stores) -> Path:  # noqa: F811
+def uploaded(local, stores) -> Path:
     """`local`, which is also in the bucket of each store."""
     for scheme in ("s3", "gs"):
         for name in ("prepared", "packed"):
@@ -149,7 +149,7 @@ def test_the_batches_of_a_run_and_what_it_fetches_first(uploaded, tmp_path, tiny
     assert all((a[0] == b[0]).all() for a, b in zip(ours, theirs, strict=True)) and not held_out.shards.range_blocks
 
 
-def test_a_run_from_a_bucket_is_the_run_from_a_disk(tiny_data, tiny_config_file, stores, tmp_path, capsys):  # noqa: F811
+def test_a_run_from_a_bucket_is_the_run_from_a_disk(tiny_data, tiny_config_file, stores, tmp_path, capsys):
     """The whole command, and what it prints."""
     for name in "ab":
         fsspec.filesystem("s3").put(f"{tiny_data / name}/", f"bucket/tiny/{name}/", recursive=True)
