@@ -86,7 +86,7 @@ def _process_index(config: Config) -> int:
     import jax
 
     what = f"--workdir={config.workdir}: the working copy of a run in an object store is on one machine, and "
-    cure = "; mount the bucket (gcsfuse, Mountpoint for S3) or a shared disk on all, and name that folder"
+    cure = "; mount the bucket (gcsfuse) or a shared disk on all, and name that folder"
     if not jax.distributed.is_initialized():
         raise UserError(f"{what}`sft` and `dpo` use it from one process{cure}")
     if not addresses.one_machine(jax.process_count()):
