@@ -1,4 +1,4 @@
-"""Runs a tool of an installed package: `python -m tinyllama_jax.tools bench_train ...`; alone it lists them.
+"""Runs a tool of an installed package: `python -m tinyllama_jax.tools bench_train ...`. Without a name it lists them.
 
 In a checkout it is `python tools/bench_train.py ...`.
 """

@@ -163,7 +163,7 @@ def test_a_run_from_a_bucket_is_the_run_from_a_disk(tiny_data, tiny_config_file,
         out = capsys.readouterr().out
         lines = re.findall(r"data.cache: s3://bucket/tiny/a: [01] of 1 shards, 0.000 of 0.000 GB, are in /.*", out)
         assert len(lines) == 2 * ("s3:" in where)  # at the start and at the end
-    assert "0 of 1 shards" in lines[0] and re.search(r"MB/s; of \d+ blocks [\d.]+% were there", lines[1])
+    assert "0 of 1 shards" in lines[0] and re.search(r"MB/s; of \d+ blocks [\d.]+% were on the disk", lines[1])
     assert curves[0] == curves[1] and len(curves[0]) >= 3
 
 
@@ -426,10 +426,10 @@ def test_a_cached_shard_that_is_damaged(uploaded, tmp_path):
     path = far.shards.path(1)
     content = path.read_bytes()
     path.write_bytes(content[:64] + bytes(50) + content[114:])
-    with pytest.raises(Damaged, match=f"record 0: is damaged; remove {path}, and it is fetched again"):
+    with pytest.raises(Damaged, match=f"record 0: is damaged; remove {path}, and it is downloaded again"):
         far.read([far.files()[1][1]])
     far.verify(lambda: None)
-    assert path.read_bytes() == content and "was damaged on this disk, and is fetched again" in far.shards.news()[0]
+    assert path.read_bytes() == content and "was damaged on this disk, and is downloaded again" in far.shards.news()[0]
     path.write_bytes(content[:-5])  # the machine crashed
     again = opened("s3://bucket/sets/prepared", tmp_path)
     assert not path.exists() and same(again, near, np.arange(len(near)))

@@ -68,7 +68,7 @@ def check_workdir(workdir: str) -> None:
         return check_local("--workdir", workdir)
     parts = place(workdir, "--workdir").url.partition("://")[2].split("/")
     if set("*?[]{}#\\") & set(workdir) or {"", ".", ".."} & set(parts):
-        raise UserError(f"--workdir={workdir}: has a character of patterns, or an empty part, or .. in it; rename it")
+        raise UserError(f"--workdir={workdir}: must not contain * ? [ ] {{ }} # \\, an empty part, . or ..; rename it")
     return None
 
 

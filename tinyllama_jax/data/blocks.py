@@ -360,7 +360,7 @@ class Blocks:
 
     def _damaged(self, file: int, position: int, error: Exception) -> Damaged:
         reason, path = str(error).split("\n")[0], self.shards and self.shards.whole(file) and self.shards.path(file)
-        cure = f"remove {path}, and it is fetched again" if path else "copy or prepare the data again"
+        cure = f"remove {path}, and it is downloaded again" if path else "copy or prepare the data again"
         return Damaged(f"{self._files[file]}, record {position}: is damaged; {cure} ({reason})")
 
     def _reader(self, file: int) -> array_record_module.ArrayRecordReader:

@@ -1,8 +1,8 @@
-"""Data sets in a bucket (gs://, s3://): whole shards in a cache on local disk, and byte ranges of those that are not there yet.
+"""Data sets in a bucket (gs://, s3://): whole shards in a cache on local disk, and byte ranges of shards not yet in the cache.
 
-A cached shard is CACHE/NAME-HASH/FILE.cached. It was written under another name and renamed when its size and SHA-256 were
-right. Processes of one host share the cache: each locks what it fetches, and holds a shared lock on its data sets, which keeps
-others from removing them.
+A cached shard is CACHE/NAME-HASH/FILE.cached. It is written under another name, and renamed once its size and SHA-256 are
+right. Processes of one host share the cache: each locks the shard that it downloads, and holds a shared lock on its data sets,
+so that others do not remove them.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from tinyllama_jax.base.errors import UserError, disk_error
 from tinyllama_jax.base.files import MARK, check_local, claim, make_folder, sha256
 from tinyllama_jax.base.store import Remote
 
-SHARE = 0.8  # of the free disk, for a cache without a size
-PIECE = 1 << 25  # bytes of a shard asked for at once
-GAP = 1 << 17  # bytes between two ranges that are read at once: as long to read as a request takes of the processor, 1.5 ms
-THREADS = 4  # that fetch shards
-WAITS = 1, 2, 4, 8, 15, 30  # seconds before what failed is tried again; s3fs and gcsfs try about five times themselves
-OUTAGES = 10  # times that all this may fail before a run stops which needs nothing from the bucket at the moment
-EVERY = 600  # seconds between lines on what was fetched, at most
+SHARE = 0.8  # of the free disk: the limit of a cache without a size
+PIECE = 1 << 25  # bytes of a shard in one request
+GAP = 1 << 17  # most bytes between two ranges of one request: reading them takes 1.5 ms, as does a request on the CPU
+THREADS = 4  # that download shards
+WAITS = 1, 2, 4, 8, 15, 30  # seconds before each retry; s3fs and gcsfs themselves try about five times
+OUTAGES = 10  # downloads of shards that may fail, after these retries, before the run ends
+EVERY = 600  # most seconds between two lines on the cache
 SMALL = 1 << 26  # most bytes of a manifest or a tokenizer's file
 
 
@@ -46,9 +46,9 @@ def remote(path: str | Path) -> Remote | None:
 
 @functools.lru_cache(8)
 def listing(folder: Remote) -> dict[str, tuple[int, str]]:
-    """File -> (bytes, the store's mark of its contents) of a folder; kept for the life of the process: a list takes a while."""
+    """File -> (bytes, its ETag or MD5) of a folder. Listed once in a process, since a list takes a while."""
     try:
-        with store.reaching(folder) as system:  # not tried again: what fails at the start is a login or a name
+        with store.reaching(folder) as system:  # without retries: what fails at the start is a login or a name
             entries = system.ls(folder.url, detail=True)
     except FileNotFoundError:
         return {}
@@ -59,7 +59,7 @@ def listing(folder: Remote) -> dict[str, tuple[int, str]]:
 
 
 def _insist(at: str, work: Callable[[Any], Any]) -> Any:
-    """`work` of `at`'s file system; tried again if the store cannot be reached. Raises UserError, FileNotFoundError."""
+    """Calls `work` with `at`'s file system; retries if the store cannot be reached. Raises UserError, FileNotFoundError."""
     for tried, wait in enumerate((*WAITS, None), 1):
         try:
             with store.reaching(at) as system:
@@ -77,10 +77,10 @@ def _insist(at: str, work: Callable[[Any], Any]) -> Any:
 
 
 class Cache:
-    """A folder for the shards of any number of data sets, and the bytes that they may take. Can be pickled."""
+    """A folder for shards of any number of data sets, with a limit on their size. Can be pickled."""
 
     def __init__(self, text: str):
-        """`text`: of `data.cache`. Raises UserError."""
+        """`text`: the value of `data.cache`. Raises UserError."""
         folder, _, size = text.rpartition(":") if ":" in text else (text, "", "")
         form = "must be FOLDER or FOLDER:GB, such as /mnt/ssd/cache:500"
         try:
@@ -100,14 +100,14 @@ class Cache:
 
     @functools.cached_property
     def limit(self) -> int:
-        """Bytes: as asked for, or a share of what is free."""
+        """Bytes that the shards may take: as configured, or 80% of the free space."""
         free = shutil.disk_usage(self.folder).free
         return int(SHARE * (free + sum(entry[1] for entry in self._entries()))) if self._limit is None else self._limit
 
     def data_set(self, source: Remote, small: list[Remote], identity: str = "") -> Path:
-        """A folder for a data set, kept from being removed while this process lives. It holds copies of its `small` files.
+        """The folder of a data set, with copies of its `small` files. Nobody empties it while this process lives.
 
-        They and `identity` tell it from another one of the same name.
+        These files and `identity` distinguish it from another data set of the same name.
         """
         contents = [_insist(file.url, lambda system, url=file.url: system.cat_file(url, end=SMALL)) for file in small]
         digest = hashlib.sha256(b"\0".join([f"{source} {identity}".encode(), *contents])).hexdigest()
@@ -126,9 +126,9 @@ class Cache:
         return folder
 
     def room(self, size: int, file: BinaryIO | None = None) -> bool:
-        """Whether `size` more bytes fit, after the shards least recently opened of data sets that nobody reads are removed.
+        """Evicts shards if `size` more bytes need their room; returns whether these bytes then fit.
 
-        If so, the empty `file` gets that size, so that all processes see how much room it will take.
+        Data sets that a process reads keep theirs; the least recently opened go first. The empty `file` gets a size that fits.
         """
         with self._lock:
             if time.monotonic() >= self._next_look:
@@ -181,7 +181,7 @@ _HELD: dict[Path, int] = {}  # folder of a data set -> the file that this proces
 
 @functools.lru_cache(8)
 def cache(text: str) -> Cache:
-    """The one of a value of `data.cache`. Raises UserError."""
+    """The cache of a value of `data.cache`, one in a process. Raises UserError."""
     return Cache(text)
 
 
@@ -202,8 +202,8 @@ class Shards:
         self._start()
 
     def _start(self) -> None:
-        self.full = ""  # why no more shards are fetched
-        self.error: UserError | None = None  # of a thread that fetches
+        self.full = ""  # why no more shards are downloaded
+        self.error: UserError | None = None  # of a download
         self.notes: list[str] = []
         self.whole_bytes = self.range_bytes = self.whole_blocks = self.range_blocks = 0
         self.seconds = 0.0  # in which blocks were read, of all threads together
@@ -218,24 +218,24 @@ class Shards:
         self._start()
 
     def path(self, i: int) -> Path:
-        """Where a shard is when it is whole."""
+        """The path of a shard in the cache."""
         return self.folder / f"{self.files[i].name}.cached"
 
     def whole(self, i: int) -> bool:
-        """Whether a shard is on the disk. Raises the error of a thread that fetches."""
+        """Whether a shard is in the cache. Raises the error of a download."""
         if self.error:
             raise self.error
         return self.path(i).exists()
 
     def count(self, whole: int, by_range: int, seconds: float) -> None:
-        """Takes note of blocks that were read."""
+        """Counts blocks that were read."""
         with self._lock:
             self.whole_blocks += whole
             self.range_blocks += by_range
             self.seconds += seconds
 
     def ranges(self, wanted: list[tuple[int, int, int]]) -> list[bytes]:
-        """The bytes of (shard, start, end) each; those that lie close together are read at once. Raises UserError, Damaged."""
+        """The bytes of each (shard, start, end); ranges close together are one request. Raises UserError, Damaged."""
         order, spans, places = sorted(range(len(wanted)), key=wanted.__getitem__), [], {}
         for k in order:
             i, start, end = wanted[k]
@@ -251,7 +251,7 @@ class Shards:
         return [cut(places[k], start, end) for k, (_, start, end) in enumerate(wanted)]
 
     def _read(self, spans: list) -> list[bytes]:
-        """The bytes of (shard, start, end) each, asked for all together. Raises UserError, Damaged."""
+        """The bytes of each (shard, start, end), all requested together. Raises UserError, Damaged."""
         out: list[bytes | None] = [None] * len(spans)
 
         def ask(system: Any) -> None:
@@ -263,7 +263,7 @@ class Shards:
                 if isinstance(part, FileNotFoundError):
                     raise Damaged(f"{self.files[i]}: is not there any more; put it back, or prepare the data again")
                 if isinstance(part, bytes) and len(part) != end - start:
-                    what = f"bytes {start:,} to {end:,} are {len(part):,} bytes"
+                    what = f"bytes {start:,} to {end:,} came as {len(part):,} bytes"
                     raise Damaged(f"{self.files[i]}: has changed: {what}; put the old one back, or start again")
                 out[k] = part if isinstance(part, bytes) else None
             if failed := next((part for part in parts if isinstance(part, BaseException)), None):
@@ -274,7 +274,7 @@ class Shards:
         return out
 
     def fetch(self, i: int, wait: float = 0.0) -> bool:
-        """Brings a shard to the disk whole. False if the cache is full, or another process still fetches it after `wait` s.
+        """Downloads a shard. Returns False if the cache is full, or another process still downloads it after `wait` s.
 
         Raises UserError, and Damaged if it is not what the manifest says.
         """
@@ -306,7 +306,7 @@ class Shards:
         return self.whole(i)
 
     def _fill(self, i: int, file: BinaryIO) -> None:
-        """Writes a shard to the empty `file`, if there is room. Raises FileNotFoundError if not, and Damaged."""
+        """Writes a shard to the empty `file`, if there is room. Raises Damaged, and FileNotFoundError if there is none."""
         file.truncate(0)
         if not self.cache.room(self.sizes[i], file):
             self.full = "the cache is full"
@@ -327,18 +327,18 @@ class Shards:
         os.fsync(file.fileno())
 
     def check_header(self, i: int, begin: bytes) -> None:
-        """Raises Damaged if a file that begins with `begin` does not begin as all do."""
+        """Raises Damaged if `begin`, the first bytes of a file, are not those of all files."""
         if not begin.startswith(self.header):
             raise Damaged(f"{self.files[i]}: does not begin as {self.files[0]} does ({begin[:24]!r}); copy it again")
 
     def sha256(self, i: int) -> str:
-        """Of a shard: of the one on the disk, which is removed if it is damaged; else of the bytes in the bucket."""
+        """SHA-256 of a shard: of the cached one, downloaded again if it is damaged; else of the bytes in the bucket."""
         for _ in range(2):
             if self.fetch(i, wait=60):
                 checksum = sha256(self.path(i))
                 if not self._sha256 or checksum == self._sha256[i]:
                     return checksum
-                self.notes.append(f"warning: {self.path(i)}: was damaged on this disk, and is fetched again")
+                self.notes.append(f"warning: {self.path(i)}: was damaged on this disk, and is downloaded again")
                 self.path(i).unlink()
         hashed = hashlib.sha256()
         for start in range(0, self.sizes[i], PIECE):
@@ -346,7 +346,7 @@ class Shards:
         return hashed.hexdigest()
 
     def news(self, last: bool = False) -> list[str]:
-        """Warnings; and a line on the cache at the start, ever less often until all shards are there, and at the end."""
+        """Warnings, and a line on the cache: at the start, less and less often until all shards are there, and at the end."""
         notes, self.notes = list(dict.fromkeys(self.notes)), []  # several threads meet the same full disk
         if time.monotonic() < self._next_line and not last:
             return notes
@@ -356,22 +356,20 @@ class Shards:
         line = f"data.cache: {self.source}: {len(held):,} of {len(self.sizes):,} shards, {gb:,.3f} of {total:,.3f} GB, are in "
         line += f"{self.folder} (limit {limit:,.1f} GB)"
         if self._next_line < 0 and len(held) < len(self.sizes):
-            line += "; a block of another shard is read by itself until that shard is there"
-            line += f"; they do not all fit: {1 - limit / total:.0%} of the blocks will always be read so" * (total > limit)
+            line += "; a block of another shard is read alone until that shard is there"
+            line += f"; they do not all fit: {1 - limit / total:.0%} of the blocks will always be read alone" * (total > limit)
         if blocks := self.whole_blocks + self.range_blocks:
             rate = (self.whole_bytes + self.range_bytes) / 1e6 / (time.monotonic() - self._began)
-            line += (
-                f"; fetched {self.whole_bytes / 1e9:,.3f} GB of shards and {self.range_bytes / 1e9:,.3f} GB of single blocks, "
-            )
-            line += f"{rate:,.1f} MB/s; of {blocks:,} blocks {self.whole_blocks / blocks:.1%} were there; "
-            line += f"{blocks / max(self.seconds, 1e-9):,.0f} blocks a second in a thread"
+            line += f"; downloaded {self.whole_bytes / 1e9:,.3f} GB of shards and {self.range_bytes / 1e9:,.3f} GB of single "
+            line += f"blocks, {rate:,.1f} MB/s; of {blocks:,} blocks {self.whole_blocks / blocks:.1%} were on the disk; "
+            line += f"{blocks / max(self.seconds, 1e-9):,.0f} blocks a second per thread"
         wait = math.inf if len(held) == len(self.sizes) else min(max(2 * (time.monotonic() - self._began), 10), EVERY)
         self._next_line = time.monotonic() + wait
         return [*notes, line]
 
 
 def ahead(needed: Iterator[tuple[Shards, int]]) -> None:
-    """Fetches shards in the background, in this order. What goes wrong is raised where the blocks are read."""
+    """Downloads shards in the background, in this order. Errors are raised where the blocks are read."""
     lock, later = threading.Lock(), []
 
     def fetch() -> None:
@@ -392,7 +390,7 @@ def ahead(needed: Iterator[tuple[Shards, int]]) -> None:
                     shards.error = error
                     return
                 later.append(one)
-                shards.notes.append(f"warning: {error}; its shard is fetched later")
+                shards.notes.append(f"warning: {error}; its shard is downloaded later")
 
     for _ in range(THREADS):
         threading.Thread(target=fetch, daemon=True).start()

@@ -1,8 +1,8 @@
-"""ArrayRecord files by byte ranges: where each record lies, and a record out of its bytes. The C++ library reads only paths.
+"""Reads ArrayRecord files by byte ranges: where each record lies, and its content. The C++ library reads only paths.
 
 Format: github.com/google/riegeli, doc/riegeli_records_file_format.md, and ArrayRecord's footer as `group_size:1` writes it. A
-file is a row of chunks of one record each. Its last 64 KiB begin with a chunk that says where the footer is, which says where
-each chunk begins. Hashes of chunks (HighwayHash) are not computed here; the SHA-256 of a whole file is, when it has arrived.
+file is a sequence of chunks of one record each. Its last 64 KiB begin with a chunk that says where the footer is; the footer
+says where each chunk begins. The chunks' own hashes (HighwayHash) are not computed; data/bucket.py checks the SHA-256 of files.
 """
 
 import struct
@@ -10,12 +10,12 @@ import struct
 import numpy as np
 import pyarrow
 
-BLOCK, BLOCK_HEADER = 1 << 16, 24  # each 64 KiB begin with a header of 24 bytes, wherever in a chunk that is
+BLOCK, BLOCK_HEADER = 1 << 16, 24  # each 64 KiB begin with a header of 24 bytes, even inside a chunk
 CHUNK = struct.Struct("<4Q8x")  # hash, bytes, hash of the bytes, 1 byte of type and 7 of the number of records
 
 
 def tail(size: int, records: int) -> int:
-    """Where in a file of `size` bytes to begin reading for `offsets`: 5 bytes a record (zstd leaves about 3), then padding."""
+    """Where to begin reading a file of `size` bytes for `offsets`: 5 bytes a record (zstd leaves about 3), then padding."""
     return max(size - 3 * BLOCK - 5 * records, 0)
 
 

@@ -1,4 +1,4 @@
-"""Measures what `preflight` compares: the rates of a disk, of matmuls and of collectives, and what NCCL says of its ways."""
+"""Measures what `preflight` compares: the rates of a disk, of matmuls and of collectives, and NCCL's transports."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def within(line: str) -> Iterator[None]:
 
 
 def gather(name: str, value) -> list:
-    """`value` (JSON) of every process, in their order. Ends this process if another does not come within `WAIT`."""
+    """`value` (JSON) of every process, in their order. Ends this process if another does not arrive within `WAIT`."""
     if jax.process_count() == 1:
         return [value]
     from jax._src import distributed  # the coordinator's key-value store works where collectives do not; it has no public name
@@ -130,7 +130,7 @@ def of_collective(mesh: jax.sharding.Mesh, axis: str, kind: str, size: int) -> f
 
 
 def transport(log: str) -> tuple[set[str], set[str]]:
-    """What NCCL's lines (NCCL_DEBUG=INFO) say: the networks between hosts, and the ways between two GPUs."""
+    """The networks between hosts and the transports between two GPUs, from NCCL's log (NCCL_DEBUG=INFO)."""
     ways = re.findall(r"NCCL INFO Channel .* via (\S+(?: Libfabric\S*)?)", log)
     return set(re.findall(r"NCCL INFO Using network (.+)", log)), {re.sub(r"(?<=NET/)([^/]+)/\d+", r"\1", way) for way in ways}
 

@@ -27,7 +27,7 @@ from tinyllama_jax.planning.measured import PAGE, WAIT, gather
 from tinyllama_jax.run import addresses, cluster, folder
 
 FAILED = 1  # exit code
-DISK_SECONDS = 8.0  # after which a process stops to write, however little that is
+DISK_SECONDS = 8.0  # after which a process stops writing, however little it has written
 SAVE = 120.0  # seconds of a save: with --checkpoint.minutes=8 a preemption then costs at most 10 minutes
 COPIES = 2  # of its part of the state, in a host's memory during a save (benchmarks/cpu.md)
 SHARED_MEMORY = 2**30  # bytes of /dev/shm for NCCL; a container has 64 MiB unless it asks for more
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     """Prints the report; returns 0, or `FAILED` if a line is not as expected. Every process of a job calls it alike."""
     wrong = [f"--{name}" for name in ("on", "sweep", "law", "price", "mfu", "picture", "flops") if getattr(args, name)]
     if wrong:
-        raise UserError(f"{wrong[0]}: does not go with --here, which measures the machine that it runs on")
+        raise UserError(f"{wrong[0]}: does not go with --here, which measures the machine that the command runs on")
     if overrides and not args.config:
         raise UserError(f"{overrides[0]}: needs --config FILE")
     config = cli.override(cli.read(args.config), cli.pairs(overrides)) if args.config else None
@@ -176,7 +176,7 @@ def _memory(config: Config | None, target: targets.Target | None, every: list[di
         known = int(0.97 * target.memory * (xla.memory_fraction() if target.sm else 1)) if target else 0
         remedy = f"a device of {host} offers less: is it another kind?" if least < known else ""
         remedy = f"another program holds {gb(used)} on {busy}: nvidia-smi names it" if used > OTHERS else remedy
-        yield Line("device memory", f"{gb(least)} to use of each, {gb(used)} in use before", gb(known) if known else "", remedy)
+        yield Line("device memory", f"{gb(least)} usable on each, {gb(used)} in use before", gb(known) if known else "", remedy)
     if jax.devices()[0].platform == "gpu" and len(jax.devices()) > len(_hosts(every, "shm")):
         shm = min(facts["shm"] for facts in every)
         remedy = "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory" if shm < SHARED_MEMORY else ""
@@ -219,7 +219,7 @@ def _disk(config: Config | None, n_bytes: int, every: list[dict]) -> Iterator[Li
     n = keep.keep + 1 + len(keep.kept) + (config.train.steps // keep.keep_every if keep.keep_every else 0)
     used = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     remedy = "free room, or keep fewer (--checkpoint.keep, keep_every)" if free + used < n * state else ""
-    yield Line("room", f"{gb(free + used)} free or with checkpoints", f"{gb(n * state)} for {n} checkpoints", remedy)
+    yield Line("room", f"{gb(free + used)} free, or taken by its checkpoints", f"{gb(n * state)} for {n} checkpoints", remedy)
 
 
 def _clocks(every: list[dict]) -> Line:

@@ -1,11 +1,11 @@
-"""A run folder in an object store: its working copy on this machine, what is copied to the bucket when, and the thread for it.
+"""A run folder in an object store: its working copy on this machine, and the thread that uploads it.
 
 With --workdir=s3://BUCKET/RUN (or gs://) a run trains in `Config.folder`, a run folder like any other. A thread of process 0
-copies it to the bucket: descriptions at once, new lines of metrics every minute and before a checkpoint, and of a checkpoint
-the seal last. At the start the bucket is right, and the working copy is made like it; only what it had yet to send is kept.
+uploads it: descriptions at once, new lines of metrics every minute and before a checkpoint, and of a checkpoint the seal last.
+At the start the working copy is made equal to the bucket; only a checkpoint that it had not uploaded yet is kept.
 
-RUN/metrics.jsonl.parts/N   the bytes of metrics.jsonl from N on (events.jsonl alike): an object cannot be appended to
-RUN/locks/N.json            who trains: see lock.py; all else is as in a local run folder
+RUN/metrics.jsonl.parts/N   bytes of metrics.jsonl from N on, since objects cannot be appended to; events.jsonl likewise
+RUN/locks/N.json            who trains: see lock.py. All else is as in a local run folder
 """
 
 import concurrent.futures
@@ -29,13 +29,13 @@ from tinyllama_jax.base.files import exists
 from tinyllama_jax.run import addresses, cluster, lock, seals
 from tinyllama_jax.run.lock import Lock
 
-MINUTE = 60.0  # seconds after which new lines are sent without a checkpoint
-GIVE_UP = 600.0  # seconds in which the store may fail before the run ends
-PART = 1 << 20  # bytes that a part of a file of lines should have: up to then it is written again, longer
-PIECE = 1 << 24  # bytes sent at once of a file of lines
+MINUTE = 60.0  # seconds after which new lines are uploaded without a checkpoint
+GIVE_UP = 600.0  # seconds for which uploads may fail before the run ends
+PART = 1 << 20  # bytes of a full part of a file of lines; a smaller one is replaced by a longer one
+PIECE = 1 << 24  # most bytes of a file of lines in one upload
 LINES = ("metrics.jsonl", "events.jsonl")
 DESCRIPTIONS = ("config.json", "data.json", "versions.json", "wandb.json", "programs.json", seals.NEWEST)
-FOLDERS = ("tokenizer/", "compiled/")  # and set_aside/, which is sent and never fetched
+FOLDERS = ("tokenizer/", "compiled/")  # and set_aside/, which is uploaded and never downloaded
 STATE = ".bucket"  # in the working copy: `State`; locked by the process that trains there
 _open: "_Bucket | None" = None
 
@@ -44,13 +44,13 @@ class State(typing.TypedDict):
     """What a working copy knows of itself."""
 
     copy: str  # a random name
-    sent: int  # the newest step whose checkpoint it has sent
-    whole: bool  # false while it is being made like the bucket
+    sent: int  # the newest step whose checkpoint it has uploaded
+    whole: bool  # false while it is being made equal to the bucket
 
 
 @contextlib.contextmanager
 def opened(config: Config) -> Iterator[list[str]]:
-    """Makes the working copy of a run in an object store, and keeps the bucket like it until the `with` block ends.
+    """Makes the working copy of a run in an object store, and uploads what changes in it until the `with` block ends.
 
     Does nothing for a local folder, or inside another such block. Yields lines to print. Raises UserError if the bucket cannot
     be used, another process trains there, or the run has processes on several machines.
@@ -86,7 +86,7 @@ def _process_index(config: Config) -> int:
     import jax
 
     what = f"--workdir={config.workdir}: the working copy of a run in an object store is on one machine, and "
-    cure = "; mount the bucket (gcsfuse, Mountpoint for S3) or a shared disk on all, and name that folder"
+    cure = "; mount the bucket (gcsfuse) or a shared disk on all, and name that folder"
     if not jax.distributed.is_initialized():
         raise UserError(f"{what}`sft` and `dpo` use it from one process{cure}")
     if not addresses.one_machine(jax.process_count()):
@@ -95,19 +95,19 @@ def _process_index(config: Config) -> int:
 
 
 def push() -> None:
-    """Sends everything that is new in the working copy, and waits for it. Raises UserError. Does nothing for a local run."""
+    """Uploads all that is new in the working copy, and waits for it. Raises UserError. Does nothing for a local run."""
     if _open:
         _open.push()
 
 
 def check() -> None:
-    """Raises the error of a sending that failed, or of a lock that was lost."""
+    """Raises the error of a failed upload or a lost lock."""
     if _open:
         _open.check()
 
 
 def holds(step: int, wait: bool) -> bool:
-    """Whether the checkpoint of `step` is on the bucket, if there is one; `wait`: waits until it is. Raises UserError."""
+    """Whether the checkpoint of `step` is in the bucket; true for a local run. `wait`: waits until it is. Raises UserError."""
     return _open is None or _open.holds(step, wait)
 
 
@@ -115,24 +115,24 @@ def holds(step: int, wait: bool) -> bool:
 
 
 class _Copy:
-    """What of a run is on the bucket, and how it comes from there and gets there. Used by one thread at a time."""
+    """Downloads and uploads a run folder, and knows what of it is in the bucket. Used by one thread at a time."""
 
     def __init__(self, config: Config, url: store.Remote, state: State, held: Lock):
         self._config, self._url, self._folder, self._state, self._lock = config, url, config.folder, state, held
-        self.steps: set[int] = set()  # of the checkpoints on the bucket that are whole
+        self.steps: set[int] = set()  # of the whole checkpoints in the bucket
         self._fetched: set[str] | None = None  # what was in both places before the first `send`
-        self._small: dict[str, tuple[int, int]] = {}  # descriptions on the bucket -> (bytes, time of change) of what was sent
+        self._small: dict[str, tuple[int, int]] = {}  # descriptions in the bucket -> (bytes, time of change) when uploaded
         self._parts: dict[str, list[tuple[int, int]]] = {name: [] for name in LINES}  # (first byte, bytes)
 
     def fetch(self, objects: dict[str, int], own: bool) -> list[str]:
-        """Makes the working copy like the bucket, which has `objects`. `own`: this copy was the last one to train."""
+        """Makes the working copy equal to the bucket, which has `objects`. `own`: this copy was the last one to train."""
         notes, url, folder = [], self._url, self._folder
         checkpoints: dict[int, list[str]] = {}
         for path in objects:
             if match := re.fullmatch(r"checkpoints/(0|[1-9][0-9]{0,17})/.+", path):
                 checkpoints.setdefault(int(match[1]), []).append(path)
         self.steps = {step for step, paths in checkpoints.items() if f"checkpoints/{step}/{seals.SEAL}" in paths}
-        for step in checkpoints.keys() - self.steps:  # half sent, or half removed
+        for step in checkpoints.keys() - self.steps:  # its upload or removal was interrupted
             _each(lambda path: store.remove_object(url / path), checkpoints[step])
         if not (own and self._state["whole"]):
             self._note(whole=False, sent=0)
@@ -156,8 +156,8 @@ class _Copy:
                 notes.append(f"checkpoint {step} is no longer on the bucket, and is now {seals.set_aside(folder, path)}")
         if ahead := local - self.steps:
             what = f"checkpoint {max(ahead)} was not on the bucket yet"
-            notes.append(f"{what}: it is taken from the working copy, and sent")
-        for step in sorted(self.steps | local, reverse=True):  # older ones stay on the bucket
+            notes.append(f"{what}: it is taken from the working copy, and uploaded")
+        for step in sorted(self.steps | local, reverse=True):  # older ones stay in the bucket
             path = folder / "checkpoints" / str(step)
             reason = seals.unusable(path, self._config)
             if reason and step in self.steps and seals.damage(path):  # not here, or not whole
@@ -183,7 +183,7 @@ class _Copy:
         partial.rename(path)
 
     def _fetch_lines(self, name: str, objects: dict[str, int]) -> None:
-        """Makes a file of lines from its parts, unless it holds them already and perhaps more."""
+        """Makes a file of lines from its parts, unless the local file already begins with them."""
         folder, end = f"{name}.parts", 0
         pattern = re.compile(re.escape(folder) + r"/(\d+)")
         parts = sorted((int(match[1]), n) for path, n in objects.items() if (match := pattern.fullmatch(path)))
@@ -207,7 +207,7 @@ class _Copy:
         partial.replace(file)
 
     def send(self) -> None:
-        """Sends what is new. A kill at any moment leaves on the bucket a run that can be gone on from."""
+        """Uploads what is new. After a kill at any moment, the run in the bucket can be resumed."""
         folder, ready = self._folder, [step for step in seals.steps_in(self._folder) if step not in self.steps]
         self._lock.check()
         small = [path for path in map(folder.joinpath, DESCRIPTIONS) if exists(path) and path.name != seals.NEWEST]
@@ -231,7 +231,7 @@ class _Copy:
         self._small |= {name(path): status[path] for path in new}
 
     def _remove_gone(self) -> None:
-        """Removes from the bucket what `seals.recover` or `seals.start_over` has set aside, which has been sent."""
+        """Removes from the bucket what `seals.recover` or `seals.start_over` has moved to set_aside/, which is uploaded."""
         for name in self._fetched:
             if not exists(self._folder / name):
                 if step := re.fullmatch(r"checkpoints/(\d+)", name):
@@ -241,7 +241,7 @@ class _Copy:
         self._fetched = None
 
     def _send_lines(self, name: str) -> None:
-        """Sends the whole lines of a file since the last time. A part that is behind the end of the file is removed."""
+        """Uploads the whole lines of a file since the last time. Removes parts beyond the end of the file, which was cut."""
         file, parts, place = self._folder / name, self._parts[name], self._url / f"{name}.parts"
         size = file.stat().st_size if exists(file) else 0
         while parts and parts[-1][0] >= size:
@@ -269,8 +269,8 @@ class _Copy:
         arrived = store.sizes(place)
         for name in names:
             if arrived.get(name) != (size := (path / name).stat().st_size):
-                raise UserError(f"{place}/{name}: has {arrived.get(name, 0):,} bytes of {size:,} after it was sent")
-        self._lock.check()  # sending may have taken long
+                raise UserError(f"{place}/{name}: has {arrived.get(name, 0):,} bytes of {size:,} after its upload")
+        self._lock.check()  # the upload may have taken long
         store.put(path / seals.SEAL, place / seals.SEAL, keep=True)
         self.steps.add(step)
         self._note(sent=max(step, self._state["sent"]))
@@ -300,7 +300,7 @@ class _Bucket:
     def __init__(self, config: Config):
         self._config, self._folder, self._url = config, config.folder, store.place(config.workdir, "--workdir")
         self._changed = threading.Condition()
-        self._asked = self._done = 0  # how often `send` was asked for, and how often that was done
+        self._asked = self._done = 0  # how many times `send` was asked for, and how many of these are done
         self._error: Exception | None = None
         self._closing = False
         self._file: int | None = None
@@ -308,7 +308,7 @@ class _Bucket:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """Takes the lock, and makes the working copy like the bucket. Raises UserError."""
+        """Takes the lock, and makes the working copy equal to the bucket. Raises UserError."""
         files.make_folder("--workdir", self._config.workdir, self._folder)
         self._file = files.claim(self._folder / STATE, f"{self._config.workdir}: {cluster.BUSY}")
         objects = store.sizes(self._url)
@@ -327,7 +327,7 @@ class _Bucket:
         self._copy = _Copy(self._config, self._url, state, self._lock)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
-        notes += self._copy.fetch(store.sizes(self._url), own)  # listed again: only now nobody else writes
+        notes += self._copy.fetch(store.sizes(self._url), own)  # listed again: from here on nobody else writes
         self.notes = [f"the run folder is {self._url}; its working copy on this machine is {self._folder}", *notes]
 
     def push(self) -> None:
@@ -354,7 +354,7 @@ class _Bucket:
             raise self._error
 
     def end(self) -> None:
-        """Sends the rest, says in the lock that this process has ended, and lets go of the working copy."""
+        """Uploads the rest, records in the lock that this process has ended, and unlocks the working copy."""
         try:
             if self._asked and not self._error:  # else the run has not begun
                 self.push()
@@ -368,7 +368,7 @@ class _Bucket:
             os.close(self._file) if self._file is not None else None
 
     def _work(self) -> None:
-        """Gives signs of life, and sends what is new: when asked, and from the first time on every minute."""
+        """Writes heartbeats, and uploads what is new: when asked, and every minute after the first time."""
         well = sent = time.monotonic()
         while not self._closing:
             pause = lock.BEAT / 3

@@ -8,14 +8,14 @@ import itertools
 PARTS = {
     "productive": "training: steps that were kept",
     "data_wait": "waiting for data",
-    "saving": "saving, as far as training waits for it",
+    "saving": "saves, while training waits for them",
     "evaluating": "validation, samples, scores; writing a profile",
     "starting": "from the first start of the process to the end of its first step",
-    "restarting": "the same of each later start",
-    "lost": "steps that were thrown away: after the checkpoint from which a later start went on",
+    "restarting": "the same for each later start",
+    "lost": "work that was thrown away: a later start resumed from an earlier checkpoint",
     "down": "no process ran",
 }
-UNDONE = ("productive", "data_wait", "saving", "evaluating")  # lost, too, where a run goes back to a checkpoint
+UNDONE = ("productive", "data_wait", "saving", "evaluating")  # become "lost" where a run goes back to a checkpoint
 
 
 def seconds(line: dict) -> dict[str, float]:

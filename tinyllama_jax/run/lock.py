@@ -1,4 +1,4 @@
-"""The lock of a run folder in an object store: RUN/locks/N.json, created only if it is not there; the highest N holds it."""
+"""The lock of a run folder in an object store: RUN/locks/N.json, created only if it does not exist; the highest N counts."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from tinyllama_jax.base import files, store
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.run.cluster import BUSY
 
-BEAT = 30.0  # seconds between two signs of life
-STALE = 120.0  # seconds without one after which another machine takes over
+BEAT = 30.0  # seconds between two heartbeats
+STALE = 120.0  # seconds without a heartbeat after which another machine takes over
 
 
 class Holder(typing.TypedDict):
-    """The process that trains, or that did."""
+    """The process that trains, or the last one that did."""
 
     host: str
     pid: int
     copy: str  # the name of its working copy: see bucket.py
-    time: float  # of its last sign of life, seconds since 1970
+    time: float  # of its last heartbeat, seconds since 1970
     ended: bool
 
 
@@ -31,14 +31,14 @@ class Taken(UserError):
 
 
 class Lock:
-    """The right to train in a folder of an object store: the lock of the highest number, created only if it is not there."""
+    """The lock of one process. It may train as long as its lock has the highest number."""
 
     def __init__(self, url: store.Remote, copy: str):
         self._folder, self._copy, self._number, self._beat = url / "locks", copy, 0, 0.0
         self._busy = f"{url}: {BUSY}"
 
     def take(self) -> tuple[bool, list[str]]:
-        """(whether this working copy was the last to train, lines to print). Raises UserError if another one trains."""
+        """Takes the lock. Returns (whether this working copy was the last to train, lines to print). Raises UserError."""
         begun, first = time.monotonic(), None
         while True:
             number, last = self._newest()
@@ -48,23 +48,23 @@ class Lock:
             if first and last != first:
                 raise UserError(f"{self._busy} ({last['host']}, pid {last['pid']})")
             if first is None:
-                who = f"{last['host']}, pid {last['pid']}, which has not said that it ended"
-                print(f"waits up to {STALE:g} s for a sign of life of {who}", file=sys.stderr, flush=True)
+                who = f"{last['host']}, pid {last['pid']}, which has not reported its end"
+                print(f"waits up to {STALE:g} s for a heartbeat of {who}", file=sys.stderr, flush=True)
             first = last
             time.sleep(min(BEAT / 3, 5))
         self._number, text = number + 1, self._text()
         if not store.create(self._file(), text):
             raise UserError(self._busy)
         notes = []
-        if store.create(self._file(), text + "\n"):  # it is there
-            what = "the store creates an object that is there already (no conditional writes)"
+        if store.create(self._file(), text + "\n"):  # it exists
+            what = "the store overwrites an object that must not exist (no conditional writes)"
             notes.append(f"{self._folder}: {what}: of two runs started within a second both may train; start only one")
         for old in store.names(self._folder) - {self._file().name}:
             store.remove_object(self._folder / old)
         return own, notes
 
     def hold(self, ended: bool = False) -> None:
-        """Gives a sign of life if it is time, or says that this process `ended`. Raises UserError if another one took over."""
+        """Writes a heartbeat if it is time, or that this process `ended`. Raises UserError if another one took over."""
         if time.monotonic() - self._beat < BEAT and not ended:
             return
         self.check()
@@ -85,7 +85,7 @@ class Lock:
         file = self._folder / f"{max(numbers)}.json"
         try:
             return max(numbers), files.decode_json(store.read(file), Holder)
-        except FileNotFoundError:  # removed meanwhile by one that took over
+        except FileNotFoundError:  # a process that took over has just removed it
             return self._newest()
         except ValueError as error:
             raise UserError(f"{file}: is damaged ({error}); remove it if no process trains there") from None

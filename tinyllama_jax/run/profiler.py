@@ -36,10 +36,10 @@ class Profiler:
             say(f"{what}profiled from step {start + 1:,} on, the first of this start, with its compilation")
 
     def asked(self) -> bool:
-        """Whether RUN/profile was there, which the first process looks for every few seconds and takes away."""
+        """Whether somebody made RUN/profile. The first process looks for it every few seconds, and removes it."""
         if jax.process_index() == 0 and time.monotonic() > self._looked + EVERY:
             self._looked = time.monotonic()
-            with contextlib.suppress(OSError):  # mostly, that it is not there
+            with contextlib.suppress(OSError):  # usually it does not exist
                 (self._run / REQUEST).unlink()
                 self._asked = True
         return self._asked
@@ -51,7 +51,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around all that is done for `step`, which it names; begins and ends a profile where a range does."""
+        """Names all the work of `step` in a trace; begins and ends a profile where a range does."""
         until = max((last for first, last in self._ranges if first <= step <= last), default=0)
         if until and not self._from:
             self._begin(step, until)

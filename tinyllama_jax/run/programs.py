@@ -1,4 +1,4 @@
-"""Which compiled program trained which steps (RUN/programs.json): a resumed run says so if it is compiled otherwise."""
+"""Which compiled program trained which steps (RUN/programs.json): a resumed run says if its step compiles differently."""
 
 import json
 import typing
@@ -47,10 +47,10 @@ def compare(config: Config, step: int, program: CompiledStep) -> tuple[str, bool
 
 
 def record(config: Config, step: int, resumed: bool, program: CompiledStep) -> tuple[str, bool]:
-    """Records that `program` trains from `step` on. Returns (a line to print, or none; whether it is compiled otherwise).
+    """Records that `program` trains from `step` on. Returns (a line to print, or none; whether it compiled differently).
 
     `resumed`: whether `step` is the first after a start, and not the run's first. GPUs promise the same bits only under
-    `train.deterministic`; it also prints a line if nothing is compiled otherwise.
+    `train.deterministic`; with it, a line is printed even if nothing changed.
     """
     line, otherwise, known = compare(config, step, program)
     write(config.folder / "programs.json", json.dumps(known) + "\n")
