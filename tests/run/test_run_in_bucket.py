@@ -140,6 +140,26 @@ def test_two_runs_in_one_bucket(config, monkeypatch):
     opened(config, monkeypatch, "d").end()  # at once: the last one has said that it ended
 
 
+def test_a_sending_that_takes_long_gives_signs_of_life(config, monkeypatch):
+    copy, said = opened(config, monkeypatch, "slow"), []
+    (config.folder / "config.json").write_text("{}")
+    write, put = store.write, store.put
+    monkeypatch.setattr(store, "write", lambda file, text: [said.append(file.name), write(file, text)])
+
+    def slowly(*args, **options):
+        said.clear()
+        end = time.monotonic() + 20
+        while "1.json" not in said and time.monotonic() < end:
+            time.sleep(0.01)
+        put(*args, **options)
+        said.append("arrived")
+
+    monkeypatch.setattr(store, "put", slowly)
+    copy.push()
+    copy.end()
+    assert said.index("1.json") < said.index("arrived")
+
+
 def test_the_bucket_follows_lines_that_come_and_go(config, monkeypatch):
     monkeypatch.setattr(bucket, "PART", 300)
     monkeypatch.setattr(bucket, "PIECE", 700)

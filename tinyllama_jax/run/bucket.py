@@ -376,7 +376,11 @@ class _Bucket:
                 self._lock.hold()
                 asked = self._asked
                 if asked > self._done or (asked and time.monotonic() - sent > MINUTE):
-                    self._copy.send()
+                    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a checkpoint may take longer than lock.STALE
+                        sending = pool.submit(self._copy.send)
+                        while concurrent.futures.wait([sending], pause).not_done:
+                            self._lock.hold()
+                    sending.result()
                     sent, self._done = time.monotonic(), asked
                 well = time.monotonic()
             except Exception as error:  # the main thread raises it again
