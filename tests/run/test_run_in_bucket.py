@@ -160,6 +160,17 @@ def test_a_sending_that_takes_long_gives_signs_of_life(config, monkeypatch):
     assert said.index("1.json") < said.index("arrived")
 
 
+def test_an_object_whose_name_leads_elsewhere_is_refused(config, monkeypatch):
+    copy = opened(config, monkeypatch, "named")
+    (config.folder / "config.json").write_text("{}")
+    copy.push()
+    copy.end()
+    fsspec.filesystem("s3").pipe_file(f"{config.workdir}/tokenizer/../../escaped", b"x")
+    with pytest.raises(UserError, match=r"/tokenizer/\.\./\.\./escaped: has an empty part or \.\. in its name, .*; remove it"):
+        opened(config, monkeypatch, "other")
+    assert not [*Path(os.environ["XDG_CACHE_HOME"]).rglob("escaped")]
+
+
 def test_the_bucket_follows_lines_that_come_and_go(config, monkeypatch):
     monkeypatch.setattr(bucket, "PART", 300)
     monkeypatch.setattr(bucket, "PIECE", 700)
