@@ -64,7 +64,7 @@ def place(path: str | Path, option: str) -> Place:
 
 def check_workdir(workdir: str) -> None:
     """Raises UserError unless `workdir` can name a run folder: a local path, or a folder in a bucket without odd characters."""
-    if not (workdir.startswith(tuple(SCHEMES)) and ":/" in workdir):
+    if not workdir.startswith(tuple(f"{scheme}:/" for scheme in SCHEMES)):
         return check_local("--workdir", workdir)
     parts = place(workdir, "--workdir").url.partition("://")[2].split("/")
     if set("*?[]{}#\\") & set(workdir) or {"", ".", ".."} & set(parts):
