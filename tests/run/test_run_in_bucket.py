@@ -236,6 +236,13 @@ def test_what_was_not_sent_yet_is_kept_and_what_a_person_removed_is_not(config, 
     assert sorted(gone) == ["checkpoint 10 is no longer on the bucket", "checkpoint 15 is no longer on the bucket"]
     assert len(os.listdir(config.folder / "set_aside")) == 2
     assert seals.steps_in(config.folder) == [5] and not stand_ins.names(f"{config.workdir}/checkpoints/10/*")
+    for times in (2, 0):  # files that were set aside are sent, once
+        copy, sent = opened(config, monkeypatch), []
+        noted = lambda path, *more, sent=sent, **options: [sent.append(path), put(path, *more, **options)]
+        monkeypatch.setattr(store, "put", noted)
+        copy.push()
+        copy.end()
+        assert sum(path.name == "weights" for path in sent) == times
     fsspec.filesystem("s3").rm(config.workdir, recursive=True)
     with pytest.raises(UserError, match="is empty, and its working copy .* holds checkpoints of it; send them back"):
         opened(config, monkeypatch)
