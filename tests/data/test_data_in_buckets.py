@@ -197,6 +197,10 @@ def test_records_of_any_size_lie_where_the_library_says(tmp_path):
             assert (riegeli.offsets(bad, start, len(records)) == at).all()  # in the padding
         except ValueError:
             continue
+    for n, inside in ((0, b"\0\0"), (1, b"\0\1\1\x08")):  # at the end, no record or one of a single number
+        head = bytes(24) + riegeli.CHUNK.pack(0, len(inside), 0, ord("r") | n << 8) + inside
+        with pytest.raises(ValueError, match="its footer is at -1|do not add up"):
+            riegeli.offsets(content[start:-65_536] + head.ljust(65_536, b"\0"), start, len(records))
     for bad in (b"", b"\xff" * 100, content[int(at[0]) : int(at[0]) + 50]):
         with pytest.raises(ValueError, match="chunk at 64: "):
             riegeli.record(bad, 64)
