@@ -1,5 +1,6 @@
 """A spike stops a run, its batch is left out; a step is replayed bit for bit, and a device that errs is named."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -365,3 +366,13 @@ def test_mistakes(cube, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: four)
     with pytest.raises(UserError, match="ran on 8 x cpu, and here are 4"):
         replay.mesh_of(cube, checkpoint.load_config(cube), {})
+
+
+def test_a_working_copy_is_resumed_in_its_bucket(tiny_config_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = dataclasses.replace(cli.read(str(tiny_config_file)), workdir="s3://bucket/run")
+    for folder, place in ((config.folder, "s3://bucket/run"), (tmp_path / "copy", tmp_path / "copy")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(c.to_json(config))
+        run = replay.Run(folder, config, [], {}, None, None, None, 0)
+        assert f" --workdir={place} --data.skip=3:3" in replay.how_to_skip(run, 3, {})

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from tinyllama_jax.base import files
+from tinyllama_jax.base import files, store
 from tinyllama_jax.base.config import Data
 from tinyllama_jax.base.errors import UserError, run_main
 from tinyllama_jax.data import chat, feed
@@ -226,7 +226,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError("nothing to score: say --tasks commonsense, --data-set DIR, --questions FILE or --passkey 20")
     if args.retrieve is not None and args.tasks is None and args.questions is None:
         raise UserError(f"--retrieve {args.retrieve}: needs --tasks or --questions")
-    if args.data_set is not None:
+    if args.data_set is not None and not isinstance(store.place(args.data_set, "--data-set"), store.Remote):
         files.check_local("--data-set", args.data_set)
     if args.longer is not None and not ((args.data_set or args.passkey) and 1 / 64 <= args.longer <= 64):
         raise UserError(f"--longer {args.longer:g}: must lie between 1/64 and 64, and needs --data-set or --passkey")

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinyllama_jax.base import cli, sharding
+from tinyllama_jax.base import cli, sharding, store
 from tinyllama_jax.base.config import Config
 from tinyllama_jax.base.dims import FIRST, LEARNED
 from tinyllama_jax.base.errors import UserError, run_main
@@ -353,7 +353,9 @@ def how_to_skip(run: Run, step: int, overrides: dict[str, str]) -> str:
     """The command that resumes before `step` without its batch; in a new folder if no checkpoint is old enough."""
     steps = checkpoint.steps_in(run.folder)
     begun = run.base in steps or not steps
-    options = [f"--workdir={run.folder}" if begun else f"--workdir={run.folder}-without-{step}"]
+    given = checkpoint.load_config(run.folder).workdir  # a bucket, if this is its working copy
+    place = given if "://" in given and store.working_copy(given).resolve() == run.folder.resolve() else run.folder
+    options = [f"--workdir={place}" if begun else f"--workdir={place}-without-{step}"]
     options += [f"--{key}={value}" for key, value in overrides.items()]
     command = ["--config", str(run.folder / "config.json"), *options]
     return shlex.join([sys.executable, "-m", "tinyllama_jax.train", *cli.skipping(command, run.config.data, step, step)])

@@ -131,6 +131,7 @@ def test_override_by_type(config):
         ),
         ({"workdir": "gs://b"}, "--workdir gs://b: must name a folder in a bucket, such as gs://BUCKET/FOLDER"),
         ({"workdir": "s3:/b/run"}, "--workdir s3:/b/run: needs two slashes after the colon"),
+        ({"workdir": "gsx:/b"}, "--workdir=gsx://b: is a URL, and must be a local path"),
         ({"workdir": "s3://b/run*"}, "--workdir=s3://b/run*: must not contain * ?"),
         ({"workdir": "file:///r"}, "--workdir=file:///r: is a URL, and must be a local path; write /r"),
         ({"init.from": "S3://b/run"}, "--init.from=S3://b/run: is a URL"),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from stand_ins import free_port
 
-from tinyllama_jax import train
+from tinyllama_jax import evaluate, train
 from tinyllama_jax.base import cli, store
 from tinyllama_jax.base.errors import UserError
 from tinyllama_jax.base.store import Remote
@@ -28,6 +28,7 @@ from tinyllama_jax.data.blocks import Blocks, Damaged
 from tinyllama_jax.data.export import litpkds as export_litpkds
 from tinyllama_jax.data.litpkds import Packed
 from tinyllama_jax.data.prepare import pipeline
+from tinyllama_jax.run import folder as run_folder
 
 S = 16
 
@@ -92,7 +93,7 @@ def changed(url: str, at: int) -> bytes:
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 @pytest.mark.parametrize("name", ["prepared", "packed/train_x"])
-def test_blocks_by_range_and_from_whole_shards_are_those_of_a_disk(uploaded, tmp_path, scheme, name):
+def test_blocks_by_range_and_from_whole_shards_are_those_of_a_disk(uploaded, tmp_path, scheme, name, monkeypatch):
     far, near = opened(f"{scheme}://bucket/sets/{name}", tmp_path), opened(str(uploaded / name), "")
     assert len(far) == len(near) and len(far.files()) > 4
     assert (far.manifest_sha256, far.manifest, far.tokenizer_sha256) == (
@@ -108,9 +109,12 @@ def test_blocks_by_range_and_from_whole_shards_are_those_of_a_disk(uploaded, tmp
     again = pickle.loads(pickle.dumps(far))
     again.hold(0, len(again))
     assert same(again, near, order) and not again.shards.range_blocks
-    again.verify(lambda: None)
+    config = cli.override(cli.read("configs/demo.py"), {"data.verify": "true"})
     near.verify(lambda: None)
-    assert again.sha256 == near.sha256
+    monkeypatch.setattr(store, "bytes_of", None)  # a request for each file
+    [line] = feed.verify(config, [again])
+    size = sum(file.stat().st_size for file, _, _ in near.files()) / 1e9
+    assert again.sha256 == near.sha256 and line.startswith(f"data.verify: {len(near.files())} files, {size:.3f} GB, read in ")
     for i, (file, _, _) in enumerate(near.files()):
         assert again.shards.path(i).read_bytes() == file.read_bytes()
     assert not [*tmp_path.rglob("*.partial")]
@@ -149,8 +153,9 @@ def test_the_batches_of_a_run_and_what_it_fetches_first(uploaded, tmp_path, tiny
     assert all((a[0] == b[0]).all() for a, b in zip(ours, theirs, strict=True)) and not held_out.shards.range_blocks
 
 
-def test_a_run_from_a_bucket_is_the_run_from_a_disk(tiny_data, tiny_config_file, stores, tmp_path, capsys):
+def test_a_run_from_a_bucket_is_the_run_from_a_disk(tiny_data, tiny_config_file, stores, tmp_path, capsys, monkeypatch):
     """The whole command, and what it prints."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
     for name in "ab":
         fsspec.filesystem("s3").put(f"{tiny_data / name}/", f"bucket/tiny/{name}/", recursive=True)
     curves, exact = [], ("step", "loss", "checksum", "grad_norm", "val_loss")
@@ -165,6 +170,11 @@ def test_a_run_from_a_bucket_is_the_run_from_a_disk(tiny_data, tiny_config_file,
         assert len(lines) == 2 * ("s3:" in where)  # at the start and at the end
     assert "0 of 1 shards" in lines[0] and re.search(r"MB/s; of \d+ blocks [\d.]+% were on the disk", lines[1])
     assert curves[0] == curves[1] and len(curves[0]) >= 3
+    config = cli.read(str(run / "config.json"))
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(tmp_path / "elsewhere")))
+    assert run_folder.changed(config, moved, "then") == []
+    assert evaluate.main(["--checkpoint", str(run), "--data-set", "s3://bucket/tiny/a", "--limit", "1"]) == 0
+    assert "s3://bucket/tiny/a, validation: loss " in capsys.readouterr().out
 
 
 def test_records_of_any_size_lie_where_the_library_says(tmp_path):
@@ -187,6 +197,10 @@ def test_records_of_any_size_lie_where_the_library_says(tmp_path):
             assert (riegeli.offsets(bad, start, len(records)) == at).all()  # in the padding
         except ValueError:
             continue
+    for n, inside in ((0, b"\0\0"), (1, b"\0\1\1\x08")):  # at the end, no record or one of a single number
+        head = bytes(24) + riegeli.CHUNK.pack(0, len(inside), 0, ord("r") | n << 8) + inside
+        with pytest.raises(ValueError, match="its footer is at -1|do not add up"):
+            riegeli.offsets(content[start:-65_536] + head.ljust(65_536, b"\0"), start, len(records))
     for bad in (b"", b"\xff" * 100, content[int(at[0]) : int(at[0]) + 50]):
         with pytest.raises(ValueError, match="chunk at 64: "):
             riegeli.record(bad, 64)

@@ -110,6 +110,10 @@ def test_the_disk_is_compared_with_a_save(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "of_disk", lambda place, n, seconds: (gigabyte / 9, gigabyte))
     disk, room = preflight._disk(config, 2**23, every)
     assert "a preemption costs --checkpoint.minutes and 132 s" in disk.remedy and "keep fewer" in room.remedy
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a run in a bucket has a working copy there, and sends it
+    disk, room = preflight._disk(dataclasses.replace(config, workdir="s3://bucket/run"), 2**23, every)
+    assert f"{tmp_path}: 111 MB/s" in disk.value and "111 MB/s sent to s3://bucket/run, so 251 s to save" in disk.value
+    assert "keep fewer" in room.remedy
     monkeypatch.undo()
     monkeypatch.setattr(measured, "of_disk", failing)
     [line] = preflight._disk(config, 2**23, every)

@@ -140,6 +140,37 @@ def test_two_runs_in_one_bucket(config, monkeypatch):
     opened(config, monkeypatch, "d").end()  # at once: the last one has said that it ended
 
 
+def test_a_sending_that_takes_long_gives_signs_of_life(config, monkeypatch):
+    copy, said = opened(config, monkeypatch, "slow"), []
+    (config.folder / "config.json").write_text("{}")
+    write, put = store.write, store.put
+    monkeypatch.setattr(store, "write", lambda file, text: [said.append(file.name), write(file, text)])
+
+    def slowly(*args, **options):
+        said.clear()
+        end = time.monotonic() + 20
+        while "1.json" not in said and time.monotonic() < end:
+            time.sleep(0.01)
+        put(*args, **options)
+        said.append("arrived")
+
+    monkeypatch.setattr(store, "put", slowly)
+    copy.push()
+    copy.end()
+    assert said.index("1.json") < said.index("arrived")
+
+
+def test_an_object_whose_name_leads_elsewhere_is_refused(config, monkeypatch):
+    copy = opened(config, monkeypatch, "named")
+    (config.folder / "config.json").write_text("{}")
+    copy.push()
+    copy.end()
+    fsspec.filesystem("s3").pipe_file(f"{config.workdir}/tokenizer/../../escaped", b"x")
+    with pytest.raises(UserError, match=r"/tokenizer/\.\./\.\./escaped: has an empty part or \.\. in its name, .*; remove it"):
+        opened(config, monkeypatch, "other")
+    assert not [*Path(os.environ["XDG_CACHE_HOME"]).rglob("escaped")]
+
+
 def test_the_bucket_follows_lines_that_come_and_go(config, monkeypatch):
     monkeypatch.setattr(bucket, "PART", 300)
     monkeypatch.setattr(bucket, "PIECE", 700)
@@ -205,6 +236,13 @@ def test_what_was_not_sent_yet_is_kept_and_what_a_person_removed_is_not(config, 
     assert sorted(gone) == ["checkpoint 10 is no longer on the bucket", "checkpoint 15 is no longer on the bucket"]
     assert len(os.listdir(config.folder / "set_aside")) == 2
     assert seals.steps_in(config.folder) == [5] and not stand_ins.names(f"{config.workdir}/checkpoints/10/*")
+    for times in (2, 0):  # files that were set aside are sent, once
+        copy, sent = opened(config, monkeypatch), []
+        noted = lambda path, *more, sent=sent, **options: [sent.append(path), put(path, *more, **options)]
+        monkeypatch.setattr(store, "put", noted)
+        copy.push()
+        copy.end()
+        assert sum(path.name == "weights" for path in sent) == times
     fsspec.filesystem("s3").rm(config.workdir, recursive=True)
     with pytest.raises(UserError, match="is empty, and its working copy .* holds checkpoints of it; send them back"):
         opened(config, monkeypatch)

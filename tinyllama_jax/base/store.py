@@ -64,7 +64,7 @@ def place(path: str | Path, option: str) -> Place:
 
 def check_workdir(workdir: str) -> None:
     """Raises UserError unless `workdir` can name a run folder: a local path, or a folder in a bucket without odd characters."""
-    if not (workdir.startswith(tuple(SCHEMES)) and ":/" in workdir):
+    if not workdir.startswith(tuple(f"{scheme}:/" for scheme in SCHEMES)):
         return check_local("--workdir", workdir)
     parts = place(workdir, "--workdir").url.partition("://")[2].split("/")
     if set("*?[]{}#\\") & set(workdir) or {"", ".", ".."} & set(parts):
@@ -162,11 +162,17 @@ def create(file: Remote, content: str) -> bool:
 
 
 def sizes(folder: Remote) -> dict[str, int]:
-    """Bytes of every file below `folder`, by its path from there; none if it is absent. Raises UserError without the bucket."""
+    """Bytes of every file below `folder`, by its path from there; none if it is absent.
+
+    Raises UserError without the bucket, and if a path would lead out of a local folder: whoever writes there could choose it.
+    """
     with reaching(folder, absent=False) as system:
         below = system.find(folder.url, detail=True).items()
     start = len(folder.url.partition("://")[2]) + 1
-    return {path[start:]: entry["size"] for path, entry in below if path[start:] and not path.endswith("/")}
+    out = {path[start:]: entry["size"] for path, entry in below if path[start:] and not path.endswith("/")}
+    if odd := [path for path in out if {"", ".", ".."} & set(path.split("/"))]:
+        raise UserError(f"{folder}/{odd[0]}: has an empty part or .. in its name, which no run writes; remove it")
+    return out
 
 
 def get(file: Remote, local: Path) -> None:

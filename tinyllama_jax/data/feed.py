@@ -143,11 +143,14 @@ def verify(config: Config, sources: list[Blocks], after_file: Callable[[], None]
     """
     if not config.data.verify:
         return []
-    paths, started = [file for source in sources for file, _, _ in source.files()], time.perf_counter()
+    files, size, started = 0, 0.0, time.perf_counter()
     for source in sources:
         source.verify(after_file)
-    size, seconds = sum(map(store.bytes_of, paths)) / 1e9, time.perf_counter() - started
-    return [f"data.verify: {len(paths):,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
+        paths = [file for file, _, _ in source.files()]
+        files += len(paths)
+        size += sum(source.shards.sizes if source.shards else map(store.bytes_of, paths)) / 1e9
+    seconds = time.perf_counter() - started
+    return [f"data.verify: {files:,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
 
 
 class Order:

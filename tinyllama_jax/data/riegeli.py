@@ -26,7 +26,7 @@ def offsets(data: bytes, start: int, records: int) -> np.ndarray:
     """
     end = start + len(data)
     sizes, values = _chunk(data[-BLOCK:], end - BLOCK)
-    footer = int(_varints(values[: sizes[0]])[1])  # field 1 of a message
+    footer = int([*_varints(values[: sizes[0]]), -1, -1][1])  # field 1 of a message
     if not start <= footer < end - BLOCK:
         raise ValueError(f"its footer is at {footer:,} of {end:,} bytes, where none was expected")
     sizes, values = _chunk(data[footer - start : -BLOCK], footer)
@@ -62,7 +62,7 @@ def _chunk(data: bytes, start: int) -> tuple[list[int], bytes]:
         sizes = [_varint(packed, 0)[0]] if kind >> 8 == 1 else _varints(packed).tolist()
     except (struct.error, IndexError, KeyError, OSError, ValueError) as error:  # OSError: pyarrow's
         raise ValueError(f"chunk at {start:,}: {error}") from None
-    if len(sizes) != kind >> 8 or sum(sizes) != len(values):
+    if not 0 < len(sizes) == kind >> 8 or sum(sizes) != len(values):
         raise ValueError(f"chunk at {start:,}: the sizes of its records do not add up")
     return sizes, values
 

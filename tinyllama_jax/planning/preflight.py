@@ -189,35 +189,39 @@ def gb(n: float) -> str:
 
 
 def _disk(config: Config | None, n_bytes: int, every: list[dict]) -> Iterator[Line]:
-    """The rates of the run folder's disk, to which the processes of a host write `n_bytes` together, and its room."""
+    """The rates of the run folder's disk, to which the processes of a host write `n_bytes` together, and its room.
+
+    A run in a bucket has its working copy on that disk, from which process 0 sends each checkpoint.
+    """
     run = store.place(config.workdir if config else ".", "--workdir")
-    place = run.absolute() if isinstance(run, Path) else run
-    while isinstance(place, Path) and not place.is_dir():
+    folder = place = (config.folder if config else Path(".")).absolute()
+    while not place.is_dir():
         place = place.parent
-    host = socket.gethostname()
+    host, sends = socket.gethostname(), isinstance(run, store.Remote)
     try:
-        free = shutil.disk_usage(place).free if isinstance(place, Path) else math.inf
-        result = [*measured.of_disk(place, n_bytes // len(_hosts(every, "host")[host]), DISK_SECONDS), free]
+        result = [*measured.of_disk(place, n_bytes // len(_hosts(every, "host")[host]), DISK_SECONDS)]
+        result += [shutil.disk_usage(place).free, math.inf]
+        if sends and jax.process_index() == 0:
+            result[-1] = measured.of_disk(run, n_bytes, DISK_SECONDS)[0]
     except (OSError, UserError) as error:
         why = disk_error(error) if isinstance(error, OSError) else error
         result = f"process {jax.process_index()} on {host}: {why}"
     results = gather("disk", result)
     if failed := [text for text in results if isinstance(text, str)]:
-        yield Line("disk", str(place), "each process can write there", failed[0])
+        yield Line("disk", str(run if sends else place), "each process can write there", failed[0])
         return
-    write, read, free = sum(one[0] for one in results), results[0][1], min(one[2] for one in results)
+    write, read, free, sent = sum(one[0] for one in results), results[0][1], min(one[2] for one in results), results[0][3]
     value = f"{place}: {write / 1e6:,.0f} MB/s written by all, {read / 1e6:,.0f} MB/s read by process 0"
+    value += f", {sent / 1e6:,.0f} MB/s sent to {run}" if sends else ""
     if not config:
         yield Line("disk", f"{value}, {gb(free)} free")
         return
     keep, state = config.checkpoint, xla.state_bytes(config)
-    seconds, most = state / write + state / read, keep.grace or SAVE  # process 0 reads all of it, to seal it
+    seconds, most = state / write + state / read + state / sent, keep.grace or SAVE  # process 0 reads all of it, to seal it
     remedy = f"take a faster disk: a preemption costs --checkpoint.minutes and {seconds:,.0f} s" if seconds > most else ""
     yield Line("disk", f"{value}, so {seconds:,.0f} s to save {gb(state)}", f"at most {most:.0f} s", remedy)
-    if not isinstance(run, Path):
-        return
     n = keep.keep + 1 + len(keep.kept) + (config.train.steps // keep.keep_every if keep.keep_every else 0)
-    used = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    used = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     remedy = "free room, or keep fewer (--checkpoint.keep, keep_every)" if free + used < n * state else ""
     yield Line("room", f"{gb(free + used)} free, or taken by its checkpoints", f"{gb(n * state)} for {n} checkpoints", remedy)
 

@@ -141,9 +141,9 @@ class _Copy:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         small = [path for path in objects if path in DESCRIPTIONS or path.startswith(FOLDERS)]
         _each(lambda path: store.get(url / path, folder / path), [p for p in small if not exists(folder / p)])
-        for path in small:
-            if path.startswith("compiled/") and (status := (folder / path).stat()).st_size == objects[path]:
-                self._small[path] = status.st_size, status.st_mtime_ns  # may be 100s of MB, and never changes
+        for path in filter(lambda path: path.startswith(("compiled/", "set_aside/")) and exists(folder / path), objects):
+            if (status := (folder / path).stat()).st_size == objects[path]:
+                self._small[path] = status.st_size, status.st_mtime_ns  # may be GBs, and never changes
         for name in LINES:
             self._fetch_lines(name, objects)
         newest = max([self._state["sent"], *self.steps])
@@ -376,7 +376,11 @@ class _Bucket:
                 self._lock.hold()
                 asked = self._asked
                 if asked > self._done or (asked and time.monotonic() - sent > MINUTE):
-                    self._copy.send()
+                    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a checkpoint may take longer than lock.STALE
+                        sending = pool.submit(self._copy.send)
+                        while concurrent.futures.wait([sending], pause).not_done:
+                            self._lock.hold()
+                    sending.result()
                     sent, self._done = time.monotonic(), asked
                 well = time.monotonic()
             except Exception as error:  # the main thread raises it again

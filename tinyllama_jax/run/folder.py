@@ -47,8 +47,8 @@ FIXED = (  # a run cannot change these, or its config would no longer describe i
     "train.tokens_per_step", "train.seed", "lora.rank", "lora.alpha", "lora.targets", "lora.base",
 )  # fmt: skip
 FREE = (  # a change of these is not reported: it changes neither the batches nor, except for rounding, the losses
-    "workdir", "data.sources", "data.workers", "data.verify", "data.eval_blocks", "train.spike", "train.give_up", "train.wait",
-    "train.seqs_per_device", "mesh.", "log.", "eval.", "checkpoint.", "init.",
+    "workdir", "data.sources", "data.cache", "data.workers", "data.verify", "data.eval_blocks", "train.spike", "train.give_up",
+    "train.wait", "train.seqs_per_device", "mesh.", "log.", "eval.", "checkpoint.", "init.",
     "model.remat", "model.attention", "model.loss_chunk",
 )  # fmt: skip
 
