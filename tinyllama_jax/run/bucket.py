@@ -212,7 +212,8 @@ class _Copy:
         self._lock.check()
         small = [path for path in map(folder.joinpath, DESCRIPTIONS) if exists(path) and path.name != seals.NEWEST]
         small += [path for name in ("set_aside/", *FOLDERS) for path in sorted((folder / name).rglob("*")) if path.is_file()]
-        self._send_small(small)
+        self._send_small(small[:1])  # config.json: `begin` refuses a folder that holds others and not this one
+        self._send_small(small[1:])
         if self._fetched is not None:
             self._remove_gone()
         for name in LINES:
