@@ -175,6 +175,7 @@ def test_killed_while_the_first_files_are_sent_a_run_can_be_started_again(config
         patch.setattr(store, "put", fails)
         copy.push()
     copy.end()
+    fsspec.filesystem("s3").pipe_file(f"{config.workdir}/.preflight-host-1", b"")  # of a `plan --here` that was killed
     opened(config, monkeypatch, "second").end()
 
 

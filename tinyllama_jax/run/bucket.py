@@ -316,8 +316,9 @@ class _Bucket:
         if not objects and seals.steps_in(self._folder):
             what = f"{self._folder} holds checkpoints of it; send them back with the store's own tool, or remove that folder"
             raise UserError(f"{self._url}: is empty, and its working copy {what}")
-        if "config.json" not in objects and any(not path.startswith("locks/") for path in objects):
-            what = f"holds {next(p for p in objects if not p.startswith('locks/'))}, and no config.json of a run"
+        others = [path for path in objects if not path.startswith(("locks/", "."))]  # hidden: see `files.listed`
+        if "config.json" not in objects and others:
+            what = f"holds {others[0]}, and no config.json of a run"
             raise UserError(f"--workdir={self._config.workdir}: {what}; name a new folder")
         try:
             state = files.read_json(self._folder / STATE, State)
