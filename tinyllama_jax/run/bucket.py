@@ -141,9 +141,9 @@ class _Copy:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         small = [path for path in objects if path in DESCRIPTIONS or path.startswith(FOLDERS)]
         _each(lambda path: store.get(url / path, folder / path), [p for p in small if not exists(folder / p)])
-        for path in filter(lambda path: path.startswith(("compiled/", "set_aside/")) and exists(folder / path), objects):
-            if (status := (folder / path).stat()).st_size == objects[path]:
-                self._small[path] = status.st_size, status.st_mtime_ns  # may be GBs, and never changes
+        large = [path for path in objects if path.startswith(("compiled/", "set_aside/")) and exists(folder / path)]
+        status = {path: (folder / path).stat() for path in large}  # these never change
+        self._small |= {path: (s.st_size, s.st_mtime_ns) for path, s in status.items() if s.st_size == objects[path]}
         for name in LINES:
             self._fetch_lines(name, objects)
         newest = max([self._state["sent"], *self.steps])
@@ -317,9 +317,8 @@ class _Bucket:
             what = f"{self._folder} holds checkpoints of it; send them back with the store's own tool, or remove that folder"
             raise UserError(f"{self._url}: is empty, and its working copy {what}")
         others = [path for path in objects if not path.startswith(("locks/", "."))]  # hidden: see `files.listed`
-        if "config.json" not in objects and others:
-            what = f"holds {others[0]}, and no config.json of a run"
-            raise UserError(f"--workdir={self._config.workdir}: {what}; name a new folder")
+        if others and "config.json" not in objects:
+            raise UserError(f"--workdir={self._url}: holds {others[0]}, and no config.json of a run; name a new folder")
         try:
             state = files.read_json(self._folder / STATE, State)
         except UserError:  # new
