@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 from stand_ins import free_port
 
@@ -204,6 +205,18 @@ def test_records_of_any_size_lie_where_the_library_says(tmp_path):
     for bad in (b"", b"\xff" * 100, content[int(at[0]) : int(at[0]) + 50]):
         with pytest.raises(ValueError, match="chunk at 64: "):
             riegeli.record(bad, 64)
+
+
+def test_the_end_that_is_read_has_the_whole_footer():
+    """Sizes as of 60,000 blocks of S = 2048, whose footer takes 7.4 bytes a record."""
+    sizes = np.random.default_rng(0).integers(2_000, 4_000, 60_000)
+    places = 64 + np.cumsum(sizes)
+    varint = lambda n: bytes([n >> 7 * k & 127 | 128 * (n >> 7 * k > 127) for k in range(-(-int(n).bit_length() // 7))])
+    pairs = zip(places.tolist(), sizes.tolist(), strict=True)
+    entries = b"".join(b"\x08" + varint(at) + b"\x10" + varint(size) + b"\x18\1" for at, size in pairs)
+    footer, whole = pyarrow.compress(entries, "zstd", asbytes=True), int(places[-1])
+    assert riegeli._varints(entries)[1::6].tolist() == places.tolist()
+    assert whole - riegeli.tail(whole, len(sizes)) >= len(footer) + 2 * riegeli.BLOCK  # and padding, and the last 64 KiB
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------------------------------

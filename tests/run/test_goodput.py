@@ -70,6 +70,8 @@ def test_starts_that_reach_no_step_are_restarts_if_they_ended_by_themselves():
 def test_without_an_account():
     assert carried([], 0, [], begun=100) == {}
     assert carried([{"step": 3, "loss": 1.0}], 1, STARTED, begun=100) == {}  # of an earlier version
+    damaged = [{"step": 1}, {"step": 1, "event": "end", "time": None}]
+    assert carried([{"step": 3, "time": None}], 1, damaged, begun=100) == {}
     assert carried([], 0, [event("start", 10), event("end", 30)], begun=100) == {"restarting": 20, "down": 70}
 
 

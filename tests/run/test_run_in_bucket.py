@@ -160,6 +160,25 @@ def test_a_sending_that_takes_long_gives_signs_of_life(config, monkeypatch):
     assert said.index("1.json") < said.index("arrived")
 
 
+def test_killed_while_the_first_files_are_sent_a_run_can_be_started_again(config, monkeypatch):
+    copy, put = opened(config, monkeypatch, "first"), store.put
+
+    def fails(path, *more, **options):
+        if path.name == "config.json":
+            time.sleep(0.5)  # so that others, sent at the same time, would arrive
+            raise UserError("the network is gone")
+        put(path, *more, **options)
+
+    for name in ("config.json", "data.json"):
+        (config.folder / name).write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the network is gone"):
+        patch.setattr(store, "put", fails)
+        copy.push()
+    copy.end()
+    fsspec.filesystem("s3").pipe_file(f"{config.workdir}/.preflight-host-1", b"")  # of a `plan --here` that was killed
+    opened(config, monkeypatch, "second").end()
+
+
 def test_an_object_whose_name_leads_elsewhere_is_refused(config, monkeypatch):
     copy = opened(config, monkeypatch, "named")
     (config.folder / "config.json").write_text("{}")

@@ -162,10 +162,7 @@ def create(file: Remote, content: str) -> bool:
 
 
 def sizes(folder: Remote) -> dict[str, int]:
-    """Bytes of every file below `folder`, by its path from there; none if it is absent.
-
-    Raises UserError without the bucket, and if a path would lead out of a local folder: whoever writes there could choose it.
-    """
+    """Bytes of every file below `folder`, by its path from there; none if it is absent. Raises UserError, also for a/../b."""
     with reaching(folder, absent=False) as system:
         below = system.find(folder.url, detail=True).items()
     start = len(folder.url.partition("://")[2]) + 1

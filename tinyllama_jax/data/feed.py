@@ -143,14 +143,12 @@ def verify(config: Config, sources: list[Blocks], after_file: Callable[[], None]
     """
     if not config.data.verify:
         return []
-    files, size, started = 0, 0.0, time.perf_counter()
+    started = time.perf_counter()
     for source in sources:
         source.verify(after_file)
-        paths = [file for file, _, _ in source.files()]
-        files += len(paths)
-        size += sum(source.shards.sizes if source.shards else map(store.bytes_of, paths)) / 1e9
-    seconds = time.perf_counter() - started
-    return [f"data.verify: {files:,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
+    sizes = [n for s in sources for n in (s.shards.sizes if s.shards else [store.bytes_of(file) for file, _, _ in s.files()])]
+    size, seconds = sum(sizes) / 1e9, time.perf_counter() - started
+    return [f"data.verify: {len(sizes):,} files, {size:,.3f} GB, read in {seconds:,.1f} s ({size / seconds:.2f} GB/s)"]
 
 
 class Order:

@@ -15,8 +15,8 @@ CHUNK = struct.Struct("<4Q8x")  # hash, bytes, hash of the bytes, 1 byte of type
 
 
 def tail(size: int, records: int) -> int:
-    """Where to begin reading a file of `size` bytes for `offsets`: 5 bytes a record (zstd leaves about 3), then padding."""
-    return max(size - 3 * BLOCK - 5 * records, 0)
+    """Where in a file of `size` bytes to begin reading for `offsets`: 15 bytes a record (zstd leaves 3 to 12), then padding."""
+    return max(size - 3 * BLOCK - 15 * records, 0)  # of each: 3 tags, length, offset below 2^42, size below 2^28, number
 
 
 def offsets(data: bytes, start: int, records: int) -> np.ndarray:

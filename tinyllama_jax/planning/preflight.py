@@ -189,20 +189,15 @@ def gb(n: float) -> str:
 
 
 def _disk(config: Config | None, n_bytes: int, every: list[dict]) -> Iterator[Line]:
-    """The rates of the run folder's disk, to which the processes of a host write `n_bytes` together, and its room.
-
-    A run in a bucket has its working copy on that disk, from which process 0 sends each checkpoint.
-    """
+    """The rates of the run folder's disk, to which the processes of a host write `n_bytes` together, and its room."""
     run = store.place(config.workdir if config else ".", "--workdir")
-    folder = place = (config.folder if config else Path(".")).absolute()
+    folder = place = (config.folder if config else Path(".")).absolute()  # of a run in a bucket: the working copy
     while not place.is_dir():
         place = place.parent
-    host, sends = socket.gethostname(), isinstance(run, store.Remote)
+    host, sends = socket.gethostname(), isinstance(run, store.Remote) and jax.process_index() == 0
     try:
         result = [*measured.of_disk(place, n_bytes // len(_hosts(every, "host")[host]), DISK_SECONDS)]
-        result += [shutil.disk_usage(place).free, math.inf]
-        if sends and jax.process_index() == 0:
-            result[-1] = measured.of_disk(run, n_bytes, DISK_SECONDS)[0]
+        result += [shutil.disk_usage(place).free, measured.of_disk(run, n_bytes, DISK_SECONDS)[0] if sends else math.inf]
     except (OSError, UserError) as error:
         why = disk_error(error) if isinstance(error, OSError) else error
         result = f"process {jax.process_index()} on {host}: {why}"

@@ -141,9 +141,9 @@ class _Copy:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         small = [path for path in objects if path in DESCRIPTIONS or path.startswith(FOLDERS)]
         _each(lambda path: store.get(url / path, folder / path), [p for p in small if not exists(folder / p)])
-        for path in filter(lambda path: path.startswith(("compiled/", "set_aside/")) and exists(folder / path), objects):
-            if (status := (folder / path).stat()).st_size == objects[path]:
-                self._small[path] = status.st_size, status.st_mtime_ns  # may be GBs, and never changes
+        large = [path for path in objects if path.startswith(("compiled/", "set_aside/")) and exists(folder / path)]
+        status = {path: (folder / path).stat() for path in large}  # these never change
+        self._small |= {path: (s.st_size, s.st_mtime_ns) for path, s in status.items() if s.st_size == objects[path]}
         for name in LINES:
             self._fetch_lines(name, objects)
         newest = max([self._state["sent"], *self.steps])
@@ -212,7 +212,8 @@ class _Copy:
         self._lock.check()
         small = [path for path in map(folder.joinpath, DESCRIPTIONS) if exists(path) and path.name != seals.NEWEST]
         small += [path for name in ("set_aside/", *FOLDERS) for path in sorted((folder / name).rglob("*")) if path.is_file()]
-        self._send_small(small)
+        self._send_small(small[:1])  # config.json: `begin` refuses a folder that holds others and not this one
+        self._send_small(small[1:])
         if self._fetched is not None:
             self._remove_gone()
         for name in LINES:
@@ -315,9 +316,9 @@ class _Bucket:
         if not objects and seals.steps_in(self._folder):
             what = f"{self._folder} holds checkpoints of it; send them back with the store's own tool, or remove that folder"
             raise UserError(f"{self._url}: is empty, and its working copy {what}")
-        if "config.json" not in objects and any(not path.startswith("locks/") for path in objects):
-            what = f"holds {next(p for p in objects if not p.startswith('locks/'))}, and no config.json of a run"
-            raise UserError(f"--workdir={self._config.workdir}: {what}; name a new folder")
+        others = [path for path in objects if not path.startswith(("locks/", "."))]  # hidden: see `files.listed`
+        if others and "config.json" not in objects:
+            raise UserError(f"--workdir={self._url}: holds {others[0]}, and no config.json of a run; name a new folder")
         try:
             state = files.read_json(self._folder / STATE, State)
         except UserError:  # new

@@ -35,11 +35,11 @@ def carried(lines: list[dict], kept: list[dict], events: list[dict], begun: floa
     Both are seconds since 1970. `lines`, `kept`: of metrics.jsonl before and after the lines of later steps were removed.
     `events`: of events.jsonl. What ran after the last line of a killed process is not known: it counts as `down`.
     """
-    marks = [event for event in events if event["event"] in ("start", "end") and "time" in event]
+    marks = [event for event in events if event.get("event") in ("start", "end") and event.get("time") is not None]
     last = lines[-1] if lines else {"time": marks[0]["time"]} if marks else {}
     parts, before = seconds(last), seconds(kept[-1] if kept else {})
     parts["restarting" if last else "starting"] += at - begun
-    if "time" not in last:  # a new run, or one of a version that kept no such account
+    if last.get("time") is None:  # a new run, or one of a version that kept no such account
         return parts
     for part in UNDONE:
         lost = max(parts[part] - before[part], 0.0)
