@@ -63,6 +63,12 @@ def losses(folder: Path) -> str:
     return str([last.get(key) for key in ("step", "loss", "grad_norm", "checksum")])
 
 
+def validation(folder: Path) -> str:
+    """The result is the validation loss of the weights that a new run starts from, and its first losses."""
+    rows = [json.loads(line) for line in (folder / "new/metrics.jsonl").read_text().splitlines()]
+    return str([{key: row.get(key) for key in ("step", "val_loss", "loss", "grad_norm", "checksum")} for row in rows[:2]])
+
+
 def weights(folder: Path) -> str:
     """The result is the weights of the run folder `out`."""
     params, _, _ = checkpoint.load_params(folder / "out")
@@ -103,7 +109,7 @@ TARGETS = [
     Target("train", DONE, "data run", f"{DATA} tiny.py run/tensorboard run/processes run", losses, (2, 3), 2),
     Target("train", TRAIN, "data run", f"run/metrics.jsonl {DATA}", losses, (2, 3), 0.5),
     Target("train", "--config run/config.json --workdir run", "data run", "run/config.json", losses, (2, 3)),
-    Target("train", NEW, "data run", RUN, lambda f: (f / "new/metrics.jsonl").read_text().split("tokens_per")[0], (2, 3), 0.5),
+    Target("train", NEW, "data run", RUN, validation, (2, 3), 0.5),
     Target("train", f"{DONE} --data.sources=packed/train_a --workdir new", "packed", PACKED, lambda f: "", (2, 3), 0.3),
     Target("replay", "--run run --step 9", "data run", f"run/metrics.jsonl {RUN} data/a/manifest.json", printed, (2, 1), 0.7),
     Target("report", "run --png", "run", "run/metrics.jsonl run/unigram.json", digest("run/loss.png")),

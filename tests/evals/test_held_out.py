@@ -80,6 +80,9 @@ class FiveBlocks:
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.array([models.ids(25, int(i)) for i in index]), np.full(len(index), 25)
 
+    def hold(self, first: int, last: int) -> None:
+        """They are here."""
+
 
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("kind", [None, "linear", "ntk", "yarn"])

@@ -69,7 +69,9 @@ def command(config_file: Path, workdir: Path, **keys: object) -> list[str]:
 
 
 def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, without the clocks that each has."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("time", "goodput") and not k.startswith("seconds/")} for row in rows]
 
 
 def scores(workdir: Path) -> dict[int, dict[str, float]]:
