@@ -7,7 +7,6 @@ from pathlib import Path
 import generated
 import pytest
 import sentencepiece
-import stand_ins
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/llama2_tokenizer.model"
 # the demo's settings, and others that change what a cut in a text does
@@ -66,6 +65,8 @@ def train(kind: str, **more) -> bytes:
 @pytest.fixture(scope="module")
 def stores():
     """Local servers in place of S3 and Google Cloud Storage, each with an empty bucket `bucket`."""
+    import stand_ins  # needs packages of the extra dev, which `make test-newer` does not install
+
     with stand_ins.servers():
         yield
 
